@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face checkpoints, PEFT adapters, run state."""

@@ -1,0 +1,1 @@
+"""From raw problems to packed batches: curation, gates, rendering, packing, batching."""

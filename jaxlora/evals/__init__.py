@@ -1,0 +1,1 @@
+"""GSM8K evaluation: prompts, answer extraction, strict and numeric scores."""

@@ -1,0 +1,1 @@
+"""The study: selection, sweep, comparison, figures and report."""

@@ -1,0 +1,1 @@
+"""Loss, optimizer, schedule, training step and loop."""
