@@ -1,0 +1,184 @@
+"""The GSM8K benchmark: load its problems, score generated solutions, add up the scores.
+
+    problems = load_problems("openai/gsm8k")                       # or a local JSONL file, or an hf:// path
+    records = [score(problem, text, prompt_tokens, generated_tokens, "stop") for problem, text in ...]
+    aggregate(records)["correct_strict"]
+
+A record holds everything that a later reader needs to score it again: see `rescore`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlora.errors import UserError
+from jaxlora.evals.answers import extract_boxed, normalize, numeric_match, strict_match
+from jaxlora.records import Record, read_numbered_jsonl
+
+HUB_DATASET = "openai/gsm8k"
+STOP_REASONS = ("stop", "length")  # the model's end-of-turn token, or the limit of new tokens
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One benchmark problem; `index` counts from 0 in the benchmark's own order."""
+
+    index: int
+    example_id: str
+    question: str
+    reference_answer: str
+
+
+# --- Loading ------------------------------------------------------------------------------------------------
+
+
+def load_problems(path: str, limit: int | None = None) -> list[Problem]:
+    """The problems in benchmark order, all or the first `limit`.
+
+    `path` is a local JSONL file with `question` and `answer`, an `hf://datasets/...` path to a JSONL or
+    Parquet file, or a dataset on the Hugging Face hub (`openai/gsm8k`: configuration `main`, split `test`).
+    Raises `UserError` with file and row where a row cannot be used.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit of benchmark problems is {limit}; it must be at least 1, or none")
+    problems: list[Problem] = []
+    for place, row in _rows(path):
+        problems.append(_problem(place, row, len(problems)))
+        if len(problems) == limit:
+            break
+    if not problems:
+        raise UserError(f"{path} holds no benchmark problems")
+    return problems
+
+
+def _rows(path: str) -> Iterable[tuple[str, Record]]:
+    """The rows of the benchmark, each with the place that an error message names."""
+    if path.startswith("hf://") or path == HUB_DATASET:
+        return _hub_rows(path)
+    if Path(path).exists():
+        rows = read_numbered_jsonl(Path(path), torn_last_line="refuse")
+        return [(f"{path}:{line}", row) for line, row in rows]
+    raise UserError(f"{path} does not exist; give a local JSONL file, an hf:// path or {HUB_DATASET}")
+
+
+def _hub_rows(path: str) -> Iterable[tuple[str, Record]]:
+    import datasets  # takes a second to import; local files do not need it
+
+    try:
+        if path == HUB_DATASET:
+            rows = datasets.load_dataset(HUB_DATASET, "main", split="test")
+        else:
+            kind = "parquet" if path.endswith(".parquet") else "json"
+            rows = datasets.load_dataset(kind, data_files={"test": path}, split="test")
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not load {path} from the Hugging Face hub: {error}") from None
+    return [(f"{path} row {index}", dict(row)) for index, row in enumerate(rows)]
+
+
+def _problem(place: str, row: Record, index: int) -> Problem:
+    for field in ("question", "answer"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            raise UserError(f"{place}: the field `{field}` is missing or is not text")
+    if "####" not in row["answer"]:
+        raise UserError(f"{place}: the answer has no `####` before its final value")
+    reference = row["answer"].rsplit("####", 1)[1].strip()
+    if not reference:
+        raise UserError(f"{place}: there is no value after the last `####`")
+    return Problem(index, f"gsm8k-{index:04d}", row["question"], reference)
+
+
+# --- Scoring ------------------------------------------------------------------------------------------------
+
+
+def score(
+    problem: Problem,
+    generated_text: str,
+    prompt_token_count: int,
+    generated_token_count: int,
+    stop_reason: str,
+) -> Record:
+    """One record of `predictions.jsonl`: the study's fields, and `correct_numeric` beside `correct`.
+
+    `generated_text` excludes the end-of-turn token; `stop_reason` is one of STOP_REASONS.
+    """
+    if stop_reason not in STOP_REASONS:
+        raise ValueError(f"stop_reason is {stop_reason!r}; it must be one of {', '.join(STOP_REASONS)}")
+    return {
+        "example_id": problem.example_id,
+        "benchmark_index": problem.index,
+        "question": problem.question,
+        "reference_answer": problem.reference_answer,
+        "generated_text": generated_text,
+        **score_text(generated_text, problem.reference_answer),
+        "prompt_token_count": prompt_token_count,
+        "generated_token_count": generated_token_count,
+        "stop_reason": stop_reason,
+    }
+
+
+def score_text(generated_text: str, reference_answer: str) -> Record:
+    """The scored part of a record. Without a box, the prediction is null, and wrong in both scores."""
+    answer = extract_boxed(generated_text)
+    return {
+        "extracted_answer": answer,
+        "normalized_prediction": None if answer is None else normalize(answer),
+        "normalized_reference": normalize(reference_answer),
+        "correct": answer is not None and strict_match(answer, reference_answer),
+        "correct_numeric": answer is not None and numeric_match(answer, reference_answer),
+    }
+
+
+def count(records: Sequence[Record]) -> dict[str, int]:
+    """How many prediction records there are, right in either score, without a box, and cut off."""
+    return {
+        "total": len(records),
+        "correct_strict": sum(record["correct"] for record in records),
+        "correct_numeric": sum(record["correct_numeric"] for record in records),
+        "extraction_failures": sum(record["extracted_answer"] is None for record in records),
+        "truncated": sum(record["stop_reason"] == "length" for record in records),
+    }
+
+
+def aggregate(records: Sequence[Record]) -> dict[str, Any]:
+    """Counts, rates (null where there are no records) and token totals over prediction records."""
+    counts = count(records)
+
+    def rate(name: str) -> float | None:
+        return counts[name] / len(records) if records else None
+
+    return counts | {
+        "accuracy": rate("correct_strict"),
+        "accuracy_numeric": rate("correct_numeric"),
+        "extraction_failure_rate": rate("extraction_failures"),
+        "truncation_rate": rate("truncated"),
+        "prompt_tokens": sum(record["prompt_token_count"] for record in records),
+        "generated_tokens": sum(record["generated_token_count"] for record in records),
+    }
+
+
+# --- Scoring again ------------------------------------------------------------------------------------------
+
+
+def rescore(path: Path) -> list[Record]:
+    """Read a predictions file and score every record again from its text; the stored scores are ignored.
+
+    Raises `UserError` with file and line where a record cannot be scored.
+    """
+    records = []
+    for line, record in read_numbered_jsonl(path, torn_last_line="refuse"):
+        for field in ("generated_text", "reference_answer"):
+            if not isinstance(record.get(field), str):
+                raise UserError(f"{path}:{line}: the field `{field}` is missing or is not text")
+        if record.get("stop_reason") not in STOP_REASONS:
+            raise UserError(
+                f"{path}:{line}: stop_reason is {json.dumps(record.get('stop_reason'))}; "
+                f"it must be {' or '.join(STOP_REASONS)}"
+            )
+        records.append(record | score_text(record["generated_text"], record["reference_answer"]))
+    if not records:
+        raise UserError(f"{path} holds no predictions")
+    return records

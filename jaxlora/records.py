@@ -1,0 +1,191 @@
+"""The records of a run: what is written to its directory, with which fields, and how it is read back.
+
+    append_jsonl(run_dir / "metrics.jsonl", metric_record(run_id=run_id, step=1, split="train", loss=1.14))
+    write_json_atomic(run_dir / "summary.json", summary_record(run_id=run_id, status="completed"))
+    records = read_jsonl(run_dir / "metrics.jsonl")
+
+Training and evaluation write the same records. A field that does not apply is null, never missing. A crash
+never leaves half a JSON file, and at most one torn last line in a JSONL file, which the readers and the next
+append repair.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxlora.errors import UserError
+
+Record = dict[str, Any]
+
+METRIC_FIELDS = (
+    "run_id",
+    "checkpoint",  # the checkpoint that was measured, as `step-3169`; null for a training step
+    "condition",  # `attention_only`, `mlp_only`, `all_layer`, or null for the untouched base
+    "seed",
+    "step",  # optimizer steps done; the first step is 1
+    "split",  # one of SPLITS
+    "loss",  # mean negative log likelihood per weighted target token
+    "learning_rate",
+    "eval_metric",  # the benchmark score in [0, 1]; null for training and validation
+    "token_count",
+    "cost",
+)
+SUMMARY_FIELDS = (
+    "run_id",
+    "checkpoint",
+    "condition",
+    "seed",
+    "dataset",
+    "primary_metric",  # {"name": ..., "value": ...}
+    "artifact_paths",  # {name: path relative to the run directory}
+    "status",  # "completed" or "failed"
+    "token_count",
+)
+PREDICTION_FIELDS = (
+    "example_id",
+    "benchmark_index",
+    "question",
+    "reference_answer",
+    "generated_text",
+    "extracted_answer",
+    "normalized_prediction",
+    "normalized_reference",
+    "correct",
+    "prompt_token_count",
+    "generated_token_count",
+    "stop_reason",
+)
+SPLITS = ("train", "validation", "test")
+
+
+def metric_record(**fields: Any) -> Record:
+    """One row of `metrics.jsonl`: every field of METRIC_FIELDS, null where not given, then the extra ones."""
+    if fields.get("split") not in SPLITS:
+        raise ValueError(f"split is {fields.get('split')!r}; it must be one of {', '.join(SPLITS)}")
+    return _with_nulls(METRIC_FIELDS, fields)
+
+
+def summary_record(**fields: Any) -> Record:
+    """The content of `summary.json`: every field of SUMMARY_FIELDS, null where not given, then extra ones."""
+    return _with_nulls(SUMMARY_FIELDS, fields)
+
+
+def _with_nulls(names: tuple[str, ...], fields: Record) -> Record:
+    return {name: fields.get(name) for name in names} | fields
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+def _to_line(record: Record) -> str:
+    """One JSON line. Raises `ValueError` for NaN and infinities, which JSON cannot hold."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_jsonl(path: Path, record: Record) -> None:
+    """Append one record; a torn last line that a crash left behind is removed first."""
+    line = _to_line(record).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if _ends_torn(file):
+            _mend_last_line(file)
+        file.write(line)
+
+
+def write_jsonl_atomic(path: Path, records: Iterable[Record]) -> None:
+    """Write the whole file at once: readers see the old content or the new, never a mixture."""
+    _write_atomic(path, "".join(_to_line(record) for record in records))
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write an indented JSON file at once; `ValueError` for NaN and infinities."""
+    _write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a UTF-8 text file at once."""
+    _write_atomic(path, text)
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _ends_torn(file: Any) -> bool:
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return False
+    file.seek(size - 1)
+    return file.read(1) != b"\n"
+
+
+def _mend_last_line(file: Any) -> None:
+    file.seek(0)
+    content = file.read()
+    start = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[start:])
+    except ValueError:
+        file.truncate(start)
+    else:
+        file.write(b"\n")  # complete, only its newline is missing
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; `UserError` where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from None
+
+
+def read_jsonl(path: Path, torn_last_line: str = "drop") -> list[Record]:
+    """All records of a JSONL file, in order.
+
+    A last line without a newline that is not JSON is the trace of a crash: it is dropped, or refused with
+    `torn_last_line="refuse"`. Any other broken line is a `UserError` with file and line. Empty lines are
+    passed over.
+    """
+    return [record for _, record in read_numbered_jsonl(path, torn_last_line)]
+
+
+def read_numbered_jsonl(path: Path, torn_last_line: str = "drop") -> list[tuple[int, Record]]:
+    """As `read_jsonl`, each record with its line number (the first line is 1)."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; name a JSONL file") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            if number == len(lines) and torn_last_line == "drop":
+                break
+            raise UserError(f"{path}:{number}: not a JSON line: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: the line holds {type(record).__name__}, not a JSON object")
+        records.append((number, record))
+    return records
