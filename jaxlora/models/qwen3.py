@@ -1,0 +1,247 @@
+"""Qwen3 (dense) in Flax NNX, with a LoRA adapter in every projection that has one.
+
+The modules say what is computed and hold weights as `[out, in]`, the layout of Hugging Face files. Right
+after construction the model is split once into the trainable adapter and the frozen base, and from there
+on everything is a plain pytree:
+
+    spec = ModelSpec(model_config, lora_config)
+    lora, frozen = init_lora(spec, seed=0), load_base("path/to/Qwen3-8B", spec)
+    hidden, _ = spec.bind(lora, frozen)(tokens, positions, attend)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlora.config import LoraConfig
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.parameters import GROUPS, Weight, parameter_table
+from jaxlora.sharding import constrain
+
+Tree = dict[str, Any]
+# attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) in float32, back to x's dtype, times the weight."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype, stack: tuple[int, ...] = ()):
+        self.weight = nnx.Param(jnp.zeros((*stack, size), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * y.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = W x, plus (alpha / r) B A x where the projection is adapted.
+
+    W `[out, in]` is frozen in the base's dtype. A `[r, in]` and B `[out, r]` are float32, trained, and cast
+    to the activations' dtype for the product.
+    """
+
+    def __init__(self, weight: Weight, dtype: jnp.dtype, lora: LoraConfig | None, stack: tuple[int, ...] = ()):
+        out_size, in_size = weight.shape
+        self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), dtype))
+        adapted = lora is not None and is_adapted(weight, lora)
+        self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32)) if adapted else None
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32)) if adapted else None
+        self.scale = lora.alpha / lora.rank if adapted else 0.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        if self.lora_a is not None:
+            low = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype))
+            y = y + jnp.einsum("...r,or->...o", low * self.scale, self.lora_b[...].astype(x.dtype))
+        return y
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RMS-normalised queries and keys and rotary positions."""
+
+    def __init__(self, make_linear, make_norm, config: ModelConfig):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, make_linear(f"layers.self_attn.{name}"))
+        self.q_norm, self.k_norm = make_norm(config.head_dim), make_norm(config.head_dim)
+        self.head_dim = config.head_dim
+
+    def __call__(self, x, rotary, attend: Attend, cache):
+        def heads(y):
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        q = rotate(self.q_norm(heads(self.q_proj(x))), rotary)
+        k = rotate(self.k_norm(heads(self.k_proj(x))), rotary)
+        v = heads(self.v_proj(x))
+        y, cache = attend(q, k, v, cache)
+        return self.o_proj(y.reshape(*x.shape[:-1], -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, make_linear):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, make_linear(f"layers.mlp.{name}"))
+
+    def __call__(self, x):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, make_linear, make_norm, config: ModelConfig):
+        self.input_layernorm = make_norm(config.hidden_size)
+        self.self_attn = Attention(make_linear, make_norm, config)
+        self.post_attention_layernorm = make_norm(config.hidden_size)
+        self.mlp = MLP(make_linear)
+
+    def __call__(self, x, rotary, attend: Attend, cache):
+        y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache)
+        x = constrain(x + y, "batch", "length", None)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "batch", "length", None), cache
+
+
+class Embedding(nnx.Module):
+    """Token embeddings `[vocab, hidden]`."""
+
+    def __init__(self, weight: Weight, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.zeros(weight.shape, dtype))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+
+
+class Qwen3(nnx.Module):
+    """The whole model. Its layers are one stacked `DecoderLayer` (scanned) or a list of them (unrolled)."""
+
+    def __init__(self, config: ModelConfig, lora: LoraConfig | None, dtype: jnp.dtype, scan: bool):
+        table = {w.path: w for w in parameter_table(config)}
+
+        def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
+            return DecoderLayer(
+                lambda path: Linear(table[path], dtype, lora, stack),
+                lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
+                config,
+            )
+
+        depth = config.num_hidden_layers
+        self.embed_tokens = Embedding(table["embed_tokens"], dtype)
+        self.layers = make_layer((depth,)) if scan else nnx.List([make_layer(()) for _ in range(depth)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora)
+        self.head_dim, self.rope_theta, self.scan = config.head_dim, config.rope_theta, scan
+
+    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: bool = False):
+        """Hidden states after the last norm.
+
+        Args:
+          tokens, positions: int32 `[batch, length]`; a row's positions start at 0.
+          attend: attention over the current keys and values and the layer's cache.
+          cache: None, or one entry a layer: a list (unrolled) or a tree with a leading layer axis (scanned).
+          remat: recompute each layer's activations in the backward pass.
+
+        Returns:
+          hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
+        """
+        x = constrain(self.embed_tokens(tokens), "batch", "length", None)
+        rotary = rotary_angles(positions, self.head_dim, self.rope_theta)
+        definition, state = nnx.split(self.layers if self.scan else self.layers[0])
+
+        def layer(x, state, cache):
+            return nnx.merge(definition, state)(x, rotary, attend, cache)
+
+        if remat:
+            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+        if self.scan:
+            x, cache = jax.lax.scan(lambda x, inputs: layer(x, *inputs), x, (state, cache))
+        else:
+            entries = []
+            for i, module in enumerate(self.layers):
+                x, entry = layer(x, nnx.state(module), None if cache is None else cache[i])
+                entries.append(entry)
+            cache = entries
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Logits `[..., vocab]` in the activations' dtype, summed in float32."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 `[batch, length, 1, head_dim / 2]`, of position / theta^(2i / head_dim)."""
+    # Rounded on the host, in the order of Hugging Face: at position 10,000 one differing last bit of a
+    # frequency turns its pair by a milliradian, and a compiled power differs in the last bit.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    power = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
+    frequency = np.float32(1) / power
+    angles = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the pairs (i, i + head_dim / 2) of x `[batch, length, heads, head_dim]`, in float32."""
+    cos, sin = rotary
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
+    """Whether the condition (or the output-head switch) gives this weight an adapter."""
+    if weight.lora_group == "output_head":
+        return lora.output_head
+    return weight.lora_group in GROUPS[lora.condition]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything static about a model: shapes, adapter placement, dtype and layer form. Hashable."""
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+    dtype: str = "bfloat16"
+    scan: bool = True
+
+    @cached_property
+    def _split(self):
+        module = nnx.eval_shape(lambda: Qwen3(self.config, self.lora, jnp.dtype(self.dtype), self.scan))
+        definition, lora, frozen = nnx.split(module, nnx.LoRAParam, ...)
+        return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(frozen)
+
+    @property
+    def abstract_frozen(self) -> Tree:
+        """Shapes and dtypes of the frozen base, as `jax.ShapeDtypeStruct`."""
+        return self._split[2]
+
+    @property
+    def table(self) -> list[Weight]:
+        return parameter_table(self.config)
+
+    @property
+    def adapted(self) -> list[Weight]:
+        """The weights that carry an adapter."""
+        return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
+
+    def bind(self, lora: Tree, frozen: Tree) -> Qwen3:
+        """The callable module over these arrays. The adapter's layer axis is stacked in either form."""
+        if not self.scan and "layers" in lora:
+            depth = self.config.num_hidden_layers
+            layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}
+            lora = {**lora, "layers": layers}
+        return nnx.merge(self._split[0], lora, frozen)
