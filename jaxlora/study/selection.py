@@ -1,0 +1,36 @@
+"""The two choices that the study makes by rule: a learning rate per condition, a checkpoint per run.
+
+    select_learning_rate({1e-4: 0.3786, 3e-4: 0.3633, 1e-3: None})       # 3e-4; None marks a failed run
+    select_checkpoint({1000: 0.3469, 2000: 0.3411, 3169: 0.3362})        # 3169
+
+Both take validation mean negative log likelihoods (NLL) in full precision and look at nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from jaxlora.errors import UserError
+
+
+def select_learning_rate(nll_by_rate: Mapping[float, float | None]) -> float:
+    """The rate with the lowest validation NLL; exact ties choose the smaller rate.
+
+    A failed run (None) and a NLL that is not finite are ineligible. Raises `UserError` if none is left.
+    """
+    eligible = [(nll, rate) for rate, nll in nll_by_rate.items() if nll is not None and math.isfinite(nll)]
+    if not eligible:
+        raise UserError("no learning rate can be selected: no run finished with a finite validation NLL")
+    return min(eligible)[1]
+
+
+def select_checkpoint(nll_by_step: Mapping[int, float]) -> int:
+    """The step with the lowest validation NLL; exact ties choose the later one.
+
+    A NLL that is not finite is never chosen. Raises `UserError` if none is left.
+    """
+    eligible = [(nll, -step) for step, nll in nll_by_step.items() if math.isfinite(nll)]
+    if not eligible:
+        raise UserError("no checkpoint can be selected: no validation has a finite NLL")
+    return -min(eligible)[1]
