@@ -1,0 +1,332 @@
+#!/usr/bin/env bash
+# Runs a command on a Cloud TPU slice: creates the slice, copies this checkout to it, runs the command on
+# every host, copies logs and results to a bucket, resumes after a preemption, tears the slice down.
+# launch/tpu_slice.sh knows the slice; launch/tpu_host.sh is the half of it that runs on the hosts.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source-path=SCRIPTDIR
+source "$root/launch/tpu_slice.sh"
+
+usage() {
+  cat <<'END'
+usage: launch/tpu.sh STEP --name NAME --zone ZONE --type TYPE [options] [-- COMMAND ...]
+
+Runs COMMAND on every host of a Cloud TPU slice. For example, the whole study on a spot v5e-8:
+
+  launch/tpu.sh all --name study --zone us-west4-a --type v5e-8 --queued --spot \
+      --bucket gs://my-bucket -- python launch/study.py --config configs/main.py
+
+Add --dry-run to see every cloud command first; then none is run.
+
+steps
+  all      up, run, and down when COMMAND succeeded
+  up       create the slice, or wait for it; copy this checkout; install the package
+  run      up where needed, start COMMAND, show its output, resume it after a preemption. Given again
+           while COMMAND runs, it follows it. COMMAND goes on when this script is interrupted.
+  status   what the slice and the command on it are doing
+  logs     follow the output of the last COMMAND
+  stop     ask COMMAND to save and end; the slice stays
+  down     stop COMMAND, copy its results, delete the slice
+
+options
+  --name NAME          name of the slice, and of its folder in the bucket
+  --zone ZONE          zone, such as us-central2-b (v4) or us-west4-a (v5e)
+  --project PROJECT    project; default: that of your gcloud configuration
+  --type TYPE          v4-8, v4-16, ... v5e-4, v5e-8, v5e-16, ... v5p-8, ... v6e-4, v6e-8, ... (v4 and
+                       v5p count two a chip, v5e and v6e one; v5litepod-8 is the same as v5e-8)
+  --spot               cheaper; may be taken away at any time. The run resumes by itself.
+  --queued             wait in the queue for a slice instead of asking again and again
+  --bucket gs://...    where logs and results are copied, under NAME/, every minute; a new slice starts
+                       from there. Needed by `all` and by --spot.
+  --results FOLDER     folder that COMMAND writes to, relative to the checkout; default: results
+  --again              `run` and `all`: run COMMAND again although it has succeeded on this slice
+  --keep               `all` does not delete the slice at the end
+  --max-failures N     how often a COMMAND that failed is started again; default 2
+  --max-resumes N      how often it resumes after a preemption or a lost connection; default 100
+  --max-wait SECONDS   the longest wait for a slice; default 259200 (three days)
+  --poll-min SECONDS   wait before looking again, doubled each time up to --poll-max; defaults 10 and 300
+  --create-flag=FLAG   passed on to the create command, such as --create-flag=--subnetwork=tpu; repeatable
+  --connect-flag=FLAG  passed on to ssh and scp, such as --connect-flag=--internal-ip; repeatable
+  --dry-run            print the cloud commands and run none
+
+COMMAND must be resumable: given again, it continues. Its exit code decides what follows: 0 is done, 2 is
+a mistake in the command or its configuration (nothing is retried), 75 means that it was interrupted and
+has saved (it resumes), anything else is a failure (retried --max-failures times).
+
+HF_TOKEN, when set, reaches the hosts through standard input as a file that only you can read. It is in no
+command line and no log. Uncommitted changes of tracked files are copied too; untracked files are not.
+
+Exit code: that of COMMAND; 2 for a mistake that you can correct; 1 when the cloud failed; 130 when
+interrupted, and then the slice and COMMAND go on.
+END
+}
+
+say() { printf 'tpu: %s\n' "$*" >&2; }
+stop_with() { # CODE MESSAGE
+  printf 'error: %s\n' "$2" >&2
+  exit "$1"
+}
+
+# ---- options -------------------------------------------------------------------------------------------
+
+parse() {
+  name='' zone='' project='' type='' bucket='' results=results spot='' queued='' again='' keep='' dry_run=''
+  max_failures=2 max_resumes=100 max_wait=259200 poll_min=10 poll_max=300
+  create_flags=() connect_flags=() command=()
+  step=${1:-}
+  case $step in
+    all | up | run | status | logs | stop | down) shift ;;
+    -h | --help | help) usage; exit 0 ;;
+    *) stop_with 2 "say what to do: all, up, run, status, logs, stop or down (see launch/tpu.sh --help)" ;;
+  esac
+  while (($#)); do
+    local option=$1 value=''
+    shift
+    case $option in
+      --) command=("$@"); break ;;
+      -h | --help) usage; exit 0 ;;
+      --spot | --queued | --again | --keep | --dry-run) ;;
+      --*=*) value=${option#*=} option=${option%%=*} ;;
+      --*) (($#)) || stop_with 2 "$option needs a value"; value=$1; shift ;;
+      *) stop_with 2 "unexpected '$option'; the command for the slice goes after --" ;;
+    esac
+    case $option in
+      --name) name=$value ;;
+      --zone) zone=$value ;;
+      --project) project=$value ;;
+      --type) type=$value ;;
+      --bucket) bucket=${value%/} ;;
+      --results) results=${value%/} ;;
+      --spot) spot=1 ;;
+      --queued) queued=1 ;;
+      --again) again=1 ;;
+      --keep) keep=1 ;;
+      --dry-run) dry_run=1 ;;
+      --max-failures | --max-resumes | --max-wait | --poll-min | --poll-max)
+        [[ $value =~ ^[0-9]+$ ]] || stop_with 2 "$option needs a whole number, not '$value'"
+        option=${option#--}
+        printf -v "${option//-/_}" '%s' "$value" ;;
+      --create-flag) create_flags+=("$value") ;;
+      --connect-flag) connect_flags+=("$value") ;;
+      *) stop_with 2 "unknown option $option (see launch/tpu.sh --help)" ;;
+    esac
+  done
+  check
+}
+
+check() {
+  [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] \
+    || stop_with 2 "--name needs small letters, digits and dashes, starting with a letter"
+  [[ -n $zone ]] || stop_with 2 "--zone is missing, such as --zone us-west4-a"
+  [[ -z $bucket || $bucket == gs://?* ]] || stop_with 2 "--bucket must look like gs://my-bucket, not '$bucket'"
+  [[ $results != /* && $results != *..* && -n $results ]] \
+    || stop_with 2 "--results must be a folder inside the checkout, not '$results'"
+  case $step in
+    all | run) ((${#command[@]})) || stop_with 2 "no command given; put it after --" ;;
+    *) ((${#command[@]} == 0)) || stop_with 2 "$step takes no command" ;;
+  esac
+  case $step in
+    all | up | run) resolve_type ;;
+  esac
+  case $step in
+    all | run)
+      [[ -n $bucket || ($step == run && -z $spot) ]] \
+        || stop_with 2 "--bucket is missing: without it the results are lost with the slice" ;;
+  esac
+  where=(--zone="$zone")
+  if [[ -n $project ]]; then where+=(--project="$project"); fi
+  where+=(--quiet)
+  if [[ -n $bucket ]]; then bucket+=/$name; fi
+}
+
+# ---- the checkout ------------------------------------------------------------------------------------
+
+# This checkout, with the uncommitted changes of tracked files, as one archive for the whole session.
+pack() {
+  local tree untracked
+  git -C "$root" rev-parse --quiet --verify HEAD >/dev/null 2>&1 \
+    || stop_with 2 "$root is not a git checkout; clone the repository to run it on a slice"
+  revision=$(git -C "$root" rev-parse HEAD) dirty=0 tree=''
+  git -C "$root" diff --quiet HEAD || dirty=1
+  cp "$root/launch/tpu_host.sh" "$scratch/tpu_host.sh"
+  if [[ -n $dry_run ]]; then return; fi
+  tree=$(git -C "$root" stash create) # a commit of the changes that no branch sees
+  untracked=$(git -C "$root" ls-files --others --exclude-standard | wc -l)
+  if ((untracked)); then say "$((untracked)) untracked files are not copied; \`git add\` those that are needed"; fi
+  git -C "$root" archive --format=tar.gz --output="$scratch/jaxlora.tar.gz" "${tree:-HEAD}"
+}
+
+send_token() { # WORKER
+  on_hosts "$1" bash tpu_host.sh token < <(printf '%s\n' "$token")
+}
+
+set_up() {
+  local worker
+  say "copying this checkout to $hosts host(s) and installing it"
+  retry cloud compute tpus tpu-vm scp "$scratch/jaxlora.tar.gz" "$scratch/tpu_host.sh" "$name:" --worker=all \
+    "${where[@]}" ${connect_flags[@]+"${connect_flags[@]}"} </dev/null \
+    || stop_with 1 "the checkout could not be copied to $name; $how_to_end"
+  retry on_hosts all bash tpu_host.sh setup "$hosts" "$results" "$revision" "$dirty" </dev/null \
+    || stop_with 1 "the package could not be installed on $name; $how_to_end"
+  if [[ -n $token ]]; then
+    # One host at a time: several connections would share one standard input.
+    for ((worker = 0; worker < hosts; worker++)); do
+      retry send_token "$worker" || stop_with 1 "the token could not be sent to $name; $how_to_end"
+    done
+  fi
+  fresh=''
+}
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+new_attempt() {
+  attempts=$((attempts + 1))
+  attempt=$(date -u +%Y%m%dT%H%M%SZ)-$(printf %03d "$attempts")
+  if [[ -n $dry_run ]]; then attempt=ATTEMPT; fi
+}
+
+# A slice that was there before may run the command, or have finished it while nobody looked.
+find_attempt() {
+  local answer
+  answer=$(on_hosts 0 bash tpu_host.sh current "${command[@]}" </dev/null 2>/dev/null) || answer=''
+  case $answer in
+    busy\ *) stop_with 2 "$name runs another command: ${answer#busy }(launch/tpu.sh stop ends it)" ;;
+    running\ *)
+      attempt=${answer#running }
+      say "$name runs this command already; following it" ;;
+    succeeded\ *)
+      if [[ -n $again ]]; then return; fi
+      attempt=${answer#succeeded }
+      say "this command has succeeded on $name already; --again runs it again" ;;
+  esac
+}
+
+# Starts or follows the attempt. Sets code and outcome: done, mistake, unsaved, interrupted, lost, failed.
+follow() {
+  local codes
+  code=0 outcome='done'
+  on_hosts all bash tpu_host.sh run "$attempt" "$hosts" "$results" "$bucket" "${command[@]}" </dev/null \
+    | tee "$scratch/output" || code=${PIPESTATUS[0]}
+  if [[ -n $dry_run ]]; then return; fi
+  # Each host reports its own code in a line of its own; gcloud passes on only one of them.
+  codes=" $(sed -n "s/^jaxlora-host: attempt=$attempt worker=[0-9]* exit=//p" "$scratch/output" | tr '\n' ' ')"
+  case $codes in
+    *' 2 '* | *' 126 '* | *' 127 '*) outcome=mistake ;;
+    *' 75 '*) outcome=interrupted ;;
+    *' 74 '*) outcome=unsaved ;;
+    *)
+      if (($(wc -w <<<"$codes") < hosts)); then
+        outcome=lost
+      elif [[ $codes == *[1-9]* ]]; then
+        outcome=failed
+        if [[ $(slice_state) != READY ]]; then outcome=interrupted; fi
+      fi ;;
+  esac
+}
+
+run_command() {
+  local failures=0 resumes=0
+  attempt='' attempts=0
+  ensure_slice
+  if [[ -z $fresh ]]; then find_attempt; fi
+  if [[ -z $attempt ]]; then new_attempt; fresh=1; fi
+  while :; do
+    if [[ -n $fresh ]]; then set_up; fi
+    say "attempt $attempt${bucket:+; logs in $bucket/logs, TensorBoard: tensorboard --logdir $bucket/results}"
+    follow
+    case $outcome in
+      done) say "done"; return ;;
+      mistake) stop_with 2 "the command cannot work as given (its message is above); $how_to_end" ;;
+      unsaved) stop_with 1 "done, but the results could not be copied to $bucket; $how_to_end" ;;
+      interrupted | lost)
+        ((resumes++ < max_resumes)) || stop_with 1 "interrupted more than $max_resumes times; $how_to_end"
+        say "$outcome (exit code $code); resuming" ;;
+      failed)
+        ((failures++ < max_failures)) || stop_with "$code" "failed with exit code $code $failures times; $how_to_end"
+        say "failed with exit code $code; starting again ($failures of $max_failures)" ;;
+    esac
+    if [[ $outcome != lost ]]; then new_attempt; fi
+    delay=$poll_min
+    pause
+    ensure_slice
+  done
+}
+
+# ---- the steps -----------------------------------------------------------------------------------------
+
+tear_down() {
+  local code=0
+  if [[ $(state_of tpu-vm state) == READY ]]; then
+    on_hosts all bash tpu_host.sh stop </dev/null || say "nothing on $name could be stopped first"
+  fi
+  delete_slice || code=$?
+  case $code in
+    0) say "$name is deleted" ;;
+    44) say "there is no $name in $zone; nothing to delete" ;;
+    *) stop_with 1 "$name could not be deleted and may cost money; run launch/tpu.sh down again" ;;
+  esac
+}
+
+print_status() {
+  local state
+  state=$(state_of queued-resources state.state)
+  if [[ $state != MISSING ]]; then echo "queue: $state"; fi
+  state=$(state_of tpu-vm state)
+  echo "slice: $state"
+  if [[ $state == READY ]]; then on_hosts all bash tpu_host.sh status </dev/null; fi
+}
+
+print_logs() {
+  if [[ $(state_of tpu-vm state) == READY ]]; then
+    on_hosts 0 bash tpu_host.sh logs </dev/null
+  elif [[ -n $bucket ]]; then
+    cloud storage cat "$bucket/logs/*-worker-0.log"
+  else
+    stop_with 2 "there is no slice $name now; give --bucket to read the logs that were copied there"
+  fi
+}
+
+interrupted() {
+  trap - INT TERM HUP
+  say "interrupted. The slice $name, if it was created, and the command on it go on and cost money."
+  say "to follow the command again, give the same command line as before"
+  say "$how_to_end"
+  exit 130
+}
+
+main() {
+  parse "$@"
+  token=${HF_TOKEN:-}
+  unset HF_TOKEN # nothing started from here needs it
+  exec 3>&2
+  if [[ -n $dry_run ]]; then exec 3>&1; fi
+  how_to_end="to end the cost: launch/tpu.sh down --name $name --zone $zone${project:+ --project $project}"
+  [[ -n $dry_run ]] || command -v gcloud >/dev/null \
+    || stop_with 2 "gcloud is not installed: see https://cloud.google.com/sdk/docs/install"
+  scratch=$(mktemp -d)
+  trap 'rm -rf "$scratch"' EXIT
+  fresh='' dry_state=READY
+  case $step in
+    all | up | run)
+      trap interrupted INT TERM HUP
+      if [[ $step != run ]]; then dry_state=MISSING; fi
+      pack
+      if [[ -n $bucket ]]; then
+        cloud storage ls "${bucket%/*}" "${where[@]:1}" </dev/null >/dev/null \
+          || stop_with 2 "the bucket ${bucket%/*} cannot be read; its message is above"
+      fi ;;
+  esac
+  case $step in
+    up) ensure_slice; set_up ;;
+    run) run_command ;;
+    all)
+      run_command
+      if [[ -z $keep ]]; then tear_down; else say "$name is kept; $how_to_end"; fi ;;
+    status) print_status ;;
+    logs) print_logs ;;
+    stop) on_hosts all bash tpu_host.sh stop </dev/null ;;
+    down) tear_down ;;
+  esac
+}
+
+main "$@"

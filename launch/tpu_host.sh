@@ -1,0 +1,237 @@
+#!/usr/bin/env bash
+# What launch/tpu.sh runs on each host of a TPU slice. It is copied to the home directory there; nobody
+# calls it by hand.
+#
+#   bash tpu_host.sh setup HOSTS RESULTS REVISION DIRTY         unpack the code, make the environment
+#   bash tpu_host.sh token                                      keep the Hugging Face token from stdin
+#   bash tpu_host.sh run ATTEMPT HOSTS RESULTS BUCKET COMMAND   start COMMAND, or follow it if it runs
+#   bash tpu_host.sh current COMMAND                            the attempt at it that runs or succeeded
+#   bash tpu_host.sh status | logs | stop
+#
+# COMMAND runs detached from the connection, under a supervisor: a broken connection or a closed laptop
+# does not stop it, and connecting again with the same ATTEMPT follows it instead of starting it twice.
+#
+# ~/jaxlora/src              the unpacked checkout, where COMMAND runs
+# ~/jaxlora/venv             its Python environment
+# ~/jaxlora/attempts/ID/     log, command, pid, exit (the exit code, once it is over) and lock, which the
+#                            supervisor holds while it lives (the kernel releases it whatever happens)
+set -euo pipefail
+
+HOME_DIR=$HOME/jaxlora
+HOST=$(hostname)
+WORKER=${HOST##*-w-} # hosts are called t1v-n-1234abcd-w-0, -w-1, and so on
+[[ $WORKER =~ ^[0-9]+$ ]] || WORKER=0
+PUSH_SECONDS=${JAXLORA_PUSH_SECONDS:-60}
+STOP_SECONDS=${JAXLORA_STOP_SECONDS:-60}
+
+setup() { # HOSTS RESULTS REVISION DIRTY
+  mkdir -p "$HOME_DIR/src" "$HOME_DIR/attempts"
+  cd "$HOME_DIR/src"
+  # Files of an earlier copy go, results and data stay.
+  if [[ -f ../files ]]; then grep -v '/$' ../files | tr '\n' '\0' | xargs -0 rm -f --; fi
+  tar -tzf ~/jaxlora.tar.gz >../files
+  tar -xzf ~/jaxlora.tar.gz
+  printf 'JAXLORA_GIT_SHA=%s JAXLORA_GIT_DIRTY=%s\n' "$3" "$4" >../revision # the archive has no .git
+  # The images ship an older Python than the package needs; uv brings one.
+  export PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+  uv venv --quiet --allow-existing --python 3.12 ../venv
+  uv pip install --quiet --python ../venv/bin/python --editable '.[tpu]'
+  if (($1 > 1)); then share_results "$2"; fi
+  echo "worker $WORKER: ready"
+}
+
+# Several hosts write parts of one checkpoint, so they need one folder: worker 0 lends its own over NFS.
+share_results() { # RESULTS
+  local folder=$HOME_DIR/src/$1
+  mkdir -p "$folder"
+  if ((WORKER == 0)); then
+    sudo apt-get install -qq -y nfs-kernel-server >/dev/null
+    printf '%s 10.0.0.0/8(rw,sync,no_subtree_check,insecure,all_squash,anonuid=%s,anongid=%s)\n' \
+      "$folder" "$(id -u)" "$(id -g)" | sudo tee /etc/exports.d/jaxlora.exports >/dev/null
+    sudo exportfs -ra
+    return
+  fi
+  sudo apt-get install -qq -y nfs-common >/dev/null
+  mountpoint -q "$folder" && return
+  for _ in {1..60}; do
+    sudo mount -t nfs -o actimeo=1 "${HOST%-w-*}-w-0:$folder" "$folder" && return
+    sleep 5
+  done
+  echo "worker $WORKER: cannot mount the results folder of worker 0" >&2
+  return 1
+}
+
+token() {
+  local text
+  IFS= read -r text || true
+  if [[ -z $text ]]; then echo "no token on standard input" >&2; return 1; fi
+  mkdir -p "$HOME_DIR"
+  rm -f "$HOME_DIR/token"
+  (umask 077 && printf '%s' "$text" >"$HOME_DIR/token")
+}
+
+running() { [[ -e $1/lock ]] && ! flock --nonblock --shared "$1/lock" true; } # FOLDER
+
+exit_code() { cat "$1/exit" 2>/dev/null || echo 137; } # FOLDER; without a code it was killed
+
+run() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
+  local attempt=$1 folder=$HOME_DIR/attempts/$1 new tail_pid history=20
+  shift
+  if [[ ! -e $folder ]]; then
+    # The lock is taken before the folder gets its name: who sees the folder sees a held lock.
+    new=$(mktemp -d "$HOME_DIR/attempts/.new-XXXXXX")
+    exec 9>"$new/lock"
+    flock 9
+    printf '%q ' "${@:4}" >"$new/command"
+    : >"$new/log"
+    if mv -T "$new" "$folder" 2>/dev/null; then
+      setsid bash "$0" supervise "$attempt" "$@" </dev/null >>"$folder/log" 2>&1 &
+      history=+1
+    else # another connection was faster
+      rm -rf "$new"
+    fi
+    exec 9>&-
+  fi
+  if ((WORKER == 0)); then tail -n "$history" -F "$folder/log" 2>/dev/null & tail_pid=$!; fi
+  flock --shared "$folder/lock" true # returns when the supervisor ends
+  if ((WORKER == 0)); then
+    sleep 1 # let tail show the last lines
+    kill "$tail_pid"
+  elif (($(exit_code "$folder") != 0)); then
+    tail -n 20 "$folder/log" | sed "s/^/worker $WORKER: /"
+  fi
+  echo "jaxlora-host: attempt=$attempt worker=$WORKER exit=$(exit_code "$folder")"
+  return "$(exit_code "$folder")"
+}
+
+supervise() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
+  local attempt=$1 results=$3 bucket=$4 folder=$HOME_DIR/attempts/$1 code=0 pusher
+  shift 4
+  echo $$ >"$folder/pid"
+  # At a shutdown the system sends SIGTERM to every process; the command saves and ends by itself, and
+  # this one stays to note its exit code and to copy what it saved.
+  trap : TERM
+  cd "$HOME_DIR/src"
+  stop "$attempt"
+  restore "$results" "$bucket" || { finish "$folder" 69; return; }
+  export PATH=$HOME_DIR/venv/bin:$PATH VIRTUAL_ENV=$HOME_DIR/venv PYTHONUNBUFFERED=1
+  # shellcheck disable=SC2046
+  export $(cat "$HOME_DIR/revision")
+  if [[ -f $HOME_DIR/token ]]; then export HF_TOKEN_PATH=$HOME_DIR/token; fi
+  # The children do not inherit the lock, or a daemon left behind would keep the attempt "running".
+  push_regularly "$folder" "$results" "$bucket" 9>&- &
+  pusher=$!
+  "$@" 9>&- || code=$?
+  kill "$pusher"
+  wait "$pusher" || true
+  if ! push "$folder" "$results" "$bucket" && ! { sleep 10; push "$folder" "$results" "$bucket"; }; then
+    echo "the results could not be copied to $bucket"
+    if ((code == 0)); then code=74; fi
+  fi
+  finish "$folder" "$code"
+}
+
+finish() { # FOLDER CODE
+  echo "$2" >"$1/exit.new"
+  mv "$1/exit.new" "$1/exit"
+}
+
+# A new machine starts from what the one before copied to the bucket.
+restore() { # RESULTS BUCKET
+  local listing
+  if [[ -z $2 || -e $HOME_DIR/restored ]] || ((WORKER != 0)); then return 0; fi
+  mkdir -p "$1"
+  if listing=$(gcloud storage ls "$2/results/" 2>&1); then
+    gcloud storage rsync --recursive --quiet "$2/results" "$1" || return
+  elif [[ $listing != *"matched no objects"* ]]; then
+    echo "$listing"
+    return 1
+  fi
+  touch "$HOME_DIR/restored"
+}
+
+# Everything but the checkpoints goes first: metrics.jsonl in the bucket is never older than a checkpoint
+# beside it, however suddenly the machine goes. Nothing is ever deleted from the bucket.
+push() { # FOLDER RESULTS BUCKET
+  local sync=(gcloud storage rsync --recursive --quiet --no-user-output-enabled) lock='.*\.lock$' code=0
+  [[ -n $3 ]] || return 0
+  gcloud storage cp --quiet --no-user-output-enabled "$1/log" \
+    "$3/logs/$(basename "$1")-worker-$WORKER.log" || code=1
+  if ((WORKER == 0)) && [[ -d $2 ]]; then
+    "${sync[@]}" --exclude="$lock,(.*/)?checkpoints/.*" "$2" "$3/results" || return
+    "${sync[@]}" --exclude="$lock" "$2" "$3/results" || return
+  fi
+  return "$code"
+}
+
+push_regularly() { # FOLDER RESULTS BUCKET
+  trap 'exit 0' TERM # bash lets a copy in progress finish first
+  while :; do
+    sleep "$PUSH_SECONDS" &
+    wait $!
+    push "$@" || echo "the results could not be copied to $3; trying again in ${PUSH_SECONDS}s"
+  done
+}
+
+# SIGTERM lets the command save; SIGKILL follows if it does not end in time.
+stop() { # [ATTEMPT TO SPARE]
+  local folder group i
+  for folder in "$HOME_DIR"/attempts/*/; do
+    folder=${folder%/}
+    if [[ $(basename "$folder") == "${1:-}" ]] || ! running "$folder"; then continue; fi
+    group=$(cat "$folder/pid")
+    kill -TERM -- "-$group" || true
+    for ((i = 0; i < STOP_SECONDS; i++)); do running "$folder" || continue 2; sleep 1; done
+    kill -KILL -- "-$group" || true
+  done
+}
+
+latest() { find "$HOME_DIR/attempts" -mindepth 1 -maxdepth 1 -name '[!.]*' 2>/dev/null | sort | tail -n 1; }
+
+current() { # COMMAND...
+  local folder same=''
+  folder=$(latest)
+  if [[ -z $folder ]]; then return; fi
+  if [[ $(printf '%q ' "$@") == "$(cat "$folder/command")" ]]; then same=1; fi
+  if running "$folder"; then
+    if [[ -n $same ]]; then echo "running $(basename "$folder")"; else echo "busy $(cat "$folder/command")"; fi
+  elif [[ -n $same && $(exit_code "$folder") == 0 ]]; then
+    echo "succeeded $(basename "$folder")"
+  fi
+}
+
+status() {
+  local folder state
+  folder=$(latest)
+  [[ -n $folder ]] || { echo "worker $WORKER: nothing was started"; return; }
+  if running "$folder"; then state=running; else state="ended with exit code $(exit_code "$folder")"; fi
+  echo "worker $WORKER: $state: $(cat "$folder/command")"
+  tail -n 1 "$folder/log"
+}
+
+logs() {
+  local folder
+  folder=$(latest)
+  [[ -n $folder ]] || { echo "worker $WORKER: nothing was started" >&2; return 1; }
+  exec tail -n 200 -F "$folder/log"
+}
+
+main() {
+  local verb=${1:-}
+  shift || true
+  case $verb in
+    setup) setup "$@" ;;
+    token) token ;;
+    run) run "$@" ;;
+    supervise) supervise "$@" ;;
+    current) current "$@" ;;
+    status) status ;;
+    logs) logs ;;
+    stop) stop ;;
+    *) echo "error: unknown step '$verb'" >&2; return 2 ;;
+  esac
+}
+
+# One line, so that bash has read it all before a newer copy may replace this file.
+main "$@"; exit
