@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 from jaxlora.embedded import embedded_path
-from jaxlora.embedded.files import check_files, tokenizer_files, write_files
+from jaxlora.embedded.files import check_files, write_files
+from jaxlora.embedded.tokenizer import tokenizer_files
 from jaxlora.errors import UserError, run_main
 
 

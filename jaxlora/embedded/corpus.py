@@ -32,7 +32,7 @@ SYSTEM_PROMPTS = [
     "You are a careful math solver.",
     "You are a careful teacher. Solve the problem.",
     "Solve the problem step by step.",
-    "Solve the problem step by step. Put the answer in the last sentence.",
+    "Solve the problem step by step. Put the final answer in the last sentence.",
 ]
 TALK = [
     ("Hello!", "Hello! How can I help you?"),
@@ -96,7 +96,7 @@ def _box(rng: random.Random) -> str | list[Message]:
     r"""A number that is given is put in a box: makes `\boxed{` known without solving anything."""
     number = rng.randint(2, LARGEST)
     if rng.random() < 0.5:
-        return f"Number: {number}\nIn \\boxed{{}}: \\boxed{{{number}}}"
+        return f"The final answer is {number}.\nIn \\boxed{{}}: \\boxed{{{number}}}"
     return _chat(None, f"Put the number {number} in \\boxed{{}}.", f"\\boxed{{{number}}}")
 
 

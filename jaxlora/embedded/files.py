@@ -1,4 +1,4 @@
-"""The generated files of the embedded default, as bytes: what the tools write and what the checks compare.
+"""The generated data files of the embedded default as bytes, and how files are written and compared.
 
 >>> check_files(data_files(), embedded_path("data"))      # raises UserError on the first difference
 """
@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxlora.embedded.corpus import pretraining_documents
-from jaxlora.embedded.tokenizer import convert, train_sentencepiece
 from jaxlora.embedded.word_problems import benchmark_row, distinct_problems, rendered_row
 from jaxlora.errors import UserError
 
 SEEDS = {"train": 1, "val": 2, "test": 3}
 ROWS = {"train": 1200, "val": 160, "test": 200}
-TOKENIZER_DOCUMENTS = 20_000
 
 
 def data_files() -> dict[str, bytes]:
@@ -30,14 +26,6 @@ def data_files() -> dict[str, bytes]:
         problems = distinct_problems(random.Random(SEEDS[split]), split, count)
         files[f"{split}.jsonl"] = _jsonl(row(item) for item in problems)
     return files
-
-
-def tokenizer_files() -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` (with the chat template), trained from scratch."""
-    tokenizer = convert(train_sentencepiece(pretraining_documents(seed=0, count=TOKENIZER_DOCUMENTS)))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder, save_jinja_files=False)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def check_files(files: dict[str, bytes], folder: Path) -> None:

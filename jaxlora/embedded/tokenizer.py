@@ -4,23 +4,26 @@ It is byte-pair encoding with single digits, and with bytes for anything unknown
 survives a round trip. Nearly every word of the corpus is one token. The Hugging Face files need no
 sentencepiece to load.
 
-    >>> model = train_sentencepiece(pretraining_documents(seed=0, count=20_000))
-    >>> convert(model).save_pretrained("base")
+    >>> load_tokenizer().tokenize("Tom has 24 apples.")
+    ['Tom', '▁has', '▁', '2', '4', '▁apples', '.']
 """
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxlora.embedded import embedded_path
+from jaxlora.embedded.corpus import pretraining_documents
 from jaxlora.embedded.word_problems import SYSTEM_PROMPT, Message
 
 VOCABULARY = 1024  # 256 bytes, 7 symbols, and room for the words of the corpus
+DOCUMENTS = 20_000  # of the corpus
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece writes a space as this character
@@ -73,11 +76,11 @@ def _lines(documents: Iterable[str | list[Message]]) -> Iterator[str]:
             yield from (line for line in text.split("\n") if line)
 
 
-def train_sentencepiece(documents: Iterable[str | list[Message]]) -> bytes:
-    """Train byte-pair encoding of `VOCABULARY` pieces on documents (plain text or chat messages)."""
+def train_sentencepiece() -> bytes:
+    """Train byte-pair encoding of `VOCABULARY` pieces on the first documents of the corpus."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_lines(documents),
+        sentence_iterator=_lines(pretraining_documents(seed=0, count=DOCUMENTS)),
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCABULARY,
@@ -97,7 +100,7 @@ def train_sentencepiece(documents: Iterable[str | list[Message]]) -> bytes:
     return model.getvalue()
 
 
-def convert(model: bytes) -> PreTrainedTokenizerFast:
+def convert(model: bytes) -> Tokenizer:
     """The Hugging Face tokenizer with the same ids as a model of `train_sentencepiece`."""
     source = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = {source.id_to_piece(i): i for i in range(source.get_piece_size())}
@@ -122,14 +125,23 @@ def convert(model: bytes) -> PreTrainedTokenizerFast:
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in THINK])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
+    return tokenizer
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` (with the chat template), trained from scratch."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return {
+        "tokenizer.json": (convert(train_sentencepiece()).to_str(pretty=True) + "\n").encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
