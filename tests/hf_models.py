@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for one another
+
 
 def make_checkpoint(folder: Path, *, seed: int = 0, shards: int = 1, dtype=torch.float32, **shape) -> Qwen3ForCausalLM:
     """Write a random Qwen3 checkpoint and return the PyTorch model (eval mode, eager attention)."""

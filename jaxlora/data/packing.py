@@ -1,0 +1,103 @@
+"""Rows into fixed-size buffers: end to end (packed) or one a line (padded).
+
+A step's rows differ in length; compiled programs want few shapes. `choose_sizes` picks the few buffer
+lengths that waste least over the whole run, and `pack` lays rows end to end with segment ids and positions
+of their own, so that padding, packing and splitting over buffers are only layouts.
+
+    sizes = choose_sizes([2461, 2433, 3295], n_sizes=2, multiple=512)        # (2560, 3584)
+    buffers = pack(rows, sizes, max_tokens=16384)                            # arrays [buffers, 1, length]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxlora.data.render import RenderedRow, shifted
+
+Batch = dict[str, np.ndarray]
+
+
+def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[int, ...]:
+    """At most `n_sizes` buffer lengths, multiples of `multiple`, that pad these totals least.
+
+    Each total goes into the smallest length that holds it. Exact dynamic programme over the distinct
+    rounded-up totals.
+    """
+    rounded = [-(-total // multiple) * multiple for total in totals]
+    levels, counts = np.unique(rounded, return_counts=True)
+    n = len(levels)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    # cost[k, j]: tokens of the first j levels in k lengths; the last length is levels[j - 1]
+    cost = np.full((min(n_sizes, n) + 1, n + 1), np.inf)
+    cost[0, 0] = 0
+    cut = np.zeros(cost.shape, int)
+    for k in range(1, len(cost)):
+        for j in range(1, n + 1):
+            options = cost[k - 1, :j] + levels[j - 1] * (before[j] - before[:j])
+            cut[k, j] = int(np.argmin(options))
+            cost[k, j] = options[cut[k, j]]
+    sizes, j = [], n
+    for k in range(int(np.argmin(cost[:, n])), 0, -1):
+        sizes.append(int(levels[j - 1]))
+        j = cut[k, j]
+    return tuple(reversed(sizes))
+
+
+def split_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Row indices in order, cut into buffers of at most `max_tokens` (a longer row gets its own)."""
+    buffers: list[list[int]] = [[]]
+    used = 0
+    for i, length in enumerate(lengths):
+        if buffers[-1] and used + length > max_tokens:
+            buffers.append([])
+            used = 0
+        buffers[-1].append(i)
+        used += length
+    return buffers
+
+
+def largest_buffer(lengths: Sequence[int], max_tokens: int) -> int:
+    """Tokens of the fullest buffer of these rows: what the step's buffers must hold."""
+    return max(sum(lengths[i] for i in part) for part in split_rows(lengths, max_tokens))
+
+
+def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int) -> Batch:
+    """Rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`,
+    each `[buffers, 1, length]` with the smallest of the lengths that holds the fullest buffer.
+    """
+    lengths = [row.n_tokens for row in rows]
+    parts = split_rows(lengths, max_tokens)
+    length = _smallest(sizes, largest_buffer(lengths, max_tokens))
+    batch = _empty(len(parts), 1, length)
+    for i, part in enumerate(parts):
+        start = 0
+        for segment, j in enumerate(part):
+            _place(batch, (i, 0), start, rows[j], segment + 1)
+            start += lengths[j]
+    return batch
+
+
+def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch:
+    """One row a line, `n_rows` lines: the same arrays, each `[1, n_rows, length]`."""
+    batch = _empty(1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
+    for i, row in enumerate(rows):
+        _place(batch, (0, i), 0, row, 1)
+    return batch
+
+
+def _empty(*shape: int) -> Batch:
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
+    return batch | {"weights": np.zeros(shape, np.float32)}
+
+
+def _place(batch: Batch, line: tuple[int, int], start: int, row: RenderedRow, segment: int) -> None:
+    place = (*line, slice(start, start + row.n_tokens))
+    batch["tokens"][place], batch["targets"][place], batch["weights"][place] = shifted(row)
+    batch["positions"][place] = np.arange(row.n_tokens)
+    batch["segment_ids"][place] = segment
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    return min(size for size in sizes if size >= needed)

@@ -1,0 +1,62 @@
+"""When things happen in a run: steps, learning rates, validations. Pure functions of the configuration.
+
+    plan = plan_run(config.optim, config.train, n_rows=25348)
+    plan.total_steps, plan.validation_steps       # 6338, (1000, 2000, 3169, 4000, 5000, 6000, 6338)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxlora.config import OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Steps of a run, counted from 1."""
+
+    n_rows: int
+    batch_rows: int
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    validation_steps: tuple[int, ...]
+
+    def rows_of_step(self, step: int) -> range:
+        """Row numbers of a step: file order, the same in every epoch; the last batch may be short."""
+        start = (step - 1) % self.steps_per_epoch * self.batch_rows
+        return range(start, min(start + self.batch_rows, self.n_rows))
+
+    def epoch_of_step(self, step: int) -> int:
+        """Epoch of a step, counted from 1."""
+        return (step - 1) // self.steps_per_epoch + 1
+
+
+def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int) -> RunPlan:
+    """The steps of a run over `n_rows` training rows.
+
+    Validation falls on each epoch's end and on each multiple of `validation_every`, except a multiple that
+    lies up to `validation_merge` steps before an epoch's end.
+    """
+    steps_per_epoch = math.ceil(n_rows / train.batch_rows)
+    total = steps_per_epoch * train.epochs
+    ends = [steps_per_epoch * epoch for epoch in range(1, train.epochs + 1)]
+    regular = range(train.validation_every, total + 1, train.validation_every)
+    kept = {step for step in regular if not any(0 < end - step <= train.validation_merge for end in ends)}
+    warmup = round(optim.warmup_fraction * total) if optim.schedule == "cosine" else 0
+    return RunPlan(n_rows, train.batch_rows, steps_per_epoch, total, warmup, tuple(sorted(kept | set(ends))))
+
+
+def learning_rate(step: int, optim: OptimConfig, plan: RunPlan) -> float:
+    """Learning rate of a step (the first is 1).
+
+    cosine: peak s/W up to W, then min + (peak - min) (1 + cos(pi (s - W) / (S - W))) / 2; constant: peak.
+    """
+    if optim.schedule == "constant":
+        return optim.peak_lr
+    if step <= plan.warmup_steps:
+        return optim.peak_lr * step / plan.warmup_steps
+    minimum = optim.min_lr_fraction * optim.peak_lr
+    progress = (step - plan.warmup_steps) / max(1, plan.total_steps - plan.warmup_steps)
+    return minimum + (optim.peak_lr - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
