@@ -1,0 +1,224 @@
+"""The one renderer: from messages to token ids and loss weights.
+
+    tokenizer = load_tokenizer("Qwen/Qwen3-8B")
+    row = render_conversation(tokenizer, messages, row_id="a1")     # training
+    prompt = render_prompt(tokenizer, "What is 2 + 3?")              # evaluation
+
+Training and evaluation both come through here, so they cannot disagree about the template. The text is what
+the tokenizer's own chat template writes with thinking off, and it is tokenised in one go.
+
+The prompt prefix is the same conversation up to the last assistant turn, with the generation prompt. Loss
+weights are 0 up to the prefix's length and 1 after it: the answer, `<|im_end|>` and the newline after it
+carry loss. In a conversation of several turns only the last assistant turn carries loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxlora.data.sources import EMBEDDED_PREFIX, EMBEDDED_ROOT, announce
+from jaxlora.errors import UserError
+
+Tokenizer = PreTrainedTokenizerBase
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+
+SYSTEM_PROMPT = (
+    "You are a careful math solver. Solve the problem step by step. Put the final answer in \\boxed{}."
+)
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """One conversation as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted."""
+
+    row_id: str
+    tokens: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        """The row's token count as the study counts it: its inputs, that is its length minus one."""
+        return len(self.tokens) - 1
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt prefix, which carry no loss."""
+        return int(len(self.weights) - np.count_nonzero(self.weights))
+
+
+def shifted(row: RenderedRow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, targets and target weights, each [length - 1]: position i predicts token i + 1."""
+    return row.tokens[:-1], row.tokens[1:], row.weights[1:]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a local directory, of `embedded:NAME`, or of a Hub model, with its chat template.
+
+    No code of the model's repository is run.
+
+    Raises:
+      UserError: there is none, it cannot be read, or it has no chat template.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    name = str(path)
+    folder = (
+        EMBEDDED_ROOT / name.removeprefix(EMBEDDED_PREFIX) if name.startswith(EMBEDDED_PREFIX) else Path(name)
+    )
+    is_local = folder.is_dir()
+    if not is_local:
+        if name.count("/") != 1 or name.startswith((EMBEDDED_PREFIX, ".", "/", "~")):
+            raise UserError(
+                f"tokenizer {name!r}: no such directory; give one, or a Hub name such as Qwen/Qwen3-8B"
+            )
+        if not isinstance(try_to_load_from_cache(name, "tokenizer.json"), str):
+            announce(f"fetching the tokenizer of {name} from the Hugging Face Hub (kept in its local cache)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder) if is_local else name, trust_remote_code=False, local_files_only=is_local
+        )
+    except Exception as error:  # transformers and the Hub client raise many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason}") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"tokenizer {name!r}: has no chat template; use the tokenizer of a chat model")
+    return tokenizer
+
+
+def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool) -> str:
+    """The chat template's own text, thinking off.
+
+    Raises:
+      UserError: the template refuses these messages.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
+        )
+    except Exception as error:  # templates raise jinja's errors and, through missing fields, Python's
+        raise UserError(f"the chat template refuses the conversation: {error}") from None
+    assert isinstance(text, str), type(text)
+    return text
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that already hold their control tokens; nothing is added or cut."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def check_messages(messages: Any, control_tokens: Sequence[str] = ()) -> None:
+    """A conversation that can be trained on ends with a non-empty assistant turn after a user turn.
+
+    Raises:
+      UserError: it does not; says what is wrong.
+    """
+    if not isinstance(messages, list):
+        raise UserError(f"messages is {type(messages).__name__}, not a list")
+    for index, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise UserError(f"message {index} is {type(message).__name__}, not an object")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise UserError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise UserError(f"message {index} has content of type {type(content).__name__}, not text")
+        if not content.isascii() and any("\ud800" <= letter <= "\udfff" for letter in content):
+            raise UserError(f"message {index} holds half a surrogate pair, which is not text")
+        for control in control_tokens:
+            if control in content:  # it would become the control token and end the turn early
+                raise UserError(f"message {index} holds the control token {control!r}")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError("no assistant turn at the end")
+    if not messages[-1]["content"].strip():
+        raise UserError("empty answer")
+    if all(message["role"] != "user" for message in messages):
+        raise UserError("no user turn before the answer")
+
+
+def render_batch(
+    tokenizer: Tokenizer, conversations: Sequence[tuple[str, list[Message]]]
+) -> list[RenderedRow | UserError]:
+    """Render `(row_id, messages)` pairs; a conversation that cannot be used gives its `UserError` instead.
+
+    Batches are tokenised together, which is many times faster than one conversation at a time.
+    """
+    control = tokenizer.all_special_tokens
+    results: list[RenderedRow | UserError | None] = [None] * len(conversations)
+    texts: list[str] = []
+    places: list[int] = []
+    for place, (_, messages) in enumerate(conversations):
+        try:
+            check_messages(messages, control)
+            prefix = chat_text(tokenizer, messages[:-1], generation_prompt=True)
+            full = chat_text(tokenizer, messages, generation_prompt=False)
+        except UserError as error:
+            results[place] = error
+        else:
+            texts += [prefix, full]
+            places.append(place)
+    ids = encode_texts(tokenizer, texts)
+    for place, prefix_ids, full_ids in zip(places, ids[0::2], ids[1::2], strict=True):
+        row_id = conversations[place][0]
+        try:
+            results[place] = _row(row_id, prefix_ids, full_ids)
+        except UserError as error:
+            results[place] = error
+    return results  # type: ignore[return-value]  # every place is filled above
+
+
+def _row(row_id: str, prefix: list[int], full: list[int]) -> RenderedRow:
+    if full[: len(prefix)] != prefix:
+        at = next((i for i, (a, b) in enumerate(zip(full, prefix, strict=False)) if a != b), len(full))
+        raise UserError(f"the full render does not begin with the prompt prefix: they part at token {at}")
+    if not prefix:
+        raise UserError("all-one loss mask: the prompt prefix renders to nothing")
+    if len(full) == len(prefix):
+        raise UserError("all-zero loss mask: the render has nothing after the prompt prefix")
+    tokens = np.asarray(full, dtype=np.int32)
+    weights = np.ones(len(full), dtype=np.float32)
+    weights[: len(prefix)] = 0.0
+    return RenderedRow(row_id, tokens, weights)
+
+
+def render_conversation(tokenizer: Tokenizer, messages: list[Message], row_id: str) -> RenderedRow:
+    """One conversation as tokens and loss weights.
+
+    Raises:
+      UserError: it has no usable answer, or its render does not begin with the prefix, token for token.
+    """
+    (result,) = render_batch(tokenizer, [(row_id, messages)])
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def prompt_messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[Message]:
+    """System and user turn of a question; no system turn where `system_prompt` is None."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": question}]
+
+
+def render_prompt(
+    tokenizer: Tokenizer, question: str, system_prompt: str | None = SYSTEM_PROMPT
+) -> list[int]:
+    """Token ids of the prompt that asks `question`: the prefix that a training row with it would have."""
+    return render_prompts(tokenizer, [question], system_prompt)[0]
+
+
+def render_prompts(
+    tokenizer: Tokenizer, questions: Sequence[str], system_prompt: str | None = SYSTEM_PROMPT
+) -> list[list[int]]:
+    """`render_prompt` of many questions, tokenised together."""
+    texts = [chat_text(tokenizer, prompt_messages(question, system_prompt), True) for question in questions]
+    return encode_texts(tokenizer, texts)

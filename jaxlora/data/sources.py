@@ -1,0 +1,171 @@
+"""Where data comes from: a local file, a file in a Hub dataset, or a split of a Hub dataset.
+
+    locate("rendered/train.jsonl")                                      # a local file, as it is
+    locate("hf://sumitdotml/lora-and-friends-dataset/rendered/train.jsonl")   # fetched once, then cached
+    for place, row in read_records("train.parquet", split=None): ...    # place is "train.parquet:17"
+
+Only a name that says so (`hf://`, or a dataset name given to `read_records`) reaches the network, and what
+is fetched is announced on stderr first. Everything is streamed: no function holds more than a batch of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlora.errors import UserError
+
+HUB_PREFIX = "hf://"
+EMBEDDED_PREFIX = "embedded:"
+EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "embedded"
+PARQUET_BATCH_ROWS = 1024
+MAX_LINE_BYTES = 64 * 1024 * 1024  # a "line" longer than this is not JSONL but another kind of file
+
+
+def announce(text: str) -> None:
+    """Say on stderr what is about to be fetched."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def locate(path: str | Path) -> Path:
+    """The local file for `path`: a local path, `embedded:PATH`, or `hf://OWNER/NAME[@REVISION]/PATH`.
+
+    Raises:
+      UserError: the file does not exist, or cannot be fetched.
+    """
+    text = str(path)
+    if text.startswith(HUB_PREFIX):
+        return _fetch_from_hub(text)
+    local = (
+        EMBEDDED_ROOT / text.removeprefix(EMBEDDED_PREFIX) if text.startswith(EMBEDDED_PREFIX) else Path(text)
+    )
+    if local.is_dir():
+        raise UserError(f"{text}: is a directory; give one JSONL file")
+    if not local.is_file():
+        raise UserError(f"{text}: no such file; give a JSONL file or hf://OWNER/NAME/PATH")
+    return local
+
+
+def _fetch_from_hub(address: str) -> Path:
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    parts = address.removeprefix(HUB_PREFIX).removeprefix("datasets/").split("/", 2)
+    if len(parts) != 3 or not all(parts):
+        raise UserError(f"{address}: not a Hub file; write hf://OWNER/NAME/PATH/IN/DATASET")
+    owner, name, file = parts
+    name, _, revision = name.partition("@")
+    wanted: dict[str, Any] = {"repo_id": f"{owner}/{name}", "filename": file, "repo_type": "dataset"}
+    if revision:
+        wanted["revision"] = revision
+    if not isinstance(try_to_load_from_cache(**wanted), str):
+        announce(f"fetching {address} from the Hugging Face Hub (kept in its local cache)")
+    try:
+        return Path(hf_hub_download(**wanted))
+    except (
+        Exception
+    ) as error:  # the Hub client raises many kinds: network, authorisation, missing file, offline
+        raise UserError(f"{address}: cannot be fetched: {_first_line(error)}") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file as `(line number from 1, bytes without the newline)`; only "\\n" ends a line."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(
+                        f"{path}:{number}: line is longer than {MAX_LINE_BYTES} bytes; is this JSONL?"
+                    )
+                yield number, line.removesuffix(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}:{number + 1}: cannot be read: {error.strerror or error}") from None
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """One JSONL line as a dict.
+
+    Raises:
+      ValueError: not UTF-8, not JSON, or not an object; the message is short and has no place in it.
+    """
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError("empty line" if not line.strip() else f"broken JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("broken JSON: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_records(source: str, split: str | None, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stream `(place, record)` from a `.jsonl` or `.parquet` file or from `split` of a Hub dataset.
+
+    `place` is `FILE:ROW` with rows counted from 1; it goes into error messages.
+
+    Raises:
+      UserError: nothing there, or a row that cannot be read; names the file and the row.
+    """
+    if source.endswith((".jsonl", ".json", ".parquet")) or Path(source).exists():
+        path = locate(source)
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, columns)
+        elif path.suffix == ".jsonl":
+            for number, line in read_lines(path):
+                try:
+                    yield f"{path}:{number}", parse_object(line)
+                except ValueError as error:
+                    raise UserError(f"{path}:{number}: {error}") from None
+        else:
+            raise UserError(f"{source}: not a .jsonl or .parquet file; convert it to one of these first")
+    else:
+        yield from _read_hub(source, split, columns)
+
+
+def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            present = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=present):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}:{number + 1}: Parquet cannot be read: {_first_line(error)}") from None
+
+
+def _read_hub(name: str, split: str | None, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such file; give a .jsonl or .parquet file or a Hub dataset OWNER/NAME")
+    if not split:
+        raise UserError(f"{name}: name the split of the Hub dataset, such as --split train")
+    import datasets
+
+    announce(f"streaming {name}, split {split}, from the Hugging Face Hub (nothing is kept on disk)")
+    number = 0
+    try:
+        stream = datasets.load_dataset(name, split=split, streaming=True)
+        names = stream.column_names or columns
+        for row in stream.select_columns([column for column in columns if column in names]):
+            number += 1
+            yield f"{name}[{split}]:{number}", row
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds: network, missing split, broken shard
+        raise UserError(f"{name}[{split}]:{number + 1}: cannot be streamed: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
