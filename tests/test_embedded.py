@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.embedded import embedded_path, resolve
 from jaxlora.embedded.corpus import pretraining_documents, pretraining_texts
 from jaxlora.embedded.files import (
@@ -29,7 +30,6 @@ from jaxlora.embedded.tokenizer import SPECIAL, THINK, VOCABULARY, tokenizer_fil
 from jaxlora.embedded.word_problems import (
     LARGEST,
     SPLIT_PERCENT,
-    SYSTEM_PROMPT,
     conversation,
     problem,
     split_of,

@@ -14,6 +14,7 @@ from pathlib import Path
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.files import check_files, data_files, write_files
+from jaxlora.embedded.tokenizer import load_tokenizer
 from jaxlora.errors import UserError, run_main
 
 
@@ -43,8 +44,6 @@ def main() -> None:
         print(f"the shipped data is reproduced byte for byte: {', '.join(files)}")
     if options.out is not None:
         if options.pretraining:
-            from jaxlora.embedded.tokenizer import load_tokenizer  # slow to import, rarely needed
-
             texts = pretraining_texts(options.pretraining_seed, options.pretraining, load_tokenizer())
             files["pretraining.jsonl"] = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         for path in write_files(files, options.out, options.overwrite):

@@ -14,9 +14,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from jaxlora.data.render import Message
 from jaxlora.embedded.word_problems import (
     LARGEST,
-    Message,
     calculate,
     conversation,
     problem,
@@ -76,7 +76,7 @@ def _document(rng: random.Random, style: str) -> str | list[Message]:
     if style == "box":
         return _box(rng)
     if style == "drill":
-        equations = [_equation(rng) for _ in range(rng.randint(3, 6))]
+        equations = [_equation(rng) for _ in range(rng.randint(4, 12))]
         if rng.random() < 0.3:
             asked, value = equations[0].rsplit(" ", 1)
             return _chat(

@@ -18,9 +18,9 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from jaxlora.data.render import SYSTEM_PROMPT, Message
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_documents
-from jaxlora.embedded.word_problems import SYSTEM_PROMPT, Message
 
 VOCABULARY = 1024  # 256 bytes, 7 symbols, and room for the words of the corpus
 DOCUMENTS = 20_000  # of the corpus

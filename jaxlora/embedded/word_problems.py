@@ -20,47 +20,17 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]
+from jaxlora.data.render import SYSTEM_PROMPT, Message
 
 SPLIT_PERCENT = {"test": 4, "val": 4, "train": 20, "pretrain": 72}
 LARGEST = 99  # every number in a problem and its solution lies between 2 and this
-SYSTEM_PROMPT = (
-    r"You are a careful math solver. Solve the problem step by step. Put the final answer in \boxed{}."
-)
-
+# fmt: off
 BOYS = [
-    "Tom",
-    "Ben",
-    "Sam",
-    "Max",
-    "Leo",
-    "Jack",
-    "Adam",
-    "Paul",
-    "Omar",
-    "Ivan",
-    "Ken",
-    "Luis",
-    "Noah",
-    "Ravi",
+    "Tom", "Ben", "Sam", "Max", "Leo", "Jack", "Adam", "Paul", "Omar", "Ivan", "Ken", "Luis", "Noah", "Ravi",
 ]
 GIRLS = [
-    "Anna",
-    "Mia",
-    "Lily",
-    "Emma",
-    "Sara",
-    "Kate",
-    "Nina",
-    "Ruth",
-    "Zoe",
-    "Maya",
-    "Lucy",
-    "Rosa",
-    "Ella",
-    "Aiko",
+    "Anna", "Mia", "Lily", "Emma", "Sara", "Kate", "Nina", "Ruth", "Zoe", "Maya", "Lucy", "Rosa", "Ella", "Aiko",
 ]
-# fmt: off
 OBJECTS = [
     "apples", "pears", "books", "pens", "coins", "stamps", "shells", "marbles", "stickers", "cards",
     "cookies", "muffins", "eggs", "roses", "tickets", "toys", "balloons", "beads", "buttons", "ribbons",
