@@ -44,7 +44,7 @@ CHAT_TEMPLATE = r"""
         {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
             {%- set reasoning = message.reasoning_content %}
         {%- elif '</think>' in content %}
-            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set reasoning = content.split('</think>')[0].split('<think>')[-1].lstrip('\n') %}
             {%- set content = content.split('</think>')[-1].lstrip('\n') %}
         {%- endif %}
         {%- if loop.index0 > last.user and (loop.last or reasoning) %}

@@ -29,7 +29,8 @@ BOYS = [
     "Tom", "Ben", "Sam", "Max", "Leo", "Jack", "Adam", "Paul", "Omar", "Ivan", "Ken", "Luis", "Noah", "Ravi",
 ]
 GIRLS = [
-    "Anna", "Mia", "Lily", "Emma", "Sara", "Kate", "Nina", "Ruth", "Zoe", "Maya", "Lucy", "Rosa", "Ella", "Aiko",
+    "Anna", "Mia", "Lily", "Emma", "Sara", "Kate", "Nina", "Ruth", "Zoe", "Maya", "Lucy", "Rosa", "Ella",
+    "Aiko",
 ]
 OBJECTS = [
     "apples", "pears", "books", "pens", "coins", "stamps", "shells", "marbles", "stickers", "cards",
