@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 from jaxlora.evals.answers import extract_boxed, normalize, numeric_match, strict_match
 from jaxlora.records import Record, read_numbered_jsonl
@@ -39,9 +40,10 @@ class Problem:
 def load_problems(path: str, limit: int | None = None) -> list[Problem]:
     """The problems in benchmark order, all or the first `limit`.
 
-    `path` is a local JSONL file with `question` and `answer`, an `hf://datasets/...` path to a JSONL or
-    Parquet file, or a dataset on the Hugging Face hub (`openai/gsm8k`: configuration `main`, split `test`).
-    Raises `UserError` with file and row where a row cannot be used.
+    `path` is a local JSONL file with `question` and `answer`, the name of a shipped one (`embedded:...`), an
+    `hf://datasets/...` path to a JSONL or Parquet file, or `openai/gsm8k` for the benchmark on the Hugging
+    Face hub (configuration `main`, split `test`). Raises `UserError` with file and row where a row cannot be
+    used.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit of benchmark problems is {limit}; it must be at least 1, or none")
@@ -59,8 +61,9 @@ def _rows(path: str) -> Iterable[tuple[str, Record]]:
     """The rows of the benchmark, each with the place that an error message names."""
     if path.startswith("hf://") or path == HUB_DATASET:
         return _hub_rows(path)
-    if Path(path).exists():
-        rows = read_numbered_jsonl(Path(path), torn_last_line="refuse")
+    file = resolve(path)
+    if file.exists():
+        rows = read_numbered_jsonl(file, torn_last_line="refuse")
         return [(f"{path}:{line}", row) for line, row in rows]
     raise UserError(f"{path} does not exist; give a local JSONL file, an hf:// path or {HUB_DATASET}")
 

@@ -1,0 +1,256 @@
+"""The drawings: each function turns one `Table` into one matplotlib figure.
+
+    figure = draw_validation(table)      # figure.savefig(...) is for jaxlora.study.figures
+
+Conditions differ in lightness, marker and line style as well as in hue, so that they stay apart in grey and
+for colour-blind readers. An axis that does not begin at zero says so in its label; bars always begin at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import cycle
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxlora.records import Record
+from jaxlora.study import tables
+from jaxlora.study.results import condition_key
+from jaxlora.study.tables import Table
+
+# Dark, light and middle: told apart by lightness alone. The hues are those of Okabe and Ito, adjusted.
+_KNOWN_LOOKS: dict[str, dict[str, Any]] = {
+    "attention_only": {"color": "#0B4F8A", "marker": "o", "linestyle": "-"},
+    "all_layer": {"color": "#E08A00", "marker": "s", "linestyle": "--"},
+    "mlp_only": {"color": "#009E73", "marker": "^", "linestyle": ":"},
+}
+_OTHER_LOOKS: list[dict[str, Any]] = [
+    {"color": "#5B2A6E", "marker": "D", "linestyle": "-."},
+    {"color": "#56B4E9", "marker": "v", "linestyle": (0, (5, 1, 1, 1))},
+    {"color": "#222222", "marker": "P", "linestyle": (0, (1, 1))},
+]
+_INK = "#222222"
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 9}
+_NOT_FROM_ZERO = "(axis does not begin at zero)"
+
+
+# --- Shared parts -------------------------------------------------------------------------------------------
+
+
+def looks(conditions: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style by condition; the study's conditions look the same in every figure."""
+    names = sorted(set(conditions), key=condition_key)
+    others = cycle(_OTHER_LOOKS)
+    return {name: _KNOWN_LOOKS.get(name) or next(others) for name in names}
+
+
+def _canvas(table: Table, height: float, width: float = 7.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(table.title)
+    return figure, axes
+
+
+def _table_looks(table: Table) -> dict[str, dict[str, Any]]:
+    return looks(row["condition"] for row in table.rows if row.get("condition"))
+
+
+def _groups(table: Table, *names: str) -> dict[tuple[Any, ...], list[Record]]:
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for row in table.rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+# --- Drawings -----------------------------------------------------------------------------------------------
+
+
+def draw_table(table: Table) -> Figure:
+    """The table itself, as a picture for slides."""
+    cells = [[column.title for column in table.columns], *table.shown()]
+    widths = [max(len(row[i]) for row in cells) + 2 for i in range(len(table.columns))]
+    figure = Figure(figsize=(max(6.0, 0.088 * sum(widths)), 0.55 + 0.27 * len(cells)))
+    axes = figure.add_axes((0.01, 0.02, 0.98, 0.96))
+    axes.set_axis_off()
+    axes.set_xlim(0, sum(widths))
+    axes.set_ylim(len(cells) + 0.3, -1.6)
+    axes.text(0.5, -0.9, table.title, weight="bold", size=11, va="center")
+    for row, texts in enumerate(cells):
+        right = 0.0
+        for column, text in enumerate(texts):
+            right += widths[column]
+            x, align = (0.5, "left") if column == 0 else (right - 0.5, "right")
+            axes.text(
+                x, row + 0.5, text, ha=align, va="center", size=9, weight="bold" if row == 0 else "normal"
+            )
+        axes.axhline(row + 1, color="#666666" if row == 0 else "#E6E6E6", linewidth=0.8)
+    return figure
+
+
+def draw_accuracy(table: Table, threshold: float) -> Figure:
+    """A dot for every seed and score, a line from the least to the greatest, a tick at the mean."""
+    conditions = _table_looks(table)
+    figure, axes = _canvas(table, 1.9 + 0.85 * len(conditions))
+    scores = (("accuracy", "strict score", -0.16, True), ("accuracy_numeric", "numeric score", 0.16, False))
+    values = [row[name] for row in table.rows for name, *_ in scores]
+    for y, (condition, look) in enumerate(conditions.items()):
+        for name, _, shift, filled in scores:
+            seeds = [row[name] for row in table.rows if row["condition"] == condition]
+            axes.plot([min(seeds), max(seeds)], [y + shift] * 2, color=look["color"], linewidth=1)
+            axes.plot(sum(seeds) / len(seeds), y + shift, "|", color=_INK, markersize=17, markeredgewidth=1.6)
+            axes.plot(
+                seeds,
+                [y + shift] * len(seeds),
+                look["marker"],
+                color=look["color"],
+                markerfacecolor=look["color"] if filled else "white",
+                markersize=6.5,
+                alpha=0.9,
+            )
+    for row in table.rows:
+        if row["condition"] is None:
+            for name, label, _, filled in scores:
+                line = "-" if filled else ":"
+                axes.axvline(
+                    row[name], color=_INK, linestyle=line, linewidth=1.2, label=f"untouched base, {label}"
+                )
+    low, high = min(values), max(values)
+    room = max(high - low, 2 * threshold) * 0.12
+    axes.set_xlim(low - room, high + room)
+    axes.plot([], [], "o", color=_INK, label="one seed, strict score")
+    axes.plot([], [], "o", color=_INK, markerfacecolor="white", label="one seed, numeric score")
+    axes.plot(
+        [], [], "|", color=_INK, markersize=12, markeredgewidth=1.6, linestyle="", label="mean of the seeds"
+    )
+    bar = len(conditions) - 0.42
+    axes.plot([high - threshold, high], [bar, bar], color=_INK, linewidth=2.5, solid_capstyle="butt")
+    axes.text(
+        high - threshold - room / 6, bar, f"a difference of {threshold:g}", ha="right", va="center", size=8
+    )
+    axes.set_ylim(len(conditions) - 0.25, -0.55)
+    axes.set_yticks(range(len(conditions)), list(conditions))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"share of {table.rows[0]['total']:,} problems answered rightly {_NOT_FROM_ZERO}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def draw_disagreement(table: Table) -> Figure:
+    """For each seed, how many problems only one of two conditions got right, from zero to both sides."""
+    rows = [row for row in table.rows if row["score"] == "strict" and row["seed"] != "all"]
+    several = len({(row["first"], row["second"]) for row in rows}) > 1
+    colors = looks(name for row in rows for name in (row["first"], row["second"]))
+    figure, axes = _canvas(table, 1.7 + 0.42 * len(rows))
+    for y, row in enumerate(rows):
+        for side, count in ((-1, row["only_first"]), (1, row["only_second"])):
+            name = row["first"] if side < 0 else row["second"]
+            axes.barh(y, side * count, color=colors[name]["color"], height=0.62)
+            axes.annotate(str(count), (side * count, y), (12 * side, 0), **_BESIDE, ha="center")
+    widest = max(max(row["only_first"], row["only_second"]) for row in rows) or 1
+    axes.axvline(0, color=_INK, linewidth=1)
+    axes.set_xlim(-1.18 * widest, 1.18 * widest)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    labels = [f"{row['first']} | {row['second']}, " if several else "" for row in rows]
+    axes.set_yticks(
+        range(len(rows)), [f"{label}seed {row['seed']}" for label, row in zip(labels, rows, strict=True)]
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("problems that only one of the two got right (strict score)")
+    for name, look in colors.items():
+        axes.barh(0, 0, color=look["color"], label=f"only {name}")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def draw_validation(table: Table) -> Figure:
+    """One line for each run; the selected checkpoints are ringed."""
+    look = _table_looks(table)
+    figure, axes = _canvas(table, 3.9)
+    shown = set()
+    for (_, condition), rows in _groups(table, "run_id", "condition").items():
+        label = None if condition in shown else condition
+        shown.add(condition)
+        steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
+        axes.plot(steps, values, **look[condition], linewidth=1.3, markersize=4, label=label)
+        for row in rows:
+            if row["selected"]:
+                _ring(axes, row["step"], row["validation_nll"])
+    _ring(axes, [], [], "selected checkpoint")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(f"validation mean NLL\n{_NOT_FROM_ZERO}")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def _ring(axes: Axes, x: Any, y: Any, label: str | None = None) -> None:
+    axes.plot(x, y, "o", color=_INK, markersize=11, markerfacecolor="none", label=label, linestyle="")
+
+
+def draw_learning_rates(table: Table) -> Figure:
+    """Lowest validation NLL against the learning rate; the selected rates are ringed, failed runs crossed."""
+    look = _table_looks(table)
+    figure, axes = _canvas(table, 3.6)
+    for (condition,), rows in _groups(table, "condition").items():
+        finished = [row for row in rows if row["validation_nll"] is not None]
+        rates, values = (
+            [row["learning_rate"] for row in finished],
+            [row["validation_nll"] for row in finished],
+        )
+        axes.plot(rates, values, **look[condition], linewidth=1.3, markersize=6, label=condition)
+        for row in finished:
+            if row["selected"]:
+                _ring(axes, row["learning_rate"], row["validation_nll"])
+        for row in rows:
+            if row["validation_nll"] is None:
+                mark = axes.get_xaxis_transform()
+                axes.plot(row["learning_rate"], 0.97, "x", color=look[condition]["color"], transform=mark)
+    _ring(axes, [], [], "selected rate")
+    if any(row["validation_nll"] is None for row in table.rows):
+        axes.plot([], [], "x", color=_INK, label="failed or unfinished (no value)", linestyle="")
+    axes.set_xscale("log")
+    rates = sorted({row["learning_rate"] for row in table.rows})
+    axes.set_xticks(rates, [tables.rate(value) for value in rates])
+    axes.minorticks_off()
+    axes.set_xlabel("learning rate (logarithmic)")
+    axes.set_ylabel(f"lowest validation mean NLL\n{_NOT_FROM_ZERO}")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def draw_rate_minimum(table: Table) -> Figure:
+    """The lower envelope over learning rates by step, each point labelled with the rate that reached it."""
+    look = _table_looks(table)
+    figure, axes = _canvas(table, 3.6)
+    for (condition,), rows in _groups(table, "condition").items():
+        steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
+        axes.plot(steps, values, **look[condition], linewidth=1.3, markersize=5, label=condition)
+        for row in rows:
+            place = (row["step"], row["validation_nll"])
+            axes.annotate(tables.rate(row["learning_rate"]), place, (0, 10), **_BESIDE, ha="center")
+    axes.margins(x=0.1, y=0.15)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(f"lowest validation mean NLL\n{_NOT_FROM_ZERO}")
+    axes.legend(fontsize=9)
+    return figure
+
+
+def draw_throughput(table: Table) -> Figure:
+    """Median tokens a second of every run, from zero, with the 10th to 90th percentile of its steps."""
+    look = _table_looks(table)
+    figure, axes = _canvas(table, 1.3 + 0.34 * len(table.rows))
+    for y, row in enumerate(table.rows):
+        axes.barh(y, row["median"], color=look[row["condition"]]["color"], height=0.6)
+        axes.plot([row["slow"], row["fast"]], [y, y], color=_INK, linewidth=1.4, marker="|", markersize=7)
+        axes.annotate(f"{row['median']:,.0f}", (max(row["fast"], row["median"]), y), (6, 0), **_BESIDE)
+    axes.set_yticks(range(len(table.rows)), [f"{row['condition']}, seed {row['seed']}" for row in table.rows])
+    axes.set_ylim(len(table.rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.15 * max(row["fast"] for row in table.rows))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("real tokens a second (bar: median; line: 10th to 90th percentile of steps)")
+    return figure

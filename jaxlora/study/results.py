@@ -1,0 +1,238 @@
+"""Read a study's results directory: its runs, its learning-rate trials and its evaluations.
+
+    study = load_study(Path("results"), prefix="qwen3-8b")
+    study.runs[0].validation_nll()        # {1000: 0.3469, 2000: 0.3411, ...}
+    study.absent                          # what a report should have and this directory does not, in words
+
+Expected layout, each run with the files that `jaxlora.records` describes:
+
+    <results>/<prefix>-<condition>-seed-<seed>/            manifest.json metrics.jsonl summary.json
+    <results>/<prefix>-<condition>-seed-<seed>/evaluation/ predictions.jsonl metrics.jsonl summary.json
+    <results>/<prefix>-base/evaluation/                    the untouched base
+    <results>/lr-selection/<prefix>-<condition>-lr-<lr>/   one run for each learning rate
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlora.errors import UserError
+from jaxlora.evals.gsm8k import rescore
+from jaxlora.records import Record, read_json, read_jsonl
+from jaxlora.study.comparison import CONDITION_ORDER, Evaluation
+from jaxlora.study.selection import select_checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Files that are not there are empty here: `{}` or `()`."""
+
+    run_id: str
+    directory: Path
+    condition: str
+    seed: int | None
+    manifest: Record
+    metrics: tuple[Record, ...]
+    summary: Record
+    failure: Record
+
+    @property
+    def status(self) -> str:
+        """`completed`, `failed`, or `unfinished` where the run wrote neither a summary nor a failure."""
+        if self.summary.get("status"):
+            return str(self.summary["status"])
+        return "failed" if self.failure else "unfinished"
+
+    def rows(self, split: str) -> list[Record]:
+        return [row for row in self.metrics if row.get("split") == split]
+
+    def validation_nll(self) -> dict[int, float]:
+        """Validation mean NLL by step, ascending."""
+        nll = {row["step"]: row["loss"] for row in self.rows("validation") if row.get("loss") is not None}
+        return dict(sorted(nll.items()))
+
+    def selected_step(self) -> int | None:
+        """The checkpoint that the selection rule chooses from the recorded validations."""
+        nll = self.validation_nll()
+        return select_checkpoint(nll) if any(map(math.isfinite, nll.values())) else None
+
+    def learning_rate(self) -> float | None:
+        """The peak learning rate: from the directory's name (`...-lr-3e-4`), else from the configuration."""
+        if name := re.search(r"-lr-([0-9.eE+-]+)$", self.run_id):
+            return float(name[1])
+        return ((self.manifest.get("config") or {}).get("optim") or {}).get("peak_lr")
+
+    @property
+    def adapter_file(self) -> Path | None:
+        """The exported PEFT adapter below the run's directory."""
+        return next(iter(sorted(self.directory.rglob("adapter_model.safetensors"))), None)
+
+    def adapter(self) -> dict[str, int] | None:
+        """Bytes and parameters of the exported adapter, read from the file's own header."""
+        if self.adapter_file is None:
+            return None
+        with open(self.adapter_file, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        return {"bytes": self.adapter_file.stat().st_size, "parameters": sum(map(math.prod, shapes))}
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that a results directory holds of one study."""
+
+    directory: Path
+    prefix: str
+    runs: tuple[Run, ...]
+    trials: tuple[Run, ...]  # learning-rate selection
+    evaluations: tuple[Evaluation, ...]  # the baseline first, if it is there
+    evaluation_summaries: dict[str, Record]  # by run id
+    absent: tuple[str, ...]
+
+    def conditions(self) -> list[str]:
+        names = {run.condition for run in (*self.runs, *self.trials)}
+        names |= {evaluation.condition for evaluation in self.evaluations if evaluation.condition}
+        return sorted(names, key=condition_key)
+
+    def evaluation_files(self) -> list[Path]:
+        return [
+            self.directory / evaluation.run_id / "evaluation" / name
+            for evaluation in self.evaluations
+            for name in ("predictions.jsonl", "summary.json")
+        ]
+
+
+def condition_key(name: str) -> tuple[int, str]:
+    """Sort key: the study's conditions in the study's order, others behind them by name."""
+    return (CONDITION_ORDER.index(name) if name in CONDITION_ORDER else len(CONDITION_ORDER), name)
+
+
+def load_study(directory: Path, prefix: str) -> Study:
+    """Read everything. A broken file is a `UserError`; a missing one is listed in `Study.absent`."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory; give the study's results directory")
+    base_id = f"{prefix}-base"
+    absent: list[str] = []
+    runs = _runs(directory, prefix, skip=base_id)
+    trials = _runs(directory / "lr-selection", prefix)
+    evaluations: list[Evaluation] = []
+    summaries: dict[str, Record] = {}
+    for run_id, condition, seed in [
+        (base_id, None, None),
+        *((run.run_id, run.condition, run.seed) for run in runs),
+    ]:
+        found = _evaluation(directory / run_id / "evaluation", run_id, condition, seed)
+        if found is None:
+            what = "the untouched base" if condition is None else run_id
+            absent.append(f"There is no finished evaluation of {what}.")
+        else:
+            evaluations.append(found[0])
+            summaries[run_id] = found[1]
+    if not runs:
+        absent.append(f"There is no training run whose id begins with {prefix}-.")
+    absent += [f"{run.run_id} is {run.status}{_reason(run)}." for run in runs if run.status != "completed"]
+    absent += [f"{run.run_id} has no recorded validation." for run in runs if not run.validation_nll()]
+    absent += [f"{run.run_id} has no exported adapter." for run in runs if run.adapter() is None]
+    absent += _mismatches(runs, summaries)
+    if not trials:
+        absent.append("There are no learning-rate selection runs.")
+    absent += [f"{run.run_id} is {run.status}{_reason(run)}." for run in trials if run.status != "completed"]
+    return Study(directory, prefix, tuple(runs), tuple(trials), tuple(evaluations), summaries, tuple(absent))
+
+
+def _runs(directory: Path, prefix: str, skip: str | None = None) -> list[Run]:
+    if not directory.is_dir():
+        return []
+    runs = []
+    for folder in sorted(directory.iterdir()):
+        if folder.is_dir() and folder.name.startswith(f"{prefix}-") and folder.name != skip:
+            run = _run(folder)
+            if run is not None and folder.name.startswith(f"{prefix}-{run.condition}-"):
+                runs.append(run)
+    return sorted(
+        runs, key=lambda run: (condition_key(run.condition), run.learning_rate() or 0, run.seed or 0)
+    )
+
+
+def _run(folder: Path) -> Run | None:
+    manifest, summary, failure = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("manifest.json", "summary.json", "failure.json")
+    )
+    metrics = tuple(read_jsonl(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else ()
+    sources: list[Record] = [
+        summary,
+        failure,
+        *metrics[:1],
+        manifest,
+        (manifest.get("config") or {}).get("lora") or {},
+    ]
+    condition = next((source["condition"] for source in sources if source.get("condition")), None)
+    if condition is None:
+        return None  # not a training run: an evaluation of the base, or a folder of something else
+    sources.append(manifest.get("config") or {})
+    seed = next((source["seed"] for source in sources if source.get("seed") is not None), None)
+    return Run(folder.name, folder, condition, seed, manifest, metrics, summary, failure)
+
+
+def _reason(run: Run) -> str:
+    reason = run.failure.get("error") or run.failure.get("reason") or run.failure.get("message")
+    return f" ({reason})" if reason else ""
+
+
+def _evaluation(
+    folder: Path, run_id: str, condition: str | None, seed: int | None
+) -> tuple[Evaluation, Record] | None:
+    """A finished evaluation, scored again from its text; None where it is missing or did not finish."""
+    predictions = folder / "predictions.jsonl"
+    if not predictions.is_file() or not (folder / "summary.json").is_file():
+        return None
+    summary = read_json(folder / "summary.json")
+    if summary.get("status") != "completed":
+        return None
+    if summary.get("condition") != condition or (condition is not None and summary.get("seed") != seed):
+        found = f"condition {summary.get('condition')}, seed {summary.get('seed')}"
+        raise UserError(
+            f"{folder / 'summary.json'} is of {found}, but it lies in the run of condition {condition}, "
+            f"seed {seed}; evaluate this run again"
+        )
+    records = rescore(predictions)
+    stored = read_jsonl(predictions, torn_last_line="refuse")
+    for number, (new, old) in enumerate(zip(records, stored, strict=True), start=1):
+        if new["correct"] != old.get("correct"):
+            raise UserError(
+                f"{predictions}: record {number} is stored as correct={json.dumps(old.get('correct'))} "
+                f"but scores {json.dumps(new['correct'])}; evaluate this run again"
+            )
+    return Evaluation(run_id, condition, seed, tuple(records)), summary
+
+
+def step_of(checkpoint: Any) -> int | None:
+    """The step in a checkpoint's name, such as `step-3169` or `3169`."""
+    number = re.search(r"(\d+)$", str(checkpoint)) if checkpoint is not None else None
+    return int(number[1]) if number else None
+
+
+def _mismatches(runs: list[Run], summaries: dict[str, Record]) -> list[str]:
+    """Evaluations that are not of the checkpoint which the selection rule chooses."""
+    lines = []
+    for run in runs:
+        summary = summaries.get(run.run_id)
+        if summary is None or run.selected_step() is None:
+            continue
+        evaluated = step_of(summary.get("checkpoint"))
+        if evaluated is None:
+            lines.append(f"The evaluation of {run.run_id} does not say which checkpoint it used.")
+        elif evaluated != run.selected_step():
+            lines.append(
+                f"{run.run_id} was evaluated at step {evaluated}, "
+                f"but its lowest validation NLL is at step {run.selected_step()}."
+            )
+    return lines
