@@ -98,12 +98,12 @@ class TrainConfig:
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
     epochs: Positive = _doc("passes over the rows, in file order", 2)
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
-    buffer_multiple: Positive = _doc("buffers are padded to a multiple of this many tokens", 512)
+    buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 4)
+    buffer_multiple: Positive = _doc("buffer lengths are multiples of this many tokens", 128)
     max_buffer_tokens: Positive = _doc("a step's rows are split over several buffers above this", 16384)
     validation_every: Positive = _doc("validate and checkpoint each this many steps, and at epoch ends", 1000)
     validation_merge: Count = _doc("skip such a step up to this many steps before an epoch's end", 250)
     validation_batch_rows: Positive = _doc("rows of one validation batch", 16)
-    log_every: Positive = _doc("write metrics each this many steps", 1)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -124,6 +124,7 @@ class EvalConfig:
     max_new_tokens: Positive = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
     merge_adapter: bool = _doc("fold the adapter into the weights before decoding", True)
+    after_training: bool = _doc("evaluate the base and the selected adapter when training ends", False)
 
 
 @dataclass(frozen=True, config=_CHECKED)

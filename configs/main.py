@@ -1,0 +1,17 @@
+"""The study: Qwen3-8B, one condition and one seed a run, on curated OpenMathInstruct-2.
+
+    python launch/train.py --config configs/main.py --config.lora.condition=attention_only --config.seed=1
+
+The rows are the published dataset of the study; to train on files of your own, set
+`--config.data.train_path` and `--config.data.validation_path`. Every other value is the study's.
+"""
+
+from jaxlora.config import DataConfig, RunConfig
+
+DATASET = "hf://sumitdotml/lora-and-friends-dataset/rendered"
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        data=DataConfig(train_path=f"{DATASET}/train.jsonl", validation_path=f"{DATASET}/val.jsonl"),
+    )

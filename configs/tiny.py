@@ -1,0 +1,25 @@
+"""The embedded default: a tiny Qwen3 that ships with the package. No download, no accelerator, minutes.
+
+    python launch/train.py --config configs/tiny.py
+
+The base was pretrained on word problems and answers in another format; fine-tuning teaches it the study's:
+worked steps that end in `\\boxed{answer}`. The same code runs as for Qwen3-8B.
+"""
+
+from jaxlora.config import DataConfig, EvalConfig, ModelSource, RunConfig, TrainConfig
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        prefix="tiny",
+        model=ModelSource(path="embedded:base", dtype="float32"),
+        data=DataConfig(
+            train_path="embedded:data/train.jsonl",
+            validation_path="embedded:data/val.jsonl",
+            max_length=256,
+        ),
+        train=TrainConfig(epochs=2, validation_every=50, validation_merge=12),
+        eval=EvalConfig(
+            benchmark="embedded:data/test.jsonl", max_new_tokens=96, batch_rows=64, after_training=True
+        ),
+    )

@@ -1,0 +1,75 @@
+"""Batches of a run, in an order that is a pure function of the step, built ahead of use by grain.
+
+    feed = train_batches(rows, plan, train, sizes, first_step=1)
+    for step, batch in feed: ...            # batch: numpy arrays [buffers, batch, length]
+
+Nothing is shuffled: a step's rows follow from its number alone, so a resumed run reads what the undisturbed
+run would have read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain.python as grain
+
+from jaxlora.config import TrainConfig
+from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad
+from jaxlora.data.render import RenderedRow
+from jaxlora.train.schedule import RunPlan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become buffers: `sizes` are the few buffer lengths that a program is compiled for."""
+
+    packed: bool
+    sizes: tuple[int, ...]
+    batch_rows: int
+    max_buffer_tokens: int
+
+    def build(self, rows: Sequence[RenderedRow]) -> Batch:
+        if self.packed:
+            return pack(rows, self.sizes, self.max_buffer_tokens)
+        return pad(rows, self.sizes, self.batch_rows)
+
+
+def choose_layout(
+    rows: Sequence[RenderedRow], batches: Sequence[range], batch_rows: int, train: TrainConfig, multiple: int
+) -> Layout:
+    """The layout for these batches of rows; buffer lengths are multiples of `multiple`.
+
+    Args:
+      batches: row numbers of each batch.
+      multiple: what the device mesh asks of a buffer's length; `buffer_multiple` is rounded up to it.
+    """
+    multiple = -(-train.buffer_multiple // multiple) * multiple
+    if train.layout == "padded":
+        totals = [max(rows[i].n_tokens for i in batch) for batch in batches]
+    else:
+        lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
+        totals = [largest_buffer(part, train.max_buffer_tokens) for part in lengths]
+    sizes = choose_sizes(totals, train.buffer_sizes, multiple)
+    return Layout(train.layout == "packed", sizes, batch_rows, train.max_buffer_tokens)
+
+
+def train_batches(
+    rows: Sequence[RenderedRow], plan: RunPlan, layout: Layout, first_step: int
+) -> Iterator[tuple[int, Batch]]:
+    """`(step, batch)` from `first_step` to the last step, prepared by background threads."""
+    steps = grain.MapDataset.range(first_step, plan.total_steps + 1)
+    data = steps.map(lambda step: (int(step), layout.build([rows[i] for i in plan.rows_of_step(int(step))])))
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def validation_batches(rows: Sequence[RenderedRow], layout: Layout) -> Iterator[Batch]:
+    """All rows once, in file order, `layout.batch_rows` at a time; the last batch may be short."""
+    starts = grain.MapDataset.range(0, len(rows), layout.batch_rows)
+    data = starts.map(lambda start: layout.build(rows[int(start) : int(start) + layout.batch_rows]))
+    return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+
+
+def ranges(n_rows: int, batch_rows: int) -> list[range]:
+    """Row numbers of consecutive batches."""
+    return [range(start, min(start + batch_rows, n_rows)) for start in range(0, n_rows, batch_rows)]

@@ -1,0 +1,58 @@
+"""The machine: JAX settings, peak rates, memory.
+
+    setup(config)                       # once, before the first array
+    peak_flops(jax.devices()[0])        # 989e12 on an H100
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from jaxlora.config import RunConfig
+
+# Dense bf16 peak in FLOP/s by a part of `device_kind`, from the makers' data sheets.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "v6": 918e12,
+    "v5p": 459e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v4": 275e12,
+}
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxlora/compiled."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "jaxlora" / "compiled"))
+
+
+def setup(config: RunConfig) -> None:
+    """Settings that must precede the first array: compilation cache, and full products for float32."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if config.model.dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
+        jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, or None where it is not known (a CPU)."""
+    for name, rate in _PEAK_FLOPS.items():
+        if name.lower() in device.device_kind.lower():
+            return rate
+    return None
+
+
+def memory_in_use(device: jax.Device) -> int | None:
+    """Peak bytes allocated on the device so far, or None where the platform does not say."""
+    stats = device.memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+def scan_layers(layers: str, platform: str) -> bool:
+    """Whether layers are scanned. `auto`: unrolled on GPUs, where it runs a quarter faster; else scanned."""
+    return platform != "gpu" if layers == "auto" else layers == "scan"

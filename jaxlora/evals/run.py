@@ -1,0 +1,160 @@
+"""Evaluate a base or an adapter on GSM8K: prompts, greedy decoding, both scores, records on disk.
+
+summary = evaluate(config, subject, frozen, spec, lora, tokenizer, out_dir)
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from jaxlora.config import RunConfig
+from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
+from jaxlora.errors import UserError
+from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
+from jaxlora.generate import generate
+from jaxlora.lora import merge_lora
+from jaxlora.models.attention import pick_backend
+from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.progress import console, progress_bar
+from jaxlora.records import metric_record, summary_record, write_json_atomic, write_jsonl_atomic
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated. The base has no condition, seed or checkpoint; an adapter always has the first."""
+
+    run_id: str
+    condition: str | None = None
+    seed: int | None = None
+    checkpoint: str | None = None
+
+
+def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem], list[list[int]]]:
+    """The benchmark's problems and their prompts as token ids."""
+    problems = load_problems(config.eval.benchmark, config.eval.problems)
+    return problems, render_prompts(tokenizer, [problem.question for problem in problems])
+
+
+def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The one token that ends an answer: the tokenizer's end-of-turn token.
+
+    Raises:
+      UserError: the tokenizer names none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("config.model.tokenizer: it names no end-of-turn token (eos_token)")
+    return (tokenizer.eos_token_id,)
+
+
+def unrolled(spec: ModelSpec, frozen: Tree) -> tuple[ModelSpec, Tree]:
+    """The same model with one tree a layer, the form that decoding wants."""
+    if not spec.scan:
+        return spec, frozen
+    layers = {
+        i: jax.tree.map(lambda x, i=i: x[i], frozen["layers"]) for i in range(spec.config.num_hidden_layers)
+    }
+    return ModelSpec(spec.config, spec.lora, spec.dtype, scan=False), {**frozen, "layers": layers}
+
+
+def evaluate(
+    config: RunConfig,
+    subject: Subject,
+    spec: ModelSpec,
+    lora: Tree,
+    frozen: Tree,
+    tokenizer: Tokenizer,
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Decode and score the benchmark, write `predictions.jsonl`, `metrics.jsonl` and `summary.json`.
+
+    Args:
+      lora: the adapter, or `{}` with a spec whose `lora` is None for the untouched base.
+
+    Returns:
+      The summary.
+    """
+    problems, prompts = load_prompts(config, tokenizer)
+    eos_ids = end_of_turn(tokenizer)
+    spec, frozen = unrolled(spec, frozen)
+    if spec.lora is not None and config.eval.merge_adapter:
+        frozen, lora = merge_lora(spec, lora, frozen), {}
+        spec = ModelSpec(spec.config, None, spec.dtype, scan=False)
+    start = time.monotonic()
+    with progress_bar(f"decoding {subject.run_id}", len(prompts), "problems") as advance:
+        answers = generate(
+            spec,
+            lora,
+            frozen,
+            prompts,
+            eos_ids=eos_ids,
+            max_new_tokens=config.eval.max_new_tokens,
+            slots=config.eval.batch_rows,
+            backend=pick_backend(config.model.attention, jax.default_backend()),
+            progress=advance,
+        )
+    seconds = time.monotonic() - start
+    records = []
+    for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
+        ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
+        text = tokenizer.decode(ids)
+        records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
+    totals = aggregate(records)
+    identity = {
+        "run_id": subject.run_id,
+        "checkpoint": subject.checkpoint,
+        "condition": subject.condition,
+        "seed": subject.seed,
+    }
+    tokens = totals["prompt_tokens"] + totals["generated_tokens"]
+    write_jsonl_atomic(out_dir / "predictions.jsonl", records)
+    metric = metric_record(
+        **identity,
+        split="test",
+        eval_metric=totals["accuracy"],
+        token_count=tokens,
+        **totals,
+        seconds=seconds,
+    )
+    write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
+    summary = summary_record(
+        **identity,
+        dataset=config.eval.benchmark,
+        primary_metric={"name": "accuracy_strict", "value": totals["accuracy"]},
+        artifact_paths={"predictions": "predictions.jsonl", "metrics": "metrics.jsonl"},
+        status="completed",
+        token_count=tokens,
+        **totals,
+        system_prompt=SYSTEM_PROMPT,
+        first_prompt=tokenizer.decode(prompts[0]),
+        max_new_tokens=config.eval.max_new_tokens,
+        stop_token_ids=list(eos_ids),
+        merged=config.eval.merge_adapter if subject.condition else None,
+        seconds=seconds,
+        generated_tokens_per_second=totals["generated_tokens"] / seconds,
+    )
+    write_json_atomic(out_dir / "summary.json", summary)
+    return summary
+
+
+def show(summaries: list[dict[str, Any]]) -> None:
+    """Print scores side by side, with what a reader needs to trust them."""
+    table = Table(title="greedy decoding", title_justify="left")
+    for name in ("", "strict", "numeric", "no box", "cut off", "tokens/s"):
+        table.add_column(name, justify="left" if not name else "right")
+    for s in summaries:
+        total = s["total"]
+        table.add_row(
+            s["run_id"],
+            f"{s['correct_strict']}/{total} = {s['accuracy']:.2%}",
+            f"{s['correct_numeric']}/{total} = {s['accuracy_numeric']:.2%}",
+            f"{s['extraction_failure_rate']:.2%}",
+            f"{s['truncation_rate']:.2%}",
+            f"{s['generated_tokens_per_second']:,.0f}",
+        )
+    console.print(table)

@@ -1,0 +1,265 @@
+"""Greedy decoding of many prompts: batched prefill, a static cache, finished rows replaced at once.
+
+    answers = generate(spec, lora, frozen, prompts, eos_ids=(151645,), max_new_tokens=512, slots=256)
+    answers[0].tokens, answers[0].stop_reason          # ids up to and with the end-of-turn token, "stop"
+
+The cache has a fixed number of slots. A prompt is prefilled into a free slot; all slots decode together,
+several steps a call, with the arg-max and the stop test on the device; a finished slot takes the next
+prompt. What a row generates depends on nothing but its own prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.data.packing import choose_sizes
+from jaxlora.models.attention import segment_attention
+from jaxlora.models.qwen3 import ModelSpec, Qwen3, Tree
+
+STEPS_PER_CALL = 16
+PREFILL_ROWS = 32
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this many tokens
+WINDOW_MULTIPLE = 128  # the cache is read up to a multiple of this many tokens
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer: token ids with the end-of-turn token if it came, and `stop` or `length`."""
+
+    tokens: list[int]
+    stop_reason: str
+
+
+class DecodeState(NamedTuple):
+    """Everything on the device between calls; one row a slot."""
+
+    cache: list[tuple[jax.Array, jax.Array]]  # a layer: keys, values [slots, kv_heads, length, head_dim]
+    lengths: jax.Array  # int32 [slots]: tokens in the cache
+    last: jax.Array  # int32 [slots]: the newest token, not yet in the cache
+    output: jax.Array  # int32 [slots, max_new_tokens]
+    count: jax.Array  # int32 [slots]: tokens in `output`
+    limit: jax.Array  # int32 [slots]: most tokens of this row
+    active: jax.Array  # bool [slots]
+
+
+def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -> DecodeState:
+    """An empty cache for `slots` rows of at most `length` tokens, prompt and answer together."""
+    config = spec.config
+    shape = (slots, config.num_key_value_heads, length, config.head_dim)
+    zeros = partial(jnp.zeros, (slots,), jnp.int32)
+    return DecodeState(
+        cache=[(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(config.num_hidden_layers)],
+        lengths=zeros(),
+        last=zeros(),
+        output=jnp.zeros((slots, max_new_tokens), jnp.int32),
+        count=zeros(),
+        limit=zeros(),
+        active=jnp.zeros((slots,), bool),
+    )
+
+
+def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"):
+    """The jitted `(state, lora, frozen, tokens, lengths, slots, limits) -> (state, outputs, counts)`.
+
+    Reads prompts `tokens` `[rows, length]` (int32, padded on the right, true `lengths` `[rows]`) into the
+    given slots and picks their first token. `outputs` `[rows, max_new_tokens]` and `counts` `[rows]` are
+    what those slots had generated before. A slot number beyond the last marks a filler row.
+    """
+
+    def prefill(state: DecodeState, lora: Tree, frozen: Tree, tokens, lengths, slots, limits):
+        model = spec.bind(lora, frozen)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+
+        def attend(q, k, v, cache):
+            keys, values = (
+                old.at[slots, :, : k.shape[1]].set(new.swapaxes(1, 2), mode="drop")
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            return segment_attention(q, k, v, segment_ids, backend), (keys, values)
+
+        hidden, cache = model(tokens, positions, attend, state.cache)
+        final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        first = greedy(model, final)
+        old = state.output.at[slots].get(mode="clip"), state.count.at[slots].get(mode="clip")
+
+        def put(array, value):
+            return array.at[slots].set(value, mode="drop")
+
+        state = DecodeState(
+            cache=cache,
+            lengths=put(state.lengths, lengths),
+            last=put(state.last, first),
+            output=state.output.at[slots, 0].set(first, mode="drop"),
+            count=put(state.count, jnp.ones_like(lengths)),
+            limit=put(state.limit, limits),
+            active=put(state.active, ~_is_end(first, eos_ids) & (limits > 1)),
+        )
+        return state, *old
+
+    return jax.jit(prefill, donate_argnums=0)
+
+
+def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], steps: int = STEPS_PER_CALL):
+    """The jitted `(state, lora, frozen, window) -> state`: up to `steps` tokens for every active slot.
+
+    `window` (static) is how much of the cache is read: at least the longest active row after the call.
+    """
+
+    def step(lora: Tree, frozen: Tree, window: int, state: DecodeState) -> DecodeState:
+        model = spec.bind(lora, frozen)
+        rows = jnp.arange(state.last.shape[0])
+        visible = jnp.arange(window) <= state.lengths[:, None]
+        # An idle slot writes beyond the cache, which is dropped.
+        place = jnp.where(state.active, state.lengths, state.cache[0][0].shape[2])
+
+        def attend(q, k, v, cache):
+            keys, values = (
+                old.at[rows, :, place].set(new[:, 0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
+            )
+            return decode_attention(q[:, 0], keys[:, :, :window], values[:, :, :window], visible), (keys, values)
+
+        hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
+        token = jnp.where(state.active, greedy(model, hidden[:, 0]), state.last)
+        count = state.count + state.active
+        column = jnp.where(state.active, state.count, state.output.shape[1])
+        return DecodeState(
+            cache=cache,
+            lengths=state.lengths + state.active,
+            last=token,
+            output=state.output.at[rows, column].set(token, mode="drop"),
+            count=count,
+            limit=state.limit,
+            active=state.active & ~_is_end(token, eos_ids) & (count < state.limit),
+        )
+
+    def decode(state: DecodeState, lora: Tree, frozen: Tree, window: int) -> DecodeState:
+        def more(carry):
+            i, state = carry
+            return (i < steps) & state.active.any()
+
+        body = partial(step, lora, frozen, window)
+        return jax.lax.while_loop(more, lambda c: (c[0] + 1, body(c[1])), (0, state))[1]
+
+    return jax.jit(decode, static_argnums=3, donate_argnums=0)
+
+
+def decode_attention(q, keys, values, visible):
+    """Attention of one new position a row over its cache.
+
+    Args:
+      q: `[slots, heads, head_dim]`.
+      keys, values: `[slots, kv_heads, window, head_dim]`.
+      visible: bool `[slots, window]`.
+
+    Returns:
+      `[slots, 1, heads, head_dim]` in q's dtype; scores and soft-max are float32.
+    """
+    slots, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    grouped = q.reshape(slots, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
+    # A row that never held a prompt sees position 0 only, so no soft-max is over nothing.
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkgs,bksd->bkgd", weights, values)
+    return out.reshape(slots, 1, heads, head_dim)
+
+
+def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
+    """The most likely next token, int32 `[rows]`, of hidden states `[rows, hidden]`; ties take the lower id."""
+    return jnp.argmax(model.logits(hidden).astype(jnp.float32), axis=-1).astype(jnp.int32)
+
+
+def _is_end(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
+
+
+def generate(
+    spec: ModelSpec,
+    lora: Tree,
+    frozen: Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_ids: tuple[int, ...],
+    max_new_tokens: int,
+    slots: int,
+    limits: Sequence[int] | None = None,
+    backend: str = "xla",
+    progress: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """Greedy answers to all prompts, in their order.
+
+    Args:
+      spec: with unrolled layers (`scan=False`), whose caches are updated in place.
+      limits: most new tokens of each prompt; None: `max_new_tokens` for all.
+      progress: called with the number of answers newly finished.
+    """
+    assert not spec.scan, "decoding keeps one cache a layer: use a spec with scan=False"
+    slots = min(slots, len(prompts))
+    limits = [max_new_tokens] * len(prompts) if limits is None else list(limits)
+    lengths = [len(prompt) for prompt in prompts]
+    sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
+    capacity = max(n + m for n, m in zip(lengths, limits, strict=True))
+    capacity = max(-(-capacity // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, max(sizes))
+    prefill, decode = make_prefill(spec, eos_ids, backend), make_decode(spec, eos_ids)
+    state = init_decode(spec, slots, capacity, max_new_tokens)
+    rows_a_call = min(PREFILL_ROWS, slots)
+
+    queue = sorted(range(len(prompts)), key=lengths.__getitem__)  # shortest last: taken from the end
+    owner = np.full(slots, -1)  # the prompt in each slot
+    held = np.zeros(slots, int)  # tokens in each slot's cache, an upper bound
+    answers: list[Generation | None] = [None] * len(prompts)
+
+    def collect(index: int, tokens: np.ndarray, count: int) -> None:
+        ids = tokens[:count].tolist()
+        answers[index] = Generation(ids, "stop" if ids[-1] in eos_ids else "length")
+
+    def fill(free: np.ndarray) -> None:
+        """Put the next prompts into these slots, and collect the answers that they held."""
+        nonlocal state
+        taken = [queue.pop() for _ in range(min(len(free), len(queue)))] if queue else []
+        padded = np.zeros((rows_a_call, min(s for s in sizes if s >= max(map(lengths.__getitem__, taken)))), np.int32)
+        n = np.ones(rows_a_call, np.int32)
+        limit = np.ones(rows_a_call, np.int32)
+        place = np.full(rows_a_call, slots, np.int32)
+        for i, index in enumerate(taken):
+            padded[i, : lengths[index]] = prompts[index]
+            n[i], limit[i], place[i] = lengths[index], limits[index], free[i]
+        state, outputs, counts = prefill(state, lora, frozen, padded, n, place, limit)
+        used = free[: len(taken)]
+        if (owner[used] >= 0).any():
+            outputs, counts = jax.device_get((outputs, counts))
+            for i, slot in enumerate(used):
+                if owner[slot] >= 0:
+                    collect(owner[slot], outputs[i], counts[i])
+        owner[used], held[used] = taken, n[: len(taken)]
+
+    active = np.zeros(slots, bool)
+    while queue or active.any():
+        free = np.flatnonzero(~active)
+        # Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.
+        while queue and (len(free) >= rows_a_call or not active.any() or len(free) >= len(queue)):
+            fill(free[:rows_a_call])
+            active[free[:rows_a_call]] = owner[free[:rows_a_call]] >= 0
+            free = free[rows_a_call:]
+            if not len(free):
+                break
+        window = int(held[active].max(initial=0)) + STEPS_PER_CALL
+        state = decode(state, lora, frozen, min(-(-window // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity))
+        before = active.sum()
+        active, held = (np.array(x) for x in jax.device_get((state.active, state.lengths)))
+        if progress is not None and before > active.sum():
+            progress(int(before - active.sum()))
+    outputs, counts = jax.device_get((state.output, state.count))
+    for slot in np.flatnonzero(owner >= 0):
+        collect(owner[slot], outputs[slot], counts[slot])
+    assert all(answer is not None for answer in answers)
+    return answers  # type: ignore[return-value]

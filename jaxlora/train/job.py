@@ -1,0 +1,218 @@
+"""Everything about a run that can be known before a model is loaded, checked and counted.
+
+    job = prepare(config)          # reads config.json, tokenizer and rows; UserError if anything is wrong
+    print(describe(job))           # the plan: parameters, steps, tokens, memory
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from jaxlora.config import RunConfig
+from jaxlora.data.batches import Layout, choose_layout, ranges
+from jaxlora.data.gates import GateStatus, require_gates
+from jaxlora.data.render import RenderedRow, Tokenizer, load_tokenizer
+from jaxlora.data.rows import RowReport, load_rendered_rows
+from jaxlora.devices import scan_layers
+from jaxlora.embedded import resolve
+from jaxlora.errors import UserError
+from jaxlora.lora import count_trainable
+from jaxlora.models.attention import pick_backend
+from jaxlora.models.config import ModelConfig, load_model_config, published_config
+from jaxlora.models.parameters import count_matrix_parameters, count_parameters
+from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.progress import console
+from jaxlora.sharding import make_mesh, token_multiple
+from jaxlora.train.schedule import RunPlan, plan_run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked run: configuration, model shape, rows and plan. No weights."""
+
+    config: RunConfig
+    model_dir: Path | None  # None: random weights of a published shape
+    spec: ModelSpec
+    backend: str
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    train_rows: list[RenderedRow]
+    validation_rows: list[RenderedRow]
+    reports: tuple[RowReport, RowReport]
+    gates: GateStatus
+    plan: RunPlan
+    train_layout: Layout
+    validation_layout: Layout
+
+
+def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | None, ModelConfig]:
+    """The model's directory and shape; a Hub name is fetched (announced) and then cached.
+
+    Args:
+      with_weights: fetch the weights too; without, only config.json (for plans).
+
+    Raises:
+      UserError: no such directory or Hub model, or not a Qwen3.
+    """
+    source = config.model
+    if source.random_weights and not Path(source.path).exists():
+        with contextlib.suppress(UserError):
+            return None, published_config(source.path)
+    folder = resolve(source.path)
+    if not folder.is_dir():
+        folder = _fetch(source.path, with_weights and not source.random_weights)
+    return folder, load_model_config(folder)
+
+
+def _fetch(name: str, with_weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B")
+    fetch = partial(snapshot_download, name, allow_patterns=["*.json"] + ["*.safetensors"] * with_weights)
+    try:
+        return Path(fetch(local_files_only=True))
+    except Exception:  # not in the local cache yet: the Hub client raises several kinds
+        console.print(f"fetching {name} from the Hugging Face Hub (kept in its local cache)")
+    try:
+        return Path(fetch())
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"config.model.path: {name!r} cannot be fetched: {reason}") from None
+
+
+def load_job_tokenizer(config: RunConfig, model_dir: Path | None) -> Tokenizer:
+    """The tokenizer named by the configuration, or the model's own."""
+    name = config.model.tokenizer or (str(model_dir) if model_dir else None)
+    if name is None:
+        raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
+    return load_tokenizer(name)
+
+
+def prepare(config: RunConfig, with_weights: bool = True) -> Job:
+    """Check and count everything; nothing is written and no weights are loaded.
+
+    Raises:
+      UserError: anything that would stop the run: one line that says what to do.
+    """
+    data, train = config.data, config.train
+    gates = require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
+    model_dir, model_config = locate_model(config, with_weights)
+    tokenizer = load_job_tokenizer(config, model_dir)
+    if len(tokenizer) > model_config.vocab_size:
+        raise UserError(
+            f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {model_config.vocab_size}"
+        )
+    load = partial(load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row)
+    train_rows, train_report = load(data.train_path, limit=data.train_rows)
+    validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
+    if train.batch_rows > len(train_rows):
+        raise UserError(
+            f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
+            f" give at most {len(train_rows)}"
+        )
+    if config.lora.output_head and model_config.tie_word_embeddings:
+        raise UserError("config.lora.output_head: this model ties its head to the embedding; give false")
+    platform = jax.default_backend()
+    scan = scan_layers(config.model.layers, platform)
+    spec = ModelSpec(model_config, config.lora, config.model.dtype, scan)
+    mesh = make_mesh(config.mesh)
+    plan = plan_run(config.optim, train, len(train_rows))
+    steps = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
+    rows_a_time = min(train.validation_batch_rows, len(validation_rows))
+    checks = ranges(len(validation_rows), rows_a_time)
+    multiple = token_multiple(mesh)
+    return Job(
+        config=config,
+        model_dir=model_dir,
+        spec=spec,
+        backend=pick_backend(config.model.attention, platform),
+        tokenizer=tokenizer,
+        mesh=mesh,
+        train_rows=train_rows,
+        validation_rows=validation_rows,
+        reports=(train_report, validation_report),
+        gates=gates,
+        plan=plan,
+        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, multiple),
+        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, multiple),
+    )
+
+
+def token_count(rows: list[RenderedRow]) -> int:
+    """Shifted tokens of these rows."""
+    return sum(row.n_tokens for row in rows)
+
+
+def padding_efficiency(rows: list[RenderedRow], batches: list[range], layout: Layout) -> float:
+    """Real tokens over buffer tokens of one pass."""
+    built = sum(layout.build([rows[i] for i in batch])["tokens"].size for batch in batches)
+    return token_count(rows) / built
+
+
+def estimate_memory(job: Job) -> dict[str, int]:
+    """Bytes that a run needs on all devices together, in three parts; an estimate to about a fifth.
+
+    Adapter: weights, gradients and two moments in float32. Activations: what the backward pass of one
+    buffer keeps, counted from the shapes: per layer and token the residual stream, the normalised inputs,
+    queries, keys, values, attention output and the three MLP intermediates.
+    """
+    config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
+    tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
+    heads = config.num_attention_heads * config.head_dim
+    kv_heads = config.num_key_value_heads * config.head_dim
+    kept = 6 * config.hidden_size + 4 * heads + 5 * kv_heads + 4 * config.intermediate_size
+    layer_tokens = config.hidden_size * config.num_hidden_layers + kept
+    if not job.config.model.remat:
+        layer_tokens = kept * config.num_hidden_layers
+    return {
+        "base": count_parameters(config) * width,
+        "adapter and optimizer": count_trainable(job.spec) * 4 * 4,
+        "activations": layer_tokens * tokens * width + 2 * 4 * config.vocab_size * min(1024, tokens),
+    }
+
+
+def describe(job: Job) -> Table:
+    """The plan as a table for the terminal: what will be trained, on what, in how many steps."""
+    config, plan, model = job.config, job.plan, job.spec.config
+    trainable, total = count_trainable(job.spec), count_parameters(model)
+    train_tokens, validation_tokens = token_count(job.train_rows), token_count(job.validation_rows)
+    passes = len(plan.validation_steps)
+    epoch = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
+    memory = estimate_memory(job)
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    device = jax.devices()[0]
+    rows = {
+        "run": f"{config.run_id} in {config.run_dir}",
+        "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}"
+        + (", random weights" if config.model.random_weights else ""),
+        "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
+        "adapter": f"{config.lora.condition}, rank {config.lora.rank}, alpha {config.lora.alpha:g}, on "
+        + ", ".join(weight.name for weight in job.spec.adapted),
+        "training": f"{len(job.train_rows):,} rows, {train_tokens:,} tokens an epoch, "
+        f"{train_tokens * config.train.epochs:,} in all",
+        "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
+        f"{validation_tokens * passes:,} in all",
+        "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {config.train.batch_rows} rows each), "
+        f"{plan.warmup_steps} of warm-up",
+        "validation steps": ", ".join(map(str, plan.validation_steps)),
+        "learning rate": f"{config.optim.peak_lr:g}, {config.optim.schedule}",
+        "buffers": f"{config.train.layout}, {', '.join(map(str, job.train_layout.sizes))} tokens, "
+        f"{padding_efficiency(job.train_rows, epoch, job.train_layout):.1%} of them real",
+        "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
+        "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)}, attention {job.backend}, "
+        f"layers {'scanned' if job.spec.scan else 'unrolled'}",
+    }
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", text)
+    for report in job.reports:
+        if report.skipped:
+            table.add_row("[bold red]skipped rows[/bold red]", report.describe())
+    return table
