@@ -11,10 +11,10 @@ import argparse
 import json
 from pathlib import Path
 
+from jaxlora.data.render import load_tokenizer
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.files import check_files, data_files, write_files
-from jaxlora.embedded.tokenizer import load_tokenizer
 from jaxlora.errors import UserError, run_main
 
 
@@ -44,7 +44,9 @@ def main() -> None:
         print(f"the shipped data is reproduced byte for byte: {', '.join(files)}")
     if options.out is not None:
         if options.pretraining:
-            texts = pretraining_texts(options.pretraining_seed, options.pretraining, load_tokenizer())
+            texts = pretraining_texts(
+                options.pretraining_seed, options.pretraining, load_tokenizer("embedded:base")
+            )
             files["pretraining.jsonl"] = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         for path in write_files(files, options.out, options.overwrite):
             print(path)

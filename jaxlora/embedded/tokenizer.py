@@ -4,7 +4,7 @@ It is byte-pair encoding with single digits, and with bytes for anything unknown
 survives a round trip. Nearly every word of the corpus is one token. The Hugging Face files need no
 sentencepiece to load.
 
-    >>> load_tokenizer().tokenize("Tom has 24 apples.")
+    >>> load_tokenizer("embedded:base").tokenize("Tom has 24 apples.")
     ['Tom', '▁has', '▁', '2', '4', '▁apples', '.']
 """
 
@@ -16,10 +16,8 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxlora.data.render import SYSTEM_PROMPT, Message
-from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_documents
 
 VOCABULARY = 1024  # 256 bytes, 7 symbols, and room for the words of the corpus
@@ -142,8 +140,3 @@ def tokenizer_files() -> dict[str, bytes]:
         "tokenizer.json": (convert(train_sentencepiece()).to_str(pretty=True) + "\n").encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
     }
-
-
-def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The shipped tokenizer."""
-    return AutoTokenizer.from_pretrained(str(embedded_path("base")))
