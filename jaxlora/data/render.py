@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jaxlora.data.sources import EMBEDDED_PREFIX, EMBEDDED_ROOT, announce
+from jaxlora.data.sources import announce
+from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 
 Tokenizer = PreTrainedTokenizerBase
@@ -69,12 +70,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from huggingface_hub import try_to_load_from_cache
 
     name = str(path)
-    folder = (
-        EMBEDDED_ROOT / name.removeprefix(EMBEDDED_PREFIX) if name.startswith(EMBEDDED_PREFIX) else Path(name)
-    )
+    folder = resolve(name)
     is_local = folder.is_dir()
     if not is_local:
-        if name.count("/") != 1 or name.startswith((EMBEDDED_PREFIX, ".", "/", "~")):
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise UserError(
                 f"tokenizer {name!r}: no such directory; give one, or a Hub name such as Qwen/Qwen3-8B"
             )

@@ -20,12 +20,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from jaxlora.data.render import RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import locate, parse_object, read_lines
 from jaxlora.errors import UserError
+from jaxlora.progress import progress_bar
 
 BATCH_ROWS = 512  # rows tokenised together
 SHOWN_LINES = 5  # skipped lines named in the printed report
@@ -114,12 +112,6 @@ def count_lines(path: Path) -> int:
     return lines + (last != b"\n")
 
 
-def progress_bar() -> Progress:
-    """The progress bar of all data work, on stderr; it leaves nothing behind."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
 def load_rendered_rows(
     path: str | Path,
     tokenizer: Tokenizer,
@@ -137,8 +129,8 @@ def load_rendered_rows(
     rows: list[RenderedRow] = []
     skipped: list[BadRow] = []
     seen = 0
-    with progress_bar() as bar:
-        task = bar.add_task(f"tokenising {file.name}", total=min(limit or (1 << 62), count_lines(file)))
+    total = count_lines(file)
+    with progress_bar(f"tokenising {file.name}", min(limit or total, total), "rows") as advance:
         for number, result in iter_rendered(file, tokenizer, max_length):
             seen = number
             if isinstance(result, RenderedRow):
@@ -147,7 +139,7 @@ def load_rendered_rows(
                 raise UserError(f"{path}:{number}: {result}; fix it, or set --config.data.on_bad_row=skip")
             else:
                 skipped.append(BadRow(number, str(result)))
-            bar.advance(task)
+            advance(1)
             if limit is not None and len(rows) == limit:
                 break
     if not rows:

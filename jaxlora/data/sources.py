@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 
 HUB_PREFIX = "hf://"
-EMBEDDED_PREFIX = "embedded:"
-EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "embedded"
 PARQUET_BATCH_ROWS = 1024
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a "line" longer than this is not JSONL but another kind of file
 
@@ -39,9 +38,7 @@ def locate(path: str | Path) -> Path:
     text = str(path)
     if text.startswith(HUB_PREFIX):
         return _fetch_from_hub(text)
-    local = (
-        EMBEDDED_ROOT / text.removeprefix(EMBEDDED_PREFIX) if text.startswith(EMBEDDED_PREFIX) else Path(text)
-    )
+    local = resolve(text)
     if local.is_dir():
         raise UserError(f"{text}: is a directory; give one JSONL file")
     if not local.is_file():

@@ -1,0 +1,220 @@
+r"""The rules of the dataset: which rows are accepted, how they are identified, grouped and split.
+
+    reject_reason(problem, solution, expected_answer)      # None, or "missing_box", "boxed_mismatch", ...
+    row_id("math", problem, expected_answer)               # 20 hex digits
+    canonical_problem("What is\u3000２+3?")                # "what is 2+3?"
+    split_rows([("gsm8k", keys), ("math", keys)], seed)    # which row goes where, and in which order
+
+Pure functions of text and of lists; reading and writing files is `jaxlora.data.build`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from jaxlora.data.render import SYSTEM_PROMPT
+
+SOURCES = ("gsm8k", "math")
+SEED = 20260420
+VALIDATION_SHARE = 0.1
+FIELDS = ("problem", "generated_solution", "expected_answer", "problem_source")
+REASONS = ("missing_box", "boxed_mismatch", "suspicious_pattern", "problem_pattern")
+
+# Solutions that give up, guess, or argue with the question. Compared with the lower-cased solution.
+SUSPICIOUS_PHRASES = (
+    "cannot spend more than",
+    "cannot be accurately completed",
+    "cannot be accurately provided",
+    "cannot directly calculate or deduce",
+    "doesn't align with the logical outcome",
+    "i must provide an answer",
+    "need for numerical or graphical methods",
+    "without further clarification",
+    "without further specific steps",
+    "acknowledging the complexity",
+    "more sophisticated mathematical approach",
+    "set the value to 100",
+    "strictly interpreting",
+    "would technically not have any money left",
+    "must be an integer",
+    "seems to be looking for",
+)
+
+# Problems that still carry the prompt that made them.
+PROBLEM_START = re.compile(r"\s*problem\s*:", re.IGNORECASE)
+PROBLEM_PHRASES = re.compile(
+    "|".join(
+        (
+            r"\bnew problem\s*:",
+            r"\bthe new problem is\s*:",
+            r"\bhere is a new problem\s*:",
+            r"\bwrite another problem\b",
+            r"\banother problem inspired by this one\b",
+            r"\binspired by this one\b",
+            r"\bconsider the next problem\b",
+            r"\blet the students\b",
+            r"\bsolve this problem independently\b",
+            r"\bcreate a new problem\b",
+            r"\breasoning skill for creating a new problem\b",
+            r"\blet's modify it to create a new problem\b",
+            r"\bthis question is identical to the previous one\b",
+            r"\bnote: do not go over the length\b",
+            r"\bno similar problem needed\b",
+        )
+    ),
+    re.IGNORECASE,
+)
+
+_BOX = "\\boxed{"
+_BRACE = re.compile(r"[{}]")
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}`, by matching braces; None if there is none or it is unclosed.
+
+    This is the literal `\boxed{` searched from the right: of nested boxes the inner one counts, and an
+    unclosed last box makes earlier ones irrelevant.
+    """
+    start = text.rfind(_BOX)
+    if start < 0:
+        return None
+    start += len(_BOX)
+    depth = 1
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[start : brace.start()]
+    return None
+
+
+def normal_answer(answer: str) -> str:
+    r"""The form in which box and expected answer are compared.
+
+    All white space removed, then `\left` and `\right` deleted, then `\tfrac` rewritten to `\frac`.
+    """
+    bare = "".join(answer.split()).replace("\\left", "").replace("\\right", "")
+    return bare.replace("\\tfrac", "\\frac")
+
+
+def is_suspicious(solution: str) -> bool:
+    """Whether the solution gives up or guesses."""
+    lowered = solution.lower()
+    return any(phrase in lowered for phrase in SUSPICIOUS_PHRASES)
+
+
+def is_prompt_wrapper(problem: str) -> bool:
+    """Whether the problem still carries the prompt that made it."""
+    return PROBLEM_START.match(problem) is not None or PROBLEM_PHRASES.search(problem) is not None
+
+
+def reject_reason(problem: str, solution: str, expected_answer: str) -> str | None:
+    """The first rule that the row breaks, one of REASONS; None for an accepted row."""
+    box = last_box(solution)
+    if box is None:
+        return "missing_box"
+    if normal_answer(box) != normal_answer(expected_answer):
+        return "boxed_mismatch"
+    if is_suspicious(solution):
+        return "suspicious_pattern"
+    if is_prompt_wrapper(problem):
+        return "problem_pattern"
+    return None
+
+
+def row_id(source: str, problem: str, expected_answer: str) -> str:
+    """20 hex digits of the SHA-256 of the three texts joined by single newlines, in UTF-8."""
+    return hashlib.sha256(f"{source}\n{problem}\n{expected_answer}".encode()).hexdigest()[:20]
+
+
+def canonical_problem(problem: str) -> str:
+    """The problem's text for comparisons: NFKC, lower case, stripped, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFKC", problem).lower().split())
+
+
+def problem_key(problem: str) -> bytes:
+    """16 bytes that stand for the canonical problem, so that a million problems fit in memory."""
+    return hashlib.blake2b(canonical_problem(problem).encode(), digest_size=16).digest()
+
+
+def raw_row(source: str, problem: str, solution: str, expected_answer: str) -> dict[str, str]:
+    """A curated row, keys in the order of the raw files."""
+    return {
+        "row_id": row_id(source, problem, expected_answer),
+        "source": source,
+        "problem": problem,
+        "generated_solution": solution,
+        "expected_answer": expected_answer,
+    }
+
+
+def rendered_row(raw: dict[str, str]) -> dict[str, Any]:
+    """The row as a conversation, keys in the order of the rendered files."""
+    return {
+        "row_id": raw["row_id"],
+        "source": raw["source"],
+        "expected_answer": raw["expected_answer"],
+        "messages": [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": raw["problem"]},
+            {"role": "assistant", "content": raw["generated_solution"]},
+        ],
+    }
+
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Split(Generic[Row]):
+    """Rows of each part in their final order, and the number of groups each part is made of."""
+
+    train: list[Row]
+    validation: list[Row]
+    train_groups: int
+    validation_groups: int
+
+
+def split_rows(
+    visits: Sequence[tuple[Sequence[Row], Sequence[bytes]]], seed: int = SEED, share: float = VALIDATION_SHARE
+) -> Split[Row]:
+    """Split rows so that rows with the same problem stay together.
+
+    `visits` holds, for each source in visiting order, its rows in stream order and their problem keys. Groups
+    are listed as they are first met, shuffled, and fill validation until it holds at least
+    `round(share x rows)` rows; the rest is train. The same generator then shuffles train, then validation.
+    """
+    places: dict[bytes, int] = {}
+    groups: list[list[Row]] = []
+    total = 0
+    for rows, keys in visits:
+        total += len(rows)
+        for row, key in zip(rows, keys, strict=True):
+            place = places.setdefault(key, len(groups))
+            if place == len(groups):
+                groups.append([row])
+            else:
+                groups[place].append(row)
+    places.clear()
+    generator = random.Random(seed)
+    generator.shuffle(groups)
+    wanted = round(share * total)
+    train: list[Row] = []
+    validation: list[Row] = []
+    validation_groups = 0
+    for group in groups:
+        if len(validation) < wanted:
+            validation += group
+            validation_groups += 1
+        else:
+            train += group
+    train_groups = len(groups) - validation_groups
+    groups.clear()
+    generator.shuffle(train)
+    generator.shuffle(validation)
+    return Split(train, validation, train_groups, validation_groups)
