@@ -14,6 +14,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxlora.sharding import gathered, split_tokens
+
 CHUNK = 1024  # answer positions a chunk: float32 logits of 0.6 GB at Qwen3's vocabulary
 
 
@@ -36,6 +38,8 @@ def summed_nll(hidden, targets, weights, head) -> jax.Array:
       head: from `head_parts`.
     """
     weight, adapter, scale = head
+    weight = gathered(weight, ("vocab", "embed"))  # once, outside the loop over chunks
+    hidden, targets, weights = split_tokens(hidden), split_tokens(targets), split_tokens(weights)
     return _summed_nll(hidden, adapter, weight, targets, weights, scale)
 
 

@@ -19,6 +19,7 @@ import optax
 from jaxlora.config import OptimConfig
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.sharding import constrain_lora
 from jaxlora.train.loss import head_parts, summed_nll
 
 
@@ -81,7 +82,7 @@ def make_train_step(spec: ModelSpec, optim: OptimConfig, backend: str, remat: bo
             "grad_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),
         }
-        return TrainState(optax.apply_updates(state.lora, updates), moments), metrics
+        return constrain_lora(spec, TrainState(optax.apply_updates(state.lora, updates), moments)), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
