@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.data.curation import problem_key
-from jaxlora.data.rows import count_lines, parse_rendered
-from jaxlora.data.sources import HUB_PREFIX, locate, parse_object, read_lines
+from jaxlora.data.rows import parse_rendered
+from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, read_lines
 from jaxlora.errors import UserError
 from jaxlora.progress import console, progress_bar
 
@@ -75,6 +75,27 @@ class _Rows:
     ids: list[str]
     problems: list[bytes]  # problem keys
     sources: list[str]
+
+
+def find_pairs(folder: Path) -> list[FilePair]:
+    """The pairs of files of a dataset: `train.jsonl` and `val.jsonl` in it, in `raw/` and in `rendered/`.
+
+    Raises:
+      UserError: there is no folder or no pair, or a training file is without its validation file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the --out of tools/build_dataset.py")
+    pairs = []
+    for place in (folder, folder / "raw", folder / "rendered"):
+        train, validation = place / "train.jsonl", place / "val.jsonl"
+        if train.exists() != validation.exists():
+            missing = validation if train.exists() else train
+            raise UserError(f"{missing}: no such file, but the other half of the split is there")
+        if train.exists():
+            pairs.append(FilePair(str(train), str(validation)))
+    if not pairs:
+        raise UserError(f"{folder}: holds no train.jsonl and val.jsonl, nor raw/ or rendered/ with them")
+    return pairs
 
 
 def sha256_of(path: Path) -> str:
@@ -152,6 +173,7 @@ def check(pairs: Sequence[FilePair], benchmark: Benchmark, root: str = "") -> di
         "passed": all(gate["passed"] for gate in gates),
         "benchmark": {
             "name": benchmark.name,
+            "sha256": sha256_of(Path(benchmark.name)) if Path(benchmark.name).is_file() else None,
             "questions": len(benchmark.questions),
             "questions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         },

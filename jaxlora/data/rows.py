@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlora.data.render import RenderedRow, Tokenizer, render_batch
-from jaxlora.data.sources import locate, parse_object, read_lines
+from jaxlora.data.sources import count_lines, locate, parse_object, read_lines
 from jaxlora.errors import UserError
 from jaxlora.progress import progress_bar
 
@@ -100,16 +100,6 @@ def iter_rendered(
                 result = UserError(f"{len(result.tokens)} tokens, longer than the limit of {max_length}")
             results[number] = result
         yield from ((number, results[number]) for number, _ in batch)
-
-
-def count_lines(path: Path) -> int:
-    """Lines of a file; a last line without its newline counts."""
-    lines, last = 0, b"\n"
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            lines += block.count(b"\n")
-            last = block[-1:]
-    return lines + (last != b"\n")
 
 
 def load_rendered_rows(

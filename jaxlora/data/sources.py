@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}:{number + 1}: cannot be read: {error.strerror or error}") from None
 
 
+def count_lines(path: Path) -> int:
+    """Lines of a file; a last line without its newline counts."""
+    lines, last = 0, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            lines += block.count(b"\n")
+            last = block[-1:]
+    return lines + (last != b"\n")
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
     """One JSONL line as a dict.
 
@@ -102,7 +113,43 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def read_records(source: str, split: str | None, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def is_file_source(source: str) -> bool:
+    """Whether `source` is a file rather than the name of a Hub dataset."""
+    return source.endswith((".jsonl", ".json", ".parquet")) or Path(source).exists()
+
+
+def count_records(source: str) -> int | None:
+    """Rows of a file, for a progress bar; None where only reading would tell."""
+    if not is_file_source(source):
+        return None
+    path = locate(source)
+    if path.suffix != ".parquet":
+        return count_lines(path)
+    with _parquet_errors(path, lambda: 1):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+
+
+def hub_revision(name: str, revision: str | None) -> str:
+    """The commit of a Hub dataset that `revision` (none: the newest) means now.
+
+    Raises:
+      UserError: not the name of a dataset, or the Hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"{name}: no such file; give a .jsonl or .parquet file or a Hub dataset OWNER/NAME")
+    try:
+        return str(HfApi().dataset_info(name, revision=revision).sha)
+    except Exception as error:  # the Hub client raises many kinds: network, authorisation, missing, offline
+        raise UserError(f"{name}: the Hub does not give it: {_first_line(error)}") from None
+
+
+def read_records(
+    source: str, split: str | None, columns: list[str], revision: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stream `(place, record)` from a `.jsonl` or `.parquet` file or from `split` of a Hub dataset.
 
     `place` is `FILE:ROW` with rows counted from 1; it goes into error messages.
@@ -110,7 +157,7 @@ def read_records(source: str, split: str | None, columns: list[str]) -> Iterator
     Raises:
       UserError: nothing there, or a row that cannot be read; names the file and the row.
     """
-    if source.endswith((".jsonl", ".json", ".parquet")) or Path(source).exists():
+    if is_file_source(source):
         path = locate(source)
         if path.suffix == ".parquet":
             yield from _read_parquet(path, columns)
@@ -123,28 +170,34 @@ def read_records(source: str, split: str | None, columns: list[str]) -> Iterator
         else:
             raise UserError(f"{source}: not a .jsonl or .parquet file; convert it to one of these first")
     else:
-        yield from _read_hub(source, split, columns)
+        yield from _read_hub(source, split, columns, revision)
+
+
+@contextmanager
+def _parquet_errors(path: Path, row: Callable[[], int]) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}:{row()}: Parquet cannot be read: {_first_line(error)}") from None
 
 
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
     import pyarrow.parquet
 
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            present = [name for name in columns if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=present):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:{number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}:{number + 1}: Parquet cannot be read: {_first_line(error)}") from None
+    with _parquet_errors(path, lambda: number + 1), pyarrow.parquet.ParquetFile(path) as file:
+        present = [name for name in columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=present):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
 
 
-def _read_hub(name: str, split: str | None, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such file; give a .jsonl or .parquet file or a Hub dataset OWNER/NAME")
+def _read_hub(
+    name: str, split: str | None, columns: list[str], revision: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if not split:
         raise UserError(f"{name}: name the split of the Hub dataset, such as --split train")
     import datasets
@@ -152,13 +205,11 @@ def _read_hub(name: str, split: str | None, columns: list[str]) -> Iterator[tupl
     announce(f"streaming {name}, split {split}, from the Hugging Face Hub (nothing is kept on disk)")
     number = 0
     try:
-        stream = datasets.load_dataset(name, split=split, streaming=True)
+        stream = datasets.load_dataset(name, split=split, streaming=True, revision=revision)
         names = stream.column_names or columns
         for row in stream.select_columns([column for column in columns if column in names]):
             number += 1
             yield f"{name}[{split}]:{number}", row
-    except UserError:
-        raise
     except Exception as error:  # datasets raises many kinds: network, missing split, broken shard
         raise UserError(f"{name}[{split}]:{number + 1}: cannot be streamed: {_first_line(error)}") from None
 

@@ -1,0 +1,271 @@
+"""Build a dataset: stream the source, accept, group, split, and write the files, all or nothing.
+
+    manifest = build(BuildPlan(source="rows.jsonl", split=None, out=Path("data/mine")))
+
+The rules are in `jaxlora.data.curation`. Accepted rows go to a spool file as they come; memory holds only a
+place in it and a problem key for each. Everything is written to a hidden folder beside the final one, which
+is renamed at the end: a build that stops half-way leaves nothing under the final name, and the next one
+starts by removing what an interrupted one left.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from jaxlora.data import curation
+from jaxlora.data.gates import sha256_of
+from jaxlora.data.render import SYSTEM_PROMPT
+from jaxlora.data.sources import count_records, hub_revision, is_file_source, read_records
+from jaxlora.errors import UserError
+from jaxlora.progress import progress_bar
+from jaxlora.records import read_json, write_json_atomic
+
+MANIFEST_NAME = "manifest.json"
+FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")
+PROGRESS_EVERY = 1000  # rows
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What to build from where to where."""
+
+    source: str  # a .jsonl or .parquet file, or a Hub dataset
+    split: str | None  # of a Hub dataset
+    out: Path
+    sources: tuple[str, ...] = curation.SOURCES  # values of `problem_source` to keep, in visiting order
+    revision: str | None = None  # of a Hub dataset; none: the newest, which is then recorded
+    overwrite: bool = False
+
+
+@dataclass
+class _Spool:
+    """Accepted rows on disk, and per source where each begins and which problem it has."""
+
+    file: IO[bytes]
+    starts: dict[str, array[int]]
+    keys: dict[str, list[bytes]]
+
+
+def build(plan: BuildPlan) -> dict[str, Any]:
+    """Build the dataset and return its manifest.
+
+    Raises:
+      UserError: a row without the fields or with wrong types (names file and row), nothing accepted, `out`
+        exists and `overwrite` is false, or the disk is full. Nothing is left under `out` then.
+    """
+    out = plan.out.resolve()
+    if out.exists() and not plan.overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{plan.out} exists; choose another --out, or pass --overwrite")
+    with _disk_errors(out), _work_folder(out) as folder:
+        manifest = _build_into(folder, plan)
+        _put_in_place(folder, out)
+    return manifest
+
+
+def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
+    revision = None if is_file_source(plan.source) else hub_revision(plan.source, plan.revision)
+    with (folder / "spool").open("w+b") as file:
+        spool = _Spool(file, {s: array("q") for s in plan.sources}, {s: [] for s in plan.sources})
+        counts = _accept_rows(plan, revision, spool)
+        file.flush()
+        accepted = {source: len(spool.starts[source]) for source in plan.sources}
+        split = curation.split_rows([(spool.starts[s], spool.keys[s]) for s in plan.sources])
+        spool.keys.clear()
+        by_source, files = {}, {}
+        for part, starts in (("train", split.train), ("val", split.validation)):
+            by_source[part] = _write_part(folder, part, file, starts, plan.sources)
+    (folder / "spool").unlink()
+    for name in FILES:
+        path = folder / name
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    manifest = {
+        "source": {
+            "name": plan.source,
+            "split": plan.split,
+            "revision": revision,
+            "sha256": sha256_of(Path(plan.source)) if is_file_source(plan.source) else None,
+            "problem_sources": list(plan.sources),
+        },
+        "seed": curation.SEED,
+        "validation_share": curation.VALIDATION_SHARE,
+        "system_prompt": SYSTEM_PROMPT,
+        **counts,
+        "accepted": accepted,
+        "split_rows": by_source,
+        "split_groups": {"train": split.train_groups, "val": split.validation_groups},
+        "files": files,
+    }
+    write_json_atomic(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[str, Any]:
+    """Stream the source into the spool; returns counts of rows read, candidates and rejects by reason."""
+    candidates: Counter[str] = Counter()
+    rejected: Counter[tuple[str, str]] = Counter()
+    others: Counter[str] = Counter()
+    read = 0
+    records = read_records(plan.source, plan.split, list(curation.FIELDS), revision)
+    with progress_bar("reading the source", count_records(plan.source) or 0, "rows") as advance:
+        for read, (place, record) in enumerate(records, start=1):
+            if read % PROGRESS_EVERY == 0:
+                advance(PROGRESS_EVERY)
+            for name in curation.FIELDS:
+                if not isinstance(record.get(name), str):
+                    raise UserError(f"{place}: {_wrong_field(name, record)}")
+            source = record["problem_source"]
+            if source not in spool.starts:
+                others[source] += 1
+                continue
+            candidates[source] += 1
+            problem, solution = record["problem"], record["generated_solution"]
+            expected = record["expected_answer"]
+            reason = curation.reject_reason(problem, solution, expected)
+            if reason is not None:
+                rejected[source, reason] += 1
+                continue
+            try:
+                line = _line(curation.raw_row(source, problem, solution, expected))
+            except UnicodeEncodeError:
+                raise UserError(f"{place}: holds half a surrogate pair, which is not text") from None
+            spool.starts[source].append(spool.file.tell())
+            spool.keys[source].append(curation.problem_key(problem))
+            spool.file.write(line)
+    if not read:
+        raise UserError(f"{plan.source}: is empty; there are no rows to build from")
+    wanted = " or ".join(plan.sources)
+    if not candidates:
+        seen = ", ".join(name for name, _ in others.most_common(5))
+        raise UserError(
+            f"{plan.source}: no row has problem_source {wanted}, only {seen}; name them with --sources"
+        )
+    if rejected.total() == candidates.total():
+        reasons = ", ".join(f"{reason} {count}" for (_, reason), count in rejected.most_common(3))
+        raise UserError(f"{plan.source}: none of {candidates.total()} candidates is accepted ({reasons})")
+    return {
+        "rows_read": read,
+        "other_sources": dict(sorted(others.items())),
+        "candidates": {source: candidates[source] for source in plan.sources},
+        "rejected": {s: {r: rejected[s, r] for r in curation.REASONS} for s in plan.sources},
+    }
+
+
+def _write_part(
+    folder: Path, part: str, spool: IO[bytes], starts: Sequence[int], sources: Sequence[str]
+) -> dict[str, int]:
+    """Write `raw/PART.jsonl` and `rendered/PART.jsonl` in the order of `starts`; returns rows by source."""
+    counts: Counter[str] = Counter()
+    for kind in ("raw", "rendered"):
+        (folder / kind).mkdir(exist_ok=True)
+    with (
+        (folder / "raw" / f"{part}.jsonl").open("wb") as raw_file,
+        (folder / "rendered" / f"{part}.jsonl").open("wb") as rendered_file,
+        progress_bar(f"writing {part}", len(starts), "rows") as advance,
+    ):
+        for number, start in enumerate(starts, start=1):
+            spool.seek(start)
+            line = spool.readline()
+            row = json.loads(line)
+            counts[row["source"]] += 1
+            raw_file.write(line)
+            rendered_file.write(_line(curation.rendered_row(row)))
+            if number % PROGRESS_EVERY == 0:
+                advance(PROGRESS_EVERY)
+    return {source: counts[source] for source in sources} | {"total": counts.total()}
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def _wrong_field(name: str, record: dict[str, Any]) -> str:
+    if name not in record:
+        return f"field {name!r} is missing; rows need {', '.join(curation.FIELDS)}"
+    return f"field {name!r} is {type(record[name]).__name__}, not text"
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`: empty, locked so that it is ours alone, and gone afterwards."""
+    folder = out.parent / f".{out.name}.building"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another build of {out} is running; wait for it, or choose another --out"
+            ) from None
+        if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
+            raise UserError(f"another build of {out} has just finished; look at it first")
+        _empty(folder)  # what an interrupted build left
+        try:
+            yield folder
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _put_in_place(folder: Path, out: Path) -> None:
+    """Make the finished folder the dataset; an older one is removed only after the new one stands."""
+    for path in (*(folder / name for name in FILES), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = out.parent / f".{out.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    folder.rename(out)
+    shutil.rmtree(old)
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"the disk of {out.parent} is full; nothing was written under {out}") from None
+        raise UserError(
+            f"{error.filename or out}: {error.strerror}; nothing was written under {out}"
+        ) from None
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a built dataset, with the hashes and sizes that its files really have.
+
+    Raises:
+      UserError: there is no manifest, or a file is missing.
+    """
+    manifest = read_json(folder / MANIFEST_NAME)
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; build the dataset again")
+        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return manifest
