@@ -1,30 +1,50 @@
 """Which axis of which array lies on which axis of the device mesh: one table.
 
 The mesh has three axes. `fsdp` splits the base's weights and the tokens of a step; `data` splits the tokens
-only; `tensor` splits heads and hidden units.
+only; `tensor` splits heads, hidden units of the MLP and the vocabulary. The residual stream's hidden axis is
+never split: each layer's weights are gathered over `fsdp` just before they are used.
 
     mesh = make_mesh(MeshConfig(fsdp=8))
-    with jax.set_mesh(mesh): ...
+    with jax.set_mesh(mesh):
+        state = place_lora(mesh, spec, init_state(lora, optim))
+        state, metrics = step(state, frozen, place_batch(mesh, batch), rate)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.config import MeshConfig
 from jaxlora.errors import UserError
 
-# logical axis -> mesh axes
+if TYPE_CHECKING:
+    from jaxlora.models.qwen3 import ModelSpec
+
+# logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "length": ("data", "fsdp"),  # packed tokens are what is split over chips, not rows
+    "batch": ("data", "fsdp"),  # rows, where there are enough of them: decoding, padded batches
+    "length": ("data", "fsdp"),  # a packed buffer is one row: its tokens are what is split over chips
+    "batch_of_copy": ("data",),  # the same over copies of the base only
+    "length_of_copy": ("data",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "adapter": ("fsdp",),  # the long axis of a LoRA matrix, from SHARD_LORA_FROM_RANK on
+}
+# Below this rank an adapter with its gradient and moments takes less than 6 GB at Qwen3-8B's size even when
+# every projection has one, and gathering it in every layer would cost more time than the memory is worth.
+SHARD_LORA_FROM_RANK = 256
+LORA_AXES: dict[str, tuple[str | None, str | None]] = {
+    "lora_a": (None, "adapter"),  # [r, in]
+    "lora_b": ("adapter", None),  # [out, r]
 }
 
 
@@ -44,33 +64,133 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def spec_for(*axes: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes (None: not split)."""
-    return PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes))
+def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """The PartitionSpec of an array of this shape with these logical axes (None: not split).
 
-
-def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The sharding of an array with these logical axes."""
-    return NamedSharding(mesh, spec_for(*axes))
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Ask the compiler to lay x out by its logical axes; outside a mesh, x itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec_for(*axes))
-
-
-def weight_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a weight; an axis that its mesh axes do not divide is not split."""
-    spec = []
+    An axis stays whole where its mesh axes do not divide it or are taken by an earlier axis.
+    """
+    spec: list[tuple[str, ...] | None] = []
+    taken: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES.get(axis, ()) if axis else ()
-        ways = math.prod(mesh.shape[name] for name in names)
-        spec.append(names if names and size % ways == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+        names = RULES[axis] if axis else ()
+        split = names and not taken & set(names) and size % _ways(mesh, names) == 0
+        spec.append(names if split else None)
+        taken |= set(names) if split else set()
+    return PartitionSpec(*spec)
+
+
+def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array of this shape with these logical axes."""
+    return NamedSharding(mesh, spec_for(mesh, axes, shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def token_shards(mesh: Any) -> int:
+    """Over how many chips the tokens of a step are split."""
+    return _ways(mesh, RULES["length"])
+
+
+def token_multiple(mesh: Mesh) -> int:
+    """Buffer lengths must be multiples of this: whole blocks of the attention kernel on every chip."""
+    platform = mesh.devices.flat[0].platform
+    return token_shards(mesh) * (128 if platform == "tpu" else 1)
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Host arrays `[buffers, batch, length]` onto the mesh: rows split over chips, or else tokens.
+
+    Every process gives the same whole arrays; each device receives only its part.
+    """
+    return {name: _place(x, named(mesh, (None, "batch", "length"), x.shape)) for name, x in batch.items()}
+
+
+def place_lora(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
+    """An adapter, or its training state, onto the mesh by `lora_shardings`."""
+    return jax.tree.map(_place, tree, lora_shardings(mesh, spec, tree))
+
+
+def lora_shardings(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
+    """The sharding of each leaf of an adapter, its gradients or its optimizer state.
+
+    Whole on every device below rank `SHARD_LORA_FROM_RANK`, split over `fsdp` along the long axis from
+    there on. Leaves that are no LoRA matrix, such as Adam's step counter, are replicated.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        return named(mesh, _lora_axes(spec, path, leaf), np.shape(leaf))
+
+    return jax.tree.map_with_path(sharding, tree)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Ask the compiler to lay x out by its logical axes; outside a mesh, x itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_for(mesh, axes, x.shape))
+
+
+def constrain_lora(spec: ModelSpec, tree: Any) -> Any:
+    """`lora_shardings` as constraints inside a jitted function; outside a mesh, the tree itself."""
+    return jax.tree.map_with_path(lambda path, x: constrain(x, *_lora_axes(spec, path, x)), tree)
+
+
+def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The weight whole over `fsdp` (its `tensor` axis stays split): an all-gather where it is used."""
+    return constrain(weight, *(None if axis in ("embed", "adapter") else axis for axis in axes))
+
+
+def gather_again(function: Callable, *, in_loop: bool) -> Callable:
+    """Make the backward pass of `function(x, *weights)` gather its weights again.
+
+    Without this the gathered weights would be kept from the forward pass: the whole base on every chip.
+    Nothing else is computed twice, because the backward pass of a product needs only its inputs.
+
+    Args:
+      in_loop: the caller is the body of a scan, where forward and backward pass are loops of their own and
+        the compiler cannot merge their gathers.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return function
+    return jax.checkpoint(function, prevent_cse=not in_loop)
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+    """`[batch, length, ...]` as `[shards, tokens of a shard, ...]`, without moving anything between chips.
+
+    Work that treats shards as rows of a batch then stays on each chip. On one device this is `x`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else token_shards(mesh)
+    if shards == 1:
+        return x
+    batch, length, *rest = x.shape
+    if batch % shards == 0:  # rows are split
+        y = x.reshape(shards, -1, *rest)
+    else:  # each row's tokens are split
+        y = x.reshape(batch, shards, length // shards, *rest).swapaxes(0, 1).reshape(shards, -1, *rest)
+    return constrain(y, "batch", *(None,) * (y.ndim - 1))
+
+
+def _ways(mesh: Any, names: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _lora_axes(spec: ModelSpec, path, leaf) -> tuple[str | None, ...]:
+    axes: list[str | None] = [None] * np.ndim(leaf)
+    name = getattr(path[-1], "key", None) if path else None
+    if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK and name in LORA_AXES:
+        axes[-2:] = LORA_AXES[name]
+    return tuple(axes)
+
+
+def _place(x: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)  # several processes: each gives its devices their part of the same array
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

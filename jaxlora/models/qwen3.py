@@ -24,7 +24,7 @@ from flax import nnx
 from jaxlora.config import LoraConfig
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import GROUPS, Weight, parameter_table
-from jaxlora.sharding import constrain
+from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
@@ -58,12 +58,18 @@ class Linear(nnx.Module):
         self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32)) if adapted else None
         self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32)) if adapted else None
         self.scale = lora.alpha / lora.rank if adapted else 0.0
+        self.axes, self.stacked = weight.axes, bool(stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        if self.lora_a is not None:
-            low = jnp.einsum("...i,ri->...r", x, self.lora_a[...].astype(x.dtype))
-            y = y + jnp.einsum("...r,or->...o", low * self.scale, self.lora_b[...].astype(x.dtype))
+        adapter = () if self.lora_a is None else (self.lora_a[...], self.lora_b[...])
+        return gather_again(self.product, in_loop=self.stacked)(x, self.weight[...], *adapter)
+
+    def product(self, x, weight, *adapter):
+        y = jnp.einsum("...i,oi->...o", x, gathered(weight, self.axes))
+        if adapter:
+            a, b = (gathered(z.astype(x.dtype), (None, None)) for z in adapter)
+            low = jnp.einsum("...i,ri->...r", x, a)
+            y = y + jnp.einsum("...r,or->...o", low * self.scale, b)
         return y
 
 
@@ -121,7 +127,11 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(weight.shape, dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        # Every chip looks up all tokens of its copy of the base in its own columns; then the parts change
+        # places. The table itself is never gathered.
+        copy = ("batch_of_copy", "length_of_copy")
+        rows = jnp.take(self.weight[...], constrain(tokens, *copy), axis=0, mode="clip")
+        return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
 
 
 class Qwen3(nnx.Module):
@@ -157,7 +167,7 @@ class Qwen3(nnx.Module):
         Returns:
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
         """
-        x = constrain(self.embed_tokens(tokens), "batch", "length", None)
+        x = self.embed_tokens(tokens)
         rotary = rotary_angles(positions, self.head_dim, self.rope_theta)
         definition, state = nnx.split(self.layers if self.scan else self.layers[0])
 
