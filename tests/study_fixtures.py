@@ -96,7 +96,7 @@ def _write_run(folder: Path, condition: str, seed: int, shift: float, rate: floa
             append_jsonl(folder / "metrics.jsonl", row)
     manifest = {
         "run_id": folder.name,
-        "git": {"sha": "0123abcd", "dirty": False},
+        "code": {"git_sha": "0123abcd", "dirty": False},
         "packages": {"jax": "0.10.2", "flax": "0.12.8"},
         "device": {"platform": "cpu", "kind": "cpu", "count": 1},
         "config": {"model": {"path": "Qwen/Qwen3-8B"}, "lora": {"condition": condition}, "seed": seed},

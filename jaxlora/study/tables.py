@@ -58,7 +58,7 @@ def percent(value: float) -> str:
 
 def points(value: float) -> str:
     """A difference of two accuracies, in percentage points."""
-    return f"{100 * value:+.2f}".replace("-", "\u2212")
+    return _signed(f"{100 * value:+.2f}")
 
 
 def interval(value: Sequence[float]) -> str:
@@ -66,7 +66,12 @@ def interval(value: Sequence[float]) -> str:
 
 
 def signed(value: int) -> str:
-    return f"{value:+d}".replace("-", "\u2212")
+    return _signed(f"{value:+d}")
+
+
+def _signed(text: str) -> str:
+    """A number with its sign, a true minus, and no sign before zero."""
+    return text.replace("-", "\u2212") if text.strip("+-0.") else text.lstrip("+-")
 
 
 def whole(value: float) -> str:

@@ -1,0 +1,202 @@
+"""The report: one HTML file that works offline, and the same in Markdown.
+
+    make_report(Path("results"), prefix="qwen3-8b", folder=Path("results/report"))
+
+writes `report.html`, `report.md`, `comparison.json` and `figures/`. The HTML file loads nothing: styles,
+script, figures and predictions are inside it. Whatever a model or a data set wrote is shown as text: Jinja
+escapes it, the predictions browser sets `textContent`, and a content security policy allows no script but
+the report's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from jaxlora import __version__
+from jaxlora.records import write_json_atomic, write_text_atomic
+from jaxlora.study import findings, training_tables
+from jaxlora.study.comparison import WINNER_THRESHOLD, compare
+from jaxlora.study.figures import draw_figures
+from jaxlora.study.results import Study, load_study
+from jaxlora.study.tables import Table
+
+TEMPLATES = Path(__file__).parent / "templates"
+_AS_TABLE = ("primary_comparison", "accounting")  # shown as a table; their pictures are for slides
+_WITH_ROWS = ("gsm8k_accuracy", "disagreement", "learning_rate_selection")  # a figure, and its rows below it
+_ARTIFACTS = (
+    "manifest.json",
+    "metrics.jsonl",
+    "summary.json",
+    "failure.json",
+    "sample_render.txt",
+    "selected",
+    "tensorboard",
+    "evaluation/predictions.jsonl",
+    "evaluation/summary.json",
+)
+
+
+def make_report(results: Path, prefix: str, folder: Path, threshold: float = WINNER_THRESHOLD) -> Path:
+    """Compare, draw and write the report of a study; returns the path of `report.html`.
+
+    Raises `UserError` where the results are broken or cannot be compared; what is only absent is reported.
+    """
+    study = load_study(results, prefix)
+    comparison = compare(study.evaluations, threshold) if study.evaluations else None
+    if comparison is not None:
+        write_json_atomic(folder / "comparison.json", comparison)
+    else:
+        (folder / "comparison.json").unlink(missing_ok=True)
+    drawn, not_drawn = draw_figures(study, comparison, folder / "figures")
+    content = _content(study, comparison, drawn, not_drawn, folder)
+    write_text_atomic(folder / "report.md", _environment().get_template("report.md.j2").render(content))
+    write_text_atomic(folder / "report.html", _html(study, content, folder / "figures"))
+    return folder / "report.html"
+
+
+def _content(
+    study: Study, comparison: dict[str, Any] | None, drawn: list[Table], not_drawn: list[str], folder: Path
+) -> dict[str, Any]:
+    accounting = training_tables.accounting(study)
+    rows = accounting.rows if isinstance(accounting, Table) else ()
+    facts = findings.how_it_was_run(study)
+    return {
+        "version": __version__,
+        "prefix": study.prefix,
+        "question": findings.question(study),
+        "headline": findings.headline(comparison),
+        "verdicts": findings.verdicts(comparison),
+        "tables": drawn,
+        "as_table": _AS_TABLE,
+        "with_rows": _WITH_ROWS,
+        "totals": findings.totals(study, rows),
+        "how": [fact for fact in facts if not fact[0].startswith("config.")],
+        "configuration": [fact for fact in facts if fact[0].startswith("config.")],
+        "evaluation": findings.evaluation_settings(study),
+        "limits": findings.limits(study, comparison, rows),
+        "absent": list(dict.fromkeys((*study.absent, *not_drawn))),
+        "links": _links(study, folder),
+    }
+
+
+def _links(study: Study, folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each run, its artifacts that exist, as (name, path relative to the report)."""
+    directories = [run.directory for run in (*study.runs, *study.trials)]
+    base = study.directory / f"{study.prefix}-base"
+    if base.is_dir():
+        directories.insert(0, base)
+    return [
+        (
+            directory.name,
+            [
+                (name, Path(os.path.relpath(directory / name, folder)).as_posix())
+                for name in _ARTIFACTS
+                if (directory / name).exists()
+            ],
+        )
+        for directory in directories
+    ]
+
+
+# --- HTML ---------------------------------------------------------------------------------------------------
+
+
+def _html(study: Study, content: dict[str, Any], figures: Path) -> str:
+    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    policy = (
+        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'"
+    )
+    pictures = {
+        table.name: "data:image/png;base64,"
+        + base64.b64encode((figures / f"{table.name}.png").read_bytes()).decode("ascii")
+        for table in content["tables"]
+    }
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            content,
+            style=Markup(style),
+            script=Markup(script),
+            policy=policy,
+            pictures=pictures,
+            predictions=script_json(predictions(study)),
+        )
+    )
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def predictions(study: Study) -> dict[str, Any]:
+    """What the predictions browser shows: each problem once, and every model's answer to it.
+
+    An answer is `[text, extracted answer or null, strict, numeric, truncated]`.
+    """
+    if not study.evaluations:
+        return {"models": [], "problems": []}
+    return {
+        "models": [
+            {"id": evaluation.run_id, "condition": evaluation.condition, "seed": evaluation.seed}
+            for evaluation in study.evaluations
+        ],
+        "problems": [
+            {
+                "index": first["benchmark_index"],
+                "question": first["question"],
+                "reference": first["reference_answer"],
+                "answers": [
+                    [
+                        answer["generated_text"],
+                        answer["extracted_answer"],
+                        answer["correct"],
+                        answer["correct_numeric"],
+                        answer["stop_reason"] == "length",
+                    ]
+                    for answer in (evaluation.records[row] for evaluation in study.evaluations)
+                ],
+            }
+            for row, first in enumerate(study.evaluations[0].records)
+        ],
+    }
+
+
+def script_json(value: Any) -> Markup:
+    """JSON for a script element: nothing in it can end the element or begin a comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+# --- Templates ----------------------------------------------------------------------------------------------
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["md"] = escape_markdown
+    return environment
+
+
+def escape_markdown(text: str) -> str:
+    """Text that stays one plain table cell or paragraph in Markdown."""
+    text = " ".join(str(text).split())
+    for mark in "\\`*[]|":
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
