@@ -209,7 +209,7 @@ follow() {
     | tee "$scratch/output" || code=${PIPESTATUS[0]}
   if [[ -n $dry_run ]]; then return; fi
   # Each host reports its own code in a line of its own; gcloud passes on only one of them.
-  codes=" $(sed -n "s/^jaxlora-host: attempt=$attempt worker=[0-9]* exit=//p" "$scratch/output" | tr '\n' ' ')"
+  codes=" $(sed -n "s/.*jaxlora-host: attempt=$attempt worker=[0-9]* exit=//p" "$scratch/output" | tr '\n' ' ')"
   case $codes in
     *' 2 '* | *' 126 '* | *' 127 '*) outcome=mistake ;;
     *' 75 '*) outcome=interrupted ;;

@@ -76,7 +76,7 @@ running() { [[ -e $1/lock ]] && ! flock --nonblock --shared "$1/lock" true; } # 
 exit_code() { cat "$1/exit" 2>/dev/null || echo 137; } # FOLDER; without a code it was killed
 
 run() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
-  local attempt=$1 folder=$HOME_DIR/attempts/$1 new tail_pid history=20
+  local attempt=$1 folder=$HOME_DIR/attempts/$1 new history=20
   shift
   if [[ ! -e $folder ]]; then
     # The lock is taken before the folder gets its name: who sees the folder sees a held lock.
@@ -93,13 +93,12 @@ run() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
     fi
     exec 9>&-
   fi
-  if ((WORKER == 0)); then tail -n "$history" -F "$folder/log" 2>/dev/null & tail_pid=$!; fi
-  flock --shared "$folder/lock" true # returns when the supervisor ends
+  flock --shared "$folder/lock" true & # ends with the supervisor
   if ((WORKER == 0)); then
-    sleep 1 # let tail show the last lines
-    kill "$tail_pid"
-  elif (($(exit_code "$folder") != 0)); then
-    tail -n 20 "$folder/log" | sed "s/^/worker $WORKER: /"
+    tail -n "$history" -s 0.2 -F --pid=$! "$folder/log" 2>/dev/null
+  else
+    wait $!
+    if (($(exit_code "$folder") != 0)); then tail -n 20 "$folder/log" | sed "s/^/worker $WORKER: /"; fi
   fi
   echo "jaxlora-host: attempt=$attempt worker=$WORKER exit=$(exit_code "$folder")"
   return "$(exit_code "$folder")"
@@ -123,9 +122,9 @@ supervise() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
   push_regularly "$folder" "$results" "$bucket" 9>&- &
   pusher=$!
   "$@" 9>&- || code=$?
-  kill "$pusher"
+  kill "$pusher" 2>/dev/null || true # a SIGTERM to all may have ended it already
   wait "$pusher" || true
-  if ! push "$folder" "$results" "$bucket" && ! { sleep 10; push "$folder" "$results" "$bucket"; }; then
+  if ! push "$folder" "$results" "$bucket" && ! { sleep "$PUSH_SECONDS"; push "$folder" "$results" "$bucket"; }; then
     echo "the results could not be copied to $bucket"
     if ((code == 0)); then code=74; fi
   fi
@@ -154,9 +153,9 @@ restore() { # RESULTS BUCKET
 # Everything but the checkpoints goes first: metrics.jsonl in the bucket is never older than a checkpoint
 # beside it, however suddenly the machine goes. Nothing is ever deleted from the bucket.
 push() { # FOLDER RESULTS BUCKET
-  local sync=(gcloud storage rsync --recursive --quiet --no-user-output-enabled) lock='.*\.lock$' code=0
+  local sync=(gcloud storage rsync --recursive --no-user-output-enabled --quiet) lock='.*\.lock$' code=0
   [[ -n $3 ]] || return 0
-  gcloud storage cp --quiet --no-user-output-enabled "$1/log" \
+  gcloud storage cp --no-user-output-enabled --quiet "$1/log" \
     "$3/logs/$(basename "$1")-worker-$WORKER.log" || code=1
   if ((WORKER == 0)) && [[ -d $2 ]]; then
     "${sync[@]}" --exclude="$lock,(.*/)?checkpoints/.*" "$2" "$3/results" || return
