@@ -1,0 +1,137 @@
+"""A finished run's selected adapter, checked against what the run says of itself, and ways to hand it on.
+
+selected = load_selected("results/qwen3-8b-all_layer-seed-0")
+write_adapter(selected, "adapter")      # a PEFT folder
+write_merged(selected, "merged")        # a full checkpoint with the adapter folded in
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from safetensors import safe_open
+
+from jaxlora.checkpoints.huggingface import fingerprint, load_base, save_merged
+from jaxlora.checkpoints.peft import export_adapter, import_adapter
+from jaxlora.config import MeshConfig, RunConfig, from_dict
+from jaxlora.errors import UserError
+from jaxlora.lora import count_trainable, merge_lora
+from jaxlora.models.config import load_model_config
+from jaxlora.models.parameters import count_parameters
+from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.progress import console
+from jaxlora.records import read_json
+from jaxlora.sharding import make_mesh
+from jaxlora.train.job import locate_model
+
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The selected adapter of a run, and the base that it belongs to."""
+
+    run: Path
+    config: RunConfig
+    base: Path | None  # directory of the base; None: a published shape without files
+    fingerprint: str | None  # of the base that the run was trained on; None: not recorded
+    spec: ModelSpec
+    lora: Tree
+    metadata: dict[str, Any]
+
+
+def load_selected(run: str | Path, base: str | Path | None = None, with_weights: bool = False) -> Selected:
+    """Read `<run>/selected` and check it against the run's manifest and summary.
+
+    Args:
+      run: the run's directory.
+      base: directory of the base; None: the one that the run was trained on.
+      with_weights: also make sure that the base's weights are here (a Hub model is fetched).
+
+    Raises:
+      UserError: the run is not finished, or its parts contradict each other.
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run directory")
+    manifest, summary = read_json(folder / "manifest.json"), read_json(folder / "summary.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+        raise UserError(f"{folder / 'manifest.json'}: has no config; this is not a run directory")
+    status = summary.get("status") if isinstance(summary, dict) else None
+    if status != "completed":
+        raise UserError(f"{folder}: status is {status!r}; finish the run first (its own command resumes it)")
+    config = from_dict(manifest["config"])
+    if base is None:
+        located, model_config = locate_model(config, with_weights)
+    else:
+        located, model_config = Path(base), load_model_config(base)
+    adapter = folder / "selected"
+    lora_config, lora, metadata = import_adapter(adapter, model_config)
+    for name, found, expected in (
+        ("the placement", lora_config, config.lora),
+        ("the seed", metadata["seed"], config.seed),
+        ("the run id", metadata.get("run_id"), config.run_id),
+        ("the step", metadata.get("step"), summary.get("selected_step")),
+    ):
+        if found != expected:
+            raise UserError(f"{adapter}: {name} is {found}, but the run's own record says {expected}")
+    recorded = (manifest.get("base") or {}).get("fingerprint")
+    spec = ModelSpec(model_config, lora_config, config.model.dtype, scan=False)
+    return Selected(folder, config, located, recorded, spec, lora, metadata)
+
+
+def adapter_bytes(selected: Selected) -> int:
+    """Bytes of the adapter's values, in float32."""
+    return 4 * count_trainable(selected.spec)
+
+
+def merged_bytes(selected: Selected) -> int:
+    """Bytes of the merged checkpoint's values, in the dtype of the base's files."""
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}
+    return width[_stored_dtype(_base(selected))] * count_parameters(selected.spec.config)
+
+
+def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) -> None:
+    """Write the adapter as a PEFT folder; see `export_adapter`."""
+    given = ("condition", "output_head", "rank", "alpha", "seed", "base_model")
+    extra = {key: value for key, value in selected.metadata.items() if key not in given}
+    base = selected.metadata["base_model"] or selected.config.model.path
+    seed = selected.config.seed
+    export_adapter(out, selected.spec, selected.lora, base, seed=seed, extra=extra, overwrite=overwrite)
+
+
+def write_merged(selected: Selected, out: str | Path) -> None:
+    """Write the base with the adapter folded in, in the dtype of the base's files; see `save_merged`.
+
+    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32.
+    """
+    base = _base(selected)
+    spec = replace(selected.spec, dtype=_stored_dtype(base))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    merged = merge_lora(spec, selected.lora, load_base(base, spec, mesh))
+    console.print(f"writing {out}")
+    save_merged(out, spec, merged, base)
+
+
+def _base(selected: Selected) -> Path:
+    """The base to merge with, after checking that it is the one that the run was trained on."""
+    if selected.base is None or (selected.fingerprint or "").startswith("random-"):
+        raise UserError(f"{selected.run}: trained on random weights, so there is nothing to merge with")
+    if selected.fingerprint not in (None, fingerprint(selected.base)):
+        raise UserError(f"{selected.base}: not the base of this run (its files differ); give --base")
+    return selected.base
+
+
+def _stored_dtype(base: Path) -> str:
+    """Dtype of the matrices in a Hugging Face directory."""
+    files = sorted(base.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{base}: the base's weights are not here, and merging needs them")
+    with safe_open(files[0], framework="np") as handle:
+        stored = handle.get_slice(next(iter(handle.keys()))).get_dtype()
+    if stored not in _STORED:
+        raise UserError(f"{base}: stored as {stored}; merging needs F32, BF16 or F16")
+    return _STORED[stored]

@@ -1,0 +1,62 @@
+"""Hand a run's selected adapter on: as a PEFT adapter, and as a merged checkpoint if asked.
+
+python tools/export.py --run results/qwen3-8b-all_layer-seed-0 --out adapter
+python tools/export.py --run results/qwen3-8b-all_layer-seed-0 --out adapter --merged merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
+
+from jaxlora.checkpoints.export import adapter_bytes, load_selected, merged_bytes, write_adapter, write_merged
+from jaxlora.errors import UserError, run_main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="directory of a finished run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="ADAPTER_DIR",
+        help="folder to write adapter_model.safetensors and adapter_config.json to (PEFT and vLLM load it)",
+    )
+    parser.add_argument(
+        "--merged",
+        type=Path,
+        metavar="OUT",
+        help="also write a full checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
+    )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="directory of the base (default: the run's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    options = parser.parse_args()
+
+    for folder in (options.merged, None if options.overwrite else options.out):
+        if folder is not None and folder.exists():
+            raise UserError(f"{folder}: exists already; give a new folder")
+    selected = load_selected(options.run, options.base, with_weights=options.merged and not options.dry_run)
+    lora = selected.spec.lora
+    print(f"run       {selected.config.run_id}, step {selected.metadata.get('step', 'not recorded')}")
+    print(f"adapter   {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {selected.config.seed}")
+    print(f"out       {options.out}, {adapter_bytes(selected) / 1e6:.1f} MB")
+    if options.merged:
+        size = merged_bytes(selected) / 1e9
+        print(f"merged    {options.merged}, {size:.2f} GB; needs about {2 * size:.1f} GB of host memory")
+    if options.dry_run:
+        print("dry run: nothing was written")
+        return
+    write_adapter(selected, options.out, options.overwrite)
+    if options.merged:
+        write_merged(selected, options.merged)
+
+
+if __name__ == "__main__":
+    run_main(main)
