@@ -29,7 +29,7 @@ from jaxlora.lora import get_path, set_path
 from jaxlora.models.parameters import Weight
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import progress_bar
-from jaxlora.sharding import weight_sharding
+from jaxlora.sharding import named
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -91,14 +91,14 @@ def _build(spec: ModelSpec, mesh: Mesh, read: Callable[..., jax.Array], title: s
     n_tensors = sum(depth if weight.stacked else 1 for weight in spec.table)
     with progress_bar(title, n_tensors, "tensors") as advance:
         for weight in spec.table:
-            sharding = weight_sharding(mesh, weight.axes, weight.shape)
+            sharding = named(mesh, weight.axes, weight.shape)
             if not weight.stacked:
                 set_path(frozen, f"{weight.path}.weight", read(weight, weight.hf_key, sharding))
                 advance(1)
                 continue
             stacked = None
             if spec.scan:
-                whole = weight_sharding(mesh, (None, *weight.axes), (depth, *weight.shape))
+                whole = named(mesh, (None, *weight.axes), (depth, *weight.shape))
                 stacked = jax.jit(
                     partial(jnp.zeros, (depth, *weight.shape), spec.dtype), out_shardings=whole
                 )()
