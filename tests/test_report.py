@@ -101,6 +101,21 @@ def test_a_winner_is_named_and_scores_that_disagree_are_pointed_out():
     assert gains[0] == "The gain of attention_only is not known: the untouched base was not evaluated."
 
 
+@pytest.mark.parametrize(
+    ("base", "adapter", "sentence"),
+    [
+        ([RIGHT] * 5 + [FORMAT] * 5, [RIGHT] * 9 + [WRONG], "So all of the strict gain is the format"),
+        ([RIGHT] * 4 + [FORMAT] * 1 + [WRONG] * 5, [RIGHT] * 8 + [WRONG] * 2, "So 25 % of the strict gain"),
+        ([RIGHT] * 5 + [WRONG] * 5, [RIGHT] * 9 + [WRONG], "points and the numeric one by +40.00."),
+    ],
+)
+def test_the_share_of_a_gain_that_is_format_is_said(base, adapter, sentence):
+    runs = [evaluation(None, None, base), evaluation("all_layer", 0, adapter)]
+    (text,) = findings.verdicts(compare(runs, resamples=99))
+    assert sentence in text
+    assert ("format" in text) == ("format" in sentence or "25 %" in sentence)
+
+
 def test_it_tells_how_it_was_run_and_what_it_cannot_say(root):
     html, markdown = report(root)
     for text in (html, markdown):

@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from jaxlora.progress import progress_bar
 from jaxlora.records import Record, write_json_atomic, write_text_atomic
 from jaxlora.study import drawings, tables, training_tables
 from jaxlora.study.results import Study
@@ -45,13 +46,16 @@ def draw_figures(
 
     Returns the tables that were drawn, and one sentence for each figure that could not be.
     """
+    figures = _figures(study, comparison)
     drawn, absent = [], []
-    for table, draw in _figures(study, comparison):
-        if isinstance(table, str):
-            absent.append(table)
-        else:
-            write_figure(table, draw, folder, study.directory)
-            drawn.append(table)
+    with progress_bar("drawing figures", total=len(figures), unit="figures") as advance:
+        for table, draw in figures:
+            if isinstance(table, str):
+                absent.append(table)
+            else:
+                write_figure(table, draw, folder, study.directory)
+                drawn.append(table)
+            advance(1)
     return drawn, absent
 
 

@@ -100,7 +100,9 @@ def _gain_sentences(row: dict[str, Any], baseline: dict[str, Any] | None) -> str
         f"{points(delta)} points and the numeric one by {points(row['numeric']['delta_to_baseline'])}."
     )
     format_share = row["format_share_of_gain"]
-    if format_share is not None and format_share >= 0.005:
+    if format_share is not None and format_share >= 1:
+        text += " So all of the strict gain is the format of the answer."
+    elif format_share is not None and format_share >= 0.005:
         text += f" So {share(format_share)} of the strict gain is the format of the answer."
     return text
 

@@ -143,7 +143,7 @@ def primary(study: Study, comparison: dict[str, Any]) -> Table:
     note = (
         "Differences are in percentage points; the interval is a paired bootstrap over problems. Strict is "
         "the study's score; numeric also accepts the same number in another format. “Gain that is format” is "
-        "the part of the strict gain that vanishes in the numeric score."
+        "the part of the strict gain that vanishes in the numeric score (above 100 % where that score fell)."
     )
     title = f"GSM8K accuracy by condition, {comparison['problems']:,} problems"
     return Table("primary_comparison", title, note, columns, tuple(rows), tuple(study.evaluation_files()))
