@@ -1,0 +1,238 @@
+"""What an evaluation is of: the untouched base, a run's selected adapter, or any PEFT adapter.
+
+    target = run_target(config, Path("results/tiny-all_layer-seed-0"))
+    summary = evaluate_target(target)        # writes target.out
+
+Everything is checked before weights are loaded. An adapter whose condition or seed is not known, or which
+belongs to another base, is an error: it never falls back to the base.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlora.checkpoints.export import load_selected
+from jaxlora.checkpoints.huggingface import fingerprint, load_base, random_base
+from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
+from jaxlora.config import RunConfig, from_dict
+from jaxlora.data.render import chat_text, prompt_messages
+from jaxlora.data.sources import HUB_PREFIX, announce
+from jaxlora.errors import UserError
+from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
+from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.progress import console
+from jaxlora.records import read_json
+from jaxlora.sharding import make_mesh, place_lora
+from jaxlora.train.job import load_job_tokenizer, locate_model
+
+FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checked subject with all that its evaluation needs, except the base's weights."""
+
+    config: RunConfig
+    subject: Subject
+    model_dir: Path | None  # None: random weights of a published shape
+    spec: ModelSpec
+    lora: Tree
+    out: Path
+
+
+def base_target(config: RunConfig, with_weights: bool = True) -> Target:
+    """The untouched base of the configuration; written to `<results>/<prefix>-base/evaluation`."""
+    model_dir, model = locate_model(config, with_weights)
+    name = f"{config.prefix}-base"
+    spec = ModelSpec(model, None, config.model.dtype, scan=False)
+    return Target(config, Subject(name), model_dir, spec, {}, Path(config.results_dir) / name / "evaluation")
+
+
+def run_config(config: RunConfig, run: Path) -> RunConfig:
+    """The run's own configuration from its manifest, with this one's evaluation, mesh and place of the base."""
+    manifest = read_json(run / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+        raise UserError(f"{run / 'manifest.json'}: has no config; this is not a run directory")
+    own = from_dict(manifest["config"])
+    here = {name: getattr(config.model, name) for name in ("path", "tokenizer", "attention")}
+    return replace(
+        own, model=replace(own.model, **here), eval=config.eval, mesh=config.mesh, data=config.data
+    )
+
+
+def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Target:
+    """The selected adapter of a finished run; written to `<run>/evaluation`.
+
+    Model, dtype and adapter are the run's own, as its manifest records them. Only the place of the base and
+    of its tokenizer come from `config`, because they may have moved: the base's files must be the same.
+
+    Raises:
+      UserError: the run is unfinished or contradicts itself, its data was not gated, or the base is another.
+    """
+    config = run_config(config, run)
+    model_dir, _ = locate_model(config, with_weights)
+    manifest = read_json(run / "manifest.json")
+    _check_gates(run, manifest, config.data.allow_ungated)
+    recorded = (manifest.get("base") or {}).get("fingerprint")
+    if recorded != _fingerprint(config, model_dir, with_weights, recorded):
+        trained = (manifest.get("base") or {}).get("path")
+        raise UserError(
+            f"{run}: was trained on another base than {config.model.path!r} (their files differ);"
+            f" give --config.model.path={trained}"
+        )
+    selected = load_selected(run, model_dir)
+    step = selected.metadata["step"]
+    subject = Subject(config.run_id, config.lora.condition, config.seed, f"step-{step}")
+    return Target(config, subject, model_dir, selected.spec, selected.lora, run / "evaluation")
+
+
+def adapter_target(
+    config: RunConfig,
+    adapter: str,
+    out: Path,
+    condition: str | None = None,
+    seed: int | None = None,
+    with_weights: bool = True,
+) -> Target:
+    """Any PEFT adapter, from a folder or `hf://OWNER/NAME[@REVISION]/PATH`, on the base of `config`.
+
+    Condition, rank and alpha are read from the adapter itself. `condition` and `seed` are what the caller
+    says of it; they must not contradict it, and a seed that it does not record must be given.
+
+    Raises:
+      UserError: no such adapter, one for another shape of model, or one whose seed is not known.
+    """
+    model_dir, model = locate_model(config, with_weights)
+    folder = fetch_adapter(adapter) if adapter.startswith(HUB_PREFIX) else Path(adapter)
+    lora_config, lora, metadata = import_adapter(folder, model)
+    if condition not in (None, lora_config.condition):
+        raise UserError(f"--condition: {condition}, but {adapter} adapts {lora_config.condition}")
+    recorded = metadata["seed"]
+    if seed is not None and recorded not in (None, seed):
+        raise UserError(f"--seed: {seed}, but {adapter} records seed {recorded}")
+    if seed is None and recorded is None:
+        raise UserError(f"{adapter}: does not record its seed; name it with --seed")
+    seed = recorded if seed is None else seed
+    spec = ModelSpec(model, lora_config, config.model.dtype, scan=False)
+    step = metadata.get("step")
+    checkpoint = Path(adapter).name if step is None else f"step-{step}"
+    name = metadata.get("run_id") or f"{config.prefix}-{lora_config.condition}-seed-{seed}"
+    subject = Subject(name, lora_config.condition, seed, checkpoint)
+    return Target(replace(config, lora=lora_config, seed=seed), subject, model_dir, spec, lora, out)
+
+
+def fetch_adapter(address: str) -> Path:
+    """The local folder of `hf://OWNER/NAME[@REVISION]/PATH`: the three files of an adapter, then cached.
+
+    Raises:
+      UserError: the address is not one, or the Hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    parts = address.removeprefix(HUB_PREFIX).strip("/").split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        raise UserError(f"{address}: not an adapter on the Hub; write hf://OWNER/NAME/PATH")
+    owner, name, inner = parts[0], parts[1], parts[2] if len(parts) == 3 else ""
+    name, _, revision = name.partition("@")
+    wanted = [str(Path(inner) / file) for file in (WEIGHTS, SETTINGS, METADATA)]
+    fetch = partial(snapshot_download, f"{owner}/{name}", revision=revision or None, allow_patterns=wanted)
+    with suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
+        folder = Path(fetch(local_files_only=True)) / inner
+        if (folder / WEIGHTS).is_file():
+            return folder
+    announce(f"fetching {address} from the Hugging Face Hub (kept in its local cache)")
+    try:
+        folder = Path(fetch()) / inner
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{address}: cannot be fetched: {reason}") from None
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{address}: the repository holds no {WEIGHTS} there; name the adapter's folder")
+    return folder
+
+
+def describe(target: Target) -> list[str]:
+    """What an evaluation would do, a line each: subject, base, problems, tokens, limits, template."""
+    config, subject, lora = target.config, target.subject, target.spec.lora
+    tokenizer = load_job_tokenizer(config, target.model_dir)
+    problems, prompts = load_prompts(config, tokenizer)
+    (stop,) = end_of_turn(tokenizer)
+    adapter = "none: the untouched base"
+    if lora is not None:
+        adapter = f"{lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {subject.seed}"
+        adapter += f", {subject.checkpoint}, {'merged' if config.eval.merge_adapter else 'not merged'}"
+    sample = chat_text(tokenizer, prompt_messages(problems[0].question), generation_prompt=True)
+    return [
+        f"subject   {subject.run_id}",
+        f"adapter   {adapter}",
+        f"base      {config.model.path}, {config.model.dtype}",
+        f"benchmark {config.eval.benchmark}, {len(problems):,} problems",
+        f"prompts   {sum(map(len, prompts)):,} tokens in all, longest {max(map(len, prompts))}",
+        f"limits    greedy, at most {config.eval.max_new_tokens} new tokens, stop at token {stop}"
+        f" ({tokenizer.decode([stop])}), {config.eval.batch_rows} answers at once",
+        f"out       {target.out}",
+        "first prompt, as the model sees it:",
+        sample,
+    ]
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse to replace an evaluation unless asked.
+
+    Raises:
+      UserError: `out` holds one, whole or in part.
+    """
+    if not overwrite and any((out / name).exists() for name in FILES):
+        raise UserError(f"{out}: holds an evaluation already; --overwrite replaces it")
+
+
+def evaluate_target(target: Target, overwrite: bool = False) -> dict[str, Any]:
+    """Load the base, decode and score the benchmark, write the records to `target.out`.
+
+    Returns:
+      The summary.
+    """
+    config, spec = target.config, target.spec
+    check_free(target.out, overwrite)
+    tokenizer = load_job_tokenizer(config, target.model_dir)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        if target.model_dir is None or config.model.random_weights:
+            frozen = random_base(spec, config.seed, mesh)
+        else:
+            frozen = load_base(target.model_dir, spec, mesh)
+        lora = place_lora(mesh, spec, target.lora)
+        for name in FILES:  # the summary first: what is left of an interrupted evaluation never looks whole
+            (target.out / name).unlink(missing_ok=True)
+        return evaluate(config, target.subject, spec, lora, frozen, tokenizer, target.out)
+
+
+def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> None:
+    """A run whose data was not gated may have seen the benchmark."""
+    gates = manifest.get("gates") or {}
+    if gates.get("passed") is True:
+        return
+    reason = gates.get("reason") or "its manifest records no passed data gates"
+    if not allow_ungated:
+        raise UserError(
+            f"{run}: trained on ungated data: {reason}; --config.data.allow_ungated=true scores it"
+        )
+    console.print(f"UNGATED DATA: {reason}", style="bold red", markup=False)
+
+
+def _fingerprint(
+    config: RunConfig, model_dir: Path | None, with_weights: bool, recorded: str | None
+) -> str | None:
+    """What the manifest of a run on this base records; `recorded` itself where the weights are not here yet."""
+    if model_dir is None:
+        return f"random-{config.seed}"
+    absent = not config.model.random_weights and not any(model_dir.glob("*.safetensors"))
+    if absent and not with_weights:  # a plan; the weights are compared when they are fetched
+        return recorded
+    return fingerprint(model_dir)

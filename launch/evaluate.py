@@ -1,0 +1,69 @@
+"""Evaluate on GSM8K by greedy decoding: a run's selected adapter, the untouched base, or any PEFT adapter.
+
+    python launch/evaluate.py --config configs/tiny.py --run results/tiny-all_layer-seed-0
+    python launch/evaluate.py --config configs/main.py --base
+    python launch/evaluate.py --config configs/main.py --adapter hf://OWNER/NAME/PATH --seed 0 --out scores
+
+A run is evaluated as its manifest says: --config gives only the benchmark, the limits, the mesh and the
+place of the base. Any other adapter runs on the base of --config; placement, rank and alpha are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jaxlora.errors import UserError, run_main
+
+
+def main() -> None:
+    from jaxlora.config import parse_config
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", type=Path, metavar="DIR", help="a finished run; writes DIR/evaluation")
+    subject.add_argument("--base", action="store_true", help="writes <results_dir>/<prefix>-base/evaluation")
+    subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
+    parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
+    parser.add_argument("--seed", type=int, help="seed of --adapter; needed where it does not record one")
+    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    config, options = parse_config(parser)
+    if options.adapter is None and (options.out or options.condition or options.seed is not None):
+        raise UserError("--out, --condition and --seed belong to --adapter")
+    if options.adapter is not None and options.out is None:
+        raise UserError("--adapter needs --out: the folder to write its records to")
+
+    from jaxlora.devices import setup
+    from jaxlora.evals.run import show
+    from jaxlora.evals.subjects import (
+        adapter_target,
+        base_target,
+        check_free,
+        describe,
+        evaluate_target,
+        run_config,
+        run_target,
+    )
+
+    with_weights = not options.dry_run
+    if options.run is not None:
+        setup(run_config(config, options.run))
+        target = run_target(config, options.run, with_weights)
+    elif options.base:
+        setup(config)
+        target = base_target(config, with_weights)
+    else:
+        setup(config)
+        named = (options.condition, options.seed)
+        target = adapter_target(config, options.adapter, options.out, *named, with_weights=with_weights)
+    check_free(target.out, options.overwrite)
+    if options.dry_run:
+        print("\n".join(describe(target)))
+        return
+    show([evaluate_target(target, options.overwrite)])
+
+
+if __name__ == "__main__":
+    run_main(main)
