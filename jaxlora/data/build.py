@@ -34,6 +34,7 @@ from jaxlora.records import read_json, write_json_atomic
 MANIFEST_NAME = "manifest.json"
 FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")
 PROGRESS_EVERY = 1000  # rows
+_JSON = json.JSONEncoder(ensure_ascii=False)  # as `json.dumps`, made once
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _write_part(
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    return (_JSON.encode(row) + "\n").encode()
 
 
 def _wrong_field(name: str, record: dict[str, Any]) -> str:

@@ -1,0 +1,55 @@
+"""The review page: rows of a dataset on one self-contained HTML page that a person can leaf through.
+
+    page = review_page(pack, inputs, special_tokens=["<|im_end|>"], seed=0)
+
+No network, no library: the page holds its own style and script, and its content policy allows only these two,
+by their hashes. Everything from the data is escaped by jinja2 or by `jaxlora.data.mathml`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from jaxlora.data.mathml import text_to_html
+
+
+def review_page(
+    pack: Sequence[dict[str, Any]], inputs: dict[str, Any], special_tokens: Sequence[str], seed: int
+) -> str:
+    """The HTML page for the rows of `jaxlora.data.audit.review_pack`."""
+    environment = Environment(
+        loader=PackageLoader("jaxlora.data", "templates"), autoescape=True, undefined=StrictUndefined
+    )
+    style = environment.loader.get_source(environment, "review.css")[0]  # type: ignore[union-attr]
+    script = environment.loader.get_source(environment, "review.js")[0]  # type: ignore[union-attr]
+    environment.filters["readable"] = text_to_html
+    environment.filters["control"] = lambda text: mark_control_tokens(text, special_tokens)
+    return environment.get_template("review.html.j2").render(
+        pack=pack,
+        inputs=inputs,
+        seed=seed,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_content_hash(style),
+        script_hash=_content_hash(script),
+    )
+
+
+def mark_control_tokens(text: str, special_tokens: Sequence[str]) -> Markup:
+    """The text, escaped, with control tokens and line ends in marks of their own."""
+    pieces = re.split("(" + "|".join(map(re.escape, [*special_tokens, "\n"])) + ")", text)
+    marks = {token: Markup("<b class=control>{}</b>").format(token) for token in special_tokens}
+    marks["\n"] = Markup("<i class=newline>↵</i>\n")
+    return Markup("").join(marks.get(piece) or escape(piece) for piece in pieces)
+
+
+def _content_hash(text: str) -> str:
+    """The hash by which a content policy names an inline style or script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
