@@ -142,7 +142,7 @@ restore() { # RESULTS BUCKET
   if [[ -z $2 || -e $HOME_DIR/restored ]] || ((WORKER != 0)); then return 0; fi
   mkdir -p "$1"
   if listing=$(gcloud storage ls "$2/results/" 2>&1); then
-    gcloud storage rsync --recursive --quiet "$2/results" "$1" || return
+    gcloud storage rsync "$2/results" "$1" --recursive --quiet || return
   elif [[ $listing != *"matched no objects"* ]]; then
     echo "$listing"
     return 1
@@ -153,13 +153,12 @@ restore() { # RESULTS BUCKET
 # Everything but the checkpoints goes first: metrics.jsonl in the bucket is never older than a checkpoint
 # beside it, however suddenly the machine goes. Nothing is ever deleted from the bucket.
 push() { # FOLDER RESULTS BUCKET
-  local sync=(gcloud storage rsync --recursive --no-user-output-enabled --quiet) lock='.*\.lock$' code=0
+  local quiet=(--no-user-output-enabled --quiet) lock='.*\.lock$' code=0
   [[ -n $3 ]] || return 0
-  gcloud storage cp --no-user-output-enabled --quiet "$1/log" \
-    "$3/logs/$(basename "$1")-worker-$WORKER.log" || code=1
+  gcloud storage cp "$1/log" "$3/logs/$(basename "$1")-worker-$WORKER.log" "${quiet[@]}" || code=1
   if ((WORKER == 0)) && [[ -d $2 ]]; then
-    "${sync[@]}" --exclude="$lock,(.*/)?checkpoints/.*" "$2" "$3/results" || return
-    "${sync[@]}" --exclude="$lock" "$2" "$3/results" || return
+    gcloud storage rsync "$2" "$3/results" --exclude="$lock,(.*/)?checkpoints/.*" --recursive "${quiet[@]}" || return
+    gcloud storage rsync "$2" "$3/results" --exclude="$lock" --recursive "${quiet[@]}" || return
   fi
   return "$code"
 }

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 FAKE_GCLOUD = Path(__file__).resolve().parent / "fake_gcloud"
+SLOW = pytest.mark.slow
 SCRIPTS = ["tpu.sh", "tpu_slice.sh", "tpu_host.sh"]
 WHERE = ["--zone=us-west4-a", "--quiet"]
 SSH = ["--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oConnectTimeout=20", *WHERE]
@@ -225,7 +226,10 @@ class TestItIsUsableByANewcomer:
 
 
 class TestDryRunTellsTheTruth:
-    @pytest.mark.parametrize("options", [[], ["--spot"], ["--queued"], ["--spot", "--queued", "--project=p"]])
+    @pytest.mark.parametrize(
+        "options",
+        [["--spot", "--queued", "--project=p"], *(pytest.param(o, marks=SLOW) for o in ([], ["--spot"]))],
+    )
     def test_it_prints_the_commands_that_a_real_run_makes(self, cloud: Cloud, options: list[str]) -> None:
         def normal(calls: list[list[str]]) -> list[list[str]]:
             text = json.dumps(calls)
@@ -247,7 +251,7 @@ class TestDryRunTellsTheTruth:
             assert (result.returncode, errors(result.stderr)) == (0, [])
             assert printed(result.stdout)
 
-    @pytest.mark.slow
+    @SLOW
     @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed")
     def test_the_real_command_line_knows_every_command_and_flag(self, cloud: Cloud, tmp_path: Path) -> None:
         lines = set()
@@ -463,6 +467,7 @@ class TestWhatTheCommandReportsDecides:
         assert "failed with exit code 3" in errors(result.stderr)[0]
         assert cloud.state() == "READY"
 
+    @SLOW
     def test_75_on_a_living_slice_resumes_without_a_new_slice(self, cloud: Cloud) -> None:
         cloud.program(RESUMABLE + "[ $(wc -l < results/run/starts) -gt 2 ] || exit 75")
         result = cloud.run("--max-failures=0")
@@ -470,6 +475,7 @@ class TestWhatTheCommandReportsDecides:
         assert cloud.verbs() == ["create", "scp", "ssh setup", "ssh run", "ssh run", "ssh run"]
         assert cloud.starts() == 3
 
+    @SLOW
     def test_resuming_is_bounded_too(self, cloud: Cloud) -> None:
         cloud.program("exit 75")
         result = cloud.run("--max-resumes=2")
@@ -486,7 +492,7 @@ class TestWhatTheCommandReportsDecides:
 
     def test_results_that_do_not_reach_the_bucket_keep_the_slice(self, cloud: Cloud) -> None:
         cloud.on_the_host(JAXLORA_PUSH_SECONDS="0.1")
-        cloud.plan({"match": "^storage rsync .*results gs", "times": 99, "exit": 1})
+        cloud.plan({"match": "^storage rsync results gs", "times": 99, "exit": 1})
         result = cloud.run(step="all")
         assert result.returncode == 1
         assert "the results could not be copied to gs://bucket/study" in errors(result.stderr)[0]
@@ -498,7 +504,7 @@ class TestItResumesAfterAPreemption:
 
     PREEMPTED = RESUMABLE + 'if [ "$(wc -l < results/run/starts)" = 1 ]; then preempt; exit 75; fi'
 
-    @pytest.mark.parametrize("options", [["--spot"], ["--spot", "--queued"]])
+    @pytest.mark.parametrize("options", [["--spot", "--queued"], pytest.param(["--spot"], marks=SLOW)])
     def test_the_slice_is_made_anew_and_the_same_command_goes_on(
         self, cloud: Cloud, options: list[str]
     ) -> None:
@@ -524,14 +530,15 @@ class TestItResumesAfterAPreemption:
         cloud.program(
             "mkdir -p results/run/checkpoints; echo x | tee results/run/m results/run/checkpoints/c"
         )
-        cloud.plan({"match": "^storage rsync .*lock\\$ results", "times": 9, "exit": 1})
+        cloud.plan({"match": "^storage rsync results .*lock\\$ --rec", "times": 9, "exit": 1})
         cloud.on_the_host(JAXLORA_PUSH_SECONDS="0.1")
         assert cloud.run().returncode == 1  # the second of the two copies never succeeded
         assert [path.name for path in cloud.results().rglob("*")] == ["m"]
 
+    @SLOW
     def test_a_restore_that_fails_does_not_start_from_nothing(self, cloud: Cloud) -> None:
         cloud.program(self.PREEMPTED)
-        cloud.plan({"match": "^storage rsync .*gs://bucket/study/results results", "times": 9, "exit": 1})
+        cloud.plan({"match": "^storage rsync gs://bucket/study/results results", "times": 9, "exit": 1})
         result = cloud.run("--spot", "--max-failures=1")
         assert result.returncode == 69
         assert cloud.starts() == 1
@@ -680,6 +687,7 @@ class TestSeveralHosts:
         assert cloud.verbs().count("ssh run") == 2
         assert "interrupted (exit code 134); resuming" in result.stderr
 
+    @SLOW
     def test_a_mistake_outweighs_everything(self, cloud: Cloud) -> None:
         cloud.program('case "$FAKE_HOST" in 0) exit 75;; 2) echo why; exit 2;; *) exit 1;; esac')
         result = cloud.run("--type=v5e-16")
@@ -708,7 +716,9 @@ class TestAnInterruptionTearsNothingDown:
         _, errors = process.communicate(timeout=30)
         return process.returncode, errors
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    @pytest.mark.parametrize(
+        "number", [signal.SIGINT, *(pytest.param(s, marks=SLOW) for s in (signal.SIGTERM, signal.SIGHUP))]
+    )
     def test_it_says_how_and_the_command_goes_on(self, cloud: Cloud, number: signal.Signals) -> None:
         cloud.program(self.WAITS)
         code, message = self.interrupt(cloud, number)
@@ -733,6 +743,7 @@ class TestAnInterruptionTearsNothingDown:
         assert cloud.starts() == 1
         assert cloud.verbs()[-3:] == ["ssh run", "ssh stop", "delete"]
 
+    @SLOW
     def test_a_command_that_succeeded_meanwhile_is_not_run_again(self, cloud: Cloud) -> None:
         cloud.program(self.WAITS)
         self.interrupt(cloud, signal.SIGINT)
@@ -794,6 +805,7 @@ class TestEndingIt:
         if step == "stop":
             assert "ended with exit code 75" in cloud.launch("status").stdout
 
+    @SLOW
     def test_a_command_that_does_not_end_is_killed(self, cloud: Cloud) -> None:
         cloud.on_the_host(JAXLORA_STOP_SECONDS="1")
         cloud.program("trap '' TERM; mkdir -p results; touch results/ready; while :; do sleep 0.1; done")
