@@ -64,8 +64,8 @@ def gated_data(tmp_path_factory) -> Path:
 
 def options(base: Path, results: Path, **fields: object) -> dict[str, str]:
     values = {
-        "model.path": base, "results_dir": results, "eval.problems": PROBLEMS, "mesh.fsdp": 1, "mesh.data": -1,
-        "eval.max_new_tokens": NEW_TOKENS, "eval.batch_rows": 2,
+        "model.path": base, "results_dir": results, "eval.problems": PROBLEMS,
+        "mesh.fsdp": 1, "mesh.data": -1, "eval.max_new_tokens": NEW_TOKENS, "eval.batch_rows": 2,
     }  # fmt: skip
     return {name: str(value) for name, value in (values | fields).items()}
 
@@ -184,7 +184,7 @@ def test_an_adapter_that_does_not_fit_never_becomes_the_base(evaluate, run, tmp_
     broken = tmp_path / "broken"
     shutil.copytree(run / "selected", broken)
     (broken / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="adapter_model.safetensors: missing"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing"):
         evaluate("--adapter", broken, "--out", tmp_path / "scores")
     assert not (tmp_path / "scores").exists()
 
@@ -234,7 +234,8 @@ def test_the_dry_run_counts_the_studys_prompt_tokens(evaluate, shared, capsys):
     """132,306 tokens over the 1,319 test questions, with the real tokenizer; no weights are needed."""
     fields = {
         "model.path": "qwen3-8b", "model.random_weights": "true", "eval.problems": "none",
-        "model.tokenizer": shared / "data" / "qwen3-tokenizer", "eval.benchmark": shared / "data/gsm8k/test.jsonl",
+        "model.tokenizer": shared / "data" / "qwen3-tokenizer",
+        "eval.benchmark": shared / "data" / "gsm8k" / "test.jsonl",
     }  # fmt: skip
     evaluate("--base", "--dry-run", **fields)
     assert "132,306 tokens in all" in capsys.readouterr().out
@@ -275,7 +276,7 @@ def test_an_adapter_on_the_hub_is_three_files_of_one_folder(base, tmp_path, monk
     assert asked == [("owner/name", None, wanted, True), ("owner/name", None, wanted, False)]
     assert fetch_adapter(f"hf://owner/name@v1/{inner}") == tmp_path / inner
     assert asked[-1][:2] == ("owner/name", "v1")
-    with pytest.raises(UserError, match="holds no adapter_model.safetensors there"):
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors there"):
         fetch_adapter("hf://owner/name/elsewhere")
     with pytest.raises(UserError, match="write hf://OWNER/NAME/PATH"):
         fetch_adapter("hf://owner")

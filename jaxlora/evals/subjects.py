@@ -55,7 +55,7 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
 
 
 def run_config(config: RunConfig, run: Path) -> RunConfig:
-    """The run's own configuration from its manifest, with this one's evaluation, mesh and place of the base."""
+    """The run's own configuration from its manifest; evaluation, mesh and place of the base from `config`."""
     manifest = read_json(run / "manifest.json")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
         raise UserError(f"{run / 'manifest.json'}: has no config; this is not a run directory")
@@ -229,7 +229,7 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
 def _fingerprint(
     config: RunConfig, model_dir: Path | None, with_weights: bool, recorded: str | None
 ) -> str | None:
-    """What the manifest of a run on this base records; `recorded` itself where the weights are not here yet."""
+    """What a run on this base records in its manifest; `recorded` where the weights are not here yet."""
     if model_dir is None:
         return f"random-{config.seed}"
     absent = not config.model.random_weights and not any(model_dir.glob("*.safetensors"))
