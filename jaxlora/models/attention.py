@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.errors import UserError
+from jaxlora.models.splash import splash_attention
 
 
 def pick_backend(backend: str, platform: str) -> str:
@@ -42,6 +43,8 @@ def segment_attention(q, k, v, segment_ids, backend: str = "xla"):
     """
     if backend == "xla":
         return _xla(q, k, v, segment_ids)
+    if backend == "splash":
+        return splash_attention(q, k, v, segment_ids)
     raise NotImplementedError(backend)
 
 

@@ -1,0 +1,103 @@
+"""Segment attention on TPU with the splash attention kernel (Pallas), over a mesh.
+
+Queries stay on the chip that holds their tokens; keys and values, which grouped-query attention keeps
+small, are gathered from the chips that share the row. Heads are split over `tensor`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlora.errors import UserError
+from jaxlora.sharding import spec_for
+
+BLOCK = 128  # the kernel's blocks are multiples of this many tokens
+LARGEST_BLOCK = 512
+
+
+def splash_attention(q, k, v, segment_ids, *, interpret: bool = False) -> jax.Array:
+    """Causal attention within segments; shapes as in `jaxlora.models.attention.segment_attention`.
+
+    Args:
+      interpret: run the kernel's Python on any platform, for tests.
+
+    Raises:
+      UserError: the tokens of a chip are no multiple of 128, or the mesh cannot split the heads.
+    """
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        kernel = _kernel(q.shape[1], q.shape[2], 1, 1, interpret)
+        return _attend(kernel, q, k, v, segment_ids, segment_ids)
+
+    tensor = mesh.shape["tensor"]
+    if k.shape[2] % tensor:
+        raise UserError(f"config.mesh.tensor: {tensor} does not divide {k.shape[2]} key-value heads")
+    rows, tokens, heads, _ = spec_for(mesh, ("batch", "length", "kv_heads", None), k.shape)
+    shards = 1
+    for name in tokens or ():
+        shards *= mesh.shape[name]
+    kernel = _kernel(q.shape[1], q.shape[2], shards, tensor, interpret)
+    kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(heads, tokens)))
+
+    def on_each_chip(kernel, q, k, v, segment_ids):
+        def whole(x):
+            return jax.lax.all_gather(x, tokens, axis=1, tiled=True) if tokens else x
+
+        return _attend(kernel, q, whole(k), whole(v), segment_ids, whole(segment_ids))
+
+    split, split_ids = PartitionSpec(rows, tokens, heads, None), PartitionSpec(rows, tokens)
+    in_specs = (kernel_spec, split, split, split, split_ids)
+    mapped = jax.shard_map(on_each_chip, in_specs=in_specs, out_specs=split, check_vma=False)
+    return mapped(kernel, q, k, v, segment_ids)
+
+
+def _attend(kernel: Any, q, k, v, q_segments, kv_segments) -> jax.Array:
+    """The kernel over each row of the batch; it wants heads first."""
+
+    def row(q, k, v, q_ids, kv_ids):
+        out = kernel(*(x.swapaxes(0, 1) for x in (q, k, v)), segment_ids=splash.SegmentIds(q_ids, kv_ids))
+        return out.swapaxes(0, 1)
+
+    return jax.vmap(row)(q, k, v, q_segments, kv_segments)
+
+
+@cache
+def _kernel(length: int, heads: int, q_shards: int, head_shards: int, interpret: bool):
+    """The kernel with its causal block structure, which is computed once for each shape."""
+    block_q, block_kv = _block(length // q_shards), _block(length)
+    blocks = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    mask = splash.MultiHeadMask(
+        [splash.CausalMask((length, length), shard_count=q_shards) for _ in range(heads)]
+    )
+    # Under a trace the block structure must stay concrete, or the cache would keep a tracer.
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(
+            mask, block_sizes=blocks, head_shards=head_shards, q_seq_shards=q_shards, interpret=interpret
+        )
+
+
+def _block(length: int) -> int:
+    """The largest multiple of 128 up to 512 that divides the length."""
+    for size in range(LARGEST_BLOCK, 0, -BLOCK):
+        if length % size == 0:
+            return size
+    raise UserError(
+        f"splash attention: {length} tokens on a chip are no multiple of {BLOCK};"
+        " set train.buffer_multiple to a multiple of 128 times the chips that share a buffer"
+    )

@@ -1,0 +1,213 @@
+"""How a model is laid out over devices never changes what it computes, and no device holds the whole base."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
+from jaxlora.data.packing import pack, pad
+from jaxlora.data.render import RenderedRow
+from jaxlora.errors import UserError
+from jaxlora.lora import init_lora
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.sharding import (
+    make_mesh,
+    named,
+    place_batch,
+    place_lora,
+    spec_for,
+    token_multiple,
+    token_shards,
+)
+from jaxlora.train.step import init_state, make_eval_step, make_train_step
+
+CONFIG = ModelConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=8,
+)
+STEPS, LENGTH = 20, 256
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+EVERY_MESH = [(1, f, 8 // f) for f in (8, 4, 2, 1)] + [
+    (8, 1, 1),
+    (4, 2, 1),
+    (4, 1, 2),
+    (2, 4, 1),
+    (2, 2, 2),
+    (2, 1, 4),
+]
+QUICK_MESHES = [(1, 8, 1), (2, 2, 2)]
+
+
+def mesh_of(data: int, fsdp: int, tensor: int):
+    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def model_spec(rank: int = 8, scan: bool = True) -> ModelSpec:
+    return ModelSpec(CONFIG, LoraConfig(rank=rank), "float32", scan)
+
+
+@cache
+def host_weights(spec: ModelSpec):
+    """A random base and adapter on the host, so that each mesh starts from the same numbers."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, x) -> np.ndarray:
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        return (is_norm + 0.15 * rng.normal(size=x.shape)).astype(x.dtype)
+
+    lora = jax.eval_shape(lambda: init_lora(spec, seed=0))
+    return jax.tree.map_with_path(draw, spec.abstract_frozen), jax.tree.map_with_path(draw, lora)
+
+
+def placed_base(mesh, spec: ModelSpec, frozen):
+    axes = {w.name: w.axes for w in spec.table}
+
+    def place(path, x):
+        own = axes[path[-2].key]
+        return jax.device_put(x, named(mesh, (None,) * (x.ndim - len(own)) + own, x.shape))
+
+    return jax.tree.map_with_path(place, frozen)
+
+
+def batches(layout: str = "packed"):
+    rng = np.random.default_rng(0)
+    for _ in range(STEPS):
+        rows = []
+        for i in range(8):
+            length = int(rng.integers(12, 32))
+            weights = (np.arange(length) >= int(rng.integers(3, 9))).astype(np.float32)
+            rows.append(RenderedRow(str(i), rng.integers(0, 256, length).astype(np.int32), weights))
+        yield pack(rows, (LENGTH,), LENGTH) if layout == "packed" else pad(rows, (32,), 8)
+
+
+@cache
+def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed"):
+    """Losses of 20 steps, the final adapter, and the compiled step."""
+    host_frozen, lora = host_weights(spec)
+    with jax.set_mesh(mesh):
+        frozen = placed_base(mesh, spec, host_frozen)
+        state = place_lora(mesh, spec, init_state(lora, OptimConfig()))
+        rate = jnp.float32(1e-3)
+        step, losses = None, []
+        for batch in batches(layout):
+            placed = place_batch(mesh, batch)
+            if step is None:
+                lowered = make_train_step(spec, OptimConfig(), "xla", remat).lower(
+                    state, frozen, placed, rate
+                )
+                step = lowered.compile(QUICK_COMPILE)
+            state, metrics = step(state, frozen, placed, rate)
+            losses.append(float(metrics["nll"]))
+    return np.array(losses), jax.tree.map(np.asarray, state.lora), step
+
+
+def flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def check_equals_one_device(spec: ModelSpec, mesh, **options) -> None:
+    losses, lora, _ = train(mesh_of(1, 1, 1), spec, layout=options.get("layout", "packed"))
+    other_losses, other_lora, _ = train(mesh, spec, **options)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+    assert np.linalg.norm(flat(other_lora) - flat(lora)) / np.linalg.norm(flat(lora)) < 1e-5
+    start = flat(host_weights(spec)[1])
+    assert np.linalg.norm(flat(lora) - start) / np.linalg.norm(start) > 0.02  # it did learn
+
+
+@pytest.mark.parametrize("shape", QUICK_MESHES, ids=str)
+def test_a_mesh_gives_the_losses_and_the_adapter_of_one_device(shape):
+    check_equals_one_device(model_spec(), mesh_of(*shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"remat": True}, {"layout": "padded"}], ids=str)
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unroll"])
+@pytest.mark.parametrize("shape", EVERY_MESH, ids=str)
+def test_every_mesh_gives_the_losses_and_the_adapter_of_one_device(shape, scan, options):
+    check_equals_one_device(model_spec(scan=scan), mesh_of(*shape), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", QUICK_MESHES, ids=str)
+def test_a_split_adapter_of_rank_256_gives_the_adapter_of_one_device(shape):
+    check_equals_one_device(model_spec(rank=256), mesh_of(*shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", QUICK_MESHES, ids=str)
+def test_validation_on_a_mesh_gives_the_sum_of_one_device(shape):
+    spec = model_spec()
+    sums = []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        frozen, lora = host_weights(spec)
+        with jax.set_mesh(mesh):
+            batch = place_batch(mesh, next(batches()))
+            step = make_eval_step(spec, "xla")
+            sums.append(step(place_lora(mesh, spec, lora), placed_base(mesh, spec, frozen), batch))
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
+
+
+def whole_stacks_in(program: str, spec: ModelSpec) -> list[str]:
+    """Weights of which the program holds all layers, unsplit, in one array."""
+    shapes = set(re.findall(r"f32\[([\d,]+)\]", program))
+    assert "3,96,8" in shapes  # all layers of up_proj, split
+    assert "96,64" in shapes  # one layer of it, whole
+    matrices = [w for w in spec.table if w.stacked and len(w.shape) == 2]
+    return [w.path for w in matrices if ",".join(map(str, (3, *w.shape))) in shapes]
+
+
+def test_no_device_ever_holds_the_whole_base():
+    _, _, step = train(mesh_of(1, 8, 1), model_spec())
+    assert whole_stacks_in(step.as_text(), model_spec()) == []
+
+
+@pytest.mark.slow
+def test_no_device_ever_holds_the_whole_base_with_remat():
+    _, _, step = train(mesh_of(1, 8, 1), model_spec(), remat=True)
+    assert whole_stacks_in(step.as_text(), model_spec()) == []
+
+
+def test_a_large_adapter_is_split_and_a_small_one_is_not():
+    mesh = mesh_of(2, 2, 2)
+    for rank, ways in ((8, 1), (256, 2)):
+        spec = model_spec(rank)
+        state = place_lora(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
+        for leaf in jax.tree.leaves((state.lora, state.adam[1:])):
+            assert leaf.addressable_shards[0].data.size * ways == leaf.size
+        assert state.adam[0].sharding.is_fully_replicated
+
+
+def test_tokens_of_a_packed_buffer_and_rows_of_a_padded_batch_are_split_over_chips():
+    mesh = mesh_of(2, 4, 1)
+    packed = place_batch(mesh, next(batches()))
+    assert packed["tokens"].addressable_shards[0].data.shape == (1, 1, LENGTH // 8)
+    padded = place_batch(mesh, next(batches("padded")))
+    assert padded["tokens"].addressable_shards[0].data.shape == (1, 1, 32)
+    assert token_shards(mesh) == token_multiple(mesh) == 8
+    assert token_shards(mesh_of(2, 2, 2)) == 4
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    mesh = mesh_of(1, 4, 2)
+    assert spec_for(mesh, ("mlp", "embed"), (6, 8)) == jax.P(("tensor",), ("fsdp",))
+    assert spec_for(mesh, ("mlp", "embed"), (7, 6)) == jax.P(None, None)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(UserError, match="data=1, fsdp=3, tensor=-1 does not fit 8 devices"):
+        make_mesh(MeshConfig(1, 3, -1))
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        make_mesh(MeshConfig(1, 4, 4))
+    assert dict(make_mesh(MeshConfig(-1, 2, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
