@@ -21,6 +21,7 @@ from typing import Any
 from jaxlora.data.curation import problem_key
 from jaxlora.data.rows import parse_rendered
 from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, read_lines
+from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 from jaxlora.progress import console, progress_bar
 
@@ -173,7 +174,7 @@ def check(pairs: Sequence[FilePair], benchmark: Benchmark, root: str = "") -> di
         "passed": all(gate["passed"] for gate in gates),
         "benchmark": {
             "name": benchmark.name,
-            "sha256": sha256_of(Path(benchmark.name)) if Path(benchmark.name).is_file() else None,
+            "sha256": sha256_of(resolve(benchmark.name)) if resolve(benchmark.name).is_file() else None,
             "questions": len(benchmark.questions),
             "questions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         },
