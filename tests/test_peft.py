@@ -19,11 +19,12 @@ from transformers import Qwen3ForCausalLM
 
 from jaxlora.checkpoints import peft as peft_module
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
-from jaxlora.config import LoraConfig
+from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.errors import UserError
 from jaxlora.lora import get_path, lora_shapes, set_path
 from jaxlora.models.config import load_model_config, published_config
 from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.sharding import SHARD_LORA_FROM_RANK, make_mesh, place_lora
 
 BAR = 1e-4  # relative error of float32 logits
 
@@ -134,6 +135,17 @@ class TestWriting:
     def export(self, base, out, lora=None, **options):
         spec = ModelSpec(load_model_config(base), PLACEMENTS["attention_only"], "float32")
         export_adapter(out, spec, trained_lora(spec) if lora is None else lora, "base", **options)
+
+    def test_an_adapter_spread_over_devices_is_written_whole(self, base, tmp_path):
+        lora_config = LoraConfig(condition="attention_only", rank=SHARD_LORA_FROM_RANK)
+        spec = ModelSpec(load_model_config(base), lora_config, "float32")
+        lora = trained_lora(spec)
+        spread = place_lora(make_mesh(MeshConfig(data=1, fsdp=8, tensor=1)), spec, lora)
+        assert not spread["layers"]["self_attn"]["q_proj"]["lora_a"].is_fully_replicated
+        export_adapter(tmp_path / "spread", spec, spread, "base")
+        export_adapter(tmp_path / "whole", spec, lora, "base")
+        files = [tmp_path / name / "adapter_model.safetensors" for name in ("spread", "whole")]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
     def test_an_existing_folder_is_kept_unless_asked(self, base, tmp_path):
         out = tmp_path / "out"
