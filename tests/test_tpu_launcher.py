@@ -399,6 +399,7 @@ HARD_WORDS = [
         "'\\''",
     ],
 ]
+ANY_CHARACTER = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 
 
 class TestTheCommandArrivesAsTyped:
@@ -411,9 +412,10 @@ class TestTheCommandArrivesAsTyped:
             assert words == HARD_WORDS
 
     @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)))
+    @given(st.lists(st.text(st.one_of(st.sampled_from("'\"\\$`&!*~-= \n"), ANY_CHARACTER), max_size=12)))
     def test_quoted_words_read_back_as_themselves(self, words: list[str]) -> None:
-        script = f'source {LAUNCH / "tpu_slice.sh"}; eval "set -- $(quote "$@")"; printf \'%s\\0\' "$@"'
+        read_back = """line=$(quote "$@"); set --; eval "set -- $line"; printf '%s\\0' "$@" """
+        script = f"source {LAUNCH / 'tpu_slice.sh'}; {read_back}"
         output = subprocess.run(
             ["bash", "-c", script, "bash", *words], capture_output=True, check=True
         ).stdout
@@ -755,6 +757,29 @@ class TestAnInterruptionTearsNothingDown:
         assert "has succeeded on study already" in result.stderr
         assert cloud.starts() == 1
         assert cloud.state() is None
+
+    @SLOW
+    def test_a_forgotten_run_is_ended_before_another_starts(self, cloud: Cloud) -> None:
+        ended = RESUMABLE + "trap 'echo $$ >> results/run/ended; exit 75' TERM\n"
+        cloud.program(ended + self.WAITS.removeprefix(RESUMABLE))
+        self.interrupt(cloud, signal.SIGINT)
+        cloud.plan({"match": "tpu_host.sh current", "exit": 255, "stderr": "ssh: connection refused"})
+        again = subprocess.Popen(
+            cloud.line("run", command=("bash", "train.sh")),
+            env=cloud.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert again.stdout is not None
+        while "start number 2" not in again.stdout.readline():
+            assert again.poll() is None
+        assert cloud.host_file("src/results/run/ended").exists()
+        (cloud.folder / "finish").touch()
+        again.communicate(timeout=30)
+        assert again.returncode == 0
+        assert cloud.starts() == 2
 
 
 class TestEndingIt:
