@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
@@ -411,6 +411,7 @@ class TestTheCommandArrivesAsTyped:
             words = (cloud.folder / f"words-{host}").read_bytes().decode().split("\0")[:-1]
             assert words == HARD_WORDS
 
+    @example(HARD_WORDS)
     @settings(max_examples=60, deadline=None)
     @given(st.lists(st.text(st.one_of(st.sampled_from("'\"\\$`&!*~-= \n"), ANY_CHARACTER), max_size=12)))
     def test_quoted_words_read_back_as_themselves(self, words: list[str]) -> None:
