@@ -68,6 +68,8 @@ def build(plan: BuildPlan) -> dict[str, Any]:
     out = plan.out.resolve()
     if out.exists() and not plan.overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{plan.out} exists; choose another --out, or pass --overwrite")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{plan.out} is a file; choose another --out")
     with _disk_errors(out), _work_folder(out) as folder:
         manifest = _build_into(folder, plan)
         _put_in_place(folder, out)

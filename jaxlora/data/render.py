@@ -17,16 +17,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxlora.data.sources import announce
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 
-Tokenizer = PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+else:  # importing transformers takes seconds, and most of the data tools never tokenise
+    Tokenizer = Any
+
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 
@@ -68,6 +71,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
       UserError: there is none, it cannot be read, or it has no chat template.
     """
     from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoTokenizer
 
     name = str(path)
     folder = resolve(name)
