@@ -6,7 +6,6 @@ small, are gathered from the chips that share the row. Heads are split over `ten
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import jax
@@ -68,9 +67,8 @@ def _attend(kernel: Any, q, k, v, q_segments, kv_segments) -> jax.Array:
     return jax.vmap(row)(q, k, v, q_segments, kv_segments)
 
 
-@cache
 def _kernel(length: int, heads: int, q_shards: int, head_shards: int, interpret: bool):
-    """The kernel with its causal block structure, which is computed once for each shape."""
+    """The kernel with its causal block structure, whose arrays become constants of the traced program."""
     block_q, block_kv = _block(length // q_shards), _block(length)
     blocks = splash.BlockSizes(
         block_q=block_q,
@@ -85,11 +83,9 @@ def _kernel(length: int, heads: int, q_shards: int, head_shards: int, interpret:
     mask = splash.MultiHeadMask(
         [splash.CausalMask((length, length), shard_count=q_shards) for _ in range(heads)]
     )
-    # Under a trace the block structure must stay concrete, or the cache would keep a tracer.
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(
-            mask, block_sizes=blocks, head_shards=head_shards, q_seq_shards=q_shards, interpret=interpret
-        )
+    return splash.make_splash_mha(
+        mask, block_sizes=blocks, head_shards=head_shards, q_seq_shards=q_shards, interpret=interpret
+    )
 
 
 def _block(length: int) -> int:
