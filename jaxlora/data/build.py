@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from array import array
@@ -26,7 +25,7 @@ from typing import IO, Any
 from jaxlora.data import curation
 from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import SYSTEM_PROMPT
-from jaxlora.data.sources import count_records, hub_revision, is_file_source, read_records
+from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.errors import UserError
 from jaxlora.progress import progress_bar
 from jaxlora.records import read_json, write_json_atomic
@@ -34,7 +33,6 @@ from jaxlora.records import read_json, write_json_atomic
 MANIFEST_NAME = "manifest.json"
 FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")
 PROGRESS_EVERY = 1000  # rows
-_JSON = json.JSONEncoder(ensure_ascii=False)  # as `json.dumps`, made once
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,28 @@ class BuildPlan:
     overwrite: bool = False
 
 
-@dataclass
 class _Spool:
-    """Accepted rows on disk, and per source where each begins and which problem it has."""
+    """Accepted rows: two lines each on disk, raw and rendered; in memory, 17 bytes and the problem's key."""
 
-    file: IO[bytes]
-    starts: dict[str, array[int]]
-    keys: dict[str, list[bytes]]
+    def __init__(self, file: IO[bytes], sources: Sequence[str]) -> None:
+        self.file = file
+        self.sources = list(sources)
+        self.starts = array("q")  # by row number, that is in stream order
+        self.origins = array("B")  # index of the row's source
+        self.rows = {source: array("q") for source in sources}  # row numbers of each source
+        self.keys: dict[str, list[bytes]] = {source: [] for source in sources}
+
+    def add(self, source: str, key: bytes, lines: bytes) -> None:
+        self.rows[source].append(len(self.starts))
+        self.keys[source].append(key)
+        self.origins.append(self.sources.index(source))
+        self.starts.append(self.file.tell())
+        self.file.write(lines)
+
+    def read(self, row: int) -> tuple[str, bytes, bytes]:
+        """Source, raw line and rendered line of a row."""
+        self.file.seek(self.starts[row])
+        return self.sources[self.origins[row]], self.file.readline(), self.file.readline()
 
 
 def build(plan: BuildPlan) -> dict[str, Any]:
@@ -79,15 +92,13 @@ def build(plan: BuildPlan) -> dict[str, Any]:
 def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     revision = None if is_file_source(plan.source) else hub_revision(plan.source, plan.revision)
     with (folder / "spool").open("w+b") as file:
-        spool = _Spool(file, {s: array("q") for s in plan.sources}, {s: [] for s in plan.sources})
+        spool = _Spool(file, plan.sources)
         counts = _accept_rows(plan, revision, spool)
-        file.flush()
-        accepted = {source: len(spool.starts[source]) for source in plan.sources}
-        split = curation.split_rows([(spool.starts[s], spool.keys[s]) for s in plan.sources])
-        spool.keys.clear()
+        accepted = {source: len(rows) for source, rows in spool.rows.items()}
+        split = curation.split_rows([(spool.rows[s], spool.keys[s]) for s in plan.sources])
         by_source, files = {}, {}
-        for part, starts in (("train", split.train), ("val", split.validation)):
-            by_source[part] = _write_part(folder, part, file, starts, plan.sources)
+        for part, rows in (("train", split.train), ("val", split.validation)):
+            by_source[part] = _write_part(folder, part, spool, rows)
     (folder / "spool").unlink()
     for name in FILES:
         path = folder / name
@@ -97,7 +108,7 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
             "name": plan.source,
             "split": plan.split,
             "revision": revision,
-            "sha256": sha256_of(Path(plan.source)) if is_file_source(plan.source) else None,
+            "sha256": sha256_of(locate(plan.source)) if is_file_source(plan.source) else None,
             "problem_sources": list(plan.sources),
         },
         "seed": curation.SEED,
@@ -128,7 +139,7 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
                 if not isinstance(record.get(name), str):
                     raise UserError(f"{place}: {_wrong_field(name, record)}")
             source = record["problem_source"]
-            if source not in spool.starts:
+            if source not in spool.rows:
                 others[source] += 1
                 continue
             candidates[source] += 1
@@ -139,12 +150,11 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
                 rejected[source, reason] += 1
                 continue
             try:
-                line = _line(curation.raw_row(source, problem, solution, expected))
+                key = curation.problem_key(problem)
+                lines = curation.row_lines(source, problem, solution, expected)
+                spool.add(source, key, "\n".join((*lines, "")).encode())
             except UnicodeEncodeError:
                 raise UserError(f"{place}: holds half a surrogate pair, which is not text") from None
-            spool.starts[source].append(spool.file.tell())
-            spool.keys[source].append(curation.problem_key(problem))
-            spool.file.write(line)
     if not read:
         raise UserError(f"{plan.source}: is empty; there are no rows to build from")
     wanted = " or ".join(plan.sources)
@@ -164,32 +174,24 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
     }
 
 
-def _write_part(
-    folder: Path, part: str, spool: IO[bytes], starts: Sequence[int], sources: Sequence[str]
-) -> dict[str, int]:
-    """Write `raw/PART.jsonl` and `rendered/PART.jsonl` in the order of `starts`; returns rows by source."""
+def _write_part(folder: Path, part: str, spool: _Spool, rows: Sequence[int]) -> dict[str, int]:
+    """Write both files of a part with these rows in this order; returns rows by source."""
     counts: Counter[str] = Counter()
     for kind in ("raw", "rendered"):
         (folder / kind).mkdir(exist_ok=True)
     with (
         (folder / "raw" / f"{part}.jsonl").open("wb") as raw_file,
         (folder / "rendered" / f"{part}.jsonl").open("wb") as rendered_file,
-        progress_bar(f"writing {part}", len(starts), "rows") as advance,
+        progress_bar(f"writing {part}", len(rows), "rows") as advance,
     ):
-        for number, start in enumerate(starts, start=1):
-            spool.seek(start)
-            line = spool.readline()
-            row = json.loads(line)
-            counts[row["source"]] += 1
-            raw_file.write(line)
-            rendered_file.write(_line(curation.rendered_row(row)))
+        for number, row in enumerate(rows, start=1):
+            source, raw, rendered = spool.read(row)
+            counts[source] += 1
+            raw_file.write(raw)
+            rendered_file.write(rendered)
             if number % PROGRESS_EVERY == 0:
                 advance(PROGRESS_EVERY)
-    return {source: counts[source] for source in sources} | {"total": counts.total()}
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return (_JSON.encode(row) + "\n").encode()
+    return {source: counts[source] for source in spool.sources} | {"total": counts.total()}
 
 
 def _wrong_field(name: str, record: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from json.encoder import encode_basestring as _encode  # text as JSON, non-ASCII kept
+from typing import Generic, TypeVar
 
 from jaxlora.data.render import SYSTEM_PROMPT
 
@@ -72,6 +73,7 @@ PROBLEM_PHRASES = re.compile(
     + ")"
 )
 
+_SYSTEM = _encode(SYSTEM_PROMPT)
 _BOX = "\\boxed{"
 _BRACE = re.compile(r"[{}]")
 
@@ -144,29 +146,24 @@ def problem_key(problem: str) -> bytes:
     return hashlib.blake2b(canonical_problem(problem).encode(), digest_size=16).digest()
 
 
-def raw_row(source: str, problem: str, solution: str, expected_answer: str) -> dict[str, str]:
-    """A curated row, keys in the order of the raw files."""
-    return {
-        "row_id": row_id(source, problem, expected_answer),
-        "source": source,
-        "problem": problem,
-        "generated_solution": solution,
-        "expected_answer": expected_answer,
-    }
+def row_lines(source: str, problem: str, solution: str, expected_answer: str) -> tuple[str, str]:
+    """The row's line in the raw file and in the rendered file, without the newline.
 
-
-def rendered_row(raw: dict[str, str]) -> dict[str, Any]:
-    """The row as a conversation, keys in the order of the rendered files."""
-    return {
-        "row_id": raw["row_id"],
-        "source": raw["source"],
-        "expected_answer": raw["expected_answer"],
-        "messages": [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": raw["problem"]},
-            {"role": "assistant", "content": raw["generated_solution"]},
-        ],
-    }
+    Exactly what `json.dumps(row, ensure_ascii=False)` writes; putting the lines together here encodes each
+    text once instead of twice.
+    """
+    row, origin = _encode(row_id(source, problem, expected_answer)), _encode(source)
+    asked, solved, expected = _encode(problem), _encode(solution), _encode(expected_answer)
+    raw = (
+        f'{{"row_id": {row}, "source": {origin}, "problem": {asked}, "generated_solution": {solved},'
+        f' "expected_answer": {expected}}}'
+    )
+    rendered = (
+        f'{{"row_id": {row}, "source": {origin}, "expected_answer": {expected}, "messages": ['
+        f'{{"role": "system", "content": {_SYSTEM}}}, {{"role": "user", "content": {asked}}},'
+        f' {{"role": "assistant", "content": {solved}}}]}}'
+    )
+    return raw, rendered
 
 
 Row = TypeVar("Row")
