@@ -45,7 +45,7 @@ TRICKY = [
     conversation(),
     conversation("\n\nleading newlines are the template's to strip\n"),
     conversation(" leading space"),
-    conversation("crlf\r\nand é, 漢字, 🙂,   no-break"),
+    conversation("crlf\r\nand é, 漢字, 🙂, \u2028 and \u00a0 no-break"),
     conversation("a" * 300, "  spaces around  "),
     [{"role": "user", "content": "no system turn"}, {"role": "assistant", "content": "fine"}],
     [*conversation(), {"role": "user", "content": "and 3 + 3?"}, {"role": "assistant", "content": "6"}],

@@ -75,7 +75,7 @@ class TestGoodRows:
 
     def test_crlf_unicode_line_separators_and_a_missing_last_newline_are_fine(self, tokenizer, tmp_path):
         path = tmp_path / "t.jsonl"
-        first = json.dumps(row("one  line"), ensure_ascii=False).encode()
+        first = json.dumps(row("one\u2028line"), ensure_ascii=False).encode()
         path.write_bytes(first + b"\r\n" + json.dumps(row("2")).encode())
         rows, _ = load(path, tokenizer)
         assert len(rows) == 2
@@ -144,5 +144,5 @@ class TestLocations:
         assert "fetching hf://owner/does-not-exist/rendered/train.jsonl" in capsys.readouterr().err
 
     def test_lines_end_at_newlines_only(self, tmp_path):
-        (tmp_path / "t").write_bytes("a b\rc\n\nd".encode())
-        assert list(read_lines(tmp_path / "t")) == [(1, "a b\rc".encode()), (2, b""), (3, b"d")]
+        (tmp_path / "t").write_bytes("a\u2028b\rc\n\nd".encode())
+        assert list(read_lines(tmp_path / "t")) == [(1, "a\u2028b\rc".encode()), (2, b""), (3, b"d")]
