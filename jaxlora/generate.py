@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.data.packing import choose_sizes
-from jaxlora.models.attention import segment_attention
+from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Qwen3, Tree
 
 STEPS_PER_CALL = 16
@@ -40,7 +40,7 @@ class Generation:
 class DecodeState(NamedTuple):
     """Everything on the device between calls; one row a slot."""
 
-    cache: list[tuple[jax.Array, jax.Array]]  # a layer: keys, values [slots, kv_heads, length, head_dim]
+    cache: list[tuple[jax.Array, jax.Array]]  # a layer: keys, values [slots, length, kv_heads, head_dim]
     lengths: jax.Array  # int32 [slots]: tokens in the cache
     last: jax.Array  # int32 [slots]: the newest token, not yet in the cache
     output: jax.Array  # int32 [slots, max_new_tokens]
@@ -52,7 +52,7 @@ class DecodeState(NamedTuple):
 def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -> DecodeState:
     """An empty cache for `slots` rows of at most `length` tokens, prompt and answer together."""
     config = spec.config
-    shape = (slots, config.num_key_value_heads, length, config.head_dim)
+    shape = (slots, length, config.num_key_value_heads, config.head_dim)
     zeros = partial(jnp.zeros, (slots,), jnp.int32)
     return DecodeState(
         cache=[(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(config.num_hidden_layers)],
@@ -80,7 +80,7 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
 
         def attend(q, k, v, cache):
             keys, values = (
-                old.at[slots, :, : k.shape[1]].set(new.swapaxes(1, 2), mode="drop")
+                old.at[slots, : k.shape[1]].set(new, mode="drop")
                 for old, new in zip(cache, (k, v), strict=True)
             )
             return segment_attention(q, k, v, segment_ids, backend), (keys, values)
@@ -107,7 +107,9 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
     return jax.jit(prefill, donate_argnums=0)
 
 
-def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], steps: int = STEPS_PER_CALL):
+def make_decode(
+    spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla", steps: int = STEPS_PER_CALL
+):
     """The jitted `(state, lora, frozen, window) -> state`: up to `steps` tokens for every active slot.
 
     `window` (static) is how much of the cache is read: at least the longest active row after the call.
@@ -116,15 +118,16 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], steps: int = STEPS_PE
     def step(lora: Tree, frozen: Tree, window: int, state: DecodeState) -> DecodeState:
         model = spec.bind(lora, frozen)
         rows = jnp.arange(state.last.shape[0])
-        visible = jnp.arange(window) <= state.lengths[:, None]
         # An idle slot writes beyond the cache, which is dropped.
-        place = jnp.where(state.active, state.lengths, state.cache[0][0].shape[2])
+        place = jnp.where(state.active, state.lengths, state.cache[0][0].shape[1])
+        filled = jnp.where(state.active, state.lengths + 1, 1)
 
         def attend(q, k, v, cache):
             keys, values = (
-                old.at[rows, :, place].set(new[:, 0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
+                old.at[rows, place].set(new[:, 0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
             )
-            return decode_attention(q[:, 0], keys[:, :, :window], values[:, :, :window], visible), (keys, values)
+            y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
+            return y[:, None], (keys, values)
 
         hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
         token = jnp.where(state.active, greedy(model, hidden[:, 0]), state.last)
@@ -149,28 +152,6 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], steps: int = STEPS_PE
         return jax.lax.while_loop(more, lambda c: (c[0] + 1, body(c[1])), (0, state))[1]
 
     return jax.jit(decode, static_argnums=3, donate_argnums=0)
-
-
-def decode_attention(q, keys, values, visible):
-    """Attention of one new position a row over its cache.
-
-    Args:
-      q: `[slots, heads, head_dim]`.
-      keys, values: `[slots, kv_heads, window, head_dim]`.
-      visible: bool `[slots, window]`.
-
-    Returns:
-      `[slots, 1, heads, head_dim]` in q's dtype; scores and soft-max are float32.
-    """
-    slots, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    grouped = q.reshape(slots, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    # A row that never held a prompt sees position 0 only, so no soft-max is over nothing.
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgs,bksd->bkgd", weights, values)
-    return out.reshape(slots, 1, heads, head_dim)
 
 
 def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
@@ -209,7 +190,7 @@ def generate(
     sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
     capacity = max(n + m for n, m in zip(lengths, limits, strict=True))
     capacity = max(-(-capacity // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, max(sizes))
-    prefill, decode = make_prefill(spec, eos_ids, backend), make_decode(spec, eos_ids)
+    prefill, decode = make_prefill(spec, eos_ids, backend), make_decode(spec, eos_ids, backend)
     state = init_decode(spec, slots, capacity, max_new_tokens)
     rows_a_call = min(PREFILL_ROWS, slots)
 
@@ -252,8 +233,9 @@ def generate(
             free = free[rows_a_call:]
             if not len(free):
                 break
-        window = int(held[active].max(initial=0)) + STEPS_PER_CALL
-        state = decode(state, lora, frozen, min(-(-window // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity))
+        needed = int(held[active].max(initial=0)) + STEPS_PER_CALL
+        window = min(-(-needed // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity)
+        state = decode(state, lora, frozen, capacity if backend == "cudnn" else window)
         before = active.sum()
         active, held = (np.array(x) for x in jax.device_get((state.active, state.lengths)))
         if progress is not None and before > active.sum():

@@ -25,7 +25,7 @@ from jaxlora.lora import check_lora, count_trainable, get_path, init_lora, lora_
 from jaxlora.models.config import ModelConfig, published_config
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.sharding import make_mesh
-from jaxlora.train.step import init_state, make_train_step
+from jaxlora.train.step import Compute, init_state, make_train_step
 
 # every matrix has an input size of its own, so that a bound from a wrong size shows
 SHAPE = ModelConfig(
@@ -192,7 +192,7 @@ class TestTraining:
         lora = init_lora(spec, seed=0)
         state, step = (
             init_state(jax.tree.map(jnp.copy, lora), optim),
-            make_train_step(spec, optim, "xla", remat=False),
+            make_train_step(spec, optim, Compute()),
         )
         rng = np.random.default_rng(0)
         rows = [

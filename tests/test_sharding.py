@@ -18,15 +18,15 @@ from jaxlora.lora import init_lora
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.sharding import (
+    base_shardings,
     make_mesh,
-    named,
     place_batch,
     place_lora,
     spec_for,
     token_multiple,
     token_shards,
 )
-from jaxlora.train.step import init_state, make_eval_step, make_train_step
+from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
 
 CONFIG = ModelConfig(
     vocab_size=256,
@@ -72,13 +72,7 @@ def host_weights(spec: ModelSpec):
 
 
 def placed_base(mesh, spec: ModelSpec, frozen):
-    axes = {w.name: w.axes for w in spec.table}
-
-    def place(path, x):
-        own = axes[path[-2].key]
-        return jax.device_put(x, named(mesh, (None,) * (x.ndim - len(own)) + own, x.shape))
-
-    return jax.tree.map_with_path(place, frozen)
+    return jax.tree.map(jax.device_put, frozen, base_shardings(mesh, spec))
 
 
 def batches(layout: str = "packed"):
@@ -104,7 +98,7 @@ def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed")
         for batch in batches(layout):
             placed = place_batch(mesh, batch)
             if step is None:
-                lowered = make_train_step(spec, OptimConfig(), "xla", remat).lower(
+                lowered = make_train_step(spec, OptimConfig(), Compute(remat=remat)).lower(
                     state, frozen, placed, rate
                 )
                 step = lowered.compile(QUICK_COMPILE)
@@ -154,7 +148,7 @@ def test_validation_on_a_mesh_gives_the_sum_of_one_device(shape):
         frozen, lora = host_weights(spec)
         with jax.set_mesh(mesh):
             batch = place_batch(mesh, next(batches()))
-            step = make_eval_step(spec, "xla")
+            step = make_eval_step(spec, Compute())
             sums.append(step(place_lora(mesh, spec, lora), placed_base(mesh, spec, frozen), batch))
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 

@@ -20,7 +20,7 @@ from jaxlora.models.config import load_model_config
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.sharding import make_mesh
 from jaxlora.train.schedule import learning_rate, plan_run
-from jaxlora.train.step import init_state, make_train_step
+from jaxlora.train.step import Compute, init_state, make_train_step
 
 TARGETS = {
     "attention_only": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -93,7 +93,7 @@ def test_thirty_steps_equal_peft(tmp_path, condition):
     parameters = [p for n, p in peft.named_parameters() if "lora_" in n]
     adam = torch.optim.Adam(parameters, betas=(0.9, 0.95), eps=1e-12)
 
-    state, step_fn = init_state(jax.tree.map(jnp.copy, lora), optim), make_train_step(spec, optim, "xla", remat=False)
+    state, step_fn = init_state(jax.tree.map(jnp.copy, lora), optim), make_train_step(spec, optim, Compute())
     for step in range(1, STEPS + 1):
         chosen = [rows[i] for i in plan.rows_of_step(step)]
         rate = learning_rate(step, optim, plan)

@@ -52,6 +52,12 @@ def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
     return (tokenizer.eos_token_id,)
 
 
+def decode_backend(dtype: str) -> str:
+    """Attention of the decoder: cuDNN on one GPU in bfloat16, else XLA."""
+    backend = pick_backend("auto", jax.default_backend(), dtype, jax.device_count())
+    return backend if backend == "cudnn" else "xla"
+
+
 def unrolled(spec: ModelSpec, frozen: Tree) -> tuple[ModelSpec, Tree]:
     """The same model with one tree a layer, the form that decoding wants."""
     if not spec.scan:
@@ -95,7 +101,7 @@ def evaluate(
             eos_ids=eos_ids,
             max_new_tokens=config.eval.max_new_tokens,
             slots=config.eval.batch_rows,
-            backend=pick_backend(config.model.attention, jax.default_backend()),
+            backend=decode_backend(spec.dtype),
             progress=advance,
         )
     seconds = time.monotonic() - start

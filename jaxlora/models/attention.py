@@ -13,14 +13,19 @@ from jaxlora.errors import UserError
 from jaxlora.models.splash import splash_attention
 
 
-def pick_backend(backend: str, platform: str) -> str:
+def pick_backend(backend: str, platform: str, dtype: str = "bfloat16", n_devices: int = 1) -> str:
     """Resolve `auto` for a platform (`cpu`, `gpu`, `tpu`) and refuse what cannot run there.
 
+    cuDNN computes in 16 bits and on whole rows only, so float32 and tokens split over GPUs take XLA.
+
     Raises:
-      UserError: the backend does not exist on this platform.
+      UserError: the backend does not exist on this platform, or not for this dtype or mesh.
     """
+    whole_16_bit = dtype == "bfloat16" and n_devices == 1
     if backend == "auto":
-        return {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
+        return {"tpu": "splash", "gpu": "cudnn" if whole_16_bit else "xla"}.get(platform, "xla")
+    if backend == "cudnn" and not whole_16_bit:
+        raise UserError("config.model.attention: cudnn needs bfloat16 and one GPU; give xla or auto")
     needs = {"splash": "tpu", "cudnn": "gpu"}
     if backend in needs and needs[backend] != platform:
         raise UserError(
@@ -29,7 +34,7 @@ def pick_backend(backend: str, platform: str) -> str:
     return backend
 
 
-def segment_attention(q, k, v, segment_ids, backend: str = "xla"):
+def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: int = 1):
     """Causal attention within segments.
 
     Args:
@@ -37,6 +42,7 @@ def segment_attention(q, k, v, segment_ids, backend: str = "xla"):
       k, v: `[batch, length, kv_heads, head_dim]`.
       segment_ids: int32 `[batch, length]`, 0 for padding; each row's positions are contiguous.
       backend: `xla`, `splash` or `cudnn`.
+      max_segments: most segments in one line, padding not counted (cudnn needs to know).
 
     Returns:
       `[batch, length, heads, head_dim]` in q's dtype. Values at padding are finite and meaningless.
@@ -45,7 +51,9 @@ def segment_attention(q, k, v, segment_ids, backend: str = "xla"):
         return _xla(q, k, v, segment_ids)
     if backend == "splash":
         return splash_attention(q, k, v, segment_ids)
-    raise NotImplementedError(backend)
+    if backend == "cudnn":
+        return _cudnn(q, k, v, segment_ids, max_segments)
+    raise ValueError(f"unknown attention backend {backend!r}")
 
 
 def _xla(q, k, v, segment_ids):
@@ -53,3 +61,54 @@ def _xla(q, k, v, segment_ids):
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     causal = jnp.tril(jnp.ones((length, length), bool))
     return jax.nn.dot_product_attention(q, k, v, mask=(same & causal)[:, None], implementation="xla")
+
+
+def _cudnn(q, k, v, segment_ids, max_segments: int):
+    # jax.nn.dot_product_attention reaches the same kernels, but has no argument for several rows in a line.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    lengths, offsets = segment_offsets(segment_ids, max_segments)
+    scale, mask = q.shape[-1] ** -0.5, cudnn.MaskType.PADDING_CAUSAL
+    return cudnn.dot_product_attention(
+        q, k, v, None, None, lengths, lengths, offsets, offsets, scale=scale, mask_type=mask
+    )
+
+
+def segment_offsets(segment_ids, max_segments: int):
+    """Lengths int32 `[batch, max_segments + 1]` and starts `[batch, max_segments + 2]` of the segments.
+
+    Padding at the end of a line counts as one more segment, so that every position is written. What is
+    absent is -1; the last start is the line's end.
+    """
+    last = jnp.max(segment_ids, axis=1, keepdims=True)
+    ids = jnp.where(segment_ids == 0, last + 1, segment_ids)
+    counts = jnp.sum(ids[:, :, None] == jnp.arange(1, max_segments + 2), axis=1, dtype=jnp.int32)
+    ends = jnp.where(counts > 0, jnp.cumsum(counts, axis=1), -1)
+    return jnp.where(counts > 0, counts, -1), jnp.pad(ends, ((0, 0), (1, 0))).astype(jnp.int32)
+
+
+def decode_attention(q, keys, values, lengths, backend: str = "xla"):
+    """Attention of one new position a row over its cache.
+
+    Args:
+      q: `[rows, heads, head_dim]`.
+      keys, values: `[rows, length, kv_heads, head_dim]`.
+      lengths: int32 `[rows]`, at least 1: how much of the row's cache is filled, the new position included.
+      backend: `cudnn` reads each row's own length only; anything else reads the whole length given.
+
+    Returns:
+      `[rows, heads, head_dim]` in q's dtype.
+    """
+    if backend == "cudnn":
+        return jax.nn.dot_product_attention(
+            q[:, None],
+            keys,
+            values,
+            query_seq_lengths=jnp.ones_like(lengths),
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )[:, 0]
+    visible = jnp.arange(keys.shape[1]) < lengths[:, None]
+    return jax.nn.dot_product_attention(
+        q[:, None], keys, values, mask=visible[:, None, None], implementation="xla"
+    )[:, 0]

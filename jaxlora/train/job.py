@@ -30,6 +30,7 @@ from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.progress import console
 from jaxlora.sharding import make_mesh, token_multiple
 from jaxlora.train.schedule import RunPlan, plan_run
+from jaxlora.train.step import Compute
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Job:
     plan: RunPlan
     train_layout: Layout
     validation_layout: Layout
+
+    def compute(self, layout: Layout) -> Compute:
+        """How steps over buffers of this layout are computed."""
+        return Compute(self.backend, self.config.model.remat, layout.batch_rows if layout.packed else 1)
 
 
 def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | None, ModelConfig]:
@@ -132,7 +137,7 @@ def prepare(config: RunConfig, with_weights: bool = True) -> Job:
         config=config,
         model_dir=model_dir,
         spec=spec,
-        backend=pick_backend(config.model.attention, platform),
+        backend=pick_backend(config.model.attention, platform, config.model.dtype, mesh.size),
         tokenizer=tokenizer,
         mesh=mesh,
         train_rows=train_rows,

@@ -101,8 +101,8 @@ def _train(job: Job, run: RunDirectory, store: RunState, stage: dict[str, Any]) 
     run.rewind(first - 1)
     frozen = load_frozen(job)
 
-    train_step = make_train_step(job.spec, config.optim, job.backend, config.model.remat)
-    eval_step = make_eval_step(job.spec, job.backend)
+    train_step = make_train_step(job.spec, config.optim, job.compute(job.train_layout))
+    eval_step = make_eval_step(job.spec, job.compute(job.validation_layout))
     waiting: deque[tuple[int, dict[str, jax.Array], int, float]] = deque()
 
     with stop_signals() as stop, TrainingDisplay(job, first) as display, run.tensorboard() as board:

@@ -1,6 +1,6 @@
 """One optimizer step and one validation step, as pure functions under `jax.jit`.
 
-    step = make_train_step(spec, optim, backend="xla", remat=False)
+    step = make_train_step(spec, optim, Compute())
     state, metrics = step(state, frozen, batch, learning_rate)
 
 The loss is a sum over answer tokens, so how a step's rows are packed, padded or split over buffers never
@@ -10,6 +10,7 @@ donated, never closed over.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -40,18 +41,28 @@ def init_state(lora: Tree, optim: OptimConfig) -> TrainState:
     return TrainState(lora, adam(optim).init(lora))
 
 
-def batch_nll(spec: ModelSpec, lora: Tree, frozen: Tree, buffer: Tree, backend: str, remat: bool) -> jax.Array:
+@dataclass(frozen=True)
+class Compute:
+    """How a step is computed; none of it changes a result."""
+
+    backend: str = "xla"  # of attention
+    remat: bool = False  # recompute activations in the backward pass
+    max_segments: int = 1  # most rows in one line of a buffer
+
+
+def batch_nll(spec: ModelSpec, lora: Tree, frozen: Tree, buffer: Tree, compute: Compute) -> jax.Array:
     """Summed NLL (float32 scalar) of one buffer: arrays `[batch, length]`, see `jaxlora.data.packing`."""
     model = spec.bind(lora, frozen)
 
     def attend(q, k, v, cache):
-        return segment_attention(q, k, v, buffer["segment_ids"], backend), cache
+        segment_ids = buffer["segment_ids"]
+        return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=remat)
+    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
     return summed_nll(hidden, buffer["targets"], buffer["weights"], head_parts(model))
 
 
-def make_train_step(spec: ModelSpec, optim: OptimConfig, backend: str, remat: bool):
+def make_train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute):
     """The jitted step `(state, frozen, batch, learning_rate) -> (state, metrics)`; `state` is donated.
 
     `batch` holds arrays `[buffers, batch, length]`; gradients are summed over the buffers. `metrics` are
@@ -60,7 +71,7 @@ def make_train_step(spec: ModelSpec, optim: OptimConfig, backend: str, remat: bo
     transform = adam(optim)
 
     def loss(lora, frozen, buffer):
-        return batch_nll(spec, lora, frozen, buffer, backend, remat)
+        return batch_nll(spec, lora, frozen, buffer, compute)
 
     def gradients(lora, frozen, batch):
         if batch["tokens"].shape[0] == 1:
@@ -87,12 +98,12 @@ def make_train_step(spec: ModelSpec, optim: OptimConfig, backend: str, remat: bo
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(spec: ModelSpec, backend: str):
+def make_eval_step(spec: ModelSpec, compute: Compute):
     """The jitted `(lora, frozen, batch) -> (summed nll, weight)` of validation; forward only."""
 
     def eval_step(lora: Tree, frozen: Tree, batch: Tree):
         def add(total, buffer):
-            return total + batch_nll(spec, lora, frozen, buffer, backend, remat=False), None
+            return total + batch_nll(spec, lora, frozen, buffer, compute), None
 
         return jax.lax.scan(add, jnp.float32(0), batch)[0], jnp.sum(batch["weights"])
 

@@ -1,0 +1,239 @@
+"""Benchmarks: real tokens a second of training and decoding, against ceilings of the same machine.
+
+    result = bench_train(spec, config, lengths, steps=60)       # lengths: [(prompt, total), ...]
+    result = bench_decode(spec, prompt_lengths, answer_lengths, slots=384)
+
+Only real tokens count, never padding. Utilisation counts 4N FLOPs a training token (forward 2N, activation
+gradients 2N; the frozen base needs no weight gradients) and 2N a decoded one, against the maker's peak and
+against a matrix product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.checkpoints.huggingface import random_base
+from jaxlora.config import RunConfig
+from jaxlora.data.batches import choose_layout, ranges, train_batches
+from jaxlora.data.render import RenderedRow
+from jaxlora.devices import memory_in_use, peak_flops
+from jaxlora.generate import generate
+from jaxlora.lora import count_trainable, init_lora
+from jaxlora.models.attention import pick_backend
+from jaxlora.models.parameters import count_matrix_parameters
+from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.progress import progress_bar
+from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
+from jaxlora.train.schedule import learning_rate, plan_run
+from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+
+LATE = 2  # steps that the host runs ahead, as in training
+
+
+def product_ceiling(size: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of a bf16 matrix product `[size, size]` on random data: what this device really reaches."""
+    size = size if jax.default_backend() != "cpu" else 512
+    a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(lambda a, b: a @ b)
+    product(a, a).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        out = product(a, a)
+    out.block_until_ready()
+    return 2 * size**3 * repeats / (time.perf_counter() - start)
+
+
+def random_rows(lengths: list[tuple[int, int]], vocab: int) -> list[RenderedRow]:
+    """Rows of random tokens with these (prompt, total) lengths; loss on what follows the prompt."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i, (prompt, total) in enumerate(lengths):
+        weights = (np.arange(total) >= prompt).astype(np.float32)
+        rows.append(RenderedRow(str(i), rng.integers(0, vocab, total).astype(np.int32), weights))
+    return rows
+
+
+class CompileCounter(logging.Handler):
+    """Counts XLA compilations and their seconds while the context is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[float] = []
+
+    def __enter__(self) -> CompileCounter:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            self.events.append(seconds)
+
+
+def device_facts() -> dict[str, Any]:
+    """What was measured on what."""
+    import jaxlib
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "ceiling_tflops": product_ceiling() / 1e12,
+        "peak_tflops": (peak_flops(device) or 0) / 1e12 or None,
+    }
+
+
+def _utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> dict[str, float | None]:
+    rate = tokens_per_second * flops / 1e12 / facts["devices"]
+    return {
+        "model_flops_utilisation": rate / facts["peak_tflops"] if facts["peak_tflops"] else None,
+        "of_ceiling": rate / facts["ceiling_tflops"],
+    }
+
+
+def bench_train(
+    config: RunConfig, spec: ModelSpec, lengths: list[tuple[int, int]], max_steps: int | None
+) -> dict[str, Any]:
+    """Time training steps over rows of these lengths, then a validation pass over the first 512 of them."""
+    facts = device_facts()
+    start = time.perf_counter()
+    mesh = make_mesh(config.mesh)
+    rows = random_rows(lengths, spec.config.vocab_size)
+    plan = plan_run(config.optim, config.train, len(rows))
+    steps = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
+    last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
+    layout = choose_layout(rows, steps, config.train.batch_rows, config.train, token_multiple(mesh))
+    backend = pick_backend(config.model.attention, jax.default_backend(), spec.dtype, mesh.size)
+    compute = Compute(backend, config.model.remat, config.train.batch_rows if layout.packed else 1)
+    frozen = jax.block_until_ready(random_base(spec, 0, mesh))
+    weights_seconds = time.perf_counter() - start
+
+    with jax.set_mesh(mesh):
+        state = init_state(place_lora(mesh, spec, init_lora(spec, 0)), config.optim)
+        step_fn = make_train_step(spec, config.optim, compute)
+        durations: list[tuple[int, float, bool]] = []  # tokens, seconds, compiled in it
+        shapes: set[tuple[int, ...]] = set()
+        real = padded = 0
+        waiting: list[tuple[int, Any, bool]] = []
+        first_step_seconds = None
+        with CompileCounter() as compiled, progress_bar("training", last, "steps") as advance:
+            clock = time.perf_counter()
+            for step, batch in train_batches(rows, plan, layout, 1):
+                if step > last:
+                    break
+                fresh = batch["tokens"].shape not in shapes
+                shapes.add(batch["tokens"].shape)
+                rate = jnp.float32(learning_rate(step, config.optim, plan))
+                state, metrics = step_fn(state, frozen, place_batch(mesh, batch), rate)
+                tokens = sum(rows[i].n_tokens for i in plan.rows_of_step(step))
+                real, padded = real + tokens, padded + batch["tokens"].size
+                waiting.append((tokens, metrics["nll"], fresh))
+                while len(waiting) > (LATE if step < last else 0):
+                    done, value, was_fresh = waiting.pop(0)
+                    float(value)
+                    now = time.perf_counter()
+                    first_step_seconds = first_step_seconds or now - clock
+                    durations.append((done, now - clock, was_fresh))
+                    clock = now
+                    advance(1)
+        # A compilation also delays the steps in flight beside it.
+        skip = {j for i, d in enumerate(durations) if d[2] for j in range(i - LATE, i + LATE + 1)}
+        timed = [d for i, d in enumerate(durations) if i not in skip] or durations
+        train_rate = sum(d[0] for d in timed) / sum(d[1] for d in timed)
+        seconds = np.array([d[1] for d in timed])
+        eval_rate = _time_validation(config, spec, mesh, rows[:512], state.lora, frozen, backend)
+    n = count_matrix_parameters(spec.config)
+    memory = memory_in_use(jax.devices()[0])
+    return facts | {
+        "benchmark": "train",
+        "trainable_parameters": count_trainable(spec),
+        "attention": backend,
+        "layers": "scan" if spec.scan else "unroll",
+        "remat": config.model.remat,
+        "steps": len(durations),
+        "timed_steps": len(timed),
+        "real_tokens_per_second": train_rate,
+        "padding_efficiency": real / padded,
+        "step_ms_median": float(np.median(seconds) * 1e3),
+        "step_ms_p90": float(np.percentile(seconds, 90) * 1e3),
+        **_utilisation(train_rate, 4 * n, facts),
+        "compilations": len(shapes),
+        "compile_seconds": sum(compiled.events),
+        "first_step_seconds": first_step_seconds,
+        "weights_seconds": weights_seconds,
+        "peak_memory_gib": memory / 2**30 if memory else None,
+        "validation_tokens_per_second": eval_rate,
+        "validation_over_training": eval_rate / train_rate,
+    }
+
+
+def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
+    """Real tokens a second of a validation pass, after one pass that compiles."""
+    batches = ranges(len(rows), config.train.validation_batch_rows)
+    layout = choose_layout(rows, batches, config.train.validation_batch_rows, config.train, token_multiple(mesh))
+    compute = Compute(backend, False, config.train.validation_batch_rows if layout.packed else 1)
+    step = make_eval_step(spec, compute)
+    placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
+    jax.block_until_ready([step(lora, frozen, batch) for batch in placed])
+    start = time.perf_counter()
+    jax.block_until_ready([step(lora, frozen, batch) for batch in placed])
+    return sum(row.n_tokens for row in rows) / (time.perf_counter() - start)
+
+
+def bench_decode(
+    config: RunConfig, spec: ModelSpec, prompt_lengths: list[int], answer_lengths: list[int], backend: str
+) -> dict[str, Any]:
+    """Decode prompts of random tokens with forced answer lengths; twice, the second time is reported."""
+    facts = device_facts()
+    mesh = make_mesh(config.mesh)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, spec.config.vocab_size, n).tolist() for n in prompt_lengths]
+    frozen = jax.block_until_ready(random_base(spec, 0, mesh))
+    seconds = []
+    with jax.set_mesh(mesh), CompileCounter() as compiled:
+        for _ in range(2):
+            start = time.perf_counter()
+            with progress_bar("decoding", len(prompts), "prompts") as advance:
+                answers = generate(
+                    spec,
+                    {},
+                    frozen,
+                    prompts,
+                    eos_ids=(),
+                    max_new_tokens=max(answer_lengths),
+                    slots=config.eval.batch_rows,
+                    limits=answer_lengths,
+                    backend=backend,
+                    progress=advance,
+                )
+            seconds.append(time.perf_counter() - start)
+    tokens = sum(len(answer.tokens) for answer in answers)
+    assert [len(answer.tokens) for answer in answers] == answer_lengths
+    rate = tokens / seconds[1]
+    memory = memory_in_use(jax.devices()[0])
+    n = count_matrix_parameters(spec.config)
+    return facts | {
+        "benchmark": "decode",
+        "attention": backend,
+        "slots": config.eval.batch_rows,
+        "prompts": len(prompts),
+        "prompt_tokens": sum(prompt_lengths),
+        "generated_tokens": tokens,
+        "seconds": seconds[1],
+        "first_pass_seconds": seconds[0],
+        "generated_tokens_per_second": rate,
+        **_utilisation(rate, 2 * n, facts),
+        "compilations": len(compiled.events),
+        "compile_seconds": sum(compiled.events),
+        "peak_memory_gib": memory / 2**30 if memory else None,
+    }
