@@ -1,0 +1,43 @@
+"""Promises of the preview: the rows of the configuration, with mask, control tokens and counts in sight."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from jaxlora.data.render import load_tokenizer
+from jaxlora.data.rows import load_rendered_rows
+
+
+def preview(repository, *arguments, environment=None):
+    command = [sys.executable, "tools/preview.py", "--config", "configs/tiny.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment)
+
+
+def test_shows_rows_control_tokens_mask_colours_and_counts(repository):
+    colour = {"FORCE_COLOR": "1", "COLUMNS": "200"}
+    done = preview(repository, "--rows", "2", environment=os.environ | colour)
+    assert done.returncode == 0, done.stderr
+    rows, _ = load_rendered_rows(
+        "embedded:data/train.jsonl", load_tokenizer("embedded:base"), max_length=256, limit=2
+    )
+    for row in rows:
+        answer = len(row.tokens) - row.prompt_length
+        assert (
+            f"{row.prompt_length} prompt + {answer} answer tokens; {row.n_tokens} after the shift"
+            in done.stdout
+        )
+    assert done.stdout.count("\x1b[1;35m<|im_end|>") == 6
+    first = done.stdout.split("row ")[1]
+    prompt, answer = first.split("\x1b[38;5;247massistant")
+    assert "\x1b[32m" not in prompt  # green is where loss is
+    assert "\x1b[32mThe final answer" in answer
+
+
+def test_a_wrong_field_or_count_is_one_line_and_exit_code_2(repository):
+    for argument in ("--config.data.trian_path=x", "--rows=0", "--config.data.train_path=none.jsonl"):
+        done = preview(repository, argument)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert done.stdout == ""
