@@ -108,6 +108,18 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     return {name: _place(x, named(mesh, (None, "batch", "length"), x.shape)) for name, x in batch.items()}
 
 
+def base_shardings(mesh: Mesh, spec: ModelSpec) -> Any:
+    """The sharding of each weight of the base, in the form of `spec.abstract_frozen`."""
+    axes = {weight.path: weight.axes for weight in spec.table}
+
+    def sharding(path, leaf) -> NamedSharding:
+        names = [key.key for key in path[:-1] if isinstance(key.key, str)]  # without the number of the layer
+        own = axes[".".join(names)]
+        return named(mesh, (None,) * (leaf.ndim - len(own)) + own, leaf.shape)
+
+    return jax.tree.map_with_path(sharding, spec.abstract_frozen)
+
+
 def place_lora(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
     """An adapter, or its training state, onto the mesh by `lora_shardings`."""
     return jax.tree.map(_place, tree, lora_shardings(mesh, spec, tree))
@@ -124,6 +136,22 @@ def lora_shardings(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
         return named(mesh, _lora_axes(spec, path, leaf), np.shape(leaf))
 
     return jax.tree.map_with_path(sharding, tree)
+
+
+def place_decode(mesh: Mesh, state: Any) -> Any:
+    """A `jaxlora.generate.DecodeState` onto the mesh, by `decode_shardings`."""
+    return jax.tree.map(_place, state, decode_shardings(mesh, state))
+
+
+def decode_shardings(mesh: Mesh, state: Any) -> Any:
+    """Slots are split over chips; the caches `[slots, length, kv_heads, head_dim]` by heads as well."""
+
+    def sharding(leaf) -> NamedSharding:
+        cache_axes = ("batch", None, "kv_heads", None)
+        axes = cache_axes if leaf.ndim == 4 else ("batch", *(None,) * (leaf.ndim - 1))
+        return named(mesh, axes, leaf.shape)
+
+    return jax.tree.map(sharding, state)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -67,7 +67,8 @@ class Linear(nnx.Module):
     def product(self, x, weight, *adapter):
         y = jnp.einsum("...i,oi->...o", x, gathered(weight, self.axes))
         if adapter:
-            a, b = (gathered(z.astype(x.dtype), (None, None)) for z in adapter)
+            a, b = (z.astype(x.dtype) for z in adapter)
+            a, b = gathered(a, (None, self.axes[1])), gathered(b, (self.axes[0], None))
             low = jnp.einsum("...i,ri->...r", x, a)
             y = y + jnp.einsum("...r,or->...o", low * self.scale, b)
         return y

@@ -69,8 +69,7 @@ def _forward(hidden, adapter, weight, targets, weights, scale):
         h, t, w = chunk
         value, pull = jax.vjp(lambda h, a: jnp.sum(w * token_nll(h, a, weight, t, scale)), h, adapter)
         d_h, d_a = pull(jnp.float32(1))
-        rows = jnp.arange(h.shape[0])[:, None]
-        d_hidden = d_hidden.at[rows, index].set(d_h, mode="drop")
+        d_hidden = _put(d_hidden, index, d_h)
         return total + value, d_hidden, jax.tree.map(jnp.add, d_adapter, d_a)
 
     start = (jnp.float32(0), jnp.zeros_like(hidden), jax.tree.map(jnp.zeros_like, adapter))
@@ -96,14 +95,18 @@ def _over_chunks(add, carry, hidden, targets, weights, with_index=False):
     counts = jnp.sum(weights != 0, axis=1)
     order = jnp.where(jnp.arange(length)[None] < counts[:, None], order, length)
     order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
-    rows = jnp.arange(batch)[:, None]
 
     def body(i, carry):
         index = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
         inside = jnp.minimum(index, length - 1)
-        w = jnp.where(index < length, weights[rows, inside], 0)
-        chunk = (hidden[rows, inside], targets[rows, inside], w)
+        w = jnp.where(index < length, _pick(weights, inside), 0)
+        chunk = (_pick(hidden, inside), _pick(targets, inside), w)
         return add(carry, chunk, index) if with_index else add(carry, chunk)
 
     n_chunks = (jnp.max(counts) + size - 1) // size
     return jax.lax.fori_loop(0, n_chunks, body, carry)
+
+
+# Mapped over the lines, so that the compiler sees that each chip needs only its own.
+_pick = jax.vmap(lambda line, index: line[index])
+_put = jax.vmap(lambda line, index, values: line.at[index].set(values, mode="drop"))
