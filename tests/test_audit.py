@@ -244,6 +244,16 @@ class TestFormulas:
     def test_money_stays_text(self, text):
         assert text_to_html(text) == text
 
+    def test_an_element_that_is_not_mathml_is_refused_whatever_the_converter_makes(self, monkeypatch):
+        from xml.etree.ElementTree import Element, SubElement
+
+        from jaxlora.data import mathml
+
+        tree = Element("math")
+        SubElement(tree, "script").text = "alert(1)"
+        monkeypatch.setattr(mathml, "convert_to_element", lambda *_, **__: tree)
+        assert text_to_html("$x$") == "<code class=tex>$x$</code>"
+
     @pytest.mark.parametrize("text", [r"$\frac{1$", r"$\unknowncommand{3}$", r"$}{$", r"$\left($"])
     def test_what_cannot_be_drawn_is_shown_as_it_is(self, text):
         assert text_to_html(text) == f"<code class=tex>{text}</code>"

@@ -179,7 +179,9 @@ class TestAllOrNothing:
         assert subprocess.run(command, cwd=repository, capture_output=True).returncode == -9
         assert self.names(tmp_path) == [".out.building"]
         killed = json.loads((tmp_path / ".out.building/manifest.json").read_text())
+        (tmp_path / ".out.building/stray").write_text("left behind")
         assert make(tmp_path, ROWS) == killed
+        assert not (tmp_path / "out/stray").exists()
         assert self.names(tmp_path) == ["out"]
 
     def test_two_builds_of_one_dataset_do_not_mix(self, tmp_path):

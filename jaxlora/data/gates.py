@@ -251,7 +251,7 @@ def require_gates(
     if reason and not allow_ungated:
         raise UserError(f"data gates: {reason}; --config.data.allow_ungated=true trains anyway")
     if reason:
-        console.print(f"UNGATED DATA: {reason}", style="bold red", markup=False)
+        console.print(f"UNGATED DATA: {reason}", style="bold red", markup=False, soft_wrap=True)
     return GateStatus(
         passed=reason is None,
         overridden=reason is not None,
