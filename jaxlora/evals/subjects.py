@@ -192,8 +192,20 @@ def check_free(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds an evaluation already; --overwrite replaces it")
 
 
-def evaluate_target(target: Target, overwrite: bool = False) -> dict[str, Any]:
-    """Load the base, decode and score the benchmark, write the records to `target.out`.
+def load_target_base(target: Target) -> Tree:
+    """The weights of the target's base, on the mesh of its configuration."""
+    config, mesh = target.config, make_mesh(target.config.mesh)
+    with jax.set_mesh(mesh):
+        if target.model_dir is None or config.model.random_weights:
+            return random_base(target.spec, config.seed, mesh)
+        return load_base(target.model_dir, target.spec, mesh)
+
+
+def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None = None) -> dict[str, Any]:
+    """Decode and score the benchmark, write the records to `target.out`.
+
+    Args:
+      frozen: the base from `load_target_base`, where several subjects share it; None: load it.
 
     Returns:
       The summary.
@@ -201,12 +213,9 @@ def evaluate_target(target: Target, overwrite: bool = False) -> dict[str, Any]:
     config, spec = target.config, target.spec
     check_free(target.out, overwrite)
     tokenizer = load_job_tokenizer(config, target.model_dir)
+    frozen = load_target_base(target) if frozen is None else frozen
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        if target.model_dir is None or config.model.random_weights:
-            frozen = random_base(spec, config.seed, mesh)
-        else:
-            frozen = load_base(target.model_dir, spec, mesh)
         lora = place_lora(mesh, spec, target.lora)
         for name in FILES:  # the summary first: what is left of an interrupted evaluation never looks whole
             (target.out / name).unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""Evaluate the study's published adapters and its base, and compare with the study's own results.
+
+    points = evaluate_published(config, Path("published"))
+
+No training: whoever has an accelerator for an 8B model can check 1193, 1196, 1194 and 1186, 1190, 1189.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from jaxlora.config import RunConfig
+from jaxlora.evals.run import show
+from jaxlora.evals.subjects import Target, adapter_target, base_target, evaluate_target, load_target_base
+from jaxlora.parity import study_figures as study
+from jaxlora.parity.study import Point, evaluation_points
+from jaxlora.progress import console
+from jaxlora.records import read_json
+
+
+def published_subjects(root: str) -> list[tuple[str, str | None, int | None, str | None]]:
+    """Name, condition, seed and adapter of the base and of the six adapters below `root`."""
+    adapters = [
+        (
+            f"{condition} seed {seed}",
+            condition,
+            seed,
+            f"{root}/{condition}/seed-{seed}/step-{study.SELECTED_STEP}",
+        )
+        for condition in study.CONDITIONS
+        for seed in study.SEEDS
+    ]
+    return [("base", None, None, None), *adapters]
+
+
+def evaluate_published(
+    config: RunConfig, out: Path, root: str = study.ADAPTERS, overwrite: bool = False
+) -> list[Point]:
+    """Evaluate what is not evaluated yet, all on one loaded base, and return every point of comparison.
+
+    Args:
+      out: one folder for each subject; finished ones are read, not run again, unless `overwrite`.
+      root: where the adapters are: `<root>/<condition>/seed-<seed>/step-3169`, on the Hub or a local folder.
+
+    Raises:
+      UserError: an adapter is missing, or is not of the condition that its folder says.
+    """
+    frozen = None
+    summaries, points = [], []
+    for name, condition, seed, adapter in published_subjects(root):
+        folder = out / name.replace(" ", "-")
+        if overwrite or not (folder / "summary.json").is_file():
+            target = _target(config, folder, condition, seed, adapter)
+            if frozen is None:
+                frozen = load_target_base(target)
+            evaluate_target(target, overwrite, frozen)
+        summary = read_json(folder / "summary.json")
+        summaries.append(summary)
+        points += evaluation_points(folder, condition, name, seed)
+        console.print(f"{name}: done, {folder}")
+    show(summaries)
+    return points
+
+
+def _target(
+    config: RunConfig, folder: Path, condition: str | None, seed: int | None, adapter: str | None
+) -> Target:
+    if adapter is None:
+        return replace(base_target(config), out=folder)
+    return adapter_target(config, adapter, folder, condition, seed)

@@ -1,0 +1,304 @@
+"""Drive a trainer through a fixed little experiment and write down everything that it answers.
+
+    recording = record(TinkerBackend(base), rows, Settings(), Path("parity.json"), base, stop_token=151645)
+    recording = load_recording(Path("parity.json"))
+
+For each case: a fresh adapter, log-probabilities, ten Adam steps, log-probabilities again, greedy answers.
+The adapters before and after lie beside the file, in `<stem>-adapters/<case>/`, held by their SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from jaxlora.checkpoints.peft import SETTINGS, WEIGHTS
+from jaxlora.config import Condition, Count, OptimConfig, Positive, Rate, TrainConfig
+from jaxlora.data.render import RenderedRow
+from jaxlora.errors import UserError
+from jaxlora.parity.backend import AdamStep, Backend, Pass, Reduction, Trainer
+from jaxlora.progress import progress_bar
+from jaxlora.records import read_json, write_json_atomic, write_text_atomic
+from jaxlora.train.schedule import learning_rate, plan_run
+
+FORMAT = 1
+Lengths = Literal["equal", "unequal"]
+Which = Literal["start", "end"]
+
+
+@checked(frozen=True)
+class Settings:
+    """What is recorded. Adam's settings are the study's; the learning rate falls along its schedule."""
+
+    conditions: tuple[Condition, ...] = ("all_layer",)
+    reduction: Reduction = "sum"
+    rank: Positive = 8
+    seed: Count = 0
+    n_rows: Positive = 8
+    batch_rows: Positive = 4
+    steps: Positive = 10
+    peak_lr: Rate = 1e-3
+    max_new_tokens: Positive = 16
+    max_tokens: Positive = 256
+
+
+def make_settings(**values: Any) -> Settings:
+    """Checked settings.
+
+    Raises:
+      UserError: an impossible value; names the setting.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter's life, as a trainer answered it."""
+
+    name: str
+    condition: Condition
+    lengths: Lengths
+    rows: list[RenderedRow]
+    before: Pass
+    steps: list[Pass]
+    after: Pass
+    answers: list[list[int]]
+    adapters: dict[Which, str] = field(default_factory=dict)  # SHA-256 of the weights
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded experiment; `folder` holds the adapters."""
+
+    base: str
+    trainer: dict[str, str]
+    settings: Settings
+    stop_token: int
+    cases: list[Case]
+    folder: Path
+
+    def adapter(self, case: Case, which: Which) -> Path:
+        """The PEFT folder of the case's adapter at its `start` or `end`, after checking its hash."""
+        folder = self.folder / case.name / which
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder / WEIGHTS}: missing; it belongs to the recording, keep them together")
+        if _sha256(folder / WEIGHTS) != case.adapters[which]:
+            raise UserError(f"{folder / WEIGHTS}: is not the file that was recorded (SHA-256 differs)")
+        return folder
+
+
+def choose_rows(rows: Sequence[RenderedRow], settings: Settings) -> list[RenderedRow]:
+    """The first rows that are short enough.
+
+    Raises:
+      UserError: there are not enough of them.
+    """
+    short = [row for row in rows if row.n_tokens <= settings.max_tokens][: settings.n_rows]
+    if len(short) < settings.n_rows:
+        raise UserError(
+            f"only {len(short)} rows have at most {settings.max_tokens} tokens; {settings.n_rows} are needed"
+        )
+    return short
+
+
+def cut_answers(rows: Sequence[RenderedRow]) -> list[RenderedRow]:
+    """The rows with every answer cut to the length of the shortest one: equal sums of weights."""
+    shortest = min(len(row.tokens) - row.prompt_length for row in rows)
+    ends = [row.prompt_length + shortest for row in rows]
+    return [
+        RenderedRow(row.row_id, row.tokens[:end], row.weights[:end])
+        for row, end in zip(rows, ends, strict=True)
+    ]
+
+
+def learning_rates(settings: Settings) -> list[float]:
+    """The study's schedule over the recorded steps."""
+    optim = OptimConfig(peak_lr=settings.peak_lr)
+    plan = plan_run(optim, TrainConfig(batch_rows=1, epochs=1), settings.steps)
+    return [learning_rate(step, optim, plan) for step in range(1, settings.steps + 1)]
+
+
+def batch_of_step(rows: Sequence[RenderedRow], settings: Settings, step: int) -> list[RenderedRow]:
+    """The rows of a step (the first is 1): in order, round and round."""
+    start = (step - 1) * settings.batch_rows
+    return [rows[i % len(rows)] for i in range(start, start + settings.batch_rows)]
+
+
+def run_steps(
+    trainer: Trainer, rows: Sequence[RenderedRow], settings: Settings, advance=lambda n: None
+) -> list[Pass]:
+    """All optimizer steps; returns what each forward-backward pass answered."""
+    passes = []
+    for step, rate in enumerate(learning_rates(settings), start=1):
+        passes.append(trainer.forward_backward(batch_of_step(rows, settings, step)))
+        trainer.optim_step(AdamStep(rate))
+        advance(1)
+    return passes
+
+
+def prompts_of(rows: Sequence[RenderedRow], settings: Settings) -> list[list[int]]:
+    """The prompts that are answered at the end: those of the first batch."""
+    return [row.tokens[: row.prompt_length].tolist() for row in rows[: settings.batch_rows]]
+
+
+def record(
+    backend: Backend, rows: Sequence[RenderedRow], settings: Settings, out: Path, base: str, stop_token: int
+) -> Recording:
+    """Run every case and write the recording to `out`.
+
+    Args:
+      rows: rendered rows; the first short ones are used.
+      base: name of the base, for the reader.
+      stop_token: the end-of-turn token of greedy answers.
+
+    Raises:
+      UserError: `out` exists, there are too few rows, or the trainer fails.
+    """
+    folder = out.with_name(f"{out.stem}-adapters")
+    for place in (out, folder):
+        if place.exists():
+            raise UserError(f"{place}: exists already; give another --out")
+    chosen = choose_rows(rows, settings)
+    cases = []
+    names = [(condition, lengths) for condition in settings.conditions for lengths in get_args(Lengths)]
+    with progress_bar("recording", len(names) * (settings.steps + 4), "calls") as advance:
+        for condition, lengths in names:
+            name = f"{condition}-{lengths}"
+            used = cut_answers(chosen) if lengths == "equal" else chosen
+            trainer = backend.create(condition, settings.rank, settings.seed)
+            before = trainer.forward(used)
+            trainer.fetch(trainer.save("start"), folder / name / "start")
+            advance(2)
+            steps = run_steps(trainer, used, settings, advance)
+            after = trainer.forward(used)
+            end = trainer.save("end")
+            trainer.fetch(end, folder / name / "end")
+            advance(1)
+            answers = trainer.sample(end, prompts_of(used, settings), settings.max_new_tokens, stop_token)
+            advance(1)
+            hashes = {which: _sha256(folder / name / which / WEIGHTS) for which in get_args(Which)}
+            cases.append(Case(name, condition, lengths, used, before, steps, after, answers, hashes))
+    recording = Recording(base, backend.describe(), settings, stop_token, cases, folder)
+    for settings_file in folder.glob(f"*/*/{SETTINGS}"):
+        _forget_path(settings_file, base)
+    write_text_atomic(out, _to_json(recording))
+    return recording
+
+
+# --- The file -----------------------------------------------------------------------------------------------
+
+
+@checked(frozen=True)
+class _PassFile:
+    logprobs: list[list[float]]
+    loss: float
+
+
+@checked(frozen=True)
+class _CaseFile:
+    name: Annotated[str, Field(pattern=r"^[a-z_-]+$")]  # also the name of a folder
+    condition: Condition
+    lengths: Lengths
+    tokens: list[list[int]]
+    prompt_lengths: list[int]
+    before: _PassFile
+    steps: list[_PassFile]
+    after: _PassFile
+    answers: list[list[int]]
+    adapters: dict[Which, str]
+
+
+@checked(frozen=True)
+class _File:
+    format: Literal[1]
+    base: str
+    trainer: dict[str, str]
+    settings: Settings
+    stop_token: int
+    cases: list[_CaseFile]
+
+
+def load_recording(file: Path) -> Recording:
+    """Read a recording.
+
+    Raises:
+      UserError: it is missing or not a recording; says where.
+    """
+    try:
+        content = TypeAdapter(_File).validate_python(read_json(file))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: not a recording of this version: {place}: {first['msg']}") from None
+    cases = [_case(case) for case in content.cases]
+    folder = file.with_name(f"{file.stem}-adapters")
+    return Recording(content.base, content.trainer, content.settings, content.stop_token, cases, folder)
+
+
+def _case(case: _CaseFile) -> Case:
+    rows = []
+    for i, (tokens, prompt_length) in enumerate(zip(case.tokens, case.prompt_lengths, strict=True)):
+        weights = (np.arange(len(tokens)) >= prompt_length).astype(np.float32)
+        rows.append(RenderedRow(str(i), np.asarray(tokens, np.int32), weights))
+    before, after = _pass(case.before), _pass(case.after)
+    steps = [_pass(step) for step in case.steps]
+    return Case(
+        case.name, case.condition, case.lengths, rows, before, steps, after, case.answers, dict(case.adapters)
+    )
+
+
+def _pass(values: _PassFile) -> Pass:
+    return Pass([np.asarray(row, np.float32) for row in values.logprobs], values.loss)
+
+
+def _to_json(recording: Recording) -> str:
+    """Compact JSON, one case a line; floats with as many digits as float32 needs to come back exactly."""
+
+    def one_pass(value: Pass) -> dict[str, Any]:
+        return {"logprobs": [[float(str(x)) for x in row] for row in value.logprobs], "loss": value.loss}
+
+    cases = [
+        {
+            "name": case.name,
+            "condition": case.condition,
+            "lengths": case.lengths,
+            "tokens": [row.tokens.tolist() for row in case.rows],
+            "prompt_lengths": [row.prompt_length for row in case.rows],
+            "before": one_pass(case.before),
+            "steps": [one_pass(step) for step in case.steps],
+            "after": one_pass(case.after),
+            "answers": case.answers,
+            "adapters": case.adapters,
+        }
+        for case in recording.cases
+    ]
+    head = {
+        "format": FORMAT,
+        "base": recording.base,
+        "trainer": recording.trainer,
+        "settings": asdict(recording.settings),
+        "stop_token": recording.stop_token,
+    }
+    lines = [json.dumps(case, separators=(",", ":"), allow_nan=False) for case in cases]
+    return json.dumps(head, indent=1)[:-2] + ',\n "cases": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _forget_path(settings_file: Path, base: str) -> None:
+    """A local service writes the path of its base into the adapter's settings; keep the name instead."""
+    write_json_atomic(settings_file, read_json(settings_file) | {"base_model_name_or_path": base})
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,68 @@
+"""The environment of the local Tinker server: where it is, and how it is made.
+
+The server (SkyRL's JAX engine) needs other versions of many packages than this one, so it lives in a virtual
+environment of its own: `$JAXLORA_TINKER_SERVER`, or `~/.cache/jaxlora/tinker-server`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxlora.errors import UserError
+from jaxlora.progress import console
+
+# skyrl-tx 0.3.0 has one A matrix for each projection, as PEFT has; later releases tie those of q, k and v.
+# It speaks JSON only, as the SDK does up to 0.24.1. Its own `jax` extra would bring CUDA along.
+PINS = (
+    "torch==2.13.0",
+    "skyrl-tx[tinker]==0.3.0",
+    "jax>=0.8,<1",
+    "flax>=0.12.2,<1",
+    "optax>=0.2.5,<1",
+    "tinker==0.24.1",
+)
+HOW = "python tools/tinker_parity.py install-server"
+
+
+def server_folder() -> Path:
+    """The folder of the environment, there or not."""
+    return Path(os.environ.get("JAXLORA_TINKER_SERVER", Path.home() / ".cache" / "jaxlora" / "tinker-server"))
+
+
+def server_python() -> Path:
+    """The environment's Python.
+
+    Raises:
+      UserError: it is not installed, or with other pins.
+    """
+    python, stamp = server_folder() / "bin" / "python", server_folder() / "pins.txt"
+    if not python.exists():
+        raise UserError(f"the local Tinker server is not installed; {HOW}")
+    if not stamp.is_file() or stamp.read_text().split() != list(PINS):
+        raise UserError(f"the local Tinker server is half installed or an old one; {HOW}")
+    return python
+
+
+def install_server() -> Path:
+    """Make the environment anew: about 2 GB.
+
+    Raises:
+      UserError: a package cannot be installed.
+    """
+    folder = server_folder()
+    console.print(f"installing the local Tinker server in {folder} (about 2 GB)")
+    if folder.exists() and not (folder / "pyvenv.cfg").is_file():
+        raise UserError(f"{folder}: exists and is no virtual environment; it is not replaced")
+    shutil.rmtree(folder, ignore_errors=True)
+    python = folder / "bin" / "python"
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PINS], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"the local Tinker server cannot be installed: {error}") from None
+    (folder / "pins.txt").write_text("\n".join(PINS) + "\n")
+    return folder

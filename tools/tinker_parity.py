@@ -1,0 +1,191 @@
+"""Parity with Tinker: record what a service answers, replay it here, compare a run with the study.
+
+    python tools/tinker_parity.py install-server                # the local service that the live tests start
+    python tools/tinker_parity.py record --out parity.json      # drive the service of TINKER_BASE_URL
+    python tools/tinker_parity.py compare parity.json           # replay a recording in jaxlora
+    python tools/tinker_parity.py study --run DIR               # a finished run beside the study's figures
+    python tools/tinker_parity.py study --published --config configs/main.py --out DIR
+
+Each command has its own --help. `compare` and `study` exit with code 1 where something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jaxlora.errors import UserError, run_main
+from jaxlora.progress import console
+
+
+def install_server(words: list[str]) -> int:
+    """Make the environment of the local Tinker server: a virtual environment with pinned packages, 2 GB."""
+    from jaxlora.parity.server import install_server as install
+    from jaxlora.parity.server import server_folder
+
+    parser = _parser("install-server", install_server)
+    parser.parse_args(words)
+    install()
+    print(server_folder())
+    return 0
+
+
+def record(words: list[str]) -> int:
+    """Drive a Tinker service and write a recording.
+
+    The service is the hosted one, or that of TINKER_BASE_URL; TINKER_API_KEY must be set. Neither is printed
+    or recorded.
+    """
+    parser = _parser("record", record)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the recording; adapters beside it"
+    )
+    parser.add_argument(
+        "--base", default="Qwen/Qwen3-8B", help="the service's name of the base (default: %(default)s)"
+    )
+    parser.add_argument("--base-label", help="name of the base in the recording (default: --base)")
+    parser.add_argument("--tokenizer", default="Qwen/Qwen3-8B", help="default: %(default)s")
+    parser.add_argument(
+        "--rows", default="embedded:data/train.jsonl", help="rendered rows, JSONL (default: %(default)s)"
+    )
+    parser.add_argument("--conditions", nargs="+", default=["all_layer"], help="default: all_layer")
+    parser.add_argument(
+        "--reduction",
+        choices=["sum", "sequence_mean"],
+        default="sum",
+        help="the service's loss: sum over tokens (Tinker) or mean of each row's mean (SkyRL); default: sum",
+    )
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of one call (default: 300)")
+    options = parser.parse_args(words)
+
+    from jaxlora.data.render import load_tokenizer
+    from jaxlora.data.rows import load_rendered_rows
+    from jaxlora.evals.run import end_of_turn
+    from jaxlora.parity.recording import make_settings
+    from jaxlora.parity.recording import record as run
+    from jaxlora.parity.tinker_service import TinkerBackend
+
+    settings = make_settings(
+        conditions=options.conditions,
+        reduction=options.reduction,
+        rank=options.rank,
+        seed=options.seed,
+        steps=options.steps,
+        peak_lr=options.learning_rate,
+    )
+    tokenizer = load_tokenizer(options.tokenizer)
+    limit = 100 * settings.n_rows
+    rows, _ = load_rendered_rows(options.rows, tokenizer, max_length=4096, on_bad_row="skip", limit=limit)
+    (stop,) = end_of_turn(tokenizer)
+    backend = TinkerBackend(options.base, options.seconds)
+    run(backend, rows, settings, options.out, options.base_label or options.base, stop)
+    print(options.out)
+    return 0
+
+
+def compare(words: list[str]) -> int:
+    """Replay a recording in jaxlora and print every difference, its bar, and pass or fail."""
+    parser = _parser("compare", compare)
+    parser.add_argument("recording", type=Path, metavar="FILE")
+    parser.add_argument("--base", help="directory or Hub name of the base (default: the recorded name)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the replay; the bars follow it (default: float32)",
+    )
+    options = parser.parse_args(words)
+
+    from jaxlora.config import ModelSource, RunConfig
+    from jaxlora.parity.comparing import compare as replay
+    from jaxlora.parity.comparing import table
+    from jaxlora.parity.recording import load_recording
+    from jaxlora.train.job import locate_model
+
+    recording = load_recording(options.recording)
+    source = ModelSource(path=options.base or recording.base)
+    model_dir, _ = locate_model(RunConfig(model=source))
+    assert model_dir is not None
+    checks = replay(recording, model_dir, options.dtype)
+    trainer = ", ".join(f"{name} {value}" for name, value in recording.trainer.items())
+    _print(table(checks, f"{options.recording.name} ({trainer}) replayed in {options.dtype}"))
+    failed = [check for check in checks if not check.passed]
+    print(f"{len(checks) - len(failed)} of {len(checks)} checks pass")
+    return 1 if failed else 0
+
+
+def study(words: list[str]) -> int:
+    """Compare a finished run, or the study's published adapters evaluated here, with the study's figures."""
+    parser = _parser("study", study)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "--run", type=Path, metavar="DIR", help="a finished run: training, or a trial of a rate"
+    )
+    subject.add_argument(
+        "--published", action="store_true", help="evaluate the six published adapters and the base"
+    )
+    if "--published" not in words:
+        options = parser.parse_args(words)
+        from jaxlora.parity.study import compare_run
+
+        return _report(compare_run(options.run), options.run.name)
+
+    from jaxlora.config import parse_config
+    from jaxlora.parity import study_figures
+
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where evaluations are kept")
+    parser.add_argument(
+        "--adapters",
+        default=study_figures.ADAPTERS,
+        help="folder or hf:// path of the adapters (default: %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="evaluate again what is in --out already")
+    config, options = parse_config(parser, words)
+    from jaxlora.devices import setup
+    from jaxlora.parity.published import evaluate_published
+
+    setup(config)
+    points = evaluate_published(config, options.out, options.adapters, options.overwrite)
+    return _report(points, "the study's published adapters, evaluated here")
+
+
+def _report(points, title: str) -> int:
+    from jaxlora.parity.study import agrees, table, verdict
+
+    _print(table(points, title))
+    print(verdict(points))
+    return 0 if agrees(points) else 1
+
+
+def _print(table) -> None:
+    from rich.console import Console
+
+    Console(width=None if console.is_terminal else 140).print(table)
+
+
+def _parser(name: str, command) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        f"tinker_parity.py {name}", description=command.__doc__, formatter_class=formatter
+    )
+
+
+COMMANDS = {"install-server": install_server, "record": record, "compare": compare, "study": study}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if len(sys.argv) > 1 else 2
+    if sys.argv[1] not in COMMANDS:
+        raise UserError(f"unknown command {sys.argv[1]!r}; one of {', '.join(COMMANDS)}")
+    return COMMANDS[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_main(main)
