@@ -1,0 +1,271 @@
+"""Compiles the real programs of a run for a slice that is not there, and measures what they take.
+
+    programs = Programs(config, published_config("qwen3-8b"), slice_named("v5e-8"), Workload())
+    programs.train_step().memory.total     # bytes a chip
+
+The TPU compiler comes from PyPI (`pip install libtpu`) and needs no chip.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.config import MeshConfig, RunConfig
+from jaxlora.errors import UserError
+from jaxlora.generate import PREFILL_ROWS, init_decode, make_decode, make_prefill
+from jaxlora.lora import init_lora
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.plan.chips import Slice
+from jaxlora.plan.hlo import Work, count_work
+from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, roofline
+from jaxlora.sharding import (
+    base_shardings,
+    decode_shardings,
+    lora_shardings,
+    make_mesh,
+    named,
+    replicated,
+    token_multiple,
+    token_shards,
+)
+from jaxlora.train.loss import CHUNK
+from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How many rows and tokens there are; the defaults are the study's."""
+
+    train_rows: int = 25_348
+    validation_rows: int = 2_818
+    row_tokens: float = 340.0  # mean
+    prompt_tokens: int = 256  # longest prompt of an evaluation
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip."""
+
+    arguments: int
+    temporaries: int
+    outputs: int  # that do not take an argument's place
+    code: int
+    missing: int = 0  # what the compiler could not place
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs + self.code
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program, measured a chip and a run."""
+
+    name: str
+    tokens: int  # of one buffer or one call, all chips together, padding included
+    memory: Memory
+    flops: float
+    work: Work
+    best: Roofline
+    compile_seconds: float
+
+
+class Programs:
+    """The programs of one configuration on one slice."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload):
+        self.config, self.slice, self.workload = config, slice_, workload
+        self.model = model
+        self.devices = topology_devices(slice_)
+        self.mesh = make_mesh(config.mesh, self.devices)
+        self.spec = ModelSpec(model, config.lora, config.model.dtype, scan=True)
+
+    def buffer(self, tokens: float) -> int:
+        """The buffer length that holds so many tokens."""
+        train = self.config.train
+        multiple = token_multiple(self.mesh)
+        multiple = -(-train.buffer_multiple // multiple) * multiple
+        return max(1, -(-int(tokens) // multiple)) * multiple
+
+    @property
+    def _step_tokens(self) -> float:
+        return self.config.train.batch_rows * self.workload.row_tokens
+
+    @cached_property
+    def train_tokens(self) -> int:
+        """Length of each of its buffers."""
+        return self.buffer(self._step_tokens / self.buffers)
+
+    @cached_property
+    def validation_tokens(self) -> int:
+        """Buffer of a typical validation batch."""
+        return self.buffer(self.config.train.validation_batch_rows * self.workload.row_tokens)
+
+    @cached_property
+    def buffers(self) -> int:
+        """Buffers of a typical optimizer step: its rows are split where they exceed the longest buffer."""
+        return max(1, -(-int(self._step_tokens) // self.config.train.max_buffer_tokens))
+
+    def train_step(self) -> Program:
+        """One optimizer step of typical length."""
+        mesh, spec, optim, remat = self.mesh, self.spec, self.config.optim, self.config.model.remat
+        state = jax.eval_shape(lambda: init_state(init_lora(spec, 0), optim))
+        state = _abstract(state, lora_shardings(mesh, spec, state))
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+        step = make_train_step(spec, optim, Compute("splash", remat))
+        batch = self._batch(self.buffers, self.train_tokens)
+        passes = self.buffers * (1 + remat + BACKWARD_PASSES)
+        return self._compile(
+            "train step", mesh, step, (state, self._base, batch, rate), self.train_tokens, passes
+        )
+
+    def validation_step(self) -> Program:
+        """One validation batch of typical length, in one buffer."""
+        lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
+        lora = _abstract(lora, lora_shardings(self.mesh, self.spec, lora))
+        step = make_eval_step(self.spec, Compute("splash"))
+        tokens = self.validation_tokens
+        arguments = (lora, self._base, self._batch(1, tokens))
+        return self._compile("validation step", self.mesh, step, arguments, tokens, 1)
+
+    def prefill(self) -> Program:
+        """Reading a batch of prompts, with the adapter merged into the base."""
+        rows = min(PREFILL_ROWS, self.config.eval.batch_rows)
+        state, base = self._decode_arguments()
+        whole = replicated(self._decode_mesh)
+        tokens = jax.ShapeDtypeStruct((rows, self.workload.prompt_tokens), jnp.int32, sharding=whole)
+        vector = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+        step = make_prefill(self._decode_spec, self.model.eos_token_ids, "splash")
+        arguments = (state, {}, base, tokens, vector, vector, vector)
+        return self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 1)
+
+    def decode_step(self) -> Program:
+        """One token for each slot, with the adapter merged into the base and half the cache filled."""
+        state, base = self._decode_arguments()
+        step = make_decode(self._decode_spec, self.model.eos_token_ids)
+        window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
+        window = -(-window // 128) * 128
+        slots = self.config.eval.batch_rows
+        return self._compile(
+            "decode step", self._decode_mesh, step, (state, {}, base), slots, 0, window=window
+        )
+
+    @cached_property
+    def _base(self) -> Any:
+        return _abstract(self.spec.abstract_frozen, base_shardings(self.mesh, self.spec))
+
+    def _batch(self, buffers: int, tokens: int) -> Any:
+        shape = (buffers, 1, tokens)
+        sharding = named(self.mesh, (None, "batch", "length"), shape)
+        names = ("tokens", "targets", "positions", "segment_ids")
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+        return batch | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+
+    @cached_property
+    def _decode_spec(self) -> ModelSpec:
+        return replace(self.spec, lora=None, scan=False)
+
+    @cached_property
+    def _decode_mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(decode_mesh(self.model, self.slice.n_chips), self.devices)
+
+    def _decode_arguments(self) -> tuple[Any, Any]:
+        mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
+        length = -(-(self.workload.prompt_tokens + settings.max_new_tokens) // 128) * 128
+        state = jax.eval_shape(
+            lambda: init_decode(spec, settings.batch_rows, length, settings.max_new_tokens)
+        )
+        state = _abstract(state, decode_shardings(mesh, state))
+        return state, _abstract(spec.abstract_frozen, base_shardings(mesh, spec))
+
+    def _compile(
+        self, name: str, mesh, step, arguments, tokens: int, attention_passes: float, **static
+    ) -> Program:
+        start = time.monotonic()
+        with jax.set_mesh(mesh):
+            try:
+                compiled = step.lower(*arguments, **static).compile()
+            except jax.errors.JaxRuntimeError as error:
+                missing = out_of_memory(str(error))
+                if missing is None:
+                    raise
+                memory = Memory(sum(map(_chip_bytes, jax.tree.leaves(arguments))), 0, 0, 0, missing)
+                took = time.monotonic() - start
+                return Program(name, tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
+        measured = compiled.memory_analysis()
+        memory = Memory(
+            measured.argument_size_in_bytes,
+            measured.temp_size_in_bytes,
+            measured.output_size_in_bytes - measured.alias_size_in_bytes,
+            measured.generated_code_size_in_bytes,
+        )
+        shards = token_shards(mesh)
+        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-tokens // shards // CHUNK)))
+        # The chip with a buffer's last tokens sees most keys; the others wait for it.
+        queries, keys = tokens / shards, tokens * (1 - 0.5 / shards)
+        flops = (
+            work.flops + attention_flops(self.model, queries, keys, attention_passes) / mesh.shape["tensor"]
+        )
+        best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
+        return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
+
+
+def decode_mesh(model: ModelConfig, n_chips: int) -> MeshConfig:
+    """Decoding reads all weights for every token: they stay on the chips, split by heads, never gathered."""
+    tensor = n_chips
+    while model.num_key_value_heads % tensor:
+        tensor //= 2
+    return MeshConfig(data=n_chips // tensor, fsdp=1, tensor=tensor)
+
+
+def topology_devices(slice_: Slice) -> list[jax.Device]:
+    """The slice's chips as devices to compile for.
+
+    Raises:
+      UserError: the TPU compiler is not installed.
+    """
+    # Without these libtpu asks the cloud's metadata server for minutes.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError("the TPU compiler is not installed; run `pip install libtpu`") from None
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": 1, "chips_per_host_bounds": (2, 2, 1)}
+    if slice_.chip.name in ("v4", "v5p"):  # both cores of a chip as one device, as in the cloud
+        options["chip_config_name"] = "megacore"
+    return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology, **options).devices
+
+
+def out_of_memory(message: str) -> int | None:
+    """Bytes over the chip's memory, from the compiler's error; None: it is another error.
+
+    The compiler says `Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.`
+    """
+    match = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG]?)", message)
+    if match:
+        return int(float(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[match[2]])
+    return None
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    size = x.dtype.itemsize
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,238 @@
+"""A plan of a run on a slice: does it fit, how long does it take at best, what does it cost.
+
+plan = make_plan(config, model, slice_named("v5e-8"), Workload())
+plan.fits, plan.run.hours, print_plan(plan)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxlora.config import RunConfig
+from jaxlora.models.config import ModelConfig
+from jaxlora.plan.chips import SLICES, Slice
+from jaxlora.plan.programs import Program, Programs, Workload
+from jaxlora.plan.roofline import RunCost, run_cost
+from jaxlora.plan.search import Choice, candidates
+from jaxlora.progress import progress_bar
+from jaxlora.train.schedule import plan_run
+
+GIB = 2**30
+RESERVED = 0.02  # of a chip's memory, which programs cannot have
+SWEEP_RUNS = 6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration on a slice, compiled."""
+
+    slice: Slice
+    mesh: dict[str, int]
+    remat: bool
+    condition: str
+    programs: list[Program]
+    fits: bool
+    tokens_per_second: float | None
+    run: RunCost | None
+    sweep: RunCost | None
+    advice: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes, FLOPs and seconds of one chip and one run of each program."""
+        values = asdict(self)
+        values["slice"] = {
+            "name": self.slice.name,
+            "chips": self.slice.n_chips,
+            "topology": self.slice.topology,
+        }
+        values["capacity_bytes"] = self.slice.chip.hbm_bytes
+        for entry, program in zip(values["programs"], self.programs, strict=True):
+            entry["memory"]["total"] = program.memory.total
+            entry["best"] |= {"seconds": program.best.seconds, "bound": program.best.bound}
+        return values
+
+
+def make_plan(
+    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, dollars: float | None = None
+) -> Plan:
+    """Compile the run's four programs for the slice and work out time and cost.
+
+    Args:
+      dollars: the price of one chip for one hour.
+    """
+    programs = Programs(config, model, slice_, workload)
+    makers = (programs.train_step, programs.validation_step, programs.prefill, programs.decode_step)
+    done: list[Program] = []
+    with progress_bar(f"compiling for {slice_.name}", len(makers), "programs") as advance:
+        for make in makers:
+            done.append(make())
+            advance(1)
+    room = slice_.chip.hbm_bytes * (1 - RESERVED)
+    fits = all(p.memory.missing == 0 and p.memory.total <= room for p in done)
+    train, validation = done[:2]
+    run = sweep = tokens_per_second = None
+    if fits:
+        steps = plan_run(config.optim, config.train, workload.train_rows)
+        batches = math.ceil(workload.validation_rows / config.train.validation_batch_rows)
+        batches *= len(steps.validation_steps)
+        seconds = train.best.seconds, steps.total_steps, validation.best.seconds, batches
+        run = run_cost(*seconds, slice_.n_chips, dollars)
+        sweep = RunCost(SWEEP_RUNS * run.hours, None if run.dollars is None else SWEEP_RUNS * run.dollars)
+        tokens_per_second = config.train.batch_rows * workload.row_tokens / train.best.seconds
+    return Plan(
+        slice=slice_,
+        mesh=dict(programs.mesh.shape),
+        remat=config.model.remat,
+        condition=config.lora.condition,
+        programs=done,
+        fits=fits,
+        tokens_per_second=tokens_per_second,
+        run=run,
+        sweep=sweep,
+        advice=None if fits else what_would_fit(config, model, slice_, workload),
+    )
+
+
+def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> str:
+    """The fastest choice that should fit on this slice, or on the smallest larger one of its kind."""
+    larger = [s for s in SLICES.values() if s.chip == slice_.chip and s.n_chips > slice_.n_chips]
+    for place in [slice_, *sorted(larger, key=lambda s: s.n_chips)]:
+        for choice in ranked(config, model, place, workload):
+            if choice.memory < 0.8 * place.chip.hbm_bytes:  # the estimate is good to about a fifth
+                where = "" if place is slice_ else f"on {place.name}, "
+                return (
+                    f"{where}{overrides(choice)} should fit ({choice.memory / GIB:.1f} GiB a chip, estimated)"
+                )
+    return f"no {slice_.chip.name} slice in the table is large enough"
+
+
+def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> list[Choice]:
+    """All choices for this configuration's step, fastest first."""
+    tokens = config.train.batch_rows * workload.row_tokens
+    return candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple)
+
+
+def overrides(choice: Choice) -> str:
+    """The command-line overrides that make this choice."""
+    mesh = choice.mesh
+    words = [f"--config.mesh.{name}={getattr(mesh, name)}" for name in ("data", "fsdp", "tensor")]
+    words.append(f"--config.model.remat={str(choice.remat).lower()}")
+    if choice.buffers > 1:
+        words.append(f"--config.train.max_buffer_tokens={choice.tokens}")
+    return " ".join(words)
+
+
+def apply(config: RunConfig, choice: Choice) -> RunConfig:
+    """The configuration with this choice in it."""
+    train = config.train if choice.buffers == 1 else replace(config.train, max_buffer_tokens=choice.tokens)
+    return replace(config, mesh=choice.mesh, model=replace(config.model, remat=choice.remat), train=train)
+
+
+def search(
+    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, console: Console
+) -> RunConfig | None:
+    """Compile the estimated fastest choices in turn until one fits; None: none does."""
+    choices = ranked(config, model, slice_, workload)
+    table = Table(
+        "mesh data, fsdp, tensor", "remat", "buffers", "GiB a chip", "ms a step", "bound", title="estimates"
+    )
+    for choice in choices[:8]:
+        mesh = f"{choice.mesh.data}, {choice.mesh.fsdp}, {choice.mesh.tensor}"
+        sizes = f"{choice.buffers} x {choice.tokens}"
+        memory, time = f"{choice.memory / GIB:.1f}", f"{choice.best.seconds * 1e3:.0f}"
+        table.add_row(mesh, str(choice.remat).lower(), sizes, memory, time, choice.best.bound)
+    console.print(table)
+    room = slice_.chip.hbm_bytes * (1 - RESERVED)
+    tries = [c for c in choices if c.memory < 1.2 * slice_.chip.hbm_bytes][:6]
+    with progress_bar("compiling train steps, fastest first", len(tries), "choices") as advance:
+        for choice in tries:
+            step = Programs(apply(config, choice), model, slice_, workload).train_step()
+            advance(1)
+            verdict = "fits" if step.memory.missing == 0 and step.memory.total <= room else "does not fit"
+            console.print(f"{overrides(choice)}: {verdict}")
+            if verdict == "fits":
+                return apply(config, choice)
+    return None
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Tables for the terminal: each program on one chip, then the run."""
+    chip = plan.slice.chip
+    title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, {plan.condition}"
+    table = Table(title=title + (", remat" if plan.remat else ""), title_justify="left")
+    table.add_column("a chip, a run")
+    for program in plan.programs:
+        table.add_column(program.name, justify="right")
+
+    def row(name: str, cell) -> None:
+        table.add_row(name, *(cell(p) for p in plan.programs))
+
+    row("tokens in a buffer or call", lambda p: f"{p.tokens:,}")
+    row("arguments, GiB", lambda p: f"{p.memory.arguments / GIB:.2f}")
+    row("temporaries, GiB", lambda p: f"{p.memory.temporaries / GIB:.2f}")
+    row("peak, GiB", lambda p: f"{p.memory.total / GIB:.2f}" if not p.memory.missing else "does not fit")
+    row(f"of {chip.hbm_bytes / GIB:.0f} GiB", _share(chip.hbm_bytes))
+    row("TFLOP", lambda p: f"{p.flops / 1e12:.2f}")
+    row("HBM, GB", lambda p: f"{p.work.hbm_bytes / 1e9:.1f}")
+    for kind in sorted({kind for p in plan.programs for kind in p.work.ici}):
+        row(f"{kind}, GB", lambda p, kind=kind: f"{p.work.ici.get(kind, 0) / 1e9:.2f}")
+    row("attention kernels", lambda p: str(sum(p.work.kernels.values())))
+    row("compute, ms", lambda p: f"{p.best.compute * 1e3:.1f}")
+    row("memory, ms", lambda p: f"{p.best.memory * 1e3:.1f}")
+    row("interconnect, ms", lambda p: f"{p.best.interconnect * 1e3:.1f}")
+    row("at best, ms", lambda p: f"{p.best.seconds * 1e3:.1f}")
+    row("bound by", lambda p: p.best.bound if p.best.seconds else "")
+    row("compiled in, s", lambda p: f"{p.compile_seconds:.0f}")
+    console.print(table)
+    console.print(summary_line(plan), soft_wrap=True)
+
+
+def _share(capacity: float):
+    def cell(program: Program) -> str:
+        used = program.memory.total + program.memory.missing
+        return (
+            f"+{program.memory.missing / GIB:.2f} GiB" if program.memory.missing else f"{used / capacity:.0%}"
+        )
+
+    return cell
+
+
+def summary_line(plan: Plan) -> str:
+    """One line: fits or not, speed, hours and dollars, all at the roofline."""
+    if not plan.fits:
+        return f"{plan.slice.name}: does not fit; {plan.advice}"
+    assert plan.run is not None
+    assert plan.sweep is not None
+    text = f"{plan.slice.name}: fits; at best {plan.tokens_per_second:,.0f} tokens/s,"
+    text += f" {plan.run.hours:.2f} h a run, {plan.sweep.hours:.2f} h for {SWEEP_RUNS} runs"
+    if plan.run.dollars is not None:
+        text += f", ${plan.run.dollars:,.2f} and ${plan.sweep.dollars:,.2f}"
+    return text
+
+
+def print_comparison(plans: list[Plan], console: Console) -> None:
+    """One line a slice."""
+    columns = ["slice", "chips", "mesh data, fsdp, tensor", "peak GiB", "of", "step ms", "bound", "tokens/s"]
+    table = Table(*columns, "h a run", "h a sweep", "$ a sweep")
+    for plan in plans:
+        train = plan.programs[0]
+        mesh = ", ".join(str(size) for size in plan.mesh.values())
+        peak = max(p.memory.total + p.memory.missing for p in plan.programs)
+        cells = [plan.slice.name, str(plan.slice.n_chips), mesh, f"{peak / GIB:.1f}"]
+        cells.append(f"{plan.slice.chip.hbm_bytes / GIB:.0f}")
+        if plan.run is None or plan.sweep is None:
+            cells += ["does not fit"] + [""] * 5
+        else:
+            price = "" if plan.sweep.dollars is None else f"{plan.sweep.dollars:,.0f}"
+            cells += [f"{train.best.seconds * 1e3:.0f}", train.best.bound, f"{plan.tokens_per_second:,.0f}"]
+            cells += [f"{plan.run.hours:.2f}", f"{plan.sweep.hours:.2f}", price]
+        table.add_row(*cells)
+    console.print(table)
+    for plan in plans:
+        if plan.advice:
+            console.print(summary_line(plan), soft_wrap=True)

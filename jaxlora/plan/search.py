@@ -1,0 +1,129 @@
+"""Ranks meshes and remat choices by arithmetic alone, so that only the best need compiling.
+
+for choice in candidates(model, lora, slice_named("v5e-8"), tokens=2720): ...   # fastest first
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxlora.config import LoraConfig, MeshConfig
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.parameters import count_parameters, parameter_table
+from jaxlora.models.qwen3 import is_adapted
+from jaxlora.plan.chips import Slice
+from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, roofline
+
+BF16, FLOAT32 = 2, 4
+TOKEN_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mesh, a remat choice and a split over buffers, with the estimate of an optimizer step."""
+
+    mesh: MeshConfig
+    remat: bool
+    buffers: int  # of a step, one after another
+    tokens: int  # length of a buffer
+    best: Roofline
+    memory: float  # bytes a chip
+
+
+def candidates(
+    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int
+) -> list[Choice]:
+    """Every mesh of the slice, with and without remat and split buffers, fastest first.
+
+    Args:
+      tokens: real tokens of an optimizer step.
+      multiple: buffer lengths are multiples of this as well as of what the mesh asks.
+    """
+    choices = [
+        estimate(model, lora, slice_, MeshConfig(data, fsdp, tensor), remat, buffers, tokens, multiple)
+        for data, fsdp, tensor in factors(slice_.n_chips)
+        if model.num_key_value_heads % tensor == 0
+        for remat in (False, True)
+        for buffers in (1, 2, 4)
+    ]
+    return sorted(choices, key=lambda c: (round(c.best.seconds, 4), c.memory))
+
+
+def factors(n: int) -> list[tuple[int, int, int]]:
+    """All (data, fsdp, tensor) whose product is n."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return [(n // f // t, f, t) for f in divisors for t in divisors if n % (f * t) == 0]
+
+
+def estimate(
+    model: ModelConfig,
+    lora: LoraConfig,
+    slice_: Slice,
+    mesh: MeshConfig,
+    remat: bool,
+    buffers: int,
+    tokens: float,
+    multiple: int,
+) -> Choice:
+    """Work and memory of one optimizer step on one chip, counted from the shapes.
+
+    The base is bfloat16. Weights are gathered over `fsdp` in the forward and the backward pass. Activations
+    are summed over `tensor` after o_proj and down_proj, and in the backward pass for each of the five
+    projections that read the residual stream. Keys and values are gathered over the token shards.
+    """
+    shards = mesh.data * mesh.fsdp
+    block = math.lcm(TOKEN_BLOCK * shards, multiple)
+    length = math.ceil(tokens / buffers / block) * block
+    local = length / shards
+    table = parameter_table(model)
+    layers = model.num_hidden_layers
+    layer_weights = layers * sum(math.prod(w.shape) for w in table if w.stacked and len(w.shape) == 2)
+    head_weights = model.vocab_size * model.hidden_size
+    adapter = sum(
+        lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in table if is_adapted(w, lora)
+    )
+    kv_width = 2 * model.num_key_value_heads * model.head_dim // mesh.tensor
+
+    products = (3 if remat else 2) * 2 * layer_weights + 2 * 2 * head_weights
+    flops = local * products / mesh.tensor
+    passes = 1 + remat + BACKWARD_PASSES
+    flops += attention_flops(model, local, length * (1 - 0.5 / shards), passes) / mesh.tensor
+
+    def gather(size: float, ways: int) -> float:
+        return size * (ways - 1) / ways
+
+    weights = BF16 * (2 * layer_weights + head_weights) / mesh.tensor
+    stream = BF16 * local * model.hidden_size
+    sums = (2 + 2 * remat + 5) * layers
+    ici = gather(weights, mesh.fsdp)
+    ici += sums * 2 * gather(stream, mesh.tensor)
+    ici += (3 + remat) * layers * gather(BF16 * length * kv_width, shards)
+    ici += 2 * gather(BF16 * adapter, shards)
+
+    kept = _kept_per_token(model, mesh.tensor)
+    activations = local * layers * (BF16 * model.hidden_size if remat else kept)
+    # A gathered weight is written and read; each kept activation is written once and read once.
+    hbm = (
+        weights * (2 if mesh.fsdp > 1 else 1)
+        + 2 * activations
+        + 2 * local * layers * kept
+        + 7 * FLOAT32 * adapter
+    )
+    head_chunk = 2 * FLOAT32 * min(local, 1024) * model.vocab_size / mesh.tensor
+    memory = BF16 * count_parameters(model) / (mesh.fsdp * mesh.tensor) + 4 * FLOAT32 * adapter
+    memory += activations + head_chunk + BF16 * head_weights / mesh.tensor + local * kept
+    best = roofline(slice_, buffers * flops, buffers * hbm, buffers * ici)
+    return Choice(mesh, remat, buffers, length, best, memory)
+
+
+def _kept_per_token(model: ModelConfig, tensor: int) -> float:
+    """Bytes that the backward pass of one layer needs for one token.
+
+    Whole on each chip: the residual stream twice, and each norm's input in float32, its output and its
+    scaled output. Split over `tensor`: queries, keys, values, attention output, the MLP's hidden units.
+    """
+    heads, kv_heads = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
+    whole = 12 * model.hidden_size
+    split = 4 * heads + 5 * kv_heads + 4 * model.intermediate_size
+    return BF16 * (whole + split / tensor)

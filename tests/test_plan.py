@@ -1,0 +1,355 @@
+"""The planner counts what programs do, and its arithmetic is that of a pocket calculator."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
+from jaxlora.errors import UserError
+from jaxlora.models.config import ModelConfig, published_config
+from jaxlora.plan import report
+from jaxlora.plan.chips import CHIPS, SLICES, slice_named
+from jaxlora.plan.hlo import Work, count_work, group_size
+from jaxlora.plan.programs import Memory, Program, Programs, Workload, decode_mesh, out_of_memory
+from jaxlora.plan.roofline import attention_flops, roofline, run_cost
+from jaxlora.plan.search import candidates, estimate, factors
+
+GIB = 2**30
+
+
+# --- the table of chips
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "topology"),
+    [
+        ("v4-8", 4, "v4:2x2x1"),
+        ("v4-32", 16, "v4:2x2x4"),
+        ("v5e-4", 4, "v5e:2x2"),
+        ("v5e-16", 16, "v5e:4x4"),
+        ("v5p-8", 4, "v5p:2x2x1"),
+        ("v6e-8", 8, "v6e:2x4"),
+    ],
+)
+def test_cloud_names_become_chip_counts(name, chips, topology):
+    assert (slice_named(name).n_chips, slice_named(name).topology) == (chips, topology)
+
+
+def test_a_corner_has_one_link_along_each_axis_of_the_grid():
+    assert slice_named("v5e-8").ici_rate == 2 * 50e9
+    assert slice_named("v4-8").ici_rate == 2 * 50e9  # 2x2x1: the third axis has no neighbour
+    assert slice_named("v4-16").ici_rate == 3 * 50e9
+
+
+def test_an_unknown_slice_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"'v5e-7' is not known; give one of v4-8, .*, or all"):
+        slice_named("v5e-7")
+
+
+# --- the roofline, by hand
+
+
+def test_the_roofline_is_the_slowest_of_three():
+    best = roofline(slice_named("v5e-8"), flops=19.7e12, hbm_bytes=81.9e9, ici_bytes=50e9)
+    assert (best.compute, best.memory, best.interconnect) == pytest.approx((0.1, 0.1, 0.5))
+    assert (best.seconds, best.bound) == (0.5, "interconnect")
+    assert roofline(slice_named("v4-8"), 275e12, 1e9, 1e9).bound == "compute"
+    assert roofline(slice_named("v6e-8"), 1e12, 1640e9, 1e9).bound == "memory"
+
+
+def test_cost_of_a_run_by_hand():
+    # 3,600 steps of half a second and 1,800 batches of one second: one hour on 8 chips at 2 dollars
+    cost = run_cost(0.5, 3600, 1.0, 1800, n_chips=8, dollars_per_chip_hour=2.0)
+    assert (cost.hours, cost.dollars) == (1.0, 16.0)
+    assert run_cost(0.5, 3600, 1.0, 1800, 8, None).dollars is None
+
+
+def test_attention_flops_by_hand():
+    # 36 layers, 32 heads of 128: 2 products of 2 FLOPs for each of 1,000 queries and 500 keys
+    expected = 36 * 2 * 2 * 32 * 128 * 1000 * 500
+    assert attention_flops(published_config("qwen3-8b"), 1000, 500, passes=1) == expected
+
+
+def test_the_estimate_of_a_step_by_hand():
+    model, lora = published_config("qwen3-8b"), LoraConfig()
+    layer_weights, head = 6_945_767_424, 622_329_856
+    one = estimate(model, lora, slice_named("v5e-8"), MeshConfig(1, 8, 1), False, 1, 4096, 128)
+    assert one.tokens == 4096
+    # 512 tokens a chip, 4 FLOPs a weight; attention: 4 x 4096 x keys x 36 layers x (1 + 3.5) passes
+    attention = 512 * 4 * 4096 * 4096 * (1 - 0.5 / 8) * 36 * 4.5
+    assert one.best.compute * 197e12 == pytest.approx(512 * 4 * (layer_weights + head) + attention)
+    # seven eighths of: layers twice and the head once in bfloat16; keys and values three times; twice the
+    # gradients of 21.8 million adapter weights
+    gathers = 2 * (2 * layer_weights + head) * 7 / 8
+    key_values = 3 * 36 * 2 * 4096 * 2 * 1024 * 7 / 8
+    gradients = 2 * 2 * 21_823_488 * 7 / 8
+    assert one.best.interconnect * 100e9 == pytest.approx(gathers + key_values + gradients)
+
+    # without fsdp no weight moves: activations are summed 7 times a layer over 8 chips, both ways
+    tensor = estimate(model, lora, slice_named("v5e-8"), MeshConfig(1, 1, 8), False, 1, 4096, 128)
+    assert tensor.best.interconnect * 100e9 == pytest.approx(36 * 7 * 2 * (2 * 4096 * 4096) * 7 / 8)
+
+
+def test_the_search_tries_every_mesh_and_prefers_speed():
+    assert sorted(factors(4)) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
+    choices = candidates(published_config("qwen3-8b"), LoraConfig(), slice_named("v5e-16"), 2720, 128)
+    assert all(a.best.seconds <= b.best.seconds + 1e-4 for a, b in pairwise(choices))
+    assert {c.mesh.tensor for c in choices} == {1, 2, 4, 8}  # 16 does not divide 8 key-value heads
+    assert all(c.tokens % (128 * c.mesh.data * c.mesh.fsdp) == 0 for c in choices)
+    whole = next(c for c in choices if (c.mesh.fsdp, c.mesh.tensor, c.remat) == (1, 1, False))
+    assert whole.memory > 16 * GIB  # the whole base on one v5e chip
+
+
+def test_decoding_never_gathers_weights():
+    model = published_config("qwen3-8b")
+    assert decode_mesh(model, 8) == MeshConfig(1, 1, 8)
+    assert decode_mesh(model, 32) == MeshConfig(4, 1, 8)
+
+
+# --- counting compiled programs
+
+
+def compiled_text(function, mesh, *arguments) -> str:
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_loops_collectives_and_products_of_a_program_for_eight_devices():
+    """x <- x W for 5 layers of weights split over 8 devices, then a sum over the devices."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def array(shape, *spec):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, jax.P(*spec)))
+
+    def program(x, weights):
+        def layer(x, w):
+            whole = jax.lax.with_sharding_constraint(w, jax.P())
+            return jax.lax.with_sharding_constraint(x @ whole, jax.P("x")), None
+
+        x, _ = jax.lax.scan(layer, x, weights)
+        return jax.lax.with_sharding_constraint(jnp.sum(x, axis=0), jax.P())
+
+    text = compiled_text(program, mesh, array((64, 32), "x"), array((5, 32, 32), None, "x"))
+    work = count_work(text)
+    assert work.flops == 5 * 2 * 8 * 32 * 32  # each device has 8 of 64 rows
+    assert work.ici["all-gather"] == 5 * 4 * 32 * 32 * 7 / 8
+    assert work.ici["all-reduce"] == 2 * 4 * 32 * 7 / 8
+    assert work.dynamic_loops == 0
+    assert work.largest_entry_gather == 0
+    assert work.hbm_bytes >= 5 * 3 * 4 * 32 * 32  # a gathered weight is written and read
+
+
+def test_a_loop_decided_at_run_time_counts_as_told():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def program(n, x):
+        return jax.lax.fori_loop(0, n, lambda _, x: x @ x, x)
+
+    arguments = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    text = compiled_text(program, mesh, *arguments)
+    assert count_work(text, dynamic_trips=3).flops == 3 * 2 * 16**3
+    assert count_work(text).dynamic_loops == 1
+
+
+def test_batched_products_count_each_batch_once():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    shapes = jax.ShapeDtypeStruct((3, 16, 32), jnp.float32), jax.ShapeDtypeStruct((3, 32, 64), jnp.float32)
+    assert count_work(compiled_text(jnp.matmul, mesh, *shapes)).flops == 2 * 3 * 16 * 32 * 64
+
+
+GATHER = 'channel_id=1, replica_groups=[1,8]<=[8], dimensions={1}, frontend_attributes={chain_id="0"}'
+ASYNC_GATHER = """
+%start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,32]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %g1 = bf16[8,32]{1,0} all-gather(%p), GATHER
+  ROOT %c1 = (bf16[8,4]{1,0}, bf16[8,32]{1,0}) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (q: bf16[8,4], r: bf16[8,32]) -> bf16[8,32] {
+  %q = bf16[8,4]{1,0} parameter(0)
+  %r = bf16[8,32]{1,0} parameter(1)
+  %g2 = bf16[8,32]{1,0} all-gather(%q), GATHER
+  ROOT %c2 = bf16[8,32]{1,0} custom-call(%r, %g2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: bf16[8,4]) -> bf16[8,32] {
+  %a = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = (bf16[8,4]{1,0}, bf16[8,32]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %s0 = bf16[8,4]{1,0} get-tuple-element(%s), index=0
+  %s1 = bf16[8,32]{1,0} get-tuple-element(%s), index=1
+  ROOT %d = bf16[8,32]{1,0} fusion(%s0, %s1), kind=kCustom, calls=%done
+}
+""".replace("GATHER", GATHER)
+
+
+def test_a_gather_that_overlaps_with_work_counts_once():
+    assert dict(count_work(ASYNC_GATHER).ici) == {"all-gather": 2 * 8 * 4 * 7}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ],
+)
+def test_every_notation_of_groups_is_read(text, size):
+    assert group_size(f"(%x), channel_id=1, {text}, dimensions={{0}}") == size
+
+
+def test_the_compilers_out_of_memory_error_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G."
+    )
+    assert out_of_memory(message) == int(5.2 * GIB)
+    assert out_of_memory("INTERNAL: something else") is None
+
+
+# --- plans
+
+
+def fake_program(name: str, peak: float, missing: int = 0) -> Program:
+    best = roofline(slice_named("v5e-8"), 19.7e12, 1e9, 1e9)
+    return Program(name, 3072, Memory(int(peak), 0, 0, 0, missing), 19.7e12, Work(), best, 1.0)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Programs that are said to take so many bytes a chip; nothing is compiled."""
+
+    def set_peak(peak: float, missing: int = 0) -> None:
+        class Fake(Programs):
+            def __init__(self, config, model, slice_, workload):
+                self.mesh = jax.make_mesh((1,), ("fsdp",))
+
+            def train_step(self):
+                return fake_program("train step", peak, missing)
+
+            validation_step = prefill = decode_step = train_step
+
+        monkeypatch.setattr(report, "Programs", Fake)
+
+    return set_peak
+
+
+def run_tool(repository, *arguments) -> int | str | None:
+    spec = importlib.util.spec_from_file_location("plan_tool", repository / "tools" / "plan.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["plan.py", "--config", str(repository / "configs" / "main.py"), *arguments]
+        )
+        with pytest.raises(SystemExit) as exit_:
+            tool.run_main(tool.main)
+    return exit_.value.code
+
+
+def test_a_plan_that_fits_exits_with_0_and_writes_json(repository, tmp_path, compiled, capsys):
+    compiled(8 * GIB)
+    file = tmp_path / "plan.json"
+    assert run_tool(repository, "--topology", "v5e-8", "--price", "1.2", "--json", str(file)) == 0
+    (plan,) = json.loads(file.read_text())
+    # 6,338 steps and 7 x 177 validation batches of 0.1 s
+    hours = (6338 + 7 * 177) * 0.1 / 3600
+    assert plan["run"] == pytest.approx({"hours": hours, "dollars": hours * 8 * 1.2})
+    assert plan["sweep"]["hours"] == pytest.approx(6 * hours)
+    assert plan["programs"][0]["best"]["bound"] == "compute"
+    assert "v5e-8: fits; at best 27,200 tokens/s" in capsys.readouterr().out
+    assert run_tool(repository, "--topology", "v5e-8", "--json", str(file)) == 2  # never overwritten
+
+
+@pytest.mark.parametrize(("peak", "missing"), [(15.9 * GIB, 0), (8 * GIB, 3 * GIB)])
+def test_a_plan_that_does_not_fit_exits_with_1_and_says_what_would(
+    repository, compiled, capsys, peak, missing
+):
+    compiled(peak, missing)
+    assert run_tool(repository, "--topology", "v5e-4") == 1
+    out = capsys.readouterr().out
+    assert "v5e-4: does not fit; --config.mesh.data=" in out
+    assert "should fit" in out
+
+
+def test_a_mistake_exits_with_2_and_one_line(repository, capsys):
+    assert run_tool(repository, "--topology", "v9-8") == 2
+    assert capsys.readouterr().err.startswith("error: --topology: 'v9-8' is not known")
+
+
+def test_advice_names_a_larger_slice_where_this_one_is_too_small():
+    config = RunConfig()
+    advice = report.what_would_fit(config, published_config("qwen3-32b"), slice_named("v5e-4"), Workload())
+    assert advice.startswith("on v5e-8, --config.mesh.data=")
+    none = report.what_would_fit(
+        config, published_config("qwen3-32b"), slice_named("v6e-8"), Workload(row_tokens=1e6)
+    )
+    assert none == "no v6e slice in the table is large enough"
+
+
+def test_all_topologies_are_planned_and_compared(repository, compiled, capsys):
+    compiled(1 * GIB)
+    assert run_tool(repository, "--topology", "all") == 0
+    out = capsys.readouterr().out
+    assert all(f"{name}: fits" in out for name in SLICES)
+    assert len(CHIPS) == 4
+
+
+def test_the_tool_leaves_the_machines_own_devices_alone(repository):
+    code = "import os, runpy, sys; sys.argv = ['plan.py', '--help']\n"
+    code += "try: runpy.run_path('tools/plan.py', run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print(os.environ['JAX_PLATFORMS'])"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=repository, env=environment
+    )
+    assert done.stdout.rstrip().endswith("cpu"), done.stderr
+
+
+# --- the real compiler
+
+
+@pytest.mark.slow
+def test_the_real_tpu_compiler_takes_all_four_programs():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+    model = ModelConfig(
+        vocab_size=32_768,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        eos_token_ids=(1,),
+    )
+    config = RunConfig(mesh=MeshConfig(1, 4, 2), model=ModelSource(remat=True))
+    config = replace(config, eval=replace(config.eval, batch_rows=32, max_new_tokens=64))
+    plan = report.make_plan(config, model, slice_named("v5e-8"), Workload(prompt_tokens=128), dollars=1.0)
+    assert plan.fits
+    train, validation, prefill, decode = plan.programs
+    assert train.work.kernels["splash_mha_fwd_segmented_residuals"] == 2 * 4  # again in the backward pass
+    assert train.work.kernels["splash_mha_dq_segmented_no_residuals"] == 4
+    assert validation.work.kernels
+    assert prefill.work.kernels
+    # nothing larger than the head is gathered outside the loop over layers
+    assert train.work.largest_entry_gather <= 2 * 32_768 * 1024 / 2
+    # the weights of all layers, gathered over 4 chips in each of two passes, and little else
+    layer_weights = 4 * (1024 * 128 * (16 + 8 + 8 + 16) + 3 * 1024 * 2048)
+    gathers = 2 * (2 * layer_weights + 32_768 * 1024) / 2 * 3 / 4
+    assert gathers < train.work.ici["all-gather"] < 1.3 * gathers
+    # products: 4 FLOPs a weight and token, a third pass of 2 but for down_proj, and adapters
+    tokens = train.tokens / 4
+    weights = (4 * layer_weights + 2 * (layer_weights - 4 * 1024 * 2048) + 4 * 32_768 * 1024) / 2
+    assert weights * tokens < train.work.flops < 1.15 * weights * tokens
+    assert decode.work.ici.get("all-gather", 0) < 1e6  # no weights move
+    assert plan.to_json()["run"]["dollars"] > 0

@@ -1,0 +1,84 @@
+"""Plan a run on a Cloud TPU slice without the slice: memory, time and cost from the compiled programs.
+
+    python tools/plan.py --config configs/main.py --topology v5e-8
+    python tools/plan.py --config configs/main.py --topology all --json plans.json
+    python tools/plan.py --config configs/main.py --topology v5e-8 --search
+
+Exit code 0: it fits; 1: it does not, and the output says what would; 2: a mistake in the request. Times are
+lower bounds: computing, memory and interconnect are taken to overlap fully and to reach their peak rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
+
+from rich.console import Console
+
+from jaxlora.config import parse_config
+from jaxlora.embedded import resolve
+from jaxlora.errors import UserError, run_main
+from jaxlora.models.config import ModelConfig, load_model_config, published_config
+from jaxlora.plan.chips import SLICES, slice_named
+from jaxlora.plan.programs import Workload
+from jaxlora.plan.report import make_plan, print_comparison, print_plan, search
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    study = Workload()
+    parser.add_argument("--topology", required=True, help=f"{', '.join(SLICES)}, or all")
+    parser.add_argument(
+        "--search", action="store_true", help="look for the fastest mesh, remat and buffers that fit"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the plans as JSON as well; -: only JSON, on stdout"
+    )
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="price of one chip for one hour")
+    parser.add_argument("--train-rows", type=int, default=study.train_rows, help="[%(default)s, the study's]")
+    parser.add_argument("--validation-rows", type=int, default=study.validation_rows, help="[%(default)s]")
+    parser.add_argument(
+        "--row-tokens", type=float, default=study.row_tokens, help="mean tokens a row [%(default)s]"
+    )
+    config, options = parse_config(parser)
+
+    workload = Workload(options.train_rows, options.validation_rows, options.row_tokens)
+    names = list(SLICES) if options.topology == "all" else [options.topology]
+    slices = [slice_named(name) for name in names]
+    if options.json and options.json != "-" and Path(options.json).exists():
+        raise UserError(f"--json: {options.json} exists already; give a new file")
+    model = find_model(config.model.path)
+    console = Console(stderr=options.json == "-")
+    plans = []
+    for slice_ in slices:
+        chosen = search(config, model, slice_, workload, console) if options.search else None
+        if options.search and chosen is None:
+            console.print(
+                f"{slice_.name}: no choice that was tried fits; the plan below is the configuration's own"
+            )
+        plans.append(make_plan(chosen or config, model, slice_, workload, options.price))
+        print_plan(plans[-1], console)
+    if len(plans) > 1:
+        print_comparison(plans, console)
+    if options.json:
+        text = json.dumps([plan.to_json() for plan in plans], indent=1) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(options.json).write_text(text)
+    return 0 if all(plan.fits for plan in plans) else 1
+
+
+def find_model(path: str) -> ModelConfig:
+    """The model's shape from a directory, or of a published model; nothing is fetched."""
+    folder = resolve(path)
+    return load_model_config(folder) if Path(folder).is_dir() else published_config(path)
+
+
+if __name__ == "__main__":
+    run_main(main)
