@@ -56,9 +56,7 @@ class Work:
     flops: float = 0.0  # of matrix products; custom kernels are not in it
     hbm_bytes: float = 0.0
     ici: dict[str, float] = field(default_factory=dict)  # bytes received, by collective
-    kernels: dict[str, int] = field(
-        default_factory=lambda: defaultdict(int)
-    )  # runs of custom kernels, by name
+    kernels: dict[str, int] = field(default_factory=dict)  # runs of custom kernels, by name
     dynamic_loops: int = 0  # loops whose trip count the program decides
     largest_entry_gather: int = 0  # bytes of the largest all-gather result outside loops
 

@@ -145,7 +145,7 @@ class Programs:
         tokens = jax.ShapeDtypeStruct((rows, self.workload.prompt_tokens), jnp.int32, sharding=whole)
         vector = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, "splash")
-        arguments = (state, {}, base, tokens, vector, vector, vector)
+        arguments: tuple[Any, ...] = (state, {}, base, tokens, vector, vector, vector)
         return self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 1)
 
     def decode_step(self) -> Program:
