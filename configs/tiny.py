@@ -6,7 +6,7 @@ The base was pretrained on word problems and answers in another format; fine-tun
 worked steps that end in `\\boxed{answer}`. The same code runs as for Qwen3-8B.
 """
 
-from jaxlora.config import DataConfig, EvalConfig, ModelSource, RunConfig, TrainConfig
+from jaxlora.config import DataConfig, EvalConfig, ModelSource, OptimConfig, RunConfig, TrainConfig
 
 
 def get_config() -> RunConfig:
@@ -16,9 +16,15 @@ def get_config() -> RunConfig:
         data=DataConfig(
             train_path="embedded:data/train.jsonl",
             validation_path="embedded:data/val.jsonl",
+            train_rows=480,
+            validation_rows=80,
             max_length=256,
         ),
-        train=TrainConfig(epochs=2, validation_every=50, validation_merge=12),
+        optim=OptimConfig(peak_lr=1e-3),
+        # On a CPU, attention over one long buffer costs more than padding short rows does.
+        train=TrainConfig(
+            layout="padded", buffer_sizes=1, buffer_multiple=32, validation_every=30, validation_merge=10
+        ),
         eval=EvalConfig(
             benchmark="embedded:data/test.jsonl", max_new_tokens=96, batch_rows=64, after_training=True
         ),

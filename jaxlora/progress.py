@@ -16,8 +16,8 @@ console = Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def progress_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar that disappears when the work is done; yields a function that advances it."""
+def progress_bar(title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar that disappears when the work is done; yields a function that advances it. No total: a count."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

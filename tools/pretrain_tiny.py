@@ -43,15 +43,15 @@ from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.progress import console, progress_bar
 from jaxlora.sharding import make_mesh
 
-LENGTH = 512  # tokens of one line; documents lie in it end to end
+LENGTH = 256  # tokens of one line; documents lie in it end to end
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--lines", type=int, default=80, help="lines of 512 tokens in one step")
-    parser.add_argument("--texts", type=int, default=1_600_000, help="documents drawn; repeated when used up")
+    parser.add_argument("--lines", type=int, default=160, help="lines of 256 tokens in one step")
+    parser.add_argument("--texts", type=int, default=1_000_000, help="documents drawn; repeated when used up")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def corpus_lines(n_texts: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids `[lines, 512]` of the corpus; drawn by several processes, a seed each."""
+    """Tokens and segment ids `[lines, 256]` of the corpus; drawn by several processes, a seed each."""
     parts = 64
     work = [(seed * parts + part, n_texts // parts) for part in range(parts)]
     with multiprocessing.get_context("spawn").Pool() as pool, progress_bar("corpus", parts, "parts") as advance:
@@ -120,7 +120,7 @@ def _draw_lines(work: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, options):
-    """AdamW on the mean NLL of every token after a document's first."""
+    """AdamW on the mean NLL of every token after a document's first; float32 weights, bfloat16 products."""
     warmup = min(400, options.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, warmup, options.steps, options.rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.02))
@@ -137,7 +137,7 @@ def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, op
         targets = jnp.roll(tokens, -1, axis=1)
 
         def loss(weights):
-            model = spec.bind({}, weights)
+            model = spec.bind({}, jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights))
             hidden, _ = model(
                 tokens, positions, lambda q, k, v, c: (segment_attention(q, k, v, segments, "xla"), c)
             )
@@ -157,7 +157,7 @@ def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, op
         for i in range(options.steps):
             chosen = picks[i * options.lines : (i + 1) * options.lines]
             weights, state, value = step(weights, state, tokens[chosen], segments[chosen])
-            if i % 200 == 199 or i == options.steps - 1:
+            if i % 500 == 499 or i == options.steps - 1:
                 console.print(f"step {i + 1}: mean NLL {float(value):.4f}")
             advance(1)
     return weights
