@@ -5,7 +5,8 @@
 
 Counts must be equal. A measured value is held to the study's three seeds: inside their range, or else inside
 the interval that a further seed of the study would fall into with 99% probability (Student's t over the
-seeds, standard deviation pooled within the condition). Beyond it, the run does not agree.
+seeds, one standard deviation pooled over steps or conditions; the seven validations share the 1%). Beyond
+it, the run does not agree.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _run_points(run: Run) -> list[Point]:
     ]
     nll, seeds = run.validation_nll(), list(study.VALIDATION_NLL[condition].values())
     columns = list(zip(*seeds, strict=True))
-    half_width = prediction_half_width(columns)
+    half_width = prediction_half_width(columns, 1 - (1 - COVERAGE) / len(columns))
     for step, values in zip(study.VALIDATION_STEPS, columns, strict=True):
         points.append(over_seeds(f"validation NLL, step {step}", nll.get(step), values, half_width))
     selected = select_checkpoint(nll) if nll else None
