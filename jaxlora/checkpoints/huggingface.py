@@ -3,27 +3,26 @@
     frozen = load_base("path/to/Qwen3-8B", spec, mesh)      # one or many *.safetensors
     save_merged("out", spec, merged, "path/to/Qwen3-8B")    # a checkpoint that Transformers loads
 
-Files are memory-mapped; each tensor is placed on the devices as soon as it is read, and a device reads only
-its own part. Every key and every shape is checked, and anything left over is an error.
+Each tensor is placed on the devices as soon as it is read, and every host reads its share of the files
+once. Every key and every shape is checked, and anything left over is an error.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from jaxlora.checkpoints.tensors import StoredTensor, open_tensors, stream
 from jaxlora.errors import UserError
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.parameters import Weight
@@ -35,34 +34,30 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
-    """The frozen base of a Hugging Face directory, in the spec's dtype and form.
+    """The frozen base of a Hugging Face directory (local, or `gs://bucket/folder`), in the spec's dtype and
+    form.
 
     Raises:
       UserError: a file, key or shape is missing, wrong or left over.
     """
-    with ExitStack() as stack:
-        slices = _open(Path(directory), stack)
-        tied_head = slices.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
-        if tied_head is not None:
-            _check_tied(tied_head, slices.get("model.embed_tokens.weight"), directory)
-
-        def read(weight: Weight, key: str, sharding: NamedSharding) -> jax.Array:
-            source = slices.pop(key, None)
-            if source is None:
-                raise UserError(f"{directory}: no tensor {key}; the checkpoint is incomplete")
-            shape = tuple(source.get_shape())
-            if shape != weight.shape:
-                raise UserError(f"{directory}: {key} has shape {shape}, config.json asks for {weight.shape}")
-            dtype = np.dtype(jnp.dtype(spec.dtype))
-            return jax.make_array_from_callback(
-                shape, sharding, lambda index: np.asarray(source[index]).astype(dtype, copy=False)
+    stored = open_tensors(str(directory).rstrip("/"))
+    tied_head = stored.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
+    if tied_head is not None:
+        _check_tied(tied_head, stored.get("model.embed_tokens.weight"), directory)
+    wanted = []
+    for weight, key in _in_order(spec):
+        tensor = stored.pop(key, None)
+        if tensor is None:
+            raise UserError(f"{directory}: no tensor {key}; the checkpoint is incomplete")
+        if tensor.shape != weight.shape:
+            raise UserError(
+                f"{directory}: {key} has shape {tensor.shape}, config.json asks for {weight.shape}"
             )
-
-        frozen = _build(spec, mesh, read, f"loading {Path(directory).name}")
-        if slices:
-            names = ", ".join(sorted(slices)[:3])
-            raise UserError(f"{directory}: {len(slices)} tensors that this model has no place for: {names}")
-    return frozen
+        wanted.append(tensor)
+    if stored:
+        names = ", ".join(sorted(stored)[:3])
+        raise UserError(f"{directory}: {len(stored)} tensors that this model has no place for: {names}")
+    return _build(spec, mesh, stream(wanted, spec.dtype, mesh), f"loading {Path(directory).name}")
 
 
 def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tree:
@@ -73,45 +68,57 @@ def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tr
         values = jax.random.normal(key, shape, jnp.dtype(spec.dtype)) * jnp.asarray(std, spec.dtype)
         return jax.lax.with_sharding_constraint(values, sharding)
 
-    keys = (jax.random.fold_in(jax.random.key(seed), i) for i in range(1 << 30))
+    def arrays() -> Iterator[jax.Array]:
+        n_drawn = 0
+        for weight, _ in _in_order(spec):
+            sharding = named(mesh, weight.axes, weight.shape)
+            if len(weight.shape) == 1:
+                yield jax.device_put(jnp.ones(weight.shape, spec.dtype), sharding)
+            else:
+                yield draw(jax.random.fold_in(jax.random.key(seed), n_drawn), weight.shape, sharding)
+                n_drawn += 1
 
-    def read(weight: Weight, key: str, sharding: NamedSharding) -> jax.Array:
-        if len(weight.shape) == 1:
-            return jax.device_put(jnp.ones(weight.shape, spec.dtype), sharding)
-        return draw(next(keys), weight.shape, sharding)
-
-    return _build(spec, mesh, read, "drawing random weights")
+    return _build(spec, mesh, arrays(), "drawing random weights")
 
 
-def _build(spec: ModelSpec, mesh: Mesh, read: Callable[..., jax.Array], title: str) -> Tree:
-    """The frozen tree from `read(weight, hf_key, sharding)`, layer by layer into the stacked arrays."""
+def _in_order(spec: ModelSpec) -> Iterator[tuple[Weight, str]]:
+    """Each weight of each layer with its Hugging Face key, in the order in which `_build` takes them."""
+    for weight in spec.table:
+        for layer in range(spec.config.num_hidden_layers if weight.stacked else 1):
+            yield weight, weight.hf_key.format(layer=layer)
+
+
+def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str) -> Tree:
+    """The frozen tree from one array a weight and layer; each is laid out over the mesh as it comes."""
     depth = spec.config.num_hidden_layers
     frozen: Tree = {}
-    set_layer = jax.jit(jax.lax.dynamic_update_index_in_dim, static_argnums=3, donate_argnums=0)
-    n_tensors = sum(depth if weight.stacked else 1 for weight in spec.table)
-    with progress_bar(title, n_tensors, "tensors") as advance:
+    with progress_bar(title, sum(1 for _ in _in_order(spec)), "tensors") as advance:
         for weight in spec.table:
             sharding = named(mesh, weight.axes, weight.shape)
-            if not weight.stacked:
-                set_path(frozen, f"{weight.path}.weight", read(weight, weight.hf_key, sharding))
-                advance(1)
-                continue
-            stacked = None
-            if spec.scan:
-                whole = named(mesh, (None, *weight.axes), (depth, *weight.shape))
-                stacked = jax.jit(
-                    partial(jnp.zeros, (depth, *weight.shape), spec.dtype), out_shardings=whole
-                )()
-            for i in range(depth):
-                layer = read(weight, weight.hf_key.format(layer=i), sharding)
-                if spec.scan:
-                    stacked = set_layer(stacked, layer, i, 0)
-                else:
-                    inner = frozen.setdefault("layers", {}).setdefault(i, {})
-                    set_path(inner, weight.path.removeprefix("layers.") + ".weight", layer)
-                advance(1)
-            if spec.scan:
+            exchange = jax.jit(lambda x: x, out_shardings=sharding)
+            if weight.stacked and spec.scan:
+                shape = (depth, *weight.shape)
+                whole = named(mesh, (None, *weight.axes), shape)
+                stacked = jax.jit(partial(jnp.zeros, shape, spec.dtype), out_shardings=whole)()
+                set_layer = jax.jit(
+                    jax.lax.dynamic_update_index_in_dim,
+                    static_argnums=3,
+                    donate_argnums=0,
+                    out_shardings=whole,
+                )
+                for i in range(depth):
+                    stacked = set_layer(stacked, next(arrays), i, 0)
+                    advance(1)
                 set_path(frozen, f"{weight.path}.weight", stacked)
+            elif weight.stacked:
+                for i in range(depth):
+                    inner = frozen.setdefault("layers", {}).setdefault(i, {})
+                    path = weight.path.removeprefix("layers.") + ".weight"
+                    set_path(inner, path, exchange(next(arrays)))
+                    advance(1)
+            else:
+                set_path(frozen, f"{weight.path}.weight", exchange(next(arrays)))
+                advance(1)
     _check_tree(spec, frozen)
     return frozen
 
@@ -124,47 +131,19 @@ def _check_tree(spec: ModelSpec, frozen: Tree) -> None:
         raise AssertionError("the parameter table and the modules disagree")
 
 
-def _open(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor of the directory's safetensors files, as slices that read on indexing."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(listed.values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index}: not a safetensors index: {error}") from None
-    else:
-        listed, names = None, ["model.safetensors"]
-    slices: dict[str, Any] = {}
-    for name in names:
-        file = directory / str(name)
-        if Path(str(name)).name != name or not file.is_file():
-            raise UserError(f"{file}: missing; the directory must hold model.safetensors or its indexed parts")
-        try:
-            handle = stack.enter_context(safe_open(file, framework="np"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file: {error}") from None
-        for key in handle.keys():  # noqa: SIM118 (not a mapping)
-            if key in slices:
-                raise UserError(f"{file}: {key} is stored twice")
-            slices[key] = handle.get_slice(key)
-    if listed is not None and set(listed) != set(slices):
-        odd = sorted(set(listed) ^ set(slices))[:3]
-        raise UserError(f"{index}: the index and the files disagree about {', '.join(odd)}")
-    return slices
-
-
-def _check_tied(head: Any, embedding: Any, directory: str | Path) -> None:
+def _check_tied(head: StoredTensor, embedding: StoredTensor | None, directory: str | Path) -> None:
     """A tied checkpoint may repeat the embedding as its head; a different head would be lost in silence."""
-    if embedding is None or head.get_shape() != embedding.get_shape():
-        same = False
-    else:
-        rows = head.get_shape()[0]
+    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if same and embedding is not None:
+        starts = range(0, head.shape[0], 8192)
+        ends = [min(start + 8192, head.shape[0]) for start in starts]
         same = all(
-            np.array_equal(head[i : i + 8192], embedding[i : i + 8192]) for i in range(0, rows, 8192)
+            np.array_equal(head.rows(i, j), embedding.rows(i, j)) for i, j in zip(starts, ends, strict=True)
         )
     if not same:
-        raise UserError(f"{directory}: config.json ties the head, but lm_head.weight differs from the embedding")
+        raise UserError(
+            f"{directory}: config.json ties the head, but lm_head.weight differs from the embedding"
+        )
 
 
 def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Path) -> None:
@@ -213,3 +192,23 @@ def _tensors(spec: ModelSpec, frozen: Tree) -> Iterator[tuple[str, np.ndarray]]:
             else:
                 array = get_path(frozen["layers"][i], weight.path.removeprefix("layers."))["weight"]
             yield weight.hf_key.format(layer=i), np.asarray(array)
+
+
+def fingerprint(directory: str | Path) -> str:
+    """A hash that tells one base from another without reading its weights twice.
+
+    SHA-256 over `config.json` and, for each safetensors file, its name, size and header, and the first and
+    last 64 KiB of its tensors.
+    """
+    digest = hashlib.sha256()
+    folder = Path(directory)
+    digest.update((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as handle:
+            header = int.from_bytes(handle.read(8), "little")
+            digest.update(handle.read(min(header, size) + 65536))
+            handle.seek(max(0, size - 65536))
+            digest.update(handle.read())
+    return digest.hexdigest()
