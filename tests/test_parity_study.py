@@ -24,7 +24,15 @@ from jaxlora.models.config import load_model_config
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.parity import study_figures as study
 from jaxlora.parity.published import published_subjects
-from jaxlora.parity.study import Point, agrees, compare_run, evaluation_points, prediction_half_width, verdict
+from jaxlora.parity.study import (
+    Point,
+    agrees,
+    compare_run,
+    evaluation_points,
+    prediction_half_width,
+    together_half_width,
+    verdict,
+)
 from jaxlora.records import append_jsonl, metric_record, read_json, summary_record, write_json_atomic
 
 
@@ -185,7 +193,7 @@ def test_each_of_the_studys_seeds_agrees_with_the_other_two():
         for seed in study.SEEDS:
             others = [by_seed[other] for other in study.SEEDS if other != seed]
             columns = list(zip(*others, strict=True))
-            half_width = prediction_half_width(columns)
+            half_width = together_half_width(columns)
             for value, column in zip(by_seed[seed], columns, strict=True):
                 assert abs(value - np.mean(column)) <= half_width
 

@@ -84,6 +84,11 @@ def prediction_half_width(groups: Iterable[Sequence[float]], coverage: float = C
     return float(stats.t.ppf((1 + coverage) / 2, freedom) * pooled * math.sqrt(1 + 1 / n))
 
 
+def together_half_width(groups: Sequence[Sequence[float]]) -> float:
+    """The same for one further seed that is looked at in every group: all of its values together (Bonferroni)."""
+    return prediction_half_width(groups, 1 - (1 - COVERAGE) / len(groups))
+
+
 def compare_run(folder: Path) -> list[Point]:
     """Every figure of a finished run that the study has too.
 
@@ -120,7 +125,7 @@ def _run_points(run: Run) -> list[Point]:
     ]
     nll, seeds = run.validation_nll(), list(study.VALIDATION_NLL[condition].values())
     columns = list(zip(*seeds, strict=True))
-    half_width = prediction_half_width(columns, 1 - (1 - COVERAGE) / len(columns))
+    half_width = together_half_width(columns)
     for step, values in zip(study.VALIDATION_STEPS, columns, strict=True):
         points.append(over_seeds(f"validation NLL, step {step}", nll.get(step), values, half_width))
     selected = select_checkpoint(nll) if nll else None
