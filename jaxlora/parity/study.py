@@ -85,7 +85,7 @@ def prediction_half_width(groups: Iterable[Sequence[float]], coverage: float = C
 
 
 def together_half_width(groups: Sequence[Sequence[float]]) -> float:
-    """The same for one further seed that is looked at in every group: all of its values together (Bonferroni)."""
+    """The same for one further seed of every group: all of its values together (Bonferroni)."""
     return prediction_half_width(groups, 1 - (1 - COVERAGE) / len(groups))
 
 
