@@ -10,7 +10,6 @@ against a matrix product measured in the same run.
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
@@ -28,7 +27,7 @@ from jaxlora.lora import count_trainable, init_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.parameters import count_matrix_parameters
 from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.progress import progress_bar
+from jaxlora.progress import console, progress_bar
 from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
@@ -59,11 +58,10 @@ def random_rows(lengths: list[tuple[int, int]], vocab: int) -> list[RenderedRow]
     return rows
 
 
-class CompileCounter(logging.Handler):
+class CompileCounter:
     """Counts XLA compilations and their seconds while the context is open."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.events: list[float] = []
 
     def __enter__(self) -> CompileCounter:
@@ -73,9 +71,9 @@ class CompileCounter(logging.Handler):
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            self.events.append(seconds)
+            self.events.append(duration_secs)
 
 
 def device_facts() -> dict[str, Any]:
@@ -133,6 +131,8 @@ def bench_train(
                     break
                 fresh = batch["tokens"].shape not in shapes
                 shapes.add(batch["tokens"].shape)
+                if fresh:
+                    console.print(f"step {step}: compiling for {batch['tokens'].shape[-1]} tokens")
                 rate = jnp.float32(learning_rate(step, config.optim, plan))
                 state, metrics = step_fn(state, frozen, place_batch(mesh, batch), rate)
                 tokens = sum(rows[i].n_tokens for i in plan.rows_of_step(step))
@@ -180,7 +180,9 @@ def bench_train(
 def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
     """Real tokens a second of a validation pass, after one pass that compiles."""
     batches = ranges(len(rows), config.train.validation_batch_rows)
-    layout = choose_layout(rows, batches, config.train.validation_batch_rows, config.train, token_multiple(mesh))
+    layout = choose_layout(
+        rows, batches, config.train.validation_batch_rows, config.train, token_multiple(mesh)
+    )
     compute = Compute(backend, False, config.train.validation_batch_rows if layout.packed else 1)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]

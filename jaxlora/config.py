@@ -86,7 +86,9 @@ class DataConfig:
     train_rows: Positive | None = _doc("use only the first rows; none: all", None)
     validation_rows: Positive | None = _doc("use only the first rows; none: all", None)
     max_length: Positive = _doc("longest row in tokens; longer rows are bad rows", 4096)
-    on_bad_row: Literal["error", "skip"] = _doc("stop at a row that cannot be used, or count and skip", "error")
+    on_bad_row: Literal["error", "skip"] = _doc(
+        "stop at a row that cannot be used, or count and skip", "error"
+    )
     gate_report: str | None = _doc("contamination.json; none: beside the training rows", None)
     allow_ungated: bool = _doc("train although the data gates are missing, stale or failed", False)
 
@@ -306,10 +308,14 @@ def _check_combinations(config: RunConfig) -> None:
     if not config.prefix or any(c in config.prefix for c in "/\\\0") or config.prefix.startswith("."):
         raise UserError(f"config.prefix: {config.prefix!r} is not allowed; give a plain name without slashes")
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
-        raise UserError("config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor")
+        raise UserError(
+            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"
+        )
     for axis in ("data", "fsdp", "tensor"):
         if getattr(config.mesh, axis) == 0:
-            raise UserError(f"config.mesh.{axis}: 0 is not allowed; give a positive size or -1 for all that is left")
+            raise UserError(
+                f"config.mesh.{axis}: 0 is not allowed; give a positive size or -1 for all that is left"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The machine: JAX settings, peak rates, memory.
 
-    setup(config)                       # once, before the first array
-    peak_flops(jax.devices()[0])        # 989e12 on an H100
+setup(config)                       # once, before the first array
+peak_flops(jax.devices()[0])        # 989e12 on an H100
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Errors that a user can act on, and the one place where they are turned into an exit code.
 
-    raise UserError("lora.rank is 0; it must be at least 1")     # -> "error: lora.rank is 0; ...", exit code 2
+raise UserError("lora.rank is 0; it must be at least 1")     # -> "error: lora.rank is 0; ...", exit code 2
 """
 
 from __future__ import annotations

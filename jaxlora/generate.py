@@ -44,7 +44,7 @@ class DecodeState(NamedTuple):
     lengths: jax.Array  # int32 [slots]: tokens in the cache
     last: jax.Array  # int32 [slots]: the newest token, not yet in the cache
     output: jax.Array  # int32 [slots, max_new_tokens]
-    count: jax.Array  # int32 [slots]: tokens in `output`
+    n_new: jax.Array  # int32 [slots]: tokens in `output`
     limit: jax.Array  # int32 [slots]: most tokens of this row
     active: jax.Array  # bool [slots]
 
@@ -55,11 +55,14 @@ def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -
     shape = (slots, length, config.num_key_value_heads, config.head_dim)
     zeros = partial(jnp.zeros, (slots,), jnp.int32)
     return DecodeState(
-        cache=[(jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype)) for _ in range(config.num_hidden_layers)],
+        cache=[
+            (jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
+            for _ in range(config.num_hidden_layers)
+        ],
         lengths=zeros(),
         last=zeros(),
         output=jnp.zeros((slots, max_new_tokens), jnp.int32),
-        count=zeros(),
+        n_new=zeros(),
         limit=zeros(),
         active=jnp.zeros((slots,), bool),
     )
@@ -88,7 +91,7 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
         hidden, cache = model(tokens, positions, attend, state.cache)
         final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         first = greedy(model, final)
-        old = state.output.at[slots].get(mode="clip"), state.count.at[slots].get(mode="clip")
+        old = state.output.at[slots].get(mode="clip"), state.n_new.at[slots].get(mode="clip")
 
         def put(array, value):
             return array.at[slots].set(value, mode="drop")
@@ -98,7 +101,7 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
             lengths=put(state.lengths, lengths),
             last=put(state.last, first),
             output=state.output.at[slots, 0].set(first, mode="drop"),
-            count=put(state.count, jnp.ones_like(lengths)),
+            n_new=put(state.n_new, jnp.ones_like(lengths)),
             limit=put(state.limit, limits),
             active=put(state.active, ~_is_end(first, eos_ids) & (limits > 1)),
         )
@@ -107,9 +110,7 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
     return jax.jit(prefill, donate_argnums=0)
 
 
-def make_decode(
-    spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla", steps: int = STEPS_PER_CALL
-):
+def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla", steps: int = STEPS_PER_CALL):
     """The jitted `(state, lora, frozen, window) -> state`: up to `steps` tokens for every active slot.
 
     `window` (static) is how much of the cache is read: at least the longest active row after the call.
@@ -124,23 +125,24 @@ def make_decode(
 
         def attend(q, k, v, cache):
             keys, values = (
-                old.at[rows, place].set(new[:, 0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
+                old.at[rows, place].set(new[:, 0], mode="drop")
+                for old, new in zip(cache, (k, v), strict=True)
             )
             y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
             return y[:, None], (keys, values)
 
         hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
         token = jnp.where(state.active, greedy(model, hidden[:, 0]), state.last)
-        count = state.count + state.active
-        column = jnp.where(state.active, state.count, state.output.shape[1])
+        n_new = state.n_new + state.active
+        column = jnp.where(state.active, state.n_new, state.output.shape[1])
         return DecodeState(
             cache=cache,
             lengths=state.lengths + state.active,
             last=token,
             output=state.output.at[rows, column].set(token, mode="drop"),
-            count=count,
+            n_new=n_new,
             limit=state.limit,
-            active=state.active & ~_is_end(token, eos_ids) & (count < state.limit),
+            active=state.active & ~_is_end(token, eos_ids) & (n_new < state.limit),
         )
 
     def decode(state: DecodeState, lora: Tree, frozen: Tree, window: int) -> DecodeState:
@@ -155,7 +157,7 @@ def make_decode(
 
 
 def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
-    """The most likely next token, int32 `[rows]`, of hidden states `[rows, hidden]`; ties take the lower id."""
+    """The most likely next token, int32 `[rows]`, of states `[rows, hidden]`; ties take the lower id."""
     return jnp.argmax(model.logits(hidden).astype(jnp.float32), axis=-1).astype(jnp.int32)
 
 
@@ -207,7 +209,9 @@ def generate(
         """Put the next prompts into these slots, and collect the answers that they held."""
         nonlocal state
         taken = [queue.pop() for _ in range(min(len(free), len(queue)))] if queue else []
-        padded = np.zeros((rows_a_call, min(s for s in sizes if s >= max(map(lengths.__getitem__, taken)))), np.int32)
+        padded = np.zeros(
+            (rows_a_call, min(s for s in sizes if s >= max(map(lengths.__getitem__, taken)))), np.int32
+        )
         n = np.ones(rows_a_call, np.int32)
         limit = np.ones(rows_a_call, np.int32)
         place = np.full(rows_a_call, slots, np.int32)
@@ -240,7 +244,7 @@ def generate(
         active, held = (np.array(x) for x in jax.device_get((state.active, state.lengths)))
         if progress is not None and before > active.sum():
             progress(int(before - active.sum()))
-    outputs, counts = jax.device_get((state.output, state.count))
+    outputs, counts = jax.device_get((state.output, state.n_new))
     for slot in np.flatnonzero(owner >= 0):
         collect(owner[slot], outputs[slot], counts[slot])
     assert all(answer is not None for answer in answers)

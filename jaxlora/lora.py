@@ -31,7 +31,9 @@ def init_lora(spec: ModelSpec, seed: int) -> Tree:
       UserError: no weight is adapted.
     """
     if spec.lora is None or not spec.adapted:
-        raise UserError("config.lora: no projection would be adapted; check lora.condition and lora.output_head")
+        raise UserError(
+            "config.lora: no projection would be adapted; check lora.condition and lora.output_head"
+        )
     lora: Tree = {}
     for weight in spec.adapted:
         a_shape, b_shape = lora_shapes(spec, weight)
@@ -61,7 +63,9 @@ def check_lora(spec: ModelSpec, lora: Tree) -> None:
     Raises:
       UserError: names the first difference.
     """
-    found = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(lora)}
+    found = {
+        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(lora)
+    }
     for weight in spec.adapted:
         for name, shape in zip(("lora_a", "lora_b"), lora_shapes(spec, weight), strict=True):
             array = found.pop(f"{weight.path}.{name}", None)

@@ -1,7 +1,7 @@
 """Progress bars and messages on the terminal, all through one rich console on standard error.
 
-    with progress_bar("loading", total=399, unit="tensors") as advance:
-        advance(1)
+with progress_bar("loading", total=399, unit="tensors") as advance:
+    advance(1)
 """
 
 from __future__ import annotations

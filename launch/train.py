@@ -1,7 +1,7 @@
 """Fine-tune one condition and one seed, as a Python configuration file says.
 
-    python launch/train.py --config configs/tiny.py
-    python launch/train.py --config configs/main.py --config.lora.condition=attention_only --config.seed=1
+python launch/train.py --config configs/tiny.py
+python launch/train.py --config configs/main.py --config.lora.condition=attention_only --config.seed=1
 """
 
 from __future__ import annotations

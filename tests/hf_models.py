@@ -10,23 +10,25 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for one another
 
 
-def make_checkpoint(folder: Path, *, seed: int = 0, shards: int = 1, dtype=torch.float32, **shape) -> Qwen3ForCausalLM:
+def make_checkpoint(
+    folder: Path, *, seed: int = 0, shards: int = 1, dtype=torch.float32, **shape
+) -> Qwen3ForCausalLM:
     """Write a random Qwen3 checkpoint and return the PyTorch model (eval mode, eager attention)."""
-    defaults = dict(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=16384,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=False,
-        initializer_range=0.15,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    defaults = {
+        "vocab_size": 160,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 16384,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.15,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
     values = defaults | shape
     theta = values.pop("rope_theta")
     config = Qwen3Config(**values, rope_parameters={"rope_type": "default", "rope_theta": theta})

@@ -9,8 +9,8 @@ import torch
 from hf_models import make_checkpoint
 from test_model import CONFIGURATIONS, our_model
 
-from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.checkpoints.huggingface import random_base
+from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.generate import generate
 from jaxlora.lora import init_lora, merge_lora
 from jaxlora.models.config import ModelConfig
@@ -32,8 +32,13 @@ def test_32_greedy_tokens_equal_transformers(tmp_path, name):
     for prompt, answer in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = reference.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert answer.tokens == theirs[0, len(prompt) :].tolist()
 
@@ -41,8 +46,13 @@ def test_32_greedy_tokens_equal_transformers(tmp_path, name):
 @pytest.fixture(scope="module")
 def small():
     config = ModelConfig(
-        vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16,
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
     )
     spec = ModelSpec(config, LoraConfig(rank=4), "float32", scan=False)
     frozen = random_base(spec, 0, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), std=0.15)
@@ -60,7 +70,14 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
     def run(order, slots):
         chosen = [prompts[i] for i in order]
         answers = generate(
-            spec, lora, frozen, chosen, eos_ids=eos, max_new_tokens=40, slots=slots, limits=[limits[i] for i in order]
+            spec,
+            lora,
+            frozen,
+            chosen,
+            eos_ids=eos,
+            max_new_tokens=40,
+            slots=slots,
+            limits=[limits[i] for i in order],
         )
         return {i: (a.tokens, a.stop_reason) for i, a in zip(order, answers, strict=True)}
 
@@ -79,7 +96,7 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
 def test_merged_and_unmerged_adapters_give_the_same_tokens(small):
     spec, lora, frozen = small
     prompts = random_prompts(12)
-    options = dict(eos_ids=(), max_new_tokens=24, slots=12)
+    options = {"eos_ids": (), "max_new_tokens": 24, "slots": 12}
     plain = ModelSpec(spec.config, None, "float32", scan=False)
     unmerged = generate(spec, lora, frozen, prompts, **options)
     merged = generate(plain, {}, merge_lora(spec, lora, frozen), prompts, **options)

@@ -18,15 +18,17 @@ from jaxlora.sharding import make_mesh
 
 CONFIGURATIONS = {
     "plain": {},
-    "tied": dict(tie_word_embeddings=True),
-    "no grouping": dict(num_key_value_heads=4),
-    "one key-value head": dict(num_key_value_heads=1),
-    "wide heads": dict(head_dim=32, num_attention_heads=4),
-    "narrow heads, tied": dict(head_dim=8, num_attention_heads=4, tie_word_embeddings=True),
-    "theta 10000": dict(rope_theta=10_000.0),
-    "theta 5e6, three shards": dict(rope_theta=5e6, shards=3),
-    "three shards, tied, 6 heads": dict(shards=3, tie_word_embeddings=True, num_attention_heads=6, num_key_value_heads=3),
-    "one layer": dict(num_hidden_layers=1, rms_norm_eps=1e-5),
+    "tied": {"tie_word_embeddings": True},
+    "no grouping": {"num_key_value_heads": 4},
+    "one key-value head": {"num_key_value_heads": 1},
+    "wide heads": {"head_dim": 32, "num_attention_heads": 4},
+    "narrow heads, tied": {"head_dim": 8, "num_attention_heads": 4, "tie_word_embeddings": True},
+    "theta 10000": {"rope_theta": 10_000.0},
+    "theta 5e6, three shards": {"rope_theta": 5e6, "shards": 3},
+    "three shards, tied, 6 heads": {
+        "shards": 3, "tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 3
+    },
+    "one layer": {"num_hidden_layers": 1, "rms_norm_eps": 1e-5},
 }
 
 
@@ -40,7 +42,9 @@ def our_logits(spec, frozen, tokens, positions, segment_ids):
     @jax.jit
     def run(frozen):
         model = spec.bind({}, frozen)
-        hidden, _ = model(tokens, positions, lambda q, k, v, _: (segment_attention(q, k, v, segment_ids), None))
+        hidden, _ = model(
+            tokens, positions, lambda q, k, v, _: (segment_attention(q, k, v, segment_ids), None)
+        )
         return model.logits(hidden)
 
     return np.asarray(run(frozen), np.float32)
@@ -112,7 +116,9 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
     together = our_logits(spec, frozen, *packed, segment_ids)[0]
     start = 0
     for row in rows:
-        alone = our_logits(spec, frozen, row[None], np.arange(len(row))[None], np.ones((1, len(row)), np.int32))[0]
+        alone = our_logits(
+            spec, frozen, row[None], np.arange(len(row))[None], np.ones((1, len(row)), np.int32)
+        )[0]
         np.testing.assert_allclose(together[start : start + len(row)], alone, atol=2e-5)
         start += len(row)
 

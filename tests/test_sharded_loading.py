@@ -227,7 +227,7 @@ LARGE = ModelConfig(
     vocab_size=65_536,
     hidden_size=2048,
     intermediate_size=8192,
-    num_hidden_layers=27,
+    num_hidden_layers=28,
     num_attention_heads=16,
     num_key_value_heads=8,
     head_dim=128,
@@ -273,7 +273,7 @@ def test_four_gigabytes_on_eight_devices_in_bounded_memory_and_time(tmp_path, re
     folder = tmp_path / "large"
     write_checkpoint(folder, LARGE, files=4)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert 3.9 * GIB < size < 4.3 * GIB
+    assert 4.0e9 < size < 4.2e9
     plain = min(plain_read_seconds(folder) for _ in range(2))
     code = LOAD.format(tests=str(repository / "tests"), folder=str(folder))
     results = []

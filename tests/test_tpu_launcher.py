@@ -167,7 +167,7 @@ class TestItIsUsableByANewcomer:
         assert result.returncode == 0
         for word in ["all", "up", "run", "status", "logs", "stop", "down", "--spot", "--queued", "--dry-run"]:
             assert re.search(rf"^  {word} ", result.stdout, re.MULTILINE), word
-        assert "python launch/study.py --config configs/main.py" in result.stdout
+        assert "python launch/train.py --config configs/main.py" in result.stdout
         assert max(map(len, result.stdout.splitlines())) <= 110
 
     @pytest.mark.parametrize(

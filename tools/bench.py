@@ -21,12 +21,16 @@ from jaxlora.errors import UserError, run_main
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["train", "decode"])
     parser.add_argument("--model", default="qwen3-8b", help="published name or directory with config.json")
     parser.add_argument("--random-weights", action="store_true", help="accepted for clarity: always random")
     parser.add_argument("--num-layers", type=int, help="fewer layers than the model has, for a quick look")
-    parser.add_argument("--condition", default="all_layer", choices=["attention_only", "mlp_only", "all_layer"])
+    parser.add_argument(
+        "--condition", default="all_layer", choices=["attention_only", "mlp_only", "all_layer"]
+    )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rows", type=Path, help="JSON with row lengths, for train")
     parser.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths, for decode")
@@ -108,7 +112,9 @@ def default_answers(n: int = 1319) -> tuple[list[int], list[int]]:
     import numpy as np
 
     rng = np.random.default_rng(1)
-    return rng.integers(60, 180, n).tolist(), np.clip(rng.lognormal(5.0, 0.45, n), 20, 512).astype(int).tolist()
+    return rng.integers(60, 180, n).tolist(), np.clip(rng.lognormal(5.0, 0.45, n), 20, 512).astype(
+        int
+    ).tolist()
 
 
 def _read(path: Path) -> dict:

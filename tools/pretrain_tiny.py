@@ -47,7 +47,9 @@ LENGTH = 256  # tokens of one line; documents lie in it end to end
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lines", type=int, default=160, help="lines of 256 tokens in one step")
@@ -94,7 +96,10 @@ def corpus_lines(n_texts: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and segment ids `[lines, 256]` of the corpus; drawn by several processes, a seed each."""
     parts = 64
     work = [(seed * parts + part, n_texts // parts) for part in range(parts)]
-    with multiprocessing.get_context("spawn").Pool() as pool, progress_bar("corpus", parts, "parts") as advance:
+    with (
+        multiprocessing.get_context("spawn").Pool() as pool,
+        progress_bar("corpus", parts, "parts") as advance,
+    ):
         lines = []
         for part in pool.imap(_draw_lines, work):
             lines.append(part)
@@ -123,7 +128,9 @@ def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, op
     """AdamW on the mean NLL of every token after a document's first; float32 weights, bfloat16 products."""
     warmup = min(400, options.steps // 10)
     rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, warmup, options.steps, options.rate / 20)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.02))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.02)
+    )
     state = optimizer.init(weights)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -151,7 +158,10 @@ def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, op
 
     order = np.random.default_rng(options.seed)
     picks = np.concatenate(
-        [order.permutation(len(tokens)) for _ in range(math.ceil(options.steps * options.lines / len(tokens)))]
+        [
+            order.permutation(len(tokens))
+            for _ in range(math.ceil(options.steps * options.lines / len(tokens)))
+        ]
     )
     with progress_bar("pretraining", options.steps, "steps") as advance:
         for i in range(options.steps):

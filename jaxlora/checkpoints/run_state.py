@@ -1,8 +1,8 @@
 """Checkpoints of a run: adapter, Adam's moments and position, through Orbax.
 
-    with RunState(run_dir / "checkpoints") as store:
-        store.save(step, state, {"validations": [[1000, 0.3468]]})
-        step, state, progress = store.restore(like=state)
+with RunState(run_dir / "checkpoints") as store:
+    store.save(step, state, {"validations": [[1000, 0.3468]]})
+    step, state, progress = store.restore(like=state)
 """
 
 from __future__ import annotations

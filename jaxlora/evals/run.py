@@ -108,7 +108,7 @@ def evaluate(
     records = []
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
-        text = tokenizer.decode(ids)
+        text = str(tokenizer.decode(ids))
         records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
     totals = aggregate(records)
     identity = {

@@ -29,7 +29,7 @@ def pick_backend(backend: str, platform: str, dtype: str = "bfloat16", n_devices
     needs = {"splash": "tpu", "cudnn": "gpu"}
     if backend in needs and needs[backend] != platform:
         raise UserError(
-            f"config.model.attention: {backend} needs a {needs[backend]}, this is a {platform}; give xla or auto"
+            f"config.model.attention: {backend} needs a {needs[backend]}, not a {platform}; give xla or auto"
         )
     return backend
 

@@ -1,7 +1,7 @@
 """The shape of a Qwen3 model, read from a Hugging Face `config.json`.
 
-    config = load_model_config("path/to/Qwen3-8B")     # a directory with config.json
-    config.num_hidden_layers                           # 36
+config = load_model_config("path/to/Qwen3-8B")     # a directory with config.json
+config.num_hidden_layers                           # 36
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
     if not isinstance(raw, dict):
         raise UserError(f"{where}: not a JSON object")
     if raw.get("model_type") != "qwen3":
-        raise UserError(f"{where}: model_type is {raw.get('model_type')!r}; only 'qwen3' (dense) is supported")
+        raise UserError(
+            f"{where}: model_type is {raw.get('model_type')!r}; only 'qwen3' (dense) is supported"
+        )
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(raw.get("attention_bias")),
@@ -136,4 +138,6 @@ def _quotient(hidden_size: Any, heads: Any, where: str) -> int:
     try:
         return int(hidden_size) // int(heads)
     except (TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{where}: hidden_size and num_attention_heads must be positive whole numbers") from None
+        raise UserError(
+            f"{where}: hidden_size and num_attention_heads must be positive whole numbers"
+        ) from None

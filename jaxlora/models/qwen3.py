@@ -51,17 +51,23 @@ class Linear(nnx.Module):
     to the activations' dtype for the product.
     """
 
-    def __init__(self, weight: Weight, dtype: jnp.dtype, lora: LoraConfig | None, stack: tuple[int, ...] = ()):
+    def __init__(
+        self, weight: Weight, dtype: jnp.dtype, lora: LoraConfig | None, stack: tuple[int, ...] = ()
+    ):
         out_size, in_size = weight.shape
         self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), dtype))
-        adapted = lora is not None and is_adapted(weight, lora)
-        self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32)) if adapted else None
-        self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32)) if adapted else None
-        self.scale = lora.alpha / lora.rank if adapted else 0.0
+        self.lora_a: nnx.LoRAParam | None = None
+        self.lora_b: nnx.LoRAParam | None = None
+        self.scale = 0.0
+        if lora is not None and is_adapted(weight, lora):
+            self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32))
+            self.scale = lora.alpha / lora.rank
         self.axes, self.stacked = weight.axes, bool(stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        adapter = () if self.lora_a is None else (self.lora_a[...], self.lora_b[...])
+        pair = () if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
+        adapter = [matrix[...] for matrix in pair]
         return gather_again(self.product, in_loop=self.stacked)(x, self.weight[...], *adapter)
 
     def product(self, x, weight, *adapter):
@@ -78,8 +84,10 @@ class Attention(nnx.Module):
     """Grouped-query attention with RMS-normalised queries and keys and rotary positions."""
 
     def __init__(self, make_linear, make_norm, config: ModelConfig):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, make_linear(f"layers.self_attn.{name}"))
+        self.q_proj = make_linear("layers.self_attn.q_proj")
+        self.k_proj = make_linear("layers.self_attn.k_proj")
+        self.v_proj = make_linear("layers.self_attn.v_proj")
+        self.o_proj = make_linear("layers.self_attn.o_proj")
         self.q_norm, self.k_norm = make_norm(config.head_dim), make_norm(config.head_dim)
         self.head_dim = config.head_dim
 
@@ -98,8 +106,9 @@ class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, make_linear):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, make_linear(f"layers.mlp.{name}"))
+        self.gate_proj = make_linear("layers.mlp.gate_proj")
+        self.up_proj = make_linear("layers.mlp.up_proj")
+        self.down_proj = make_linear("layers.mlp.down_proj")
 
     def __call__(self, x):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -150,7 +159,7 @@ class Qwen3(nnx.Module):
 
         depth = config.num_hidden_layers
         self.embed_tokens = Embedding(table["embed_tokens"], dtype)
-        self.layers = make_layer((depth,)) if scan else nnx.List([make_layer(()) for _ in range(depth)])
+        self.layers: Any = make_layer((depth,)) if scan else nnx.List([make_layer(()) for _ in range(depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora)
@@ -232,7 +241,7 @@ class ModelSpec:
     @cached_property
     def _split(self):
         module = nnx.eval_shape(lambda: Qwen3(self.config, self.lora, jnp.dtype(self.dtype), self.scan))
-        definition, lora, frozen = nnx.split(module, nnx.LoRAParam, ...)
+        definition, lora, frozen = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
         return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(frozen)
 
     @property

@@ -1,15 +1,15 @@
 """The run directory: what is written where, and when a directory may be resumed.
 
-    <results>/<run_id>/
-      manifest.json       what was run: code, versions, device, configuration, data hashes, row ids, plan
-      metrics.jsonl       one record a step and a validation
-      summary.json        the outcome; its presence with status "completed" marks a finished run
-      sample_render.txt   the first training row as the model sees it
-      checkpoints/        adapter, optimizer state and position, for resuming
-      selected/           the adapter with the lowest validation NLL, in PEFT format
-      tensorboard/        the same curves for TensorBoard
-      validation.png      validation NLL by step
-      failure.json        only if it failed: stage, step and trace
+<results>/<run_id>/
+  manifest.json       what was run: code, versions, device, configuration, data hashes, row ids, plan
+  metrics.jsonl       one record a step and a validation
+  summary.json        the outcome; its presence with status "completed" marks a finished run
+  sample_render.txt   the first training row as the model sees it
+  checkpoints/        adapter, optimizer state and position, for resuming
+  selected/           the adapter with the lowest validation NLL, in PEFT format
+  tensorboard/        the same curves for TensorBoard
+  validation.png      validation NLL by step
+  failure.json        only if it failed: stage, step and trace
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shutil
 import subprocess
@@ -66,7 +67,17 @@ _FREE = {
     "model.path",  # the base's fingerprint is compared instead
     "model.tokenizer",
 }
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy", "safetensors")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "grain",
+    "numpy",
+    "safetensors",
+)
 
 
 class Board:
@@ -80,7 +91,11 @@ class Board:
     def write(self, record: dict[str, Any]) -> None:
         """Add every number of a metrics record under its split's name."""
         for name, value in record.items():
-            if name not in {"seed", "step"} and isinstance(value, int | float) and not isinstance(value, bool):
+            if (
+                name not in {"seed", "step"}
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+            ):
                 self._writer.add_scalar(f"{record['split']}/{name}", float(value), record["step"])
 
     def close(self) -> None:
@@ -115,7 +130,7 @@ class RunDirectory:
         (path / "failure.json").unlink(missing_ok=True)
         write_json_atomic(path / "manifest.json", manifest)
         sample = job.train_rows[0]
-        (path / "sample_render.txt").write_text(job.tokenizer.decode(sample.tokens), encoding="utf-8")
+        (path / "sample_render.txt").write_text(str(job.tokenizer.decode(sample.tokens)), encoding="utf-8")
         return cls(path, job, lock)
 
     def rewind(self, step: int) -> None:
@@ -176,7 +191,14 @@ class RunDirectory:
         plan, job = self.job.plan, self.job
         validation_tokens = token_count(job.validation_rows) * len(plan.validation_steps)
         train_tokens = token_count(job.train_rows) * job.config.train.epochs
-        names = ("manifest.json", "metrics.jsonl", "sample_render.txt", "selected", "tensorboard", "validation.png")
+        names = (
+            "manifest.json",
+            "metrics.jsonl",
+            "sample_render.txt",
+            "selected",
+            "tensorboard",
+            "validation.png",
+        )
         record = summary_record(
             **self._identity(),
             checkpoint=f"step-{step}",
@@ -308,10 +330,15 @@ def git_state(folder: Path) -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    sha = git("rev-parse", "HEAD")
+    if sha is None and "JAXLORA_GIT_SHA" in os.environ:  # a copy without .git; the launcher says what it is
+        return {"git_sha": os.environ["JAXLORA_GIT_SHA"], "dirty": os.environ.get("JAXLORA_GIT_DIRTY") == "1"}
     changes = git("status", "--porcelain", "--untracked-files=no")
-    return {"git_sha": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    return {"git_sha": sha, "dirty": None if changes is None else bool(changes)}

@@ -50,7 +50,9 @@ class TrainingDisplay:
         """Say when a program is about to be compiled; the first time takes seconds to minutes."""
         if (what, shape) not in self._shapes:
             self._shapes.add((what, shape))
-            console.print(f"[dim]compiling the {what} for buffers of {shape[0]} x {shape[1]} x {shape[2]}[/dim]")
+            console.print(
+                f"[dim]compiling the {what} for buffers of {shape[0]} x {shape[1]} x {shape[2]}[/dim]"
+            )
 
     def rate(self, step: int, tokens: int) -> dict[str, float | None]:
         """Seconds of this step, tokens a second over the last steps, model FLOPs utilisation, peak memory.
@@ -123,7 +125,9 @@ def draw_validation(path: Path, validations: dict[int, float], selected: int, ti
     axes = figure.add_subplot()
     steps = sorted(validations)
     axes.plot(steps, [validations[s] for s in steps], "o-", color="#0072B2", label="validation")
-    axes.plot([selected], [validations[selected]], "s", color="#D55E00", markersize=9, label=f"selected: {selected}")
+    axes.plot(
+        [selected], [validations[selected]], "s", color="#D55E00", markersize=9, label=f"selected: {selected}"
+    )
     axes.set(xlabel="step", ylabel="validation mean NLL (nats per answer token)", title=title)
     axes.legend()
     figure.savefig(path, dpi=150, metadata={"Software": None})

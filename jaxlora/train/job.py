@@ -1,7 +1,7 @@
 """Everything about a run that can be known before a model is loaded, checked and counted.
 
-    job = prepare(config)          # reads config.json, tokenizer and rows; UserError if anything is wrong
-    print(describe(job))           # the plan: parameters, steps, tokens, memory
+job = prepare(config)          # reads config.json, tokenizer and rows; UserError if anything is wrong
+print(describe(job))           # the plan: parameters, steps, tokens, memory
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxlora.errors import UserError
 from jaxlora.lora import count_trainable
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.config import ModelConfig, load_model_config, published_config
-from jaxlora.models.parameters import count_matrix_parameters, count_parameters
+from jaxlora.models.parameters import count_parameters
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.progress import console
 from jaxlora.sharding import make_mesh, token_multiple
@@ -79,7 +79,9 @@ def _fetch(name: str, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B")
+        raise UserError(
+            f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B"
+        )
     fetch = partial(snapshot_download, name, allow_patterns=["*.json"] + ["*.safetensors"] * with_weights)
     try:
         return Path(fetch(local_files_only=True))
@@ -114,7 +116,9 @@ def prepare(config: RunConfig, with_weights: bool = True) -> Job:
         raise UserError(
             f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {model_config.vocab_size}"
         )
-    load = partial(load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row)
+    load = partial(
+        load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row
+    )
     train_rows, train_report = load(data.train_path, limit=data.train_rows)
     validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
     if train.batch_rows > len(train_rows):
@@ -204,15 +208,15 @@ def describe(job: Job) -> Table:
         f"{train_tokens * config.train.epochs:,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
         f"{validation_tokens * passes:,} in all",
-        "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {config.train.batch_rows} rows each), "
-        f"{plan.warmup_steps} of warm-up",
+        "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch, {config.train.batch_rows} rows a step),"
+        f" {plan.warmup_steps} of warm-up",
         "validation steps": ", ".join(map(str, plan.validation_steps)),
         "learning rate": f"{config.optim.peak_lr:g}, {config.optim.schedule}",
         "buffers": f"{config.train.layout}, {', '.join(map(str, job.train_layout.sizes))} tokens, "
         f"{padding_efficiency(job.train_rows, epoch, job.train_layout):.1%} of them real",
         "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
-        "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)}, attention {job.backend}, "
-        f"layers {'scanned' if job.spec.scan else 'unrolled'}",
+        "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
+        f" attention {job.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
     }
     table = Table(show_header=False, box=None)
     for name, text in rows.items():

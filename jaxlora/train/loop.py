@@ -1,6 +1,6 @@
 """The training loop: steps, validation, checkpoints, metrics; resumable at any step.
 
-    result = train(job)           # -> selected step and its validation NLL; everything is in job.config.run_dir
+    result = train(job)      # -> selected step and its validation NLL; the rest is in job.config.run_dir
 
 The loop runs ahead of the device: metrics are read two steps late, so that the device never waits for the
 host. The order of work is a function of the step alone.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -74,7 +73,7 @@ def train(job: Job) -> TrainResult:
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
     run = RunDirectory.open(job)
-    stage = {"name": "loading", "step": 0}
+    stage: dict[str, Any] = {"name": "loading", "step": 0}
     try:
         with jax.set_mesh(job.mesh), RunState(run.path / "checkpoints") as store:
             return _train(job, run, store, stage)
@@ -202,5 +201,3 @@ def stop_signals() -> Iterator[_Stop]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-

@@ -88,7 +88,7 @@ _summed_nll.defvjp(_forward, _backward)
 
 def _over_chunks(add, carry, hidden, targets, weights, with_index=False):
     """Fold `add` over chunks of the positions with a weight, as many chunks as they need."""
-    batch, length = weights.shape
+    length = weights.shape[1]
     size = min(CHUNK, length)
     # Positions with a weight first, in order; the filler lies outside and is read as weight 0.
     order = jnp.argsort(weights == 0, axis=1, stable=True).astype(jnp.int32)

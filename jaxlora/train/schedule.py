@@ -1,7 +1,7 @@
 """When things happen in a run: steps, learning rates, validations. Pure functions of the configuration.
 
-    plan = plan_run(config.optim, config.train, n_rows=25348)
-    plan.total_steps, plan.validation_steps       # 6338, (1000, 2000, 3169, 4000, 5000, 6000, 6338)
+plan = plan_run(config.optim, config.train, n_rows=25348)
+plan.total_steps, plan.validation_steps       # 6338, (1000, 2000, 3169, 4000, 5000, 6000, 6338)
 """
 
 from __future__ import annotations
