@@ -34,13 +34,15 @@ class Bars:
     mean_logprob: float  # mean |difference| of the log-probabilities of one pass
     loss: float  # relative difference of a summed loss
     adapter: float  # |ours - theirs| / |theirs - start|, Euclidean, whole adapter
-    tokens: float  # share of greedy tokens that differ
+    tokens: float | None  # share of greedy tokens that differ; None: shown, but decides nothing
 
 
 BARS = {
     "float32": Bars(logprob=1e-4, mean_logprob=1e-5, loss=1e-5, adapter=1e-3, tokens=0.0),
-    # bfloat16 keeps 8 bits: single log-probabilities, and the signs of Adam's smallest updates, are noise.
-    "bfloat16": Bars(logprob=1.0, mean_logprob=0.05, loss=0.02, adapter=0.5, tokens=0.25),
+    # bfloat16 keeps 8 bits. The bars are two to ten times what a float32 recording of a tiny model differs by
+    # when it is replayed in bfloat16, and below what the other reduction would make of the adapter. After one
+    # near-tie that falls the other way, every later greedy token differs, so their share says little.
+    "bfloat16": Bars(logprob=0.5, mean_logprob=0.03, loss=5e-3, adapter=0.15, tokens=None),
 }
 
 
