@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -68,6 +68,7 @@ def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -
     )
 
 
+@lru_cache(maxsize=8)  # one program for every call with the same model
 def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"):
     """The jitted `(state, lora, frozen, tokens, lengths, slots, limits) -> (state, outputs, counts)`.
 
@@ -110,6 +111,7 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
     return jax.jit(prefill, donate_argnums=0)
 
 
+@lru_cache(maxsize=8)
 def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla", steps: int = STEPS_PER_CALL):
     """The jitted `(state, lora, frozen, window) -> state`: up to `steps` tokens for every active slot.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
 from jaxlora.checkpoints.tensors import StoredTensor, open_tensors, stream
@@ -53,11 +53,11 @@ def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
             raise UserError(
                 f"{directory}: {key} has shape {tensor.shape}, config.json asks for {weight.shape}"
             )
-        wanted.append(tensor)
+        wanted.append((tensor, named(mesh, weight.axes, weight.shape)))
     if stored:
         names = ", ".join(sorted(stored)[:3])
         raise UserError(f"{directory}: {len(stored)} tensors that this model has no place for: {names}")
-    return _build(spec, mesh, stream(wanted, spec.dtype, mesh), f"loading {Path(directory).name}")
+    return _build(spec, mesh, stream(wanted, spec.dtype), f"loading {Path(directory).name}")
 
 
 def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tree:
@@ -95,32 +95,37 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
     with progress_bar(title, sum(1 for _ in _in_order(spec)), "tensors") as advance:
         for weight in spec.table:
             sharding = named(mesh, weight.axes, weight.shape)
-            exchange = jax.jit(lambda x: x, out_shardings=sharding)
             if weight.stacked and spec.scan:
                 shape = (depth, *weight.shape)
-                whole = named(mesh, (None, *weight.axes), shape)
-                stacked = jax.jit(partial(jnp.zeros, shape, spec.dtype), out_shardings=whole)()
-                set_layer = jax.jit(
-                    jax.lax.dynamic_update_index_in_dim,
-                    static_argnums=3,
-                    donate_argnums=0,
-                    out_shardings=whole,
-                )
+                stacked = jnp.zeros(shape, spec.dtype, device=named(mesh, (None, *weight.axes), shape))
                 for i in range(depth):
-                    stacked = set_layer(stacked, next(arrays), i, 0)
+                    # Waiting keeps the queue of layers on the devices short; reading goes on meanwhile.
+                    stacked = jax.block_until_ready(_set_layer(stacked, next(arrays), i))
                     advance(1)
                 set_path(frozen, f"{weight.path}.weight", stacked)
             elif weight.stacked:
                 for i in range(depth):
                     inner = frozen.setdefault("layers", {}).setdefault(i, {})
                     path = weight.path.removeprefix("layers.") + ".weight"
-                    set_path(inner, path, exchange(next(arrays)))
+                    set_path(inner, path, _laid_out(next(arrays), sharding))
                     advance(1)
             else:
-                set_path(frozen, f"{weight.path}.weight", exchange(next(arrays)))
+                set_path(frozen, f"{weight.path}.weight", _laid_out(next(arrays), sharding))
                 advance(1)
     _check_tree(spec, frozen)
     return frozen
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
+
+
+def _laid_out(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array with this sharding; chips exchange their parts where they hold others."""
+    if array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
+    return jax.block_until_ready(jax.jit(lambda x: x, out_shardings=sharding)(array))
 
 
 def _check_tree(spec: ModelSpec, frozen: Tree) -> None:

@@ -1,11 +1,11 @@
 """Reads tensors of safetensors files onto a mesh, by byte ranges, several at once.
 
     tensors = open_tensors("gs://bucket/Qwen3-8B")          # or a local directory
-    for array in stream(tensors, ["model.norm.weight"], dtype, mesh): ...
+    for array in stream([(tensors["model.norm.weight"], sharding)], "bfloat16"): ...
 
-Each device reads one contiguous band of a tensor's rows; the caller's jitted function then lays the array
-out as it likes, so that chips exchange their parts over the interconnect and every host reads its share of
-the file once. What is read ahead is bounded, and nothing is kept on the host.
+One process reads what its devices need. Of several processes each reads a contiguous band of every tensor's
+rows, so that together they read the files once; a jitted function then lays the array out, and the chips
+exchange their parts over the interconnect. What is read ahead is bounded, and nothing is kept on the host.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.errors import UserError
 
 READERS = 8  # threads; a bucket needs several requests in flight, a disk at least two
-AHEAD_BYTES = 256 * 2**20  # read ahead of placement, on one host
+AHEAD_BYTES = 128 * 2**20  # read ahead of placement, on one host
+WHOLE_BYTES = 512 * 2**20  # a larger tensor is never held whole on a host
 HEADER_LIMIT = 100 * 2**20  # the format's own limit
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -172,52 +173,66 @@ def _stored(file: str, key: str, entry: dict[str, Any], data_start: int, total: 
 
 
 @dataclass(frozen=True)
-class _Band:
-    """Rows of one tensor that one device of this host reads."""
+class _Read:
+    """Rows of one tensor that this host reads at once, and the devices that take columns of them."""
 
     tensor: StoredTensor
-    device: jax.Device
     start: int
     stop: int
-    sharding: NamedSharding
+    takers: tuple[tuple[jax.Device, tuple[slice, ...]], ...]
+    sharding: NamedSharding  # of the array that its last read completes
     is_last: bool
 
+    @property
+    def size(self) -> int:
+        return (self.stop - self.start) * self.tensor.row_bytes
 
-def stream(tensors: Iterable[StoredTensor], dtype: str, mesh: Mesh) -> Iterator[jax.Array]:
-    """The tensors in order, as arrays of this dtype whose rows are split over all devices of the mesh.
+    def parts(self, dtype: np.dtype) -> list[np.ndarray]:
+        """Each taker's part, read now."""
+        rows = self.tensor.rows(self.start, self.stop).astype(dtype, copy=False)
+        return [np.ascontiguousarray(rows[(slice(None), *columns)]) for _, columns in self.takers]
 
-    Every process must ask for the same tensors in the same order.
+
+def stream(wanted: Iterable[tuple[StoredTensor, NamedSharding]], dtype: str) -> Iterator[jax.Array]:
+    """The tensors in order, as arrays of this dtype.
+
+    An array has the sharding asked for, or, where that would have a host read what another host reads too,
+    its rows are split over all devices of the same mesh. Every process must ask for the same in the same
+    order.
     """
     target = np.dtype(jnp.dtype(dtype))
-    bands = (band for tensor in tensors for band in _bands(tensor, mesh))
-    waiting: deque[tuple[_Band, int, Future]] = deque()
-    ahead, parts = 0, []
-
-    def read(band: _Band) -> np.ndarray:
-        return band.tensor.rows(band.start, band.stop).astype(target, copy=False)
-
+    reads = (read for tensor, sharding in wanted for read in _reads(tensor, sharding))
+    waiting: deque[tuple[_Read, Future[list[np.ndarray]]]] = deque()
+    ahead = 0
+    pieces: list[jax.Array] = []
     with ThreadPoolExecutor(READERS) as pool:
-        upcoming = next(bands, None)
+        upcoming = next(reads, None)
         while upcoming or waiting:
-            while upcoming and (not waiting or ahead < AHEAD_BYTES):
-                size = (upcoming.stop - upcoming.start) * upcoming.tensor.row_bytes
-                waiting.append((upcoming, size, pool.submit(read, upcoming)))
-                ahead += size
-                upcoming = next(bands, None)
-            band, size, future = waiting.popleft()
-            parts.append(jax.device_put(future.result(), band.device))
-            ahead -= size
-            if band.is_last:
-                yield jax.make_array_from_single_device_arrays(band.tensor.shape, band.sharding, parts)
-                parts = []
+            while upcoming and (not waiting or ahead + upcoming.size < AHEAD_BYTES):
+                waiting.append((upcoming, pool.submit(upcoming.parts, target)))
+                ahead += upcoming.size
+                upcoming = next(reads, None)
+            read, future = waiting.popleft()
+            pieces += jax.device_put(future.result(), [device for device, _ in read.takers])
+            ahead -= read.size
+            del future
+            if read.is_last:
+                yield jax.make_array_from_single_device_arrays(read.tensor.shape, read.sharding, pieces)
+                pieces = []
 
 
-def _bands(tensor: StoredTensor, mesh: Mesh) -> list[_Band]:
-    split = tensor.shape and tensor.shape[0] % mesh.size == 0
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if split else PartitionSpec())
-    places = sharding.addressable_devices_indices_map(tensor.shape)
-    bands = []
-    for i, (device, index) in enumerate(places.items()):
-        start, stop, _ = index[0].indices(tensor.shape[0])  # type: ignore[index]
-        bands.append(_Band(tensor, device, start, stop, sharding, i == len(places) - 1))
-    return bands
+def _reads(tensor: StoredTensor, sharding: NamedSharding) -> list[_Read]:
+    """The reads of this host for one tensor, rows in order."""
+    mesh = sharding.mesh
+    size = tensor.shape[0] * tensor.row_bytes
+    if (jax.process_count() > 1 or size > WHOLE_BYTES) and tensor.shape[0] % mesh.size == 0:
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    takers: dict[tuple[int, int], list[tuple[jax.Device, tuple[slice, ...]]]] = {}
+    for device, (rows, *columns) in sharding.addressable_devices_indices_map(tensor.shape).items():
+        start, stop, _ = rows.indices(tensor.shape[0])
+        takers.setdefault((start, stop), []).append((device, tuple(columns)))
+    places = sorted(takers)
+    return [
+        _Read(tensor, start, stop, tuple(takers[start, stop]), sharding, (start, stop) == places[-1])
+        for start, stop in places
+    ]

@@ -56,13 +56,13 @@ class Linear(nnx.Module):
     ):
         out_size, in_size = weight.shape
         self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), dtype))
-        self.lora_a: nnx.LoRAParam | None = None
-        self.lora_b: nnx.LoRAParam | None = None
-        self.scale = 0.0
         if lora is not None and is_adapted(weight, lora):
             self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32))
             self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32))
             self.scale = lora.alpha / lora.rank
+        else:
+            self.lora_a = self.lora_b = None
+            self.scale = 0.0
         self.axes, self.stacked = weight.axes, bool(stack)
 
     def __call__(self, x: jax.Array) -> jax.Array:
