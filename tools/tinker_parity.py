@@ -78,11 +78,11 @@ def record(words: list[str]) -> int:
         steps=options.steps,
         peak_lr=options.learning_rate,
     )
+    backend = TinkerBackend(options.base, options.seconds)
     tokenizer = load_tokenizer(options.tokenizer)
     limit = 100 * settings.n_rows
     rows, _ = load_rendered_rows(options.rows, tokenizer, max_length=4096, on_bad_row="skip", limit=limit)
     (stop,) = end_of_turn(tokenizer)
-    backend = TinkerBackend(options.base, options.seconds)
     run(backend, rows, settings, options.out, options.base_label or options.base, stop)
     print(options.out)
     return 0
