@@ -16,6 +16,7 @@ import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,10 +147,8 @@ class TinkerTrainer:
         answers = []
         for prompt in prompts:
             given = types.ModelInput.from_ints(list(prompt))
-            answer = self._wait(
-                "sampling",
-                lambda given=given: sampler.sample(prompt=given, num_samples=1, sampling_params=greedy),
-            )
+            call = partial(sampler.sample, prompt=given, num_samples=1, sampling_params=greedy)
+            answer = self._wait("sampling", call)
             answers.append([int(token) for token in answer.sequences[0].tokens])
         return answers
 
