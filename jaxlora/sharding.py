@@ -169,6 +169,9 @@ def constrain_lora(spec: ModelSpec, tree: Any) -> Any:
 
 def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """The weight whole over `fsdp` (its `tensor` axis stays split): an all-gather where it is used."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return weight  # not even a constraint: a scan would keep its result, a second copy of the base
     return constrain(weight, *(None if axis in ("embed", "adapter") else axis for axis in axes))
 
 

@@ -167,6 +167,23 @@ def test_no_device_ever_holds_the_whole_base():
     assert whole_stacks_in(step.as_text(), model_spec()) == []
 
 
+def test_a_step_keeps_no_second_copy_of_the_base():
+    """Without fsdp there is nothing to gather, and the loop over layers must not save its weights again."""
+    spec, mesh = model_spec(), mesh_of(1, 1, 2)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        spec.abstract_frozen,
+        base_shardings(mesh, spec),
+    )
+    with jax.set_mesh(mesh):
+        state = place_lora(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
+        step = make_train_step(spec, OptimConfig(), Compute())
+        lowered = step.lower(state, abstract, place_batch(mesh, next(batches())), jnp.float32(0))
+        program = lowered.compile(QUICK_COMPILE).as_text()
+    assert "f32[3,48,64]" in program  # all layers of up_proj, half of its units
+    assert not re.search(r"f32\[3,48,64\]\S* dynamic-update-slice\(", program)
+
+
 @pytest.mark.slow
 def test_no_device_ever_holds_the_whole_base_with_remat():
     _, _, step = train(mesh_of(1, 8, 1), model_spec(), remat=True)

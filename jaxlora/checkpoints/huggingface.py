@@ -118,7 +118,11 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
 
 @partial(jax.jit, donate_argnums=0)
 def _set_layer(stacked: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
+    # As bits: on CPU, XLA would turn a bfloat16 update into a pass over all layers in float32.
+    bits = jnp.dtype(f"uint{8 * stacked.dtype.itemsize}")
+    places, values = (jax.lax.bitcast_convert_type(x, bits) for x in (stacked, layer))
+    updated = jax.lax.dynamic_update_index_in_dim(places, values, i, 0)
+    return jax.lax.bitcast_convert_type(updated, stacked.dtype)
 
 
 def _laid_out(array: jax.Array, sharding: NamedSharding) -> jax.Array:
