@@ -24,7 +24,7 @@ from jaxlora.config import MeshConfig
 from jaxlora.errors import UserError
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.sharding import base_shardings, make_mesh
+from jaxlora.sharding import base_shardings, make_mesh, named, replicated
 
 SMALL = ModelConfig(
     vocab_size=256,
@@ -70,6 +70,10 @@ def mesh_of(data: int, fsdp: int, tensor: int):
     return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
 
 
+def stored_arrays(folder: Path) -> dict[str, np.ndarray]:
+    return {key: array for file in folder.glob("*.safetensors") for key, array in load_file(file).items()}
+
+
 def check_loaded(frozen, spec: ModelSpec, stored: dict[str, np.ndarray]) -> None:
     """Bit for bit what the safetensors library reads."""
     for weight in spec.table:
@@ -91,17 +95,15 @@ def check_loaded(frozen, spec: ModelSpec, stored: dict[str, np.ndarray]) -> None
 def test_every_mesh_gets_the_bits_of_the_files(checkpoint, shape, scan):
     spec, mesh = ModelSpec(SMALL, scan=scan), mesh_of(*shape)
     frozen = load_base(checkpoint, spec, mesh)
-    stored = {
-        key: array for file in checkpoint.glob("*.safetensors") for key, array in load_file(file).items()
-    }
-    check_loaded(frozen, spec, stored)
+    check_loaded(frozen, spec, stored_arrays(checkpoint))
     wanted = base_shardings(mesh, spec)
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), frozen, wanted
     )
 
 
-def test_each_byte_of_a_tensor_that_splits_is_read_once(checkpoint, monkeypatch):
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "bands"])
+def test_each_byte_is_read_once_and_bands_arrive_as_whole_tensors_do(checkpoint, monkeypatch, split):
     ranges: dict[str, list[tuple[int, int]]] = {}
     read = tensors.read_bytes
 
@@ -109,34 +111,39 @@ def test_each_byte_of_a_tensor_that_splits_is_read_once(checkpoint, monkeypatch)
         ranges.setdefault(path, []).append((start, start + size))
         return read(path, start, size)
 
+    stored = open_tensors(str(checkpoint)).values()
     monkeypatch.setattr(tensors, "read_bytes", recording)
-    load_base(checkpoint, ModelSpec(SMALL), mesh_of(1, 8, 1))
-    for tensor in open_tensors(str(checkpoint)).values():
+    if split:
+        monkeypatch.setattr(tensors, "WHOLE_BYTES", 0)
+    frozen = load_base(checkpoint, ModelSpec(SMALL), mesh_of(1, 8, 1))
+    check_loaded(frozen, ModelSpec(SMALL), stored_arrays(checkpoint))
+    for tensor in stored:
         begin, end = tensor.offset, tensor.offset + tensor.shape[0] * tensor.row_bytes
         mine = sorted(r for r in ranges[tensor.file] if r[0] >= begin and r[1] <= end)
-        if tensor.shape[0] % 8 == 0:
-            assert [r[0] for r in mine] == [begin, *(r[1] for r in mine[:-1])], tensor.key
-            assert mine[-1][1] == end
-            assert len(mine) == 8
+        assert [r[0] for r in mine] == [begin, *(r[1] for r in mine[:-1])], tensor.key
+        assert mine[-1][1] == end
+        assert not split or len(mine) == (8 if tensor.shape[0] % 8 == 0 else 1)
 
 
-def test_a_process_reads_only_the_bands_of_its_own_devices(checkpoint, monkeypatch):
-    """With the devices of another process left out, their rows are not read."""
+def test_of_several_processes_each_reads_only_the_bands_of_its_devices(checkpoint, monkeypatch):
     tensor = open_tensors(str(checkpoint))["model.layers.0.mlp.up_proj.weight"]
-    mesh = mesh_of(1, 8, 1)
+    sharding = named(mesh_of(1, 8, 1), ("mlp", "embed"), tensor.shape)
+    assert [(r.start, r.stop, len(r.takers)) for r in tensors._reads(tensor, sharding)] == [(0, 96, 8)]
     all_places = jax.sharding.NamedSharding.addressable_devices_indices_map
-
-    def first_half(self, shape):
-        return dict(list(all_places(self, shape).items())[:4])
-
-    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", first_half)
-    bands = tensors._bands(tensor, mesh)
-    assert [(band.start, band.stop) for band in bands] == [(0, 12), (12, 24), (24, 36), (36, 48)]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        jax.sharding.NamedSharding,
+        "addressable_devices_indices_map",
+        lambda self, shape: dict(list(all_places(self, shape).items())[:4]),
+    )
+    reads = tensors._reads(tensor, sharding)
+    assert [(read.start, read.stop) for read in reads] == [(0, 12), (12, 24), (24, 36), (36, 48)]
 
 
 def test_what_is_read_ahead_is_bounded(checkpoint, monkeypatch):
     """A consumer that stops after one array has not had the whole checkpoint read."""
-    total = sum(t.shape[0] * t.row_bytes for t in open_tensors(str(checkpoint)).values())
+    stored = open_tensors(str(checkpoint)).values()
+    total = sum(t.shape[0] * t.row_bytes for t in stored)
     monkeypatch.setattr(tensors, "AHEAD_BYTES", total // 8)
     done = []
     rows = tensors.StoredTensor.rows
@@ -146,7 +153,8 @@ def test_what_is_read_ahead_is_bounded(checkpoint, monkeypatch):
         return rows(self, start, stop)
 
     monkeypatch.setattr(tensors.StoredTensor, "rows", counting)
-    stream = tensors.stream(list(open_tensors(str(checkpoint)).values()), "bfloat16", mesh_of(1, 8, 1))
+    whole = replicated(mesh_of(1, 8, 1))
+    stream = tensors.stream([(tensor, whole) for tensor in stored], "bfloat16")
     first = next(stream)
     stream.close()
     assert sum(done) < first.nbytes + total // 4
@@ -167,7 +175,7 @@ def test_a_base_is_cast_to_the_dtype_of_the_run(tmp_path):
     values = np.array([[1.0, 1 + 2**-7, 1 + 2**-12, -3e38]], np.float32)
     save_file({"w": values}, tmp_path / "model.safetensors")
     (tensor,) = open_tensors(str(tmp_path)).values()
-    (array,) = tensors.stream([tensor], "bfloat16", mesh_of(1, 1, 1))
+    (array,) = tensors.stream([(tensor, replicated(mesh_of(1, 1, 1)))], "bfloat16")
     assert np.array_equal(np.asarray(array), values.astype(ml_dtypes.bfloat16))
 
 
