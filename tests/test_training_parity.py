@@ -64,7 +64,7 @@ def difference(lora, model) -> float:
 
 
 def torch_summed_nll(model, rows: list[RenderedRow]) -> torch.Tensor:
-    """Sum over weighted targets of -log p. Rows are padded on the right, which causal attention never sees."""
+    """Sum over weighted targets of -log p; padding lies on the right, where causal attention never looks."""
     length = max(row.n_tokens for row in rows)
     tokens, targets = torch.zeros(2, len(rows), length, dtype=torch.long)
     weights = torch.zeros(len(rows), length)
@@ -93,7 +93,8 @@ def test_thirty_steps_equal_peft(tmp_path, condition):
     parameters = [p for n, p in peft.named_parameters() if "lora_" in n]
     adam = torch.optim.Adam(parameters, betas=(0.9, 0.95), eps=1e-12)
 
-    state, step_fn = init_state(jax.tree.map(jnp.copy, lora), optim), make_train_step(spec, optim, Compute())
+    state = init_state(jax.tree.map(jnp.copy, lora), optim)
+    step_fn = make_train_step(spec, optim, Compute())
     for step in range(1, STEPS + 1):
         chosen = [rows[i] for i in plan.rows_of_step(step)]
         rate = learning_rate(step, optim, plan)

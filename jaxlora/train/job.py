@@ -208,8 +208,8 @@ def describe(job: Job) -> Table:
         f"{train_tokens * config.train.epochs:,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
         f"{validation_tokens * passes:,} in all",
-        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch of {config.train.batch_rows}-row batches, "
-        f"{plan.warmup_steps} of warm-up",
+        "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, "
+        f"{config.train.batch_rows} rows a step, {plan.warmup_steps} of warm-up",
         "validation steps": ", ".join(map(str, plan.validation_steps)),
         "learning rate": f"{config.optim.peak_lr:g}, {config.optim.schedule}",
         "buffers": f"{config.train.layout}, {', '.join(map(str, job.train_layout.sizes))} tokens, "

@@ -1,0 +1,116 @@
+"""Mistakes in a configuration end in one line that names the field, before anything is loaded or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from jaxlora.config import RunConfig, from_dict, load_config, to_dict
+from jaxlora.errors import UserError
+
+BAD = {
+    "lora.rank": ("0", "whole number > 0"),
+    "lora.alpha": ("inf", "number > 0"),
+    "lora.condition": ("everything", "attention_only | mlp_only | all_layer"),
+    "optim.peak_lr": ("-1e-4", "number > 0"),
+    "optim.b2": ("1.0", "< 1"),
+    "optim.eps": ("nan", "number > 0"),
+    "seed": ("one", "whole number >= 0"),
+    "train.epochs": ("1.5", "whole number > 0"),
+    "data.train_rows": ("0", "whole number > 0 or none"),
+    "data.on_bad_row": ("ignore", "error | skip"),
+    "model.dtype": ("float16", "bfloat16 | float32"),
+    "overwrite": ("maybe", "true | false"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_value_that_is_not_allowed_is_named_with_what_is(repository, name):
+    given, allowed = BAD[name]
+    with pytest.raises(UserError) as error:
+        load_config(repository / "configs/tiny.py", {name: given})
+    text = str(error.value)
+    assert f"config.{name}:" in text
+    assert given in text
+    assert allowed in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("name", ["lora.rnk", "rank", "lora", "lora.rank.x", "optim.learning_rate"])
+def test_an_unknown_field_is_named(repository, name):
+    with pytest.raises(UserError, match=rf"config\.{name}: unknown field"):
+        load_config(repository / "configs/tiny.py", {name: "1"})
+
+
+def test_overrides_take_their_types(repository):
+    overrides = {"lora.rank": "16", "optim.peak_lr": "1e-4", "overwrite": "true", "data.train_rows": "none"}
+    config = load_config(repository / "configs/tiny.py", overrides)
+    assert (config.lora.rank, config.optim.peak_lr) == (16, 1e-4)
+    assert config.overwrite is True
+    assert config.data.train_rows is None
+
+
+def test_the_studys_values_are_the_defaults(repository):
+    config = load_config(repository / "configs/main.py")
+    assert (config.lora.rank, config.lora.alpha, config.train.batch_rows, config.train.epochs) == (
+        8,
+        32.0,
+        8,
+        2,
+    )
+    optim = config.optim
+    assert (optim.b1, optim.b2, optim.eps, optim.peak_lr) == (0.9, 0.95, 1e-12, 3e-4)
+    assert config.run_id == "qwen3-8b-all_layer-seed-0"
+
+
+def test_a_configuration_survives_its_dictionary():
+    config = dataclasses.replace(RunConfig(), seed=3)
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = 1", "defines no get_config"),
+        ("def get_config(): return 3", "returned int"),
+        ("def get_config(): raise KeyError('a')", "KeyError"),
+        ("this is not python", "SyntaxError"),
+        (
+            "from jaxlora.config import *\ndef get_config(): return RunConfig(lora=LoraConfig(rank=0))",
+            "not allowed",
+        ),
+    ],
+)
+def test_a_file_that_gives_no_configuration_says_so(tmp_path, content, message):
+    file = tmp_path / "config.py"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(file)
+
+
+def test_two_axes_cannot_both_take_what_is_left(repository):
+    with pytest.raises(UserError, match=r"config\.mesh"):
+        load_config(repository / "configs/tiny.py", {"mesh.data": "-1"})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config.lora.rank=0"],
+        ["--config.train.batch_rows=100000"],
+        ["--config.data.train_path=missing.jsonl"],
+        ["--config.model.path=missing-folder"],
+        ["--unknown"],
+    ],
+)
+def test_the_command_ends_with_one_line_and_code_2_and_writes_nothing(repository, tmp_path, arguments):
+    command = [sys.executable, repository / "launch/train.py", "--config", repository / "configs/tiny.py"]
+    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
