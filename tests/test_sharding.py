@@ -14,6 +14,7 @@ from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack, pad
 from jaxlora.data.render import RenderedRow
 from jaxlora.errors import UserError
+from jaxlora.generate import generate
 from jaxlora.lora import init_lora
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
@@ -151,6 +152,22 @@ def test_validation_on_a_mesh_gives_the_sum_of_one_device(shape):
             step = make_eval_step(spec, Compute())
             sums.append(step(place_lora(mesh, spec, lora), placed_base(mesh, spec, frozen), batch))
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+def test_a_mesh_decodes_the_greedy_tokens_of_one_device(shape):
+    spec = model_spec(scan=False)
+    frozen, lora = host_weights(spec)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 256, n).tolist() for n in (5, 9, 3, 12, 7, 7, 20, 4)]
+    answers = []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        with jax.set_mesh(mesh):
+            weights = place_lora(mesh, spec, lora), placed_base(mesh, spec, frozen)
+            answers.append(generate(spec, *weights, prompts, eos_ids=(6,), max_new_tokens=12, slots=4))
+    assert answers[0] == answers[1]
+    assert len({token for answer in answers[0] for token in answer.tokens}) > 10  # not one token repeated
 
 
 def whole_stacks_in(program: str, spec: ModelSpec) -> list[str]:
