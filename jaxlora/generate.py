@@ -163,11 +163,6 @@ def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
     return jnp.argmax(model.logits(hidden).astype(jnp.float32), axis=-1).astype(jnp.int32)
 
 
-@jax.jit
-def _take_slots(state: DecodeState, slots: jax.Array) -> DecodeState:
-    return jax.tree.map(lambda x: x[slots], state)
-
-
 def _is_end(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
 
@@ -182,7 +177,6 @@ def generate(
     max_new_tokens: int,
     slots: int,
     limits: Sequence[int] | None = None,
-    tail_slots: int | None = None,
     backend: str = "xla",
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
@@ -191,14 +185,10 @@ def generate(
     Args:
       spec: with unrolled layers (`scan=False`), whose caches are updated in place.
       limits: most new tokens of each prompt; None: `max_new_tokens` for all.
-      tail_slots: once no prompt waits and so few rows are left, go on with this many slots, because the
-        longest answers end alone. None: a quarter of the slots where that is worth another program.
       progress: called with the number of answers newly finished.
     """
     assert not spec.scan, "decoding keeps one cache a layer: use a spec with scan=False"
     slots = min(slots, len(prompts))
-    if tail_slots is None:
-        tail_slots = slots // 4 if slots >= 128 else 0
     limits = [max_new_tokens] * len(prompts) if limits is None else list(limits)
     lengths = [len(prompt) for prompt in prompts]
     sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
@@ -239,17 +229,6 @@ def generate(
                     collect(owner[slot], outputs[i], counts[i])
         owner[used], held[used] = taken, n[: len(taken)]
 
-    def shrink() -> None:
-        """Keep the rows still active, in `tail_slots` slots, and collect the others' answers."""
-        nonlocal state, owner, held, active
-        outputs, counts = jax.device_get((state.output, state.n_new))
-        for slot in np.flatnonzero((owner >= 0) & ~active):
-            collect(owner[slot], outputs[slot], counts[slot])
-        owner = np.where(active, owner, -1)
-        keep = np.argsort(~active, stable=True)[:tail_slots]
-        owner, held, active = owner[keep], held[keep], active[keep]
-        state = _take_slots(state, keep)
-
     active = np.zeros(slots, bool)
     while queue or active.any():
         free = np.flatnonzero(~active)
@@ -267,8 +246,6 @@ def generate(
         active, held = (np.array(x) for x in jax.device_get((state.active, state.lengths)))
         if progress is not None and before > active.sum():
             progress(int(before - active.sum()))
-        if not queue and 0 < active.sum() <= tail_slots < len(active):
-            shrink()
     outputs, counts = jax.device_get((state.output, state.n_new))
     for slot in np.flatnonzero(owner >= 0):
         collect(owner[slot], outputs[slot], counts[slot])
