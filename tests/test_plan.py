@@ -297,6 +297,19 @@ def test_advice_names_a_larger_slice_where_this_one_is_too_small():
     assert none == "no v6e slice in the table is large enough"
 
 
+def test_a_search_plans_the_first_choice_that_fits(repository, compiled, capsys):
+    compiled(8 * GIB)
+    assert run_tool(repository, "--topology", "v5e-8", "--search") == 0
+    out = capsys.readouterr().out
+    assert (
+        "--config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.tensor=4 --config.model.remat=false: fits"
+        in out
+    )
+    compiled(8 * GIB, missing=1)
+    assert run_tool(repository, "--topology", "v5e-8", "--search") == 1
+    assert "nothing that was tried fits" in capsys.readouterr().out
+
+
 def test_all_topologies_are_planned_and_compared(repository, compiled, capsys):
     compiled(1 * GIB)
     assert run_tool(repository, "--topology", "all") == 0

@@ -56,12 +56,14 @@ def main() -> int:
     console = Console(stderr=options.json == "-")
     plans = []
     for slice_ in slices:
-        chosen = search(config, model, slice_, workload, console) if options.search else None
-        if options.search and chosen is None:
-            console.print(
-                f"{slice_.name}: no choice that was tried fits; the plan below is the configuration's own"
-            )
-        plans.append(make_plan(chosen or config, model, slice_, workload, options.price))
+        chosen, step = config, None
+        if options.search:
+            chosen, step = search(config, model, slice_, workload, console)
+            if step is None:
+                console.print(
+                    f"{slice_.name}: nothing that was tried fits; the plan is the configuration's own"
+                )
+        plans.append(make_plan(chosen, model, slice_, workload, options.price, step))
         print_plan(plans[-1], console)
     if len(plans) > 1:
         print_comparison(plans, console)

@@ -58,16 +58,24 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, dollars: float | None = None
+    config: RunConfig,
+    model: ModelConfig,
+    slice_: Slice,
+    workload: Workload,
+    dollars: float | None = None,
+    train: Program | None = None,
 ) -> Plan:
     """Compile the run's four programs for the slice and work out time and cost.
 
     Args:
       dollars: the price of one chip for one hour.
+      train: the training step, where it is compiled already.
     """
     programs = Programs(config, model, slice_, workload)
-    makers = (programs.train_step, programs.validation_step, programs.prefill, programs.decode_step)
-    done: list[Program] = []
+    makers = [programs.validation_step, programs.prefill, programs.decode_step]
+    done = [] if train is None else [train]
+    if train is None:
+        makers.insert(0, programs.train_step)
     with progress_bar(f"compiling for {slice_.name}", len(makers), "programs") as advance:
         for make in makers:
             done.append(make())
@@ -135,8 +143,11 @@ def apply(config: RunConfig, choice: Choice) -> RunConfig:
 
 def search(
     config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, console: Console
-) -> RunConfig | None:
-    """Compile the estimated fastest choices in turn until one fits; None: none does."""
+) -> tuple[RunConfig, Program | None]:
+    """Compile the training step of the estimated fastest choices in turn until one fits.
+
+    Returns the configuration with that choice and its step, or the configuration as it was and None.
+    """
     choices = ranked(config, model, slice_, workload)
     table = Table(
         "mesh data, fsdp, tensor", "remat", "buffers", "GiB a chip", "ms a step", "bound", title="estimates"
@@ -154,10 +165,10 @@ def search(
             step = Programs(apply(config, choice), model, slice_, workload).train_step()
             advance(1)
             verdict = "fits" if step.memory.missing == 0 and step.memory.total <= room else "does not fit"
-            console.print(f"{overrides(choice)}: {verdict}")
+            console.print(f"{overrides(choice)}: {verdict}", soft_wrap=True)
             if verdict == "fits":
-                return apply(config, choice)
-    return None
+                return apply(config, choice), step
+    return config, None
 
 
 def print_plan(plan: Plan, console: Console) -> None:
