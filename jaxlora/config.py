@@ -296,6 +296,12 @@ def _one_line(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
     kinds = {field: kind for field, kind, *_ in _fields(RunConfig, "")}
+    # A group built on its own, as in LoraConfig(rank=0), names its fields without the group.
+    groups = {
+        kind.__name__: field for field, kind in get_type_hints(RunConfig).items() if isinstance(kind, type)
+    }
+    if error.title in groups and error.title != "RunConfig":
+        name = f"{groups[error.title]}.{name}"
     while name not in kinds and "." in name and name.rpartition(".")[0] in kinds:
         name = name.rpartition(".")[0]  # the branch of a union, such as `train_rows.int`
     if name not in kinds:
