@@ -26,7 +26,10 @@ CONFIGURATIONS = {
     "theta 10000": {"rope_theta": 10_000.0},
     "theta 5e6, three shards": {"rope_theta": 5e6, "shards": 3},
     "three shards, tied, 6 heads": {
-        "shards": 3, "tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 3
+        "shards": 3,
+        "tie_word_embeddings": True,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
     },
     "one layer": {"num_hidden_layers": 1, "rms_norm_eps": 1e-5},
 }

@@ -175,7 +175,7 @@ def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Pa
             size = 0
         shards[-1][key] = array
         size += array.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, tensors in enumerate(shards):
         name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, partial_folder / name, metadata={"format": "pt"})

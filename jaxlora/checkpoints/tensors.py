@@ -75,7 +75,7 @@ def read_bytes(path: str, start: int, size: int) -> np.ndarray:
 def _read_local(path: str, start: int, size: int) -> np.ndarray:
     """Plain reads: a memory map would count every page it touched as this process' memory."""
     buffer = _empty(size)
-    view, done = memoryview(buffer), 0
+    view, done = memoryview(buffer), 0  # type: ignore[arg-type]
     handle = os.open(path, os.O_RDONLY)
     try:
         while done < size and (n := os.preadv(handle, [view[done:]], start + done)):
@@ -243,7 +243,9 @@ def _reads(tensor: StoredTensor, sharding: NamedSharding) -> list[_Read]:
     if (jax.process_count() > 1 or size > WHOLE_BYTES) and tensor.shape[0] % mesh.size == 0:
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     takers: dict[tuple[int, int], list[tuple[jax.Device, tuple[slice, ...]]]] = {}
-    for device, (rows, *columns) in sharding.addressable_devices_indices_map(tensor.shape).items():
+    for device, index in sharding.addressable_devices_indices_map(tensor.shape).items():
+        assert index is not None
+        rows, *columns = index
         start, stop, _ = rows.indices(tensor.shape[0])
         takers.setdefault((start, stop), []).append((device, tuple(columns)))
     places = sorted(takers)

@@ -61,7 +61,7 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32))
             self.scale = lora.alpha / lora.rank
         else:
-            self.lora_a = self.lora_b = None
+            self.lora_a = self.lora_b = None  # type: ignore[assignment]
             self.scale = 0.0
         self.axes, self.stacked = weight.axes, bool(stack)
 
