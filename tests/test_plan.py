@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,11 @@ from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
 from jaxlora.errors import UserError
 from jaxlora.models.config import ModelConfig, published_config
 from jaxlora.plan import report
-from jaxlora.plan.chips import CHIPS, SLICES, slice_named
+from jaxlora.plan.chips import CHIPS, SLICES, slice_named, slice_of
 from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload, decode_mesh, out_of_memory
 from jaxlora.plan.roofline import attention_flops, roofline, run_cost
-from jaxlora.plan.search import candidates, estimate, factors
+from jaxlora.plan.search import candidates, choose_mesh, estimate, factors
 
 GIB = 2**30
 
@@ -54,6 +55,15 @@ def test_a_corner_has_one_link_along_each_axis_of_the_grid():
 def test_an_unknown_slice_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"'v5e-7' is not known; give one of v4-8, .*, or all"):
         slice_named("v5e-7")
+
+
+def test_devices_are_recognised_as_their_slice():
+    devices = [
+        SimpleNamespace(device_kind="TPU v5 lite", coords=[x, y, 0]) for x in range(2) for y in range(4)
+    ]
+    found = slice_of(devices)
+    assert (found.chip, found.n_chips, found.ici_rate) == (CHIPS["v5e"], 8, slice_named("v5e-8").ici_rate)
+    assert slice_of(jax.devices()) is None
 
 
 # --- the roofline, by hand
@@ -108,6 +118,17 @@ def test_the_search_tries_every_mesh_and_prefers_speed():
     assert all(c.tokens % (128 * c.mesh.data * c.mesh.fsdp) == 0 for c in choices)
     whole = next(c for c in choices if (c.mesh.fsdp, c.mesh.tensor, c.remat) == (1, 1, False))
     assert whole.memory > 16 * GIB  # the whole base on one v5e chip
+
+
+def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest():
+    model = published_config("qwen3-8b")
+    assert choose_mesh(model, LoraConfig(), slice_named("v5e-8"), 2720, 128, remat=False) == MeshConfig(
+        2, 1, 4
+    )
+    assert choose_mesh(model, LoraConfig(), slice_named("v5e-4"), 2720, 128, remat=False) is None
+    assert choose_mesh(model, LoraConfig(), slice_named("v5e-4"), 2720, 128, remat=True) == MeshConfig(
+        1, 1, 4
+    )
 
 
 def test_decoding_never_gathers_weights():

@@ -1,6 +1,6 @@
 """Pretrain the embedded base: a tiny Qwen3 on generated word problems, all weights trained.
 
-    python tools/pretrain_tiny.py --out /tmp/base                # about three minutes on one H100
+    python tools/pretrain_tiny.py --out /tmp/base                # about four minutes on one H100
     python tools/pretrain_tiny.py --out /tmp/base --steps 50     # a quick look, on any machine
 
 Reads the shipped tokenizer, draws the corpus of `jaxlora.embedded.corpus` from seeds, and writes a Hugging
@@ -51,7 +51,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--lines", type=int, default=160, help="lines of 256 tokens in one step")
     parser.add_argument("--texts", type=int, default=1_000_000, help="documents drawn; repeated when used up")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")

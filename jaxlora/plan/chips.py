@@ -6,7 +6,9 @@ slice_named("v5e-8").chip.hbm_bytes          # 16 GiB a chip
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxlora.errors import UserError
 
@@ -74,6 +76,20 @@ SLICES = {
         "v6e-8": (2, 4),
     }.items()
 }
+
+
+# `device_kind` as JAX reports it
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
+
+
+def slice_of(devices: Sequence[Any]) -> Slice | None:
+    """The slice that these JAX devices make up; None where they are no TPU of the table."""
+    kind = _KINDS.get(devices[0].device_kind)
+    if kind is None:
+        return None
+    coordinates = [device.coords for device in devices]
+    grid = tuple(max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True))
+    return Slice(f"{len(devices)} {kind} chips", CHIPS[kind], grid)
 
 
 def slice_named(name: str) -> Slice:

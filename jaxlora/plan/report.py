@@ -18,7 +18,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.plan.chips import SLICES, Slice
 from jaxlora.plan.programs import Program, Programs, Workload
 from jaxlora.plan.roofline import RunCost, run_cost
-from jaxlora.plan.search import Choice, candidates
+from jaxlora.plan.search import FULL, Choice, candidates
 from jaxlora.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
@@ -111,7 +111,7 @@ def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workloa
     larger = [s for s in SLICES.values() if s.chip == slice_.chip and s.n_chips > slice_.n_chips]
     for place in [slice_, *sorted(larger, key=lambda s: s.n_chips)]:
         for choice in ranked(config, model, place, workload):
-            if choice.memory < 0.8 * place.chip.hbm_bytes:  # the estimate is good to about a fifth
+            if choice.memory < FULL * place.chip.hbm_bytes:
                 where = "" if place is slice_ else f"on {place.name}, "
                 return (
                     f"{where}{overrides(choice)} should fit ({choice.memory / GIB:.1f} GiB a chip, estimated)"

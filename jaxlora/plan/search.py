@@ -17,6 +17,7 @@ from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, ro
 
 BF16, FLOAT32 = 2, 4
 TOKEN_BLOCK = 128
+FULL = 0.8  # of a chip's memory: the estimate is good to about a fifth
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,17 @@ def candidates(
         for buffers in (1, 2, 4)
     ]
     return sorted(choices, key=lambda c: (round(c.best.seconds, 4), c.memory))
+
+
+def choose_mesh(
+    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int, remat: bool
+) -> MeshConfig | None:
+    """The mesh that should be fastest for whole steps with this remat choice; None: none should fit."""
+    for choice in candidates(model, lora, slice_, tokens, multiple):
+        fits = choice.memory < FULL * slice_.chip.hbm_bytes
+        if fits and choice.remat == remat and choice.buffers == 1:
+            return choice.mesh
+    return None
 
 
 def factors(n: int) -> list[tuple[int, int, int]]:
