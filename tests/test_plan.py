@@ -125,7 +125,9 @@ def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest():
     assert choose_mesh(model, LoraConfig(), slice_named("v5e-8"), 2720, 128, remat=False) == MeshConfig(
         2, 1, 4
     )
-    assert choose_mesh(model, LoraConfig(), slice_named("v5e-4"), 2720, 128, remat=False) == MeshConfig(1, 4, 1)
+    assert choose_mesh(model, LoraConfig(), slice_named("v5e-4"), 2720, 128, remat=False) == MeshConfig(
+        1, 4, 1
+    )
     assert choose_mesh(model, LoraConfig(), slice_named("v5e-4"), 2720, 128, remat=True) == MeshConfig(
         1, 1, 4
     )
