@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlora.errors import UserError
 
 READERS = 8  # threads; a bucket needs several requests in flight, a disk at least two
-AHEAD_BYTES = 128 * 2**20  # read ahead of placement, on one host
+AHEAD_BYTES = 256 * 2**20  # read ahead of placement, on one host
 WHOLE_BYTES = 512 * 2**20  # a larger tensor is never held whole on a host
 HEADER_LIMIT = 100 * 2**20  # the format's own limit
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
