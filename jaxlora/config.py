@@ -106,6 +106,11 @@ class TrainConfig:
     validation_every: Positive = _doc("validate and checkpoint each this many steps, and at epoch ends", 1000)
     validation_merge: Count = _doc("skip such a step up to this many steps before an epoch's end", 250)
     validation_batch_rows: Positive = _doc("rows of one validation batch", 16)
+    checkpoint_every: Positive | None = _doc(
+        "also checkpoint each this many steps, without validation; none: only after validations", None
+    )
+    grace_seconds: Rate = _doc("after SIGTERM, the process saves and ends within this many seconds", 25.0)
+    startup_check: bool = _doc("before step 1, check that the fresh adapter and the decoder agree", True)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -130,10 +135,34 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, config=_CHECKED)
+class SelectionConfig:
+    """Short trials that choose a learning rate for each condition (`launch/study.py`)."""
+
+    learning_rates: tuple[Rate, ...] = _doc("rates to try; none: optim.peak_lr for all", (1e-4, 3e-4, 1e-3))
+    train_rows: Positive = _doc("first training rows of a trial, seen once at a constant rate", 512)
+    validation_rows: Positive = _doc("first validation rows of a trial", 128)
+    validation_every: Positive = _doc("validate each this many steps, and at the end", 32)
+    seed: Count = _doc("seed of every trial", 7)
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class SweepConfig:
+    """The runs of a study: every combination of these (`launch/study.py`)."""
+
+    conditions: tuple[Condition, ...] = _doc("adapter placements", ("attention_only", "all_layer"))
+    seeds: tuple[Count, ...] = _doc("seeds of every combination", (0, 1, 2))
+    ranks: tuple[Positive, ...] = _doc("ranks to compare; none: lora.rank", ())
+    learning_rates: tuple[Rate, ...] = _doc("rates to compare; none: the one that the trials choose", ())
+    batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
+    fused: Positive | None = _doc("runs trained at once in one program; none: as memory allows", None)
+
+
+@dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
-    """One training run: one condition, one seed."""
+    """One training run: one condition, one seed. A study makes its runs from one of these."""
 
     prefix: str = _doc("run ids are <prefix>-<condition>-seed-<seed>", "qwen3-8b")
+    name: str | None = _doc("the run id itself; none: <prefix>-<condition>-seed-<seed>", None)
     seed: Count = _doc("changes the adapter's initialisation and nothing else", 0)
     results_dir: str = _doc("where run directories are made", "results")
     overwrite: bool = _doc("delete an existing run directory of this id first", False)
@@ -144,10 +173,12 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
 
     @property
     def run_id(self) -> str:
-        return f"{self.prefix}-{self.lora.condition}-seed-{self.seed}"
+        return self.name or f"{self.prefix}-{self.lora.condition}-seed-{self.seed}"
 
     @property
     def run_dir(self) -> Path:
@@ -247,6 +278,8 @@ def _fields(cls: type, prefix: str):
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
 
 
@@ -265,6 +298,8 @@ def _allowed(kind: Any) -> str:
         return " ".join(words)
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"{_allowed(get_args(kind)[0])}, several with commas, or none"
     if args := get_args(kind):
         return " or ".join(_allowed(a) for a in args)
     names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
@@ -281,7 +316,11 @@ def _set(values: dict[str, Any], name: str, text: str) -> None:
         place = inner
     if leaf not in place or isinstance(place[leaf], dict):
         raise UserError(f"config.{name}: unknown field; {_closest(name)}")
-    place[leaf] = None if text.lower() == "none" else text
+    none = text.lower() == "none"
+    if isinstance(place[leaf], list):
+        place[leaf] = [] if none else text.split(",")
+    else:
+        place[leaf] = None if none else text
 
 
 def _closest(name: str) -> str:
@@ -310,9 +349,21 @@ def _one_line(error: ValidationError) -> str:
     return f"config.{name}: {given} is not allowed; give {_allowed(kinds[name])}"
 
 
+_SWEPT = ("conditions", "seeds", "ranks", "learning_rates", "batch_rows")
+
+
 def _check_combinations(config: RunConfig) -> None:
-    if not config.prefix or any(c in config.prefix for c in "/\\\0") or config.prefix.startswith("."):
-        raise UserError(f"config.prefix: {config.prefix!r} is not allowed; give a plain name without slashes")
+    for field in ("prefix", "name"):
+        given = getattr(config, field)
+        if given is not None and (not given or any(c in given for c in "/\\\0") or given.startswith(".")):
+            raise UserError(f"config.{field}: {given!r} is not allowed; give a plain name without slashes")
+    lists = {f"sweep.{name}": getattr(config.sweep, name) for name in _SWEPT}
+    for field, values in (lists | {"selection.learning_rates": config.selection.learning_rates}).items():
+        if len(set(values)) < len(values):
+            raise UserError(f"config.{field}: {_plain(values)} names a value twice; give each once")
+    for field in ("sweep.conditions", "sweep.seeds"):
+        if not lists[field]:
+            raise UserError(f"config.{field}: none is not allowed; give at least one")
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise UserError(
             "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"

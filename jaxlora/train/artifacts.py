@@ -53,6 +53,8 @@ _FREE = {
     "overwrite",
     "mesh",
     "eval",
+    "selection",  # what a study makes of the configuration; its runs hold their own values
+    "sweep",
     "model.attention",
     "model.layers",
     "model.remat",
@@ -244,7 +246,7 @@ def _check_resumable(path: Path, manifest: dict[str, Any]) -> None:
     summary = path / "summary.json"
     if summary.is_file() and read_json(summary).get("status") == "completed":
         raise UserError(f"{path}: this run is finished; --config.overwrite=true deletes it and starts again")
-    different = _differences(_identity(old), _identity(manifest))
+    different = differences(identity(old), identity(manifest))
     if different:
         raise UserError(
             f"{path}: an unfinished run of another configuration; it differs in {'; '.join(different)}."
@@ -252,7 +254,7 @@ def _check_resumable(path: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What two manifests must share for one to resume the other, flat."""
     flat: dict[str, Any] = {}
 
@@ -272,7 +274,8 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where two identities differ, in words."""
     return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in new if old.get(key) != new[key]]
 
 
