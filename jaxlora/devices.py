@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from jaxlora import hosts
 from jaxlora.config import RunConfig
 
 # Dense bf16 peak in FLOP/s by a part of `device_kind`, from the makers' data sheets.
@@ -32,7 +33,8 @@ def cache_folder() -> Path:
 
 
 def setup(config: RunConfig) -> None:
-    """Settings that must precede the first array: compilation cache, and full products for float32."""
+    """What must precede the first array: joining the hosts, the compilation cache, full float32 products."""
+    hosts.start()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.model.dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits

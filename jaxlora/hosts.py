@@ -1,0 +1,273 @@
+"""Several hosts: one process on each, all running the same program on their share of the devices.
+
+    hosts.start()                        # first of all: joins the processes; nothing on a single host
+    stop = hosts.agree(asked_to_stop)    # the same answer on every host
+    adapter = hosts.whole(state.lora)    # numpy arrays, whatever the sharding
+    if hosts.is_main():                  # only process 0 writes files
+        write(adapter)
+    hosts.barrier("written")
+
+In one process every function is trivial. In several, each must be called by all of them in the same order.
+Hosts talk through JAX's coordination service, not through the devices: a call never waits for queued
+steps, and has a time limit. A host that fails tells the others, which stop at once with its message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlora.errors import MachineError, UserError, on_failure
+
+CONNECT_SECONDS = 300  # hosts of one slice are ready within minutes of each other
+LIMIT_SECONDS = 900  # one host may compile or load while the others wait
+HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this long
+SHUTDOWN_SECONDS = 60
+_FAILED = "jaxlora/failed"
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_calls = count()  # the same on every host, because all make the same calls in the same order
+
+
+# --- Joining ------------------------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Join the processes, if the environment says that there are several. Before any use of devices.
+
+    Several hosts are: a Cloud TPU slice of more than one host (on GKE as the plugin's environment says,
+    else as the machine's metadata say), or JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, all three.
+
+    Raises:
+      UserError: the variables are incomplete or impossible.
+    """
+    if jax.distributed.is_initialized():
+        return
+    address, n, index = (os.environ.get(f"JAX_{name}") for name in _VARIABLES)
+    where: dict[str, Any] = {}
+    if address is not None or n is not None or index is not None:
+        if address is None or n is None or index is None:
+            raise UserError(f"several hosts: set all of {', '.join(f'JAX_{name}' for name in _VARIABLES)}")
+        if ":" not in address or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
+            raise UserError(
+                f"several hosts: JAX_COORDINATOR_ADDRESS={address} JAX_NUM_PROCESSES={n}"
+                f" JAX_PROCESS_ID={index} is impossible; give host:port, how many, and one of 0 to {n} - 1"
+            )
+        if int(n) == 1:
+            return
+        where = {"coordinator_address": address, "num_processes": int(n), "process_id": int(index)}
+        where["cluster_detection_method"] = "deactivate"
+    elif _tpu_hosts() <= 1:
+        return
+    _connect(where)
+    threading.Thread(target=_watch, name="other hosts", daemon=True).start()
+    on_failure.append(_tell_others)
+
+
+_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
+
+
+def _tpu_hosts() -> int:
+    """Hosts of the TPU slice that this machine belongs to; 1 without a TPU."""
+    if not (list(Path("/dev").glob("accel*")) or list(Path("/dev/vfio").glob("[0-9]*"))):
+        return 1
+    names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
+    if names is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
+        request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                names = answer.read().decode()
+        except OSError:  # no Cloud TPU machine
+            return 1
+    return len((names or "").split(","))
+
+
+def _connect(where: dict[str, Any]) -> None:
+    # The runtime would take SIGTERM for itself, and a run could no longer be stopped while it loads.
+    jax.config.update("jax_enable_preemption_service", False)
+    # When time is up the runtime aborts with a stack trace; this ends the process a little earlier.
+    text = f"the hosts did not find each other within {CONNECT_SECONDS} s"
+    if where:
+        text += f" (process {where['process_id']} of {where['num_processes']}, coordinator at "
+        text += f"{where['coordinator_address']})"
+    text += "; start the same command on every host"
+    limit = threading.Timer(CONNECT_SECONDS, partial(_end, text, MachineError.exit_code))
+    limit.daemon = True
+    limit.start()
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=CONNECT_SECONDS + 30,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            **where,
+        )
+    except (RuntimeError, ValueError) as error:  # a name that does not resolve, a port that is taken
+        raise MachineError(f"several hosts: {error}") from None
+    finally:
+        limit.cancel()
+
+
+# --- Talking ------------------------------------------------------------------------------------------------
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints: exactly one does."""
+    return _state().process_id == 0
+
+
+def n_processes() -> int:
+    """How many processes run this program together."""
+    return _state().num_processes
+
+
+def barrier(name: str, seconds: float = LIMIT_SECONDS) -> None:
+    """Wait until every process is here.
+
+    Raises:
+      MachineError: not all came within the time; the message has the name.
+    """
+    if n_processes() > 1:
+        _meet(f"jaxlora/{next(_calls)}/{name}", name, seconds)
+
+
+def agree(flag: bool) -> bool:
+    """True on every process if it is True on any. About a millisecond; does not wait for the devices."""
+    if n_processes() == 1:
+        return flag
+    key, client = f"jaxlora/{next(_calls)}/agree", _state().client
+    if flag:
+        client.key_value_set(f"{key}/{_state().process_id}", "1")
+    _meet(key + "/here", "agree", LIMIT_SECONDS)
+    return bool(client.key_value_dir_get(key + "/"))
+
+
+def broadcast(value: Any, seconds: float = LIMIT_SECONDS) -> Any:
+    """Process 0's value, on every process; anything that JSON can hold."""
+    if n_processes() == 1:
+        return value
+    key, client = f"jaxlora/{next(_calls)}/broadcast", _state().client
+    if is_main():
+        client.key_value_set(key, json.dumps(value))
+    try:
+        return json.loads(client.blocking_key_value_get(key, round(1000 * seconds)))
+    except jax.errors.JaxRuntimeError as error:
+        raise MachineError(f"process 0 said nothing for {seconds:g} s: {_first_line(error)}") from None
+
+
+def whole(tree: Any) -> Any:
+    """The tree as numpy arrays, on every process; arrays split over processes are gathered one by one."""
+
+    def gather(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    return jax.tree.map(gather, tree)
+
+
+def check_shared(folder: str | Path, seconds: float = 30) -> None:
+    """Check that every process sees what process 0 writes into this folder; it is made where missing.
+
+    All write parts of one checkpoint and read them when they resume, so each having its own folder would
+    lose the run.
+
+    Raises:
+      UserError: some process does not see it.
+    """
+    if n_processes() == 1:
+        return
+    folder = Path(folder)
+    token = folder / broadcast(f".shared-{uuid.uuid4().hex}")
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    barrier("shared folder")
+    deadline = time.monotonic() + seconds
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = agree(not seen)
+    if is_main():
+        token.unlink()
+    if blind:
+        raise UserError(
+            f"results_dir {folder}: not every host sees what process 0 writes there; several hosts need one"
+            " shared folder, such as an NFS mount"
+        )
+
+
+# --- Failing together ---------------------------------------------------------------------------------------
+
+
+def _tell_others(message: str, exit_code: int) -> None:
+    """Announce that this process ends with an error; it then ends without waiting for the others."""
+    client, index = _state().client, _state().process_id
+    with suppress(jax.errors.JaxRuntimeError):  # another failed first, or is gone: nobody is left to tell
+        client.key_value_set(_FAILED, json.dumps([index, message, exit_code]))
+        client.wait_at_barrier(_FAILED, 5000)  # the service lives in process 0: give the others time to hear
+    _flush()
+    os._exit(exit_code)
+
+
+def _watch() -> None:
+    """Wait for another host's failure, and end this process with its message."""
+    client, own = _state().client, _state().process_id
+    while True:
+        try:
+            index, message, exit_code = json.loads(client.blocking_key_value_get(_FAILED, 60_000))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            if "UNAVAILABLE" in str(error):
+                _end("process 0 is gone; see its log for the reason", MachineError.exit_code)
+            return  # shutting down in order
+        if index == own:
+            return
+        with suppress(jax.errors.JaxRuntimeError):  # the failed process may not wait
+            client.wait_at_barrier(_FAILED, 5000)
+        _end(f"process {index} failed: {message}", exit_code)
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    """Leave now, from any thread: the main one may be inside a collective that never returns."""
+    sys.stderr.write(f"error: {message}\n")
+    _flush()
+    os._exit(exit_code)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _meet(key: str, name: str, seconds: float) -> None:
+    try:
+        _state().client.wait_at_barrier(key, round(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise MachineError(
+            f"not all hosts reached '{name}' within {seconds:g} s: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _state() -> Any:
+    # JAX has no public access to its coordination service; Orbax uses the same.
+    from jax._src import distributed
+
+    return distributed.global_state
