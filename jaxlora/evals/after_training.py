@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from jaxlora.evals.run import Subject, evaluate, show
+from jaxlora.checkpoints.huggingface import fingerprint
+from jaxlora.checkpoints.peft import WEIGHTS
+from jaxlora.data.gates import sha256_of
+from jaxlora.evals.gsm8k import load_problems
+from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, show, why_redo
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.records import read_json
 from jaxlora.train.job import Job
@@ -15,13 +19,22 @@ def evaluate_base_and_adapter(job: Job, result: TrainResult) -> None:
     """Evaluate both with the weights that training used; a base already evaluated is read, not run again."""
     config = job.config
     base_dir = config.run_dir.parent / f"{config.prefix}-base" / "evaluation"
-    adapter = Subject(config.run_id, config.lora.condition, config.seed, f"step-{result.step}")
+    origin = fingerprint(job.model_dir) if job.model_dir else f"random-{config.seed}"
+    adapter = Subject(
+        config.run_id,
+        config.lora.condition,
+        config.seed,
+        f"step-{result.step}",
+        adapter_sha256=sha256_of(config.run_dir / "selected" / WEIGHTS),
+        base_fingerprint=origin,
+    )
     plain = ModelSpec(job.spec.config, None, job.spec.dtype, job.spec.scan)
     with jax.set_mesh(job.mesh):
-        if (base_dir / "summary.json").is_file():
+        subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
+        problems = load_problems(config.eval.benchmark, config.eval.problems)
+        if why_redo(base_dir, evaluation_inputs(config, subject, problems)) is None:
             base = read_json(base_dir / "summary.json")
         else:
-            subject = Subject(f"{config.prefix}-base")
             base = evaluate(config, subject, plain, {}, result.frozen, job.tokenizer, base_dir)
         out = config.run_dir / "evaluation"
         tuned = evaluate(config, adapter, job.spec, result.lora, result.frozen, job.tokenizer, out)

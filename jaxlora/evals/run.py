@@ -5,6 +5,9 @@ summary = evaluate(config, subject, frozen, spec, lora, tokenizer, out_dir)
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ import jax
 from rich.table import Table
 
 from jaxlora.config import RunConfig
+from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
@@ -22,7 +26,7 @@ from jaxlora.lora import merge_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console, progress_bar
-from jaxlora.records import metric_record, summary_record, write_json_atomic, write_jsonl_atomic
+from jaxlora.records import metric_record, read_json, summary_record, write_json_atomic, write_jsonl_atomic
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,38 @@ class Subject:
     condition: str | None = None
     seed: int | None = None
     checkpoint: str | None = None
+    adapter_sha256: str | None = None  # of `adapter_model.safetensors`
+    base_fingerprint: str | None = None
+
+
+def evaluation_inputs(config: RunConfig, subject: Subject, problems: list[Problem]) -> dict[str, Any]:
+    """What the answers follow from, as the summary records it: another value means other answers.
+
+    The benchmark is known by the SHA-256 of its questions and references, not by its name.
+    """
+    texts = [[problem.question, problem.reference_answer] for problem in problems]
+    return {
+        **dataclasses.asdict(subject),
+        "benchmark_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "dtype": config.model.dtype,
+        "max_new_tokens": config.eval.max_new_tokens,
+        "merged": config.eval.merge_adapter if subject.condition else None,
+        "system_prompt": SYSTEM_PROMPT,
+    }
+
+
+def why_redo(out_dir: Path, inputs: dict[str, Any]) -> str | None:
+    """Why the evaluation in `out_dir` does not hold for these inputs, in words; None where it does."""
+    if not (out_dir / "summary.json").is_file():
+        return "missing"
+    summary, predictions = read_json(out_dir / "summary.json"), out_dir / "predictions.jsonl"
+    if not isinstance(summary, dict) or summary.get("status") != "completed":
+        return "unfinished"
+    if different := [name for name, value in inputs.items() if summary.get(name) != value]:
+        return f"of another {', '.join(different)}"
+    if not predictions.is_file() or sha256_of(predictions) != summary.get("predictions_sha256"):
+        return "its predictions have changed since"
+    return None
 
 
 def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem], list[list[int]]]:
@@ -86,6 +122,7 @@ def evaluate(
       The summary.
     """
     problems, prompts = load_prompts(config, tokenizer)
+    inputs = evaluation_inputs(config, subject, problems)
     eos_ids = end_of_turn(tokenizer)
     spec, frozen = unrolled(spec, frozen)
     if spec.lora is not None and config.eval.merge_adapter:
@@ -136,11 +173,10 @@ def evaluate(
         status="completed",
         token_count=tokens,
         **totals,
-        system_prompt=SYSTEM_PROMPT,
+        **{key: value for key, value in inputs.items() if key not in identity},
+        predictions_sha256=sha256_of(out_dir / "predictions.jsonl"),
         first_prompt=tokenizer.decode(prompts[0]),
-        max_new_tokens=config.eval.max_new_tokens,
         stop_token_ids=list(eos_ids),
-        merged=config.eval.merge_adapter if subject.condition else None,
         seconds=seconds,
         generated_tokens_per_second=totals["generated_tokens"] / seconds,
     )

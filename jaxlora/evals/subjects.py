@@ -21,6 +21,7 @@ from jaxlora.checkpoints.export import load_selected
 from jaxlora.checkpoints.huggingface import fingerprint, load_base, random_base
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
 from jaxlora.config import RunConfig, from_dict
+from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX, announce
 from jaxlora.errors import UserError
@@ -51,7 +52,8 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
     model_dir, model = locate_model(config, with_weights)
     name = f"{config.prefix}-base"
     spec = ModelSpec(model, None, config.model.dtype, scan=False)
-    return Target(config, Subject(name), model_dir, spec, {}, Path(config.results_dir) / name / "evaluation")
+    subject = Subject(name, base_fingerprint=_fingerprint(config, model_dir, with_weights))
+    return Target(config, subject, model_dir, spec, {}, Path(config.results_dir) / name / "evaluation")
 
 
 def run_config(config: RunConfig, run: Path) -> RunConfig:
@@ -80,7 +82,8 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
     manifest = read_json(run / "manifest.json")
     _check_gates(run, manifest, config.data.allow_ungated)
     recorded = (manifest.get("base") or {}).get("fingerprint")
-    if recorded != _fingerprint(config, model_dir, with_weights, recorded):
+    found = _fingerprint(config, model_dir, with_weights, recorded)
+    if recorded != found:
         trained = (manifest.get("base") or {}).get("path")
         raise UserError(
             f"{run}: was trained on another base than {config.model.path!r} (their files differ);"
@@ -88,7 +91,8 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
         )
     selected = load_selected(run, model_dir)
     step = selected.metadata["step"]
-    subject = Subject(config.run_id, config.lora.condition, config.seed, f"step-{step}")
+    adapter = sha256_of(run / "selected" / WEIGHTS)
+    subject = Subject(config.run_id, config.lora.condition, config.seed, f"step-{step}", adapter, found)
     return Target(config, subject, model_dir, selected.spec, selected.lora, run / "evaluation")
 
 
@@ -123,7 +127,14 @@ def adapter_target(
     step = metadata.get("step")
     checkpoint = Path(adapter).name if step is None else f"step-{step}"
     name = metadata.get("run_id") or f"{config.prefix}-{lora_config.condition}-seed-{seed}"
-    subject = Subject(name, lora_config.condition, seed, checkpoint)
+    subject = Subject(
+        name,
+        lora_config.condition,
+        seed,
+        checkpoint,
+        adapter_sha256=sha256_of(folder / WEIGHTS),
+        base_fingerprint=_fingerprint(config, model_dir, with_weights),
+    )
     return Target(replace(config, lora=lora_config, seed=seed), subject, model_dir, spec, lora, out)
 
 
@@ -236,7 +247,7 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
 
 
 def _fingerprint(
-    config: RunConfig, model_dir: Path | None, with_weights: bool, recorded: str | None
+    config: RunConfig, model_dir: Path | None, with_weights: bool, recorded: str | None = None
 ) -> str | None:
     """What a run on this base records in its manifest; `recorded` where the weights are not here yet."""
     if model_dir is None:
