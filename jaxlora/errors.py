@@ -5,9 +5,17 @@ raise UserError("lora.rank is 0; it must be at least 1")     # -> "error: lora.r
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable
+
+from jaxlora.redact import without_secrets
+
+LONGEST = 1000  # characters of the line that a user is shown
+# A path that cannot be used is a mistake of whoever named it; other errors of a disk may pass.
+_PATH_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+_PATH_ERRORS |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY}
 
 
 class UserError(Exception):
@@ -29,9 +37,9 @@ on_failure: list[Callable[[str, int], None]] = []
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point; print a `UserError` or `MachineError` as one line on stderr and exit."""
     try:
-        code = main()
+        code = _path_errors(main)
     except (UserError, MachineError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
         print(f"error: {message}", file=sys.stderr)
         _failed(message, error.exit_code)
         raise SystemExit(error.exit_code) from None
@@ -41,6 +49,22 @@ def run_main(main: Callable[[], int | None]) -> None:
             _failed(" ".join(f"{type(error).__name__}: {error}".split()), 1)
         raise
     raise SystemExit(code or 0)
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text as one short line without control characters, keys and tokens."""
+    text = " ".join(without_secrets(str(error)).split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
+
+
+def _path_errors(main: Callable[[], int | None]) -> int | None:
+    try:
+        return main()
+    except OSError as error:
+        if error.filename is None or error.errno not in _PATH_ERRORS:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
 def _failed(message: str, exit_code: int) -> None:
