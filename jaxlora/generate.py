@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.data.packing import choose_sizes
+from jaxlora.hosts import whole
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Qwen3, Tree
+from jaxlora.sharding import constrain_decode
 
 STEPS_PER_CALL = 16
 PREFILL_ROWS = 32
@@ -49,12 +51,13 @@ class DecodeState(NamedTuple):
     active: jax.Array  # bool [slots]
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -> DecodeState:
     """An empty cache for `slots` rows of at most `length` tokens, prompt and answer together."""
     config = spec.config
     shape = (slots, length, config.num_key_value_heads, config.head_dim)
     zeros = partial(jnp.zeros, (slots,), jnp.int32)
-    return DecodeState(
+    state = DecodeState(
         cache=[
             (jnp.zeros(shape, spec.dtype), jnp.zeros(shape, spec.dtype))
             for _ in range(config.num_hidden_layers)
@@ -66,6 +69,7 @@ def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -
         limit=zeros(),
         active=jnp.zeros((slots,), bool),
     )
+    return constrain_decode(state)  # made where it stays: the cache is too large for one chip
 
 
 @lru_cache(maxsize=8)  # one program for every call with the same model
@@ -223,7 +227,7 @@ def generate(
         state, outputs, counts = prefill(state, lora, frozen, padded, n, place, limit)
         used = free[: len(taken)]
         if (owner[used] >= 0).any():
-            outputs, counts = jax.device_get((outputs, counts))
+            outputs, counts = whole((outputs, counts))
             for i, slot in enumerate(used):
                 if owner[slot] >= 0:
                     collect(owner[slot], outputs[i], counts[i])
@@ -243,10 +247,10 @@ def generate(
         window = min(-(-needed // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity)
         state = decode(state, lora, frozen, capacity if backend == "cudnn" else window)
         before = active.sum()
-        active, held = (np.array(x) for x in jax.device_get((state.active, state.lengths)))
+        active, held = (np.array(x) for x in whole((state.active, state.lengths)))
         if progress is not None and before > active.sum():
             progress(int(before - active.sum()))
-    outputs, counts = jax.device_get((state.output, state.n_new))
+    outputs, counts = whole((state.output, state.n_new))
     for slot in np.flatnonzero(owner >= 0):
         collect(owner[slot], outputs[slot], counts[slot])
     assert all(answer is not None for answer in answers)

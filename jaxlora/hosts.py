@@ -14,6 +14,7 @@ steps, and has a time limit. A host that fails tells the others, which stop at o
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -74,7 +75,7 @@ def start() -> None:
     elif _tpu_hosts() <= 1:
         return
     _connect(where)
-    threading.Thread(target=_watch, name="other hosts", daemon=True).start()
+    _watch_others()
     on_failure.append(_tell_others)
 
 
@@ -176,7 +177,7 @@ def whole(tree: Any) -> Any:
             return np.asarray(multihost_utils.process_allgather(x, tiled=True))
         return np.asarray(x)
 
-    return jax.tree.map(gather, tree)
+    return jax.device_get(tree) if n_processes() == 1 else jax.tree.map(gather, tree)
 
 
 def check_shared(folder: str | Path, seconds: float = 30) -> None:
@@ -214,43 +215,55 @@ def check_shared(folder: str | Path, seconds: float = 30) -> None:
 
 def _tell_others(message: str, exit_code: int) -> None:
     """Announce that this process ends with an error; it then ends without waiting for the others."""
-    client, index = _state().client, _state().process_id
-    with suppress(jax.errors.JaxRuntimeError):  # another failed first, or is gone: nobody is left to tell
-        client.key_value_set(_FAILED, json.dumps([index, message, exit_code]))
-        client.wait_at_barrier(_FAILED, 5000)  # the service lives in process 0: give the others time to hear
-    _flush()
-    os._exit(exit_code)
+    with suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: nobody is left to tell
+        _state().client.key_value_set(f"{_FAILED}/{_state().process_id}", json.dumps([message, exit_code]))
+        _state().client.wait_at_barrier(_FAILED, 5000)  # until all know: process 0 holds the announcement
+    _leave(exit_code)
 
 
-def _watch() -> None:
-    """Wait for another host's failure, and end this process with its message."""
+def _watch_others() -> None:
+    """Start looking for announcements of other hosts once a second, until this process ends in order."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch, args=(ended,), name="other hosts", daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        ended.set()
+        thread.join()
+
+    atexit.register(stop)
+
+
+def _watch(ended: threading.Event) -> None:
     client, own = _state().client, _state().process_id
-    while True:
+    while not ended.wait(1.0):
         try:
-            index, message, exit_code = json.loads(client.blocking_key_value_get(_FAILED, 60_000))
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            if "UNAVAILABLE" in str(error):
-                _end("process 0 is gone; see its log for the reason", MachineError.exit_code)
-            return  # shutting down in order
-        if index == own:
-            return
-        with suppress(jax.errors.JaxRuntimeError):  # the failed process may not wait
-            client.wait_at_barrier(_FAILED, 5000)
-        _end(f"process {index} failed: {message}", exit_code)
+            failed = client.key_value_dir_get(_FAILED + "/")
+        except jax.errors.JaxRuntimeError:
+            _end("process 0 is gone; its log has the reason", MachineError.exit_code)
+        if any(int(key.rpartition("/")[2]) == own for key, _ in failed):
+            return  # this process is ending by itself
+        if failed:
+            key, text = failed[0]
+            message, exit_code = json.loads(text)
+            with suppress(jax.errors.JaxRuntimeError):  # the failed process may not wait
+                client.wait_at_barrier(_FAILED, 5000)
+            _end(f"process {key.rpartition('/')[2]} failed: {message}", exit_code)
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
     """Leave now, from any thread: the main one may be inside a collective that never returns."""
     sys.stderr.write(f"error: {message}\n")
-    _flush()
-    os._exit(exit_code)
+    _leave(exit_code)
 
 
-def _flush() -> None:
+def _leave(exit_code: int) -> NoReturn:
+    """End without the exit handlers: one of them waits for the other hosts."""
+    if is_main():  # the runtime aborts the others when process 0 is gone
+        time.sleep(1)
     sys.stdout.flush()
     sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _meet(key: str, name: str, seconds: float) -> None:

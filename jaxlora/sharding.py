@@ -138,20 +138,14 @@ def lora_shardings(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
     return jax.tree.map_with_path(sharding, tree)
 
 
-def place_decode(mesh: Mesh, state: Any) -> Any:
-    """A `jaxlora.generate.DecodeState` onto the mesh, by `decode_shardings`."""
-    return jax.tree.map(_place, state, decode_shardings(mesh, state))
-
-
 def decode_shardings(mesh: Mesh, state: Any) -> Any:
     """Slots are split over chips; the caches `[slots, length, kv_heads, head_dim]` by heads as well."""
+    return jax.tree.map(lambda leaf: named(mesh, _decode_axes(leaf), leaf.shape), state)
 
-    def sharding(leaf) -> NamedSharding:
-        cache_axes = ("batch", None, "kv_heads", None)
-        axes = cache_axes if leaf.ndim == 4 else ("batch", *(None,) * (leaf.ndim - 1))
-        return named(mesh, axes, leaf.shape)
 
-    return jax.tree.map(sharding, state)
+def constrain_decode(state: Any) -> Any:
+    """`decode_shardings` as constraints inside a jitted function; outside a mesh, the state itself."""
+    return jax.tree.map(lambda leaf: constrain(leaf, *_decode_axes(leaf)), state)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -218,6 +212,10 @@ def _lora_axes(spec: ModelSpec, path, leaf) -> tuple[str | None, ...]:
     if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK and name in LORA_AXES:
         axes[-2:] = LORA_AXES[name]
     return tuple(axes)
+
+
+def _decode_axes(leaf: Any) -> tuple[str | None, ...]:
+    return ("batch", None, "kv_heads", None) if leaf.ndim == 4 else ("batch", *(None,) * (leaf.ndim - 1))
 
 
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
