@@ -102,8 +102,12 @@ def load_job_tokenizer(config: RunConfig, model_dir: Path | None) -> Tokenizer:
     return load_tokenizer(name)
 
 
-def prepare(config: RunConfig, with_weights: bool = True) -> Job:
+def prepare(config: RunConfig, with_weights: bool = True, like: Job | None = None) -> Job:
     """Check and count everything; nothing is written and no weights are loaded.
+
+    Args:
+      with_weights: fetch the weights of a Hub model; without, only its shape (for plans).
+      like: a job that may read the same rows with the same tokenizer; if it does, they are not read again.
 
     Raises:
       UserError: anything that would stop the run: one line that says what to do.
@@ -111,7 +115,9 @@ def prepare(config: RunConfig, with_weights: bool = True) -> Job:
     data, train = config.data, config.train
     gates = require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
     model_dir, model_config = locate_model(config, with_weights)
-    tokenizer = load_job_tokenizer(config, model_dir)
+    if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
+        like = None
+    tokenizer = like.tokenizer if like else load_job_tokenizer(config, model_dir)
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(
             f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {model_config.vocab_size}"
@@ -119,8 +125,12 @@ def prepare(config: RunConfig, with_weights: bool = True) -> Job:
     load = partial(
         load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row
     )
-    train_rows, train_report = load(data.train_path, limit=data.train_rows)
-    validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
+    if like is not None:
+        train_rows, validation_rows = like.train_rows, like.validation_rows
+        train_report, validation_report = like.reports
+    else:
+        train_rows, train_report = load(data.train_path, limit=data.train_rows)
+        validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
     if train.batch_rows > len(train_rows):
         raise UserError(
             f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
