@@ -13,6 +13,7 @@ import jax
 
 from jaxlora import hosts
 from jaxlora.config import RunConfig
+from jaxlora.progress import console
 
 # Dense bf16 peak in FLOP/s by a part of `device_kind`, from the makers' data sheets.
 _PEAK_FLOPS = {
@@ -35,6 +36,7 @@ def cache_folder() -> Path:
 def setup(config: RunConfig) -> None:
     """What must precede the first array: joining the hosts, the compilation cache, full float32 products."""
     hosts.start()
+    console.quiet = not hosts.is_main()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.model.dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits

@@ -35,6 +35,7 @@ def main() -> None:
     if options.adapter is not None and options.out is None:
         raise UserError("--adapter needs --out: the folder to write its records to")
 
+    from jaxlora import hosts
     from jaxlora.devices import setup
     from jaxlora.evals.run import show
     from jaxlora.evals.subjects import (
@@ -60,7 +61,8 @@ def main() -> None:
         target = adapter_target(config, options.adapter, options.out, *named, with_weights=with_weights)
     check_free(target.out, options.overwrite)
     if options.dry_run:
-        print("\n".join(describe(target)))
+        if hosts.is_main():
+            print("\n".join(describe(target)))
         return
     show([evaluate_target(target, options.overwrite)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from jaxlora import hosts
 from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.data.gates import sha256_of
@@ -20,19 +21,21 @@ def evaluate_base_and_adapter(job: Job, result: TrainResult) -> None:
     config = job.config
     base_dir = config.run_dir.parent / f"{config.prefix}-base" / "evaluation"
     origin = fingerprint(job.model_dir) if job.model_dir else f"random-{config.seed}"
+    adapter_file = config.run_dir / "selected" / WEIGHTS
     adapter = Subject(
         config.run_id,
         config.lora.condition,
         config.seed,
         f"step-{result.step}",
-        adapter_sha256=sha256_of(config.run_dir / "selected" / WEIGHTS),
+        adapter_sha256=hosts.broadcast(sha256_of(adapter_file) if hosts.is_main() else None),
         base_fingerprint=origin,
     )
     plain = ModelSpec(job.spec.config, None, job.spec.dtype, job.spec.scan)
     with jax.set_mesh(job.mesh):
         subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
         problems = load_problems(config.eval.benchmark, config.eval.problems)
-        if why_redo(base_dir, evaluation_inputs(config, subject, problems)) is None:
+        done = why_redo(base_dir, evaluation_inputs(config, subject, problems)) is None
+        if hosts.broadcast(done):  # hosts may see a shared folder change at different times
             base = read_json(base_dir / "summary.json")
         else:
             base = evaluate(config, subject, plain, {}, result.frozen, job.tokenizer, base_dir)

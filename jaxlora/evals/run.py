@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from jaxlora import hosts
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
@@ -115,6 +116,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decode and score the benchmark, write `predictions.jsonl`, `metrics.jsonl` and `summary.json`.
 
+    Of several processes all decode together, and process 0 writes.
+
     Args:
       lora: the adapter, or `{}` with a spec whose `lora` is None for the untouched base.
 
@@ -155,16 +158,6 @@ def evaluate(
         "seed": subject.seed,
     }
     tokens = totals["prompt_tokens"] + totals["generated_tokens"]
-    write_jsonl_atomic(out_dir / "predictions.jsonl", records)
-    metric = metric_record(
-        **identity,
-        split="test",
-        eval_metric=totals["accuracy"],
-        token_count=tokens,
-        **totals,
-        seconds=seconds,
-    )
-    write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
     summary = summary_record(
         **identity,
         dataset=config.eval.benchmark,
@@ -174,14 +167,25 @@ def evaluate(
         token_count=tokens,
         **totals,
         **{key: value for key, value in inputs.items() if key not in identity},
-        predictions_sha256=sha256_of(out_dir / "predictions.jsonl"),
         first_prompt=tokenizer.decode(prompts[0]),
         stop_token_ids=list(eos_ids),
         seconds=seconds,
         generated_tokens_per_second=totals["generated_tokens"] / seconds,
     )
-    write_json_atomic(out_dir / "summary.json", summary)
-    return summary
+    metric = metric_record(
+        **identity,
+        split="test",
+        eval_metric=totals["accuracy"],
+        token_count=tokens,
+        **totals,
+        seconds=seconds,
+    )
+    if hosts.is_main():
+        write_jsonl_atomic(out_dir / "predictions.jsonl", records)
+        write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
+        summary["predictions_sha256"] = sha256_of(out_dir / "predictions.jsonl")
+        write_json_atomic(out_dir / "summary.json", summary)
+    return hosts.broadcast(summary)
 
 
 def show(summaries: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from jaxlora import hosts
 from jaxlora.checkpoints.export import load_selected
 from jaxlora.checkpoints.huggingface import fingerprint, load_base, random_base
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
@@ -228,7 +229,9 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         lora = place_lora(mesh, spec, target.lora)
-        for name in FILES:  # the summary first: what is left of an interrupted evaluation never looks whole
+        for name in (
+            FILES if hosts.is_main() else ()
+        ):  # the summary first: what is left of an interrupted evaluation never looks whole
             (target.out / name).unlink(missing_ok=True)
         return evaluate(config, target.subject, spec, lora, frozen, tokenizer, target.out)
 
