@@ -11,6 +11,7 @@ append repair.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -109,6 +110,25 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file at once."""
     _write_atomic(path, text)
+
+
+def cut_jsonl(path: Path, size: int) -> None:
+    """Cut a JSONL file back to its first `size` bytes, which end with a whole line."""
+    with open(path, "ab") as file:
+        file.truncate(size)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether this error, or one that caused it, says that there is no room left on the disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):  # from C++
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _write_atomic(path: Path, text: str) -> None:

@@ -2,20 +2,25 @@
 
 python launch/train.py --config configs/tiny.py
 python launch/train.py --config configs/main.py --config.lora.condition=attention_only --config.seed=1
+
+The same command resumes a run that was stopped. Exit codes: 0 done, 2 a mistake in what was given, 75 stopped
+by SIGTERM, 130 stopped by Ctrl-C, 1 anything else.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 
 from jaxlora.errors import run_main
-
-PREEMPTED = 75  # stopped by SIGTERM after saving: start the same command again
-INTERRUPTED = 130  # stopped by Ctrl-C after saving
+from jaxlora.signals import Interrupted, Stop, stop_signals
 
 
 def main() -> int:
+    with stop_signals() as stop:
+        return run(stop)
+
+
+def run(stop: Stop) -> int:
     from jaxlora.config import parse_config
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -33,13 +38,13 @@ def main() -> int:
     if options.dry_run:
         return 0
 
-    from jaxlora.train.loop import Interrupted, train
+    from jaxlora.train.loop import not_yet_evaluated, train
 
     try:
-        result = train(job)
+        result = not_yet_evaluated(job) or train(job, stop=stop)
     except Interrupted as stopped:
         console.print(str(stopped))
-        return PREEMPTED if stopped.signum == signal.SIGTERM else INTERRUPTED
+        return stopped.exit_code
     console.print(f"selected step {result.step}: validation mean NLL {result.mean_nll:.5f}")
     if config.eval.after_training:
         from jaxlora.evals.after_training import evaluate_base_and_adapter

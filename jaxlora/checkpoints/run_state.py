@@ -1,56 +1,284 @@
-"""Checkpoints of a run: adapter, Adam's moments and position, through Orbax.
+"""Checkpoints of a run: published whole or not at all, and verified before they are used.
 
-with RunState(run_dir / "checkpoints") as store:
-    store.save(step, state, {"validations": [[1000, 0.3468]]})
-    step, state, progress = store.restore(like=state)
+    with RunState(run_dir / "checkpoints", identity) as store:
+        found = store.restore(like=state)            # the newest sound one, or None
+        store.save(step, state, progress, best)      # returns once the arrays are copied to the host
+
+    checkpoints/<step>/
+      state/           the adapter and Adam's moments, written by Orbax
+      progress.json    the caller's position: step, validations, length of metrics.jsonl, what run it is
+      sha256.json      size and SHA-256 of every file above, and of this list itself
+
+That is everything: the order of the rows is a function of the step, and the only random numbers of a run are
+those of its first adapter, which the seed gives.
+
+A checkpoint is written in a folder `.writing-<step>`, hashed, and renamed to its number; all this happens on
+a thread, beside training. Only folders named by a number count. The last two and the best are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxlora import hosts
+from jaxlora.errors import UserError
+from jaxlora.progress import console
+from jaxlora.records import is_disk_full, read_json, write_json_atomic
 from jaxlora.train.step import TrainState
+
+KEPT = 2  # newest checkpoints that are kept, beside the best
+STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint, with the arrays laid out as they were asked for."""
+
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
 
 
 class RunState:
-    """The checkpoints of one run directory. Saving is asynchronous; leaving the context waits for it."""
+    """The checkpoints of one run directory. Leaving the context waits for the save in progress."""
 
-    def __init__(self, folder: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        """`identity` says what run this is; a checkpoint that holds another one is refused."""
+        self._folder = folder.resolve()
+        self._identity = json.loads(json.dumps(identity))
+        if hosts.is_main():
+            self._folder.mkdir(parents=True, exist_ok=True)
+        hosts.barrier("checkpoint folder")
+        self._good = self._published()  # those that count for what is kept
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> RunState:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        try:
+            self.wait()
+        except Exception as late:
+            if error is None:
+                raise
+            console.print(f"the save in progress failed as well: {late}", markup=False)
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
-    def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
-        return sorted(self._manager.all_steps())
+    # --- Writing --------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
-        """Save; `progress` is a JSON object that comes back from `restore`."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
-        self._manager.save(step, args=args, force=True)
+    def save(self, step: int, state: TrainState, progress: dict[str, Any], best: int | None = None) -> None:
+        """Save without waiting for the disk; `best` is the step to keep beside the newest ones.
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[int, TrainState, dict[str, Any]]:
-        """Step, state and progress of a checkpoint (default: the last), laid out as `like`."""
-        self._manager.wait_until_finished()
-        step = self.steps()[-1] if step is None else step
+        Raises:
+          UserError: the disk is full. Other errors of the file system as they come. Either may also be one
+            of the save before, and may also come from `check` or `wait`.
+        """
+        self.wait()
+        staging = self._folder / f".writing-{step}"
+        if hosts.is_main():
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+        hosts.barrier("checkpoint begins")
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        try:
+            self._orbax.save(staging / STATE, args=ocp.args.StandardSave(state))
+        except Exception as error:
+            self._failed(error, step, staging, size)
+        progress = progress | {"identity": self._identity}
+        self._pending = self._thread.submit(self._finish, step, staging, size, progress, best)
+
+    def check(self) -> None:
+        """Raise the error of the last save, if it has failed by now; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is published; raise its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _finish(self, step: int, staging: Path, size: int, progress: dict, best: int | None) -> None:
+        try:
+            self._orbax.wait_until_finished()  # on every host; then all of them have written
+            if hosts.is_main():
+                write_json_atomic(staging / PROGRESS, progress)
+                write_json_atomic(staging / HASHES, hashes(staging))
+                self._publish(step, staging)
+        except Exception as error:
+            self._failed(error, step, staging, size)
+        self._good = sorted({*self._good, step})
+        wanted = {best, *self._good[-KEPT:]}
+        self._good = [s for s in self._good if s in wanted]
+        if hosts.is_main():
+            self._prune()
+
+    def _publish(self, step: int, staging: Path) -> None:
+        place = self._folder / str(step)
+        if place.exists():  # damaged, or of before a validation that is in the new one
+            place.rename(_trash(place))
+        staging.rename(place)
+        _sync(self._folder)
+
+    def _prune(self) -> None:
+        """Delete what is not kept: older checkpoints, damaged ones, and what a crash left behind."""
+        for entry in self._folder.iterdir():
+            if entry.name not in map(str, self._good):
+                if entry.name.isdigit():  # renamed first: half a checkpoint must never carry a number
+                    entry = entry.rename(_trash(entry))
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _failed(self, error: Exception, step: int, staging: Path, size: int) -> None:
+        if not hosts.is_main():
+            raise error
+        shutil.rmtree(staging, ignore_errors=True)  # what was written of it may be what fills the disk
+        if not is_disk_full(error):
+            raise error
+        stands = (
+            f"The checkpoint of step {self._good[-1]} stands" if self._good else "There is none before it"
+        )
+        free = shutil.disk_usage(self._folder).free
+        raise UserError(
+            f"{self._folder}: the disk is full. The checkpoint of step {step} needs {size / 1e6:,.1f} MB,"
+            f" {free / 1e6:,.1f} MB are free. {stands}: make room, then give the same command to go on"
+        ) from error
+
+    # --- Reading --------------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        like: Any,
+        before: int | None = None,
+        usable: Callable[[dict[str, Any]], str | None] = lambda progress: None,
+    ) -> Restored | None:
+        """The newest sound checkpoint (before a step); None where there is none to go back to.
+
+        Args:
+          like: arrays, or `jax.ShapeDtypeStruct` with shardings, in the form of the state.
+          usable: gets a checkpoint's progress and returns a reason to pass it over, or None.
+
+        Raises:
+          UserError: there are checkpoints, but all are damaged; or it belongs to another run.
+        """
+        self.wait()
+        step = hosts.broadcast(self._newest_sound(before, usable) if hosts.is_main() else None)
+        self._good = [] if step is None else [s for s in self._published() if s <= step]
+        return None if step is None else self.read(step, like)
+
+    def read(self, step: int, like: Any) -> Restored:
+        """One checkpoint, which has been verified."""
+        progress = read_json(self._folder / str(step) / PROGRESS)
+        self._check_identity(step, progress)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return step, restored["state"], restored["progress"]
+        args = ocp.args.StandardRestore(target)
+        return Restored(step, self._orbax.restore(self._folder / str(step) / STATE, args=args), progress)
 
-    def keep(self, wanted: set[int]) -> None:
-        """Delete every checkpoint that is not wanted."""
-        self._manager.wait_until_finished()
-        for step in self.steps():
-            if step not in wanted:
-                self._manager.delete(step)
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints after a step, to compute them again."""
+        self.wait()
+        self._good = [s for s in self._published() if s <= step]
+        hosts.barrier("checkpoints listed")
+        if hosts.is_main():
+            self._prune()
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, in words; None if it is sound. The same on every host."""
+        self.wait()
+        return hosts.broadcast(damage(self._folder / str(step)) if hosts.is_main() else None)
+
+    def _published(self) -> list[int]:
+        return sorted(int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit())
+
+    def _newest_sound(self, before: int | None, usable: Callable[[dict], str | None]) -> int | None:
+        found = []
+        steps = [step for step in self._published() if before is None or step < before]
+        for step in reversed(steps):
+            problem = damage(self._folder / str(step))
+            problem = problem or usable(read_json(self._folder / str(step) / PROGRESS))
+            if problem is None:
+                return step
+            found.append(f"step {step} ({problem})")
+            console.print(f"passing over the checkpoint of step {step}: {problem}", markup=False)
+        if found and before is None:
+            raise UserError(
+                f"{self._folder}: no checkpoint can be used: {', '.join(found)}. Put a sound copy there,"
+                " or give --config.overwrite=true to train again from step 1"
+            )
+        return None
+
+    def _check_identity(self, step: int, progress: dict[str, Any]) -> None:
+        from jaxlora.train.manifest import differences
+
+        if different := differences(progress.get("identity") or {}, self._identity):
+            raise UserError(
+                f"{self._folder / str(step)}: of another run; it differs in {'; '.join(different)}"
+            )
+
+
+def hashes(folder: Path) -> dict[str, Any]:
+    """`{"files": {name: {"bytes": n, "sha256": ...}}, "sha256": of this list}` of all files of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
+    table = {}
+    for path in files:
+        with path.open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        table[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    return {"files": table, "sha256": _digest(table)}
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if every one is as it was written."""
+    try:
+        listed = json.loads((folder / HASHES).read_bytes())
+        table, own = listed["files"], listed["sha256"]
+    except FileNotFoundError:
+        return f"{HASHES} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{HASHES} is not what was written"
+    if own != _digest(table) or PROGRESS not in table:
+        return f"{HASHES} is not what was written"
+    for name, expected in table.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            with path.open("rb") as handle:
+                if hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} is not what was written: its SHA-256 differs"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def _digest(table: Any) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _trash(place: Path) -> Path:
+    trash = place.with_name(f".deleted-{place.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    return trash
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,76 +10,41 @@
   tensorboard/        the same curves for TensorBoard
   validation.png      validation NLL by step
   failure.json        only if it failed: stage, step and trace
+
+Of several processes, the main one writes; `checkpoints/` is written by all.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
-import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
-import subprocess
-import sys
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-
-from jaxlora.checkpoints.huggingface import fingerprint
-from jaxlora.config import to_dict
-from jaxlora.data.sources import locate
+from jaxlora import hosts
+from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.errors import UserError
-from jaxlora.lora import count_trainable
-from jaxlora.models.parameters import count_matrix_parameters, count_parameters
+from jaxlora.models.qwen3 import Tree
+from jaxlora.progress import console
 from jaxlora.records import (
+    append_jsonl,
+    cut_jsonl,
+    is_disk_full,
     metric_record,
     read_json,
     read_jsonl,
     summary_record,
     write_json_atomic,
-    write_jsonl_atomic,
+    write_text_atomic,
 )
+from jaxlora.train.display import draw_validation
 from jaxlora.train.job import Job, token_count
-
-# Fields that change how or where a run is computed, not what it computes: they may differ on resuming.
-_FREE = {
-    "results_dir",
-    "overwrite",
-    "mesh",
-    "eval",
-    "selection",  # what a study makes of the configuration; its runs hold their own values
-    "sweep",
-    "model.attention",
-    "model.layers",
-    "model.remat",
-    "train.layout",
-    "train.buffer_sizes",
-    "train.buffer_multiple",
-    "train.max_buffer_tokens",
-    "data.gate_report",
-    "data.allow_ungated",
-    "data.train_path",  # the files' hashes are compared instead
-    "data.validation_path",
-    "model.path",  # the base's fingerprint is compared instead
-    "model.tokenizer",
-}
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "grain",
-    "numpy",
-    "safetensors",
-)
+from jaxlora.train.manifest import differences, identity, make_manifest, rounding_differences
 
 
 class Board:
@@ -104,61 +69,82 @@ class Board:
         self._writer.close()
 
 
-@dataclass
 class RunDirectory:
-    """An opened run directory; this process holds its lock."""
+    """An opened run directory; the main process holds its lock and is the only one that writes."""
 
-    path: Path
-    job: Job
-    lock: IO[str]
+    def __init__(self, job: Job, manifest: dict[str, Any]):
+        self.path, self.job = job.config.run_dir, job
+        self.identity = identity(manifest)
+        self._metrics = self.path / "metrics.jsonl"
+        self._board: Board | None = None
 
     @classmethod
-    def open(cls, job: Job) -> RunDirectory:
+    @contextmanager
+    def open(cls, job: Job) -> Iterator[RunDirectory]:
         """Make the directory, or take up an unfinished run of the same configuration.
 
         Raises:
           UserError: the run is finished, belongs to another configuration, or is being written now.
         """
-        path = job.config.run_dir
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path.with_name(f".{path.name}.lock"), path)
-        if job.config.overwrite and path.exists():
-            shutil.rmtree(path)
-        manifest = _manifest(job)
-        if path.exists():
-            _check_resumable(path, manifest)
-        else:
-            path.mkdir()
-        (path / "failure.json").unlink(missing_ok=True)
-        write_json_atomic(path / "manifest.json", manifest)
-        sample = job.train_rows[0]
-        (path / "sample_render.txt").write_text(str(job.tokenizer.decode(sample.tokens)), encoding="utf-8")
-        return cls(path, job, lock)
+        manifest = make_manifest(job)
+        run = cls(job, manifest)
+        if not hosts.is_main():
+            hosts.barrier("run directory")
+            yield run
+            return
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(run.path.with_name(f".{run.path.name}.lock"), run.path):
+            _take_over(run.path, manifest, job.config.overwrite)
+            sample = str(job.tokenizer.decode(job.train_rows[0].tokens))
+            write_text_atomic(run.path / "sample_render.txt", sample)
+            hosts.barrier("run directory")
+            try:
+                yield run
+            finally:
+                if run._board is not None:
+                    run._board.close()
 
-    def rewind(self, step: int) -> None:
-        """Drop what was recorded after `step`: the metrics file and the curves then say one thing."""
-        file = self.path / "metrics.jsonl"
-        kept = [r for r in read_jsonl(file) if r["step"] <= step] if file.exists() else []
-        write_jsonl_atomic(file, kept)
+    # --- Metrics --------------------------------------------------------------------------------------------
+
+    def start_records(self, size: int) -> None:
+        """Cut the metrics back to the first `size` bytes, and write the curves anew from what is left."""
+        if not hosts.is_main():
+            return
+        cut_jsonl(self._metrics, size)
+        if self._board is not None:
+            self._board.close()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        self._board = Board(self.path / "tensorboard")
+        for record in read_jsonl(self._metrics):
+            self._board.write(record)
 
-    @contextmanager
-    def tensorboard(self) -> Iterator[Board]:
-        """Curves of this run; those of the steps before a resumption are written again from the metrics."""
-        board = Board(self.path / "tensorboard")
-        try:
-            for record in read_jsonl(self.path / "metrics.jsonl"):
-                board.write(record)
-            yield board
-        finally:
-            board.close()
+    def record(self, record: dict[str, Any]) -> None:
+        """Append one metrics record, and add it to the curves."""
+        if self._board is not None:
+            append_jsonl(self._metrics, record)
+            self._board.write(record)
+
+    def progress(self, step: int, validations: dict[int, float]) -> dict[str, Any]:
+        """Where a run stands, for its checkpoint; the metrics up to here are on the disk."""
+        size = 0
+        if hosts.is_main():
+            with self._metrics.open("rb") as file:
+                os.fsync(file.fileno())
+                size = file.seek(0, os.SEEK_END)
+        return {"step": step, "validations": sorted(validations.items()), "metrics_bytes": size}
+
+    def unusable(self, progress: dict[str, Any]) -> str | None:
+        """Why a checkpoint with this progress cannot be resumed from, or None."""
+        size = self._metrics.stat().st_size if self._metrics.is_file() else 0
+        needed = progress["metrics_bytes"]
+        return f"metrics.jsonl has {size} bytes, it was saved after {needed}" if size < needed else None
 
     def step_record(
         self, step: int, values: dict[str, float], tokens: int, rate: float, speed: dict[str, float | None]
     ) -> dict[str, Any]:
         """The metrics record of one training step. `token_count` is the step's, in shifted tokens."""
         return metric_record(
-            **self._identity(),
+            **self._names(),
             step=step,
             split="train",
             loss=values["nll"] / values["weight"],
@@ -173,7 +159,7 @@ class RunDirectory:
     def validation_record(self, step: int, mean_nll: float) -> dict[str, Any]:
         """The metrics record of one validation."""
         return metric_record(
-            **self._identity(),
+            **self._names(),
             checkpoint=f"step-{step}",
             step=step,
             split="validation",
@@ -181,14 +167,24 @@ class RunDirectory:
             token_count=token_count(self.job.validation_rows),
         )
 
-    def _identity(self) -> dict[str, Any]:
+    def _names(self) -> dict[str, Any]:
         config = self.job.config
         return {"run_id": config.run_id, "condition": config.lora.condition, "seed": config.seed}
 
+    # --- The end --------------------------------------------------------------------------------------------
+
+    def export_selected(self, lora: Tree, step: int) -> None:
+        """Write the adapter of the selected step as a PEFT folder; called on every process."""
+        folder, config = self.path / "selected", self.job.config
+        if hosts.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+        extra = {"run_id": config.run_id, "step": step}
+        export_adapter(folder, self.job.spec, lora, config.model.path, seed=config.seed, extra=extra)
+
     def finish(self, step: int, validations: dict[int, float]) -> None:
         """Write the picture and `summary.json`: the run is complete."""
-        from jaxlora.train.display import draw_validation
-
+        if not hosts.is_main():
+            return
         draw_validation(self.path / "validation.png", validations, step, self.job.config.run_id)
         plan, job = self.job.plan, self.job
         validation_tokens = token_count(job.validation_rows) * len(plan.validation_steps)
@@ -202,7 +198,7 @@ class RunDirectory:
             "validation.png",
         )
         record = summary_record(
-            **self._identity(),
+            **self._names(),
             checkpoint=f"step-{step}",
             dataset=job.config.data.train_path,
             primary_metric={"name": "validation_mean_nll", "value": validations[step]},
@@ -217,131 +213,98 @@ class RunDirectory:
         write_json_atomic(self.path / "summary.json", record)
 
     def write_failure(self, stage: str, step: int, error: BaseException, trace: str) -> None:
-        """Write `failure.json`."""
-        record = self._identity() | {
+        """Write `failure.json`; on a full disk, say that it could not be written."""
+        if not hosts.is_main():
+            return
+        record = self._names() | {
             "stage": stage,
             "step": step,
             "error": f"{type(error).__name__}: {error}",
             "trace": trace,
         }
-        write_json_atomic(self.path / "failure.json", record)
-
-
-def _lock(file: Path, run: Path) -> IO[str]:
-    """An exclusive lock that the system releases when this process ends, however it ends."""
-    handle = file.open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{run}: another process is writing this run; wait for it or stop it") from None
-    return handle
-
-
-def _check_resumable(path: Path, manifest: dict[str, Any]) -> None:
-    if not (path / "manifest.json").is_file():
-        if any(path.iterdir()):
-            raise UserError(f"{path}: exists and is not a run; choose another results_dir or prefix")
-        return
-    old = read_json(path / "manifest.json")
-    summary = path / "summary.json"
-    if summary.is_file() and read_json(summary).get("status") == "completed":
-        raise UserError(f"{path}: this run is finished; --config.overwrite=true deletes it and starts again")
-    different = differences(identity(old), identity(manifest))
-    if different:
-        raise UserError(
-            f"{path}: an unfinished run of another configuration; it differs in {'; '.join(different)}."
-            " Change the prefix, or give --config.overwrite=true to delete it"
-        )
-
-
-def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What two manifests must share for one to resume the other, flat."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if prefix in _FREE:
-            return
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", manifest.get("config", {}))
-    for name in ("train", "validation"):
-        flat[f"dataset.{name}.sha256"] = manifest.get("dataset", {}).get(name, {}).get("sha256")
-    flat["base"] = manifest.get("base", {}).get("fingerprint")
-    return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where two identities differ, in words."""
-    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in new if old.get(key) != new[key]]
-
-
-def _manifest(job: Job) -> dict[str, Any]:
-    config, plan = job.config, job.plan
-    device = jax.devices()[0]
-    datasets = {
-        "train": (config.data.train_path, job.train_rows, job.reports[0]),
-        "validation": (config.data.validation_path, job.validation_rows, job.reports[1]),
-    }
-    return {
-        "run_id": config.run_id,
-        "command": sys.argv,
-        "code": git_state(Path(__file__).parent),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "python": platform.python_version(),
-        "device": {"kind": device.device_kind, "count": jax.device_count(), "platform": device.platform},
-        "mesh": dict(job.mesh.shape),
-        "config": to_dict(config),
-        "base": {
-            "path": config.model.path,
-            "fingerprint": fingerprint(job.model_dir) if job.model_dir else f"random-{config.seed}",
-            "parameters": count_parameters(job.spec.config),
-            "matrix_parameters": count_matrix_parameters(job.spec.config),
-        },
-        "lora": {
-            **dataclasses.asdict(config.lora),
-            "modules": [weight.name for weight in job.spec.adapted],
-            "trainable_parameters": count_trainable(job.spec),
-        },
-        "schedule": {
-            "steps_per_epoch": plan.steps_per_epoch,
-            "total_steps": plan.total_steps,
-            "warmup_steps": plan.warmup_steps,
-            "validation_steps": list(plan.validation_steps),
-        },
-        "buffers": {"train": list(job.train_layout.sizes), "validation": list(job.validation_layout.sizes)},
-        "gates": dataclasses.asdict(job.gates),
-        "dataset": {
-            name: {
-                "path": path,
-                "sha256": hashlib.sha256(locate(path).read_bytes()).hexdigest(),
-                "rows": len(rows),
-                "tokens": token_count(rows),
-                "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
-                "row_ids": [row.row_id for row in rows],
-            }
-            for name, (path, rows, report) in datasets.items()
-        },
-    }
-
-
-def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and dirty flag of the checkout that holds `folder`; nulls outside a checkout."""
-
-    def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+            write_json_atomic(self.path / "failure.json", record)
+        except OSError as second:
+            if not is_disk_full(second):
+                raise
+            console.print("failure.json could not be written either: the disk is full")
 
-    sha = git("rev-parse", "HEAD")
-    if sha is None and "JAXLORA_GIT_SHA" in os.environ:  # a copy without .git; the launcher says what it is
-        return {"git_sha": os.environ["JAXLORA_GIT_SHA"], "dirty": os.environ.get("JAXLORA_GIT_DIRTY") == "1"}
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    return {"git_sha": sha, "dirty": None if changes is None else bool(changes)}
+
+# --- Whose directory it is ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _lock(file: Path, run: Path) -> Iterator[IO[str]]:
+    """An exclusive lock that the system releases when this process ends, however it ends."""
+    with file.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            raise UserError(f"{run}: {owner} is writing this run; wait for it or stop it") from None
+        handle.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
+        handle.flush()
+        yield handle
+
+
+def is_finished(path: Path) -> bool:
+    """Whether this run directory holds a complete run."""
+    summary = path / "summary.json"
+    return summary.is_file() and read_json(summary).get("status") == "completed"
+
+
+def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
+    """Make the directory ours: new, cleared, or with what it held of the same run. The lock is held."""
+    _clear(path)
+    if path.exists() and any(path.iterdir()):
+        if not (path / "manifest.json").is_file():
+            raise UserError(f"{path}: exists and is not a run; choose another results_dir or prefix")
+        old = read_json(path / "manifest.json")
+        different = differences(identity(old), identity(manifest))
+        # A run that was itself started with overwrite, and has been stopped, is resumed by the same command.
+        same_command = old.get("config", {}).get("overwrite") and not different and not is_finished(path)
+        if overwrite and not same_command:
+            path.rename(_deleted(path))
+            _clear(path)
+        elif is_finished(path):
+            raise UserError(
+                f"{path}: this run is finished; --config.overwrite=true deletes it and starts again"
+            )
+        elif different:
+            raise UserError(
+                f"{path}: an unfinished run of another configuration; it differs in {'; '.join(different)}."
+                " Change the prefix, or give --config.overwrite=true to delete it"
+            )
+        else:
+            manifest["resumed_with"] = _resumed_with(old, manifest)
+    path.mkdir(exist_ok=True)
+    (path / "failure.json").unlink(missing_ok=True)
+    write_json_atomic(path / "manifest.json", manifest)
+
+
+def _resumed_with(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
+    """Every change of device, layout or versions that this run has gone through."""
+    history = old.get("resumed_with", [])
+    if not (changed := rounding_differences(old, new)):
+        return history
+    console.print(
+        f"resuming with changes: {'; '.join(changed)}. The result is the same up to rounding, not to the bit",
+        markup=False,
+    )
+    return [*history, changed]
+
+
+def _deleted(path: Path) -> Path:
+    return path.with_name(f".{path.name}.deleted")
+
+
+def _clear(path: Path) -> None:
+    """Remove what a process that was killed left half written or half deleted."""
+    if _deleted(path).exists():
+        shutil.rmtree(_deleted(path))
+    for name in ("manifest.json", "sample_render.txt", "summary.json", "failure.json", "selected"):
+        for leftover in path.glob(f".{name}.*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

@@ -1,0 +1,190 @@
+"""What a run was made of: `manifest.json`, and whether a run may be resumed by what is here now.
+
+different = differences(identity(old_manifest), identity(new_manifest))     # must be empty to resume
+rounding = rounding_differences(old_manifest, new_manifest)                 # may differ, and is said
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlora.checkpoints.huggingface import fingerprint
+from jaxlora.config import to_dict
+from jaxlora.data.render import RenderedRow
+from jaxlora.data.sources import locate
+from jaxlora.lora import count_trainable
+from jaxlora.models.parameters import count_matrix_parameters, count_parameters
+from jaxlora.train.job import Job, token_count
+
+# Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
+_FREE = {
+    "results_dir",
+    "overwrite",
+    "eval",
+    "selection",  # what a study makes of the configuration; its runs hold their own values
+    "sweep",
+    "train.checkpoint_every",
+    "train.grace_seconds",
+    "train.startup_check",
+    "data.gate_report",
+    "data.allow_ungated",
+    "data.train_path",  # the files' and the tokens' hashes are compared instead
+    "data.validation_path",
+    "model.tokenizer",
+    "model.path",  # the base's fingerprint is compared instead
+}
+# Fields that change the order of float sums: the result is the same up to rounding, but not to the bit.
+_ROUNDING = {
+    "mesh",
+    "model.attention",
+    "model.layers",
+    "model.remat",
+    "train.layout",
+    "train.buffer_sizes",
+    "train.buffer_multiple",
+    "train.max_buffer_tokens",
+}
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "grain",
+    "numpy",
+    "safetensors",
+)
+
+
+def make_manifest(job: Job) -> dict[str, Any]:
+    """The manifest of a run that starts, or goes on, here and now."""
+    config, plan = job.config, job.plan
+    device = jax.devices()[0]
+    datasets = {
+        "train": (config.data.train_path, job.train_rows, job.reports[0]),
+        "validation": (config.data.validation_path, job.validation_rows, job.reports[1]),
+    }
+    return {
+        "run_id": config.run_id,
+        "command": sys.argv,
+        "code": git_state(Path(__file__).parent),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "device": {"kind": device.device_kind, "count": jax.device_count(), "platform": device.platform},
+        "mesh": dict(job.mesh.shape),
+        "config": to_dict(config),
+        "base": {
+            "path": config.model.path,
+            "fingerprint": fingerprint(job.model_dir) if job.model_dir else f"random-{config.seed}",
+            "parameters": count_parameters(job.spec.config),
+            "matrix_parameters": count_matrix_parameters(job.spec.config),
+        },
+        "lora": {
+            **dataclasses.asdict(config.lora),
+            "modules": [weight.name for weight in job.spec.adapted],
+            "trainable_parameters": count_trainable(job.spec),
+        },
+        "schedule": {
+            "steps_per_epoch": plan.steps_per_epoch,
+            "total_steps": plan.total_steps,
+            "warmup_steps": plan.warmup_steps,
+            "validation_steps": list(plan.validation_steps),
+        },
+        "buffers": {"train": list(job.train_layout.sizes), "validation": list(job.validation_layout.sizes)},
+        "gates": dataclasses.asdict(job.gates),
+        "dataset": {
+            name: {
+                "path": path,
+                "sha256": hashlib.sha256(locate(path).read_bytes()).hexdigest(),
+                "tokens_sha256": _tokens_hash(rows),
+                "rows": len(rows),
+                "tokens": token_count(rows),
+                "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
+                "row_ids": [row.row_id for row in rows],
+            }
+            for name, (path, rows, report) in datasets.items()
+        },
+    }
+
+
+def identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What two manifests must share for one to resume the other, flat."""
+    config = _flat(manifest.get("config", {}), "")
+    flat = {name: value for name, value in config if not _in(name, _FREE | _ROUNDING)}
+    for name in ("train", "validation"):
+        data = manifest.get("dataset", {}).get(name, {})
+        for key in ("sha256", "tokens_sha256"):  # of the file; of the rows under the tokenizer, with weights
+            flat[f"dataset.{name}.{key}"] = data.get(key)
+    base = manifest.get("base", {})
+    return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters")}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where two identities differ, in words."""
+    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in new if old.get(key) != new[key]]
+
+
+def rounding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs and changes how sums are rounded: layout, mesh, device, versions."""
+
+    def parts(manifest: dict[str, Any]) -> dict[str, Any]:
+        config = _flat(manifest.get("config", {}), "")
+        flat = {name: value for name, value in config if _in(name, _ROUNDING)}
+        own = {key: manifest.get(key) or {} for key in ("mesh", "device", "packages", "code")}
+        return flat | {name: value for name, value in _flat(own, "") if name != "code.dirty"}
+
+    return differences(parts(old), parts(new))
+
+
+def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def _in(name: str, fields: set[str]) -> bool:
+    return name in fields or name.partition(".")[0] in fields
+
+
+def _tokens_hash(rows: list[RenderedRow]) -> str:
+    """SHA-256 over each row's length, tokens and weights."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.int64(len(row.tokens)).tobytes())
+        digest.update(np.asarray(row.tokens, np.int32).tobytes())
+        digest.update(np.asarray(row.weights, np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that holds `folder`; nulls outside a checkout."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    sha = git("rev-parse", "HEAD")
+    if sha is None and "JAXLORA_GIT_SHA" in os.environ:  # a copy without .git; the launcher says what it is
+        return {"git_sha": os.environ["JAXLORA_GIT_SHA"], "dirty": os.environ.get("JAXLORA_GIT_DIRTY") == "1"}
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"git_sha": sha, "dirty": None if changes is None else bool(changes)}
