@@ -22,9 +22,9 @@ import threading
 import time
 import urllib.request
 import uuid
+from collections import Counter
 from contextlib import suppress
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this 
 SHUTDOWN_SECONDS = 60
 _FAILED = "jaxlora/failed"
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
-_calls = count()  # the same on every host, because all make the same calls in the same order
+_calls: Counter[str] = Counter()  # by name; equal on all hosts, because all make the same calls
 
 
 # --- Joining ------------------------------------------------------------------------------------------------
@@ -142,14 +142,14 @@ def barrier(name: str, seconds: float = LIMIT_SECONDS) -> None:
       MachineError: not all came within the time; the message has the name.
     """
     if n_processes() > 1:
-        _meet(f"jaxlora/{next(_calls)}/{name}", name, seconds)
+        _meet(_next(name), name, seconds)
 
 
 def agree(flag: bool) -> bool:
     """True on every process if it is True on any. About a millisecond; does not wait for the devices."""
     if n_processes() == 1:
         return flag
-    key, client = f"jaxlora/{next(_calls)}/agree", _state().client
+    key, client = _next("agree"), _state().client
     if flag:
         client.key_value_set(f"{key}/{_state().process_id}", "1")
     _meet(key + "/here", "agree", LIMIT_SECONDS)
@@ -160,7 +160,7 @@ def broadcast(value: Any, seconds: float = LIMIT_SECONDS) -> Any:
     """Process 0's value, on every process; anything that JSON can hold."""
     if n_processes() == 1:
         return value
-    key, client = f"jaxlora/{next(_calls)}/broadcast", _state().client
+    key, client = _next("broadcast"), _state().client
     if is_main():
         client.key_value_set(key, json.dumps(value))
     try:
@@ -273,6 +273,12 @@ def _meet(key: str, name: str, seconds: float) -> None:
         raise MachineError(
             f"not all hosts reached '{name}' within {seconds:g} s: {_first_line(error)}"
         ) from None
+
+
+def _next(name: str) -> str:
+    """A key that no earlier call had. Calls by different names may come from different threads."""
+    _calls[name] += 1
+    return f"jaxlora/{name}/{_calls[name]}"
 
 
 def _first_line(error: Exception) -> str:
