@@ -26,7 +26,7 @@ class TrainingDisplay:
         self._shapes: set[tuple[str, tuple[int, ...]]] = set()
         self._times: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._flops_per_token = 4 * count_matrix_parameters(job.spec.config)
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         self._device = device
         peak = peak_flops(device)
         self._peak = peak * job.mesh.size if peak else None
