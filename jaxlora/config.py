@@ -23,12 +23,18 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jaxlora.errors import UserError
+from jaxlora.redact import holds_secret
 
 # Strict about names and about infinities; lenient about "8" for 8, because overrides arrive as text.
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+_LARGEST = 2**31 - 1  # of a whole number: array sizes and positions are int32
+Positive = Annotated[int, Field(gt=0, le=_LARGEST)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+Rank = Annotated[int, Field(gt=0, le=65_536)]
+Epochs = Annotated[int, Field(gt=0, le=10_000)]
+Length = Annotated[int, Field(gt=0, le=1 << 24)]  # of text in tokens
+Axis = Annotated[int, Field(ge=-1, le=1 << 20)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -59,7 +65,7 @@ class LoraConfig:
     """Which projections get an adapter, and its size."""
 
     condition: Condition = _doc("adapter placement", "all_layer")
-    rank: Positive = _doc("r, the inner dimension", 8)
+    rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Rate = _doc("the update is scaled by alpha / rank", 32.0)
     output_head: bool = _doc("adapt the output head as well (needs an untied head)", False)
 
@@ -85,7 +91,7 @@ class DataConfig:
     validation_path: str = _doc("rendered validation rows", "rendered/val.jsonl")
     train_rows: Positive | None = _doc("use only the first rows; none: all", None)
     validation_rows: Positive | None = _doc("use only the first rows; none: all", None)
-    max_length: Positive = _doc("longest row in tokens; longer rows are bad rows", 4096)
+    max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
     on_bad_row: Literal["error", "skip"] = _doc(
         "stop at a row that cannot be used, or count and skip", "error"
     )
@@ -98,11 +104,11 @@ class TrainConfig:
     """Steps, batches, validation and checkpoints."""
 
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
-    epochs: Positive = _doc("passes over the rows, in file order", 2)
+    epochs: Epochs = _doc("passes over the rows, in file order", 2)
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
     buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 4)
-    buffer_multiple: Positive = _doc("buffer lengths are multiples of this many tokens", 128)
-    max_buffer_tokens: Positive = _doc("a step's rows are split over several buffers above this", 16384)
+    buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
+    max_buffer_tokens: Length = _doc("a step's rows are split over several buffers above this", 16384)
     validation_every: Positive = _doc("validate and checkpoint each this many steps, and at epoch ends", 1000)
     validation_merge: Count = _doc("skip such a step up to this many steps before an epoch's end", 250)
     validation_batch_rows: Positive = _doc("rows of one validation batch", 16)
@@ -117,9 +123,9 @@ class TrainConfig:
 class MeshConfig:
     """Axes of the device mesh; one of them may be -1: all that is left."""
 
-    data: Annotated[int, Field(ge=-1)] = _doc("copies of the base, each with its share of tokens", 1)
-    fsdp: Annotated[int, Field(ge=-1)] = _doc("the base's weights and the tokens are split over these", -1)
-    tensor: Annotated[int, Field(ge=-1)] = _doc("heads and hidden units are split over these", 1)
+    data: Axis = _doc("copies of the base, each with its share of tokens", 1)
+    fsdp: Axis = _doc("the base's weights and the tokens are split over these", -1)
+    tensor: Axis = _doc("heads and hidden units are split over these", 1)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -128,7 +134,7 @@ class EvalConfig:
 
     benchmark: str = _doc("GSM8K test rows: JSONL file or Hub dataset", "openai/gsm8k")
     problems: Positive | None = _doc("use only the first problems; none: all", None)
-    max_new_tokens: Positive = _doc("longest answer in tokens", 512)
+    max_new_tokens: Length = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
     merge_adapter: bool = _doc("fold the adapter into the weights before decoding", True)
     after_training: bool = _doc("evaluate the base and the selected adapter when training ends", False)
@@ -219,7 +225,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
         raise UserError(f"{path}: {_one_line(error)}") from None
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: cannot be run as Python: {type(error).__name__}: {error}") from None
     if not callable(namespace.get("get_config")):
         raise UserError(f"{path}: defines no get_config(); it must return a jaxlora.config.RunConfig")
@@ -227,7 +233,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
         config = namespace["get_config"]()
     except ValidationError as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from None
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
@@ -293,7 +299,7 @@ def _allowed(kind: Any) -> str:
         for extra in extras:
             for rule in getattr(extra, "metadata", []):
                 for symbol, attribute in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le")):
-                    if hasattr(rule, attribute):
+                    if getattr(rule, attribute, _LARGEST) != _LARGEST:
                         words.append(f"{symbol} {getattr(rule, attribute)}")
         return " ".join(words)
     if get_origin(kind) is Literal:
@@ -345,17 +351,35 @@ def _one_line(error: ValidationError) -> str:
         name = name.rpartition(".")[0]  # the branch of a union, such as `train_rows.int`
     if name not in kinds:
         return f"config.{name}: unknown field; {_closest(name)}"
-    given = json.dumps(problem["input"], default=str)
-    return f"config.{name}: {given} is not allowed; give {_allowed(kinds[name])}"
+    given, allowed = json.dumps(problem["input"], default=str), _allowed(kinds[name])
+    if problem["type"] == "less_than_equal" and "<=" not in allowed:
+        allowed += f", at most {_LARGEST}"
+    return f"config.{name}: {given} is not allowed; give {allowed}"
 
 
 _SWEPT = ("conditions", "seeds", "ranks", "learning_rates", "batch_rows")
 
 
+def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_texts(value, f"{group}{name}.")
+        elif isinstance(value, str):
+            if not value or not value.isprintable() or len(value) > 1000:
+                raise UserError(
+                    f"{group}{name}: {value!r:.80} is not allowed; give up to 1000 printable characters"
+                )
+            if holds_secret(value):
+                raise UserError(f"{group}{name}: holds a key or token; export it in the environment instead")
+
+
 def _check_combinations(config: RunConfig) -> None:
+    _check_texts(to_dict(config))
     for field in ("prefix", "name"):
         given = getattr(config, field)
-        if given is not None and (not given or any(c in given for c in "/\\\0") or given.startswith(".")):
+        if given is not None and (
+            any(c in given for c in "/\\") or given.startswith(".") or len(given) > 100
+        ):
             raise UserError(f"config.{field}: {given!r} is not allowed; give a plain name without slashes")
     lists = {f"sweep.{name}": getattr(config.sweep, name) for name in _SWEPT}
     for field, values in (lists | {"selection.learning_rates": config.selection.learning_rates}).items():
