@@ -83,17 +83,7 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
 
     def prefill(state: DecodeState, lora: Tree, frozen: Tree, tokens, lengths, slots, limits):
         model = spec.bind(lora, frozen)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
-
-        def attend(q, k, v, cache):
-            keys, values = (
-                old.at[slots, : k.shape[1]].set(new, mode="drop")
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            return segment_attention(q, k, v, segment_ids, backend), (keys, values)
-
-        hidden, cache = model(tokens, positions, attend, state.cache)
+        hidden, cache = prefill_hidden(model, state.cache, tokens, lengths, slots, backend)
         final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         first = greedy(model, final)
         old = state.output.at[slots].get(mode="clip"), state.n_new.at[slots].get(mode="clip")
@@ -125,20 +115,8 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla",
     def step(lora: Tree, frozen: Tree, window: int, state: DecodeState) -> DecodeState:
         model = spec.bind(lora, frozen)
         rows = jnp.arange(state.last.shape[0])
-        # An idle slot writes beyond the cache, which is dropped.
-        place = jnp.where(state.active, state.lengths, state.cache[0][0].shape[1])
-        filled = jnp.where(state.active, state.lengths + 1, 1)
-
-        def attend(q, k, v, cache):
-            keys, values = (
-                old.at[rows, place].set(new[:, 0], mode="drop")
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
-            return y[:, None], (keys, values)
-
-        hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
-        token = jnp.where(state.active, greedy(model, hidden[:, 0]), state.last)
+        hidden, cache = decode_hidden(model, state, window, backend)
+        token = jnp.where(state.active, greedy(model, hidden), state.last)
         n_new = state.n_new + state.active
         column = jnp.where(state.active, state.n_new, state.output.shape[1])
         return DecodeState(
@@ -160,6 +138,38 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla",
         return jax.lax.while_loop(more, lambda c: (c[0] + 1, body(c[1])), (0, state))[1]
 
     return jax.jit(decode, static_argnums=3, donate_argnums=0)
+
+
+def prefill_hidden(model: Qwen3, cache, tokens, lengths, slots, backend: str):
+    """States `[rows, length, hidden]` of prompts, and the cache with their keys and values in these slots."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
+
+    def attend(q, k, v, cache):
+        keys, values = (
+            old.at[slots, : k.shape[1]].set(new, mode="drop") for old, new in zip(cache, (k, v), strict=True)
+        )
+        return segment_attention(q, k, v, segment_ids, backend), (keys, values)
+
+    return model(tokens, positions, attend, cache)
+
+
+def decode_hidden(model: Qwen3, state: DecodeState, window: int, backend: str):
+    """States `[slots, hidden]` of the newest tokens, and the cache with their keys and values."""
+    rows = jnp.arange(state.last.shape[0])
+    # An idle slot writes beyond the cache, which is dropped.
+    place = jnp.where(state.active, state.lengths, state.cache[0][0].shape[1])
+    filled = jnp.where(state.active, state.lengths + 1, 1)
+
+    def attend(q, k, v, cache):
+        keys, values = (
+            old.at[rows, place].set(new[:, 0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
+        )
+        y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
+        return y[:, None], (keys, values)
+
+    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
+    return hidden[:, 0], cache
 
 
 def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
