@@ -28,16 +28,23 @@ _PEAK_FLOPS = {
 }
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxlora/compiled."""
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "jaxlora" / "compiled"))
+def cache_folder(config: RunConfig) -> Path:
+    """Where compiled programs are kept: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxlora/compiled.
+
+    Of several hosts only the first one writes them, so all read them from the folder that they share.
+    """
+    if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(named)
+    if hosts.n_processes() > 1:
+        return Path(config.results_dir).resolve() / ".compiled"
+    return Path.home() / ".cache" / "jaxlora" / "compiled"
 
 
 def setup(config: RunConfig) -> None:
     """What must precede the first array: joining the hosts, the compilation cache, full float32 products."""
     hosts.start()
     console.quiet = not hosts.is_main()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.model.dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")

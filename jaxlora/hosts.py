@@ -23,7 +23,8 @@ import time
 import urllib.request
 import uuid
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,7 @@ HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this 
 SHUTDOWN_SECONDS = 60
 _FAILED = "jaxlora/failed"
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+_listeners: list[Callable[[str], None]] = []
 _calls: Counter[str] = Counter()  # by name; equal on all hosts, because all make the same calls
 
 
@@ -221,6 +223,16 @@ def _tell_others(message: str, exit_code: int) -> None:
     _leave(exit_code)
 
 
+@contextmanager
+def on_other_failure(call: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `call(message)` runs when another process has failed, just before this one ends for it."""
+    _listeners.append(call)
+    try:
+        yield
+    finally:
+        _listeners.remove(call)
+
+
 def _watch_others() -> None:
     """Start looking for announcements of other hosts once a second, until this process ends in order."""
     ended = threading.Event()
@@ -248,7 +260,10 @@ def _watch(ended: threading.Event) -> None:
             message, exit_code = json.loads(text)
             with suppress(jax.errors.JaxRuntimeError):  # the failed process may not wait
                 client.wait_at_barrier(_FAILED, 5000)
-            _end(f"process {key.rpartition('/')[2]} failed: {message}", exit_code)
+            text = f"process {key.rpartition('/')[2]}: {message}"
+            for call in list(_listeners):
+                call(text)
+            _end(text, exit_code)
 
 
 def _end(message: str, exit_code: int) -> NoReturn:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from jaxlora.errors import on_failure
+
 PREEMPTED = 75  # stopped by SIGTERM: start the same command again
 INTERRUPTED = 130  # stopped by Ctrl-C
 _CODES: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
@@ -84,6 +86,8 @@ class Stop:
     def _leave(self, message: str) -> NoReturn:
         _say(message)
         assert self.signum is not None
+        for call in on_failure:
+            call(message, _CODES[self.signum])
         os._exit(_CODES[self.signum])
 
 

@@ -86,6 +86,7 @@ class RunDirectory:
         Raises:
           UserError: the run is finished, belongs to another configuration, or is being written now.
         """
+        hosts.check_shared(job.config.results_dir)
         manifest = make_manifest(job)
         run = cls(job, manifest)
         if not hosts.is_main():

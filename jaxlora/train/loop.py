@@ -26,7 +26,7 @@ from jaxlora.checkpoints.huggingface import load_base, random_base
 from jaxlora.checkpoints.peft import import_adapter
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.data.batches import train_batches, validation_batches
-from jaxlora.errors import UserError
+from jaxlora.errors import MachineError, UserError
 from jaxlora.lora import check_lora, count_trainable, init_lora
 from jaxlora.models.qwen3 import Tree
 from jaxlora.progress import console
@@ -106,9 +106,14 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
 
 @contextmanager
 def _failures(run: RunDirectory, at: Position) -> Iterator[None]:
-    """Write `failure.json` for whatever goes wrong inside."""
+    """Write `failure.json` for whatever goes wrong inside, here or in another process."""
+
+    def elsewhere(message: str) -> None:
+        run.write_failure(at.stage, at.step, MachineError(message), message)
+
     try:
-        yield
+        with hosts.on_other_failure(elsewhere):
+            yield
     except (Interrupted, KeyboardInterrupt):
         raise
     except BaseException as error:
