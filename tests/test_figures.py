@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -14,7 +15,7 @@ from study_fixtures import build_study
 
 from jaxlora.study import drawings, tables, training_tables
 from jaxlora.study.comparison import compare
-from jaxlora.study.figures import draw_figures, to_csv, write_figure
+from jaxlora.study.figures import draw_figures, is_current, plan_figures, to_csv, write_figure
 from jaxlora.study.results import load_study
 
 NAMES = {
@@ -41,9 +42,10 @@ def comparison(study):
 
 @pytest.fixture(scope="module")
 def folder(study, comparison):
-    drawn, absent = draw_figures(study, comparison, study.directory / "report" / "figures")
-    assert {table.name for table in drawn} == NAMES
+    figures, absent = plan_figures(study, comparison)
+    assert {table.name for table, _ in figures} == NAMES
     assert absent == []
+    draw_figures(figures, study.directory / "report" / "figures", study.directory)
     return study.directory / "report" / "figures"
 
 
@@ -87,8 +89,13 @@ def test_the_csv_holds_the_values_in_full_precision(folder, comparison):
 
 def test_a_study_without_evaluations_still_draws_its_training(study, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxlora.study.figures.write_figure", lambda *_: None)
-    drawn, absent = draw_figures(study, None, tmp_path)
-    assert {table.name for table in drawn} == NAMES - {"primary_comparison", "gsm8k_accuracy", "disagreement"}
+    figures, absent = plan_figures(study, None)
+    draw_figures(figures, tmp_path, study.directory)
+    assert {table.name for table, _ in figures} == NAMES - {
+        "primary_comparison",
+        "gsm8k_accuracy",
+        "disagreement",
+    }
     assert absent == ["Without an evaluation there is no comparison to draw."]
 
 
@@ -102,8 +109,36 @@ def test_conditions_differ_in_lightness_marker_and_line():
     for part in ("marker", "linestyle", "color"):
         assert len({look[part] for look in looks.values()}) == 3
     assert drawings.looks(["all_layer"])["all_layer"] == looks["all_layer"]  # the same in every figure
-    others = drawings.looks(["rank-1", "rank-2", "rank-4"])
+    others = drawings.looks(["one", "two", "three"])
     assert len({look["color"] for look in others.values()}) == 3
+
+
+def test_settings_of_one_condition_keep_its_hue_and_differ_in_lightness_and_marker():
+    names = [f"{c}-rank-{r}" for c in ("attention_only", "all_layer") for r in (1, 4, 16)]
+    looks = drawings.looks(names)
+    assert list(looks) == names  # by number, not by letter
+    assert (
+        looks["all_layer-rank-1"]["color"].lower()
+        == drawings.looks(["all_layer"])["all_layer"]["color"].lower()
+    )
+    for condition in ("attention_only", "all_layer"):
+        own = [look for name, look in looks.items() if name.startswith(condition)]
+        sums = [sum(to_rgb(look["color"])) for look in own]
+        assert sums == sorted(sums)
+        assert len({look["marker"] for look in own}) == 3
+
+
+def test_a_figure_is_current_until_its_data_its_files_or_its_inputs_change(
+    folder, study, comparison, tmp_path
+):
+    table = training_tables.validation(study)
+    write_figure(table, drawings.draw_validation, tmp_path, study.directory)
+    assert is_current(table, tmp_path, study.directory)
+    changed = dataclasses.replace(table, rows=table.rows[:-1])
+    assert not is_current(changed, tmp_path, study.directory)
+    picture = tmp_path / f"{table.name}.png"
+    picture.write_bytes(picture.read_bytes()[:-1])
+    assert not is_current(table, tmp_path, study.directory)
 
 
 def test_an_axis_that_does_not_begin_at_zero_says_so_and_bars_begin_there(study, comparison):

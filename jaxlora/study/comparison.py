@@ -9,7 +9,7 @@ it). Counts and means are exact fractions until they are written. Tests and inte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -21,9 +21,9 @@ from scipy import stats
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import aggregate
 from jaxlora.records import Record
+from jaxlora.study.grid import condition_of, setting_key
 
 WINNER_THRESHOLD = 0.01  # a smaller difference of condition means is "inconclusive"; fixed before the runs
-CONDITION_ORDER = ("attention_only", "mlp_only", "all_layer")
 SCORES = {"strict": "correct", "numeric": "correct_numeric"}  # score -> field of a prediction record
 RESAMPLES = 9999
 CONFIDENCE = 0.95
@@ -31,12 +31,21 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The predictions of one model; `condition` and `seed` are None for the untouched base."""
+    """The predictions of one model; `condition` and `seed` are None for the untouched base.
+
+    `setting` is the condition with whatever else a sweep varies, as `all_layer-rank-4`; None: nothing else.
+    """
 
     run_id: str
     condition: str | None
     seed: int | None
     records: tuple[Record, ...]
+    setting: str | None = None
+
+    @property
+    def group(self) -> str | None:
+        """What is compared: the models of one group differ in their seed only."""
+        return self.setting or self.condition
 
     def outcomes(self, score: str) -> np.ndarray:
         """1 where the answer is right, else 0: int64 [problems], in benchmark order."""
@@ -66,10 +75,7 @@ def compare(
         "baseline": None if baseline is None else _run_row(baseline, None),
         "runs": [_run_row(run, baseline) for group in groups.values() for run in group],
         "conditions": [_condition_row(name, runs, baseline, resamples) for name, runs in groups.items()],
-        "pairs": [
-            _pair_row(groups, first, second, threshold, resamples)
-            for first, second in combinations(groups, 2)
-        ],
+        "pairs": [_pair_row(groups, first, second, threshold, resamples) for first, second in _pairs(groups)],
     }
 
 
@@ -79,7 +85,7 @@ def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
     seen: dict[tuple[str | None, int | None], str] = {}
     first = evaluations[0]
     for evaluation in evaluations:
-        key = (evaluation.condition, evaluation.seed if evaluation.condition else None)
+        key = (evaluation.group, evaluation.seed if evaluation.condition else None)
         if key in seen:
             raise UserError(f"{evaluation.run_id} and {seen[key]} have the same condition and seed; keep one")
         seen[key] = evaluation.run_id
@@ -96,14 +102,21 @@ def _problems(evaluation: Evaluation) -> list[tuple[Any, ...]]:
 
 
 def _by_condition(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
-    """Adapters by condition, in the order of CONDITION_ORDER and then by name; seeds ascending."""
-    names = {evaluation.condition for evaluation in evaluations if evaluation.condition is not None}
-    known = [name for name in CONDITION_ORDER if name in names]
-    ordered = known + sorted(names.difference(known))
+    """Adapters by group, in the order of `setting_key`; seeds ascending."""
+    names = {evaluation.group for evaluation in evaluations if evaluation.group is not None}
     return {
-        name: sorted((run for run in evaluations if run.condition == name), key=lambda run: run.seed or 0)
-        for name in ordered
+        name: sorted((run for run in evaluations if run.group == name), key=lambda run: run.seed or 0)
+        for name in sorted(names, key=setting_key)
     }
+
+
+def _pairs(groups: Iterable[str]) -> list[tuple[str, str]]:
+    """Two conditions that share all else: ranks, rates or batches of one condition are not paired."""
+
+    def rest(group: str) -> str:
+        return group.removeprefix(condition_of(group))
+
+    return [(first, second) for first, second in combinations(groups, 2) if rest(first) == rest(second)]
 
 
 # --- One model, one condition -------------------------------------------------------------------------------
@@ -113,7 +126,7 @@ def _run_row(run: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
     delta = {score: baseline and run.correct(score) - baseline.correct(score) for score in SCORES}
     return {
         "run_id": run.run_id,
-        "condition": run.condition,
+        "condition": run.group,
         "seed": run.seed,
         **aggregate(run.records),
         "delta_correct_strict": delta["strict"],

@@ -13,12 +13,13 @@ from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxlora.records import Record
 from jaxlora.study import tables
-from jaxlora.study.results import condition_key
+from jaxlora.study.grid import condition_of, setting_key
 from jaxlora.study.tables import Table
 
 # Dark, light and middle: told apart by lightness alone. The hues are those of Okabe and Ito, adjusted.
@@ -32,6 +33,7 @@ _OTHER_LOOKS: list[dict[str, Any]] = [
     {"color": "#56B4E9", "marker": "v", "linestyle": (0, (5, 1, 1, 1))},
     {"color": "#222222", "marker": "P", "linestyle": (0, (1, 1))},
 ]
+_MARKERS = "osD^vP*Xph"
 _INK = "#222222"
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 9}
 _NOT_FROM_ZERO = "(axis does not begin at zero)"
@@ -40,11 +42,30 @@ _NOT_FROM_ZERO = "(axis does not begin at zero)"
 # --- Shared parts -------------------------------------------------------------------------------------------
 
 
-def looks(conditions: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line style by condition; the study's conditions look the same in every figure."""
-    names = sorted(set(conditions), key=condition_key)
+def looks(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style by setting; the study's conditions look the same in every figure.
+
+    Several settings of one condition (ranks, say) keep its hue and go from dark to light, with a marker each.
+    """
+    names = sorted(set(settings), key=setting_key)
     others = cycle(_OTHER_LOOKS)
-    return {name: _KNOWN_LOOKS.get(name) or next(others) for name in names}
+    by_condition: dict[str, list[str]] = {}
+    for name in names:
+        by_condition.setdefault(condition_of(name), []).append(name)
+    found = {}
+    for condition, members in by_condition.items():
+        look = _KNOWN_LOOKS.get(condition) or next(others)
+        for place, name in enumerate(members):
+            found[name] = look
+            if len(members) > 1:
+                paler = _mixed(look["color"], 0.65 * place / (len(members) - 1))
+                found[name] = look | {"color": paler, "marker": _MARKERS[place % len(_MARKERS)]}
+    return found
+
+
+def _mixed(color: str, white: float) -> str:
+    """The colour with a share of white."""
+    return to_hex(tuple(part + (1 - part) * white for part in to_rgb(color)))  # type: ignore[arg-type]
 
 
 def _canvas(table: Table, height: float, width: float = 7.0) -> tuple[Figure, Axes]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from jaxlora.progress import progress_bar
-from jaxlora.records import Record, write_json_atomic, write_text_atomic
+from jaxlora.records import Record, read_json, write_json_atomic, write_text_atomic
 from jaxlora.study import drawings, tables, training_tables
 from jaxlora.study.results import Study
 from jaxlora.study.tables import Table
 
+ENDS = (".png", ".pdf", ".csv")
 _SETTINGS: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -39,30 +41,28 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def draw_figures(
-    study: Study, comparison: dict[str, Any] | None, folder: Path
-) -> tuple[list[Table], list[str]]:
-    """Write all figures that the study has data for into `folder`.
+Drawing = Callable[[Table], Figure]
 
-    Returns the tables that were drawn, and one sentence for each figure that could not be.
-    """
-    figures = _figures(study, comparison)
-    drawn, absent = [], []
+
+def draw_figures(figures: Sequence[tuple[Table, Drawing]], folder: Path, root: Path) -> None:
+    """Write these figures into `folder`; the paths of their inputs are named relative to `root`."""
     with progress_bar("drawing figures", total=len(figures), unit="figures") as advance:
         for table, draw in figures:
-            if isinstance(table, str):
-                absent.append(table)
-            else:
-                write_figure(table, draw, folder, study.directory)
-                drawn.append(table)
+            write_figure(table, draw, folder, root)
             advance(1)
-    return drawn, absent
 
 
-def _figures(
+def plan_figures(
     study: Study, comparison: dict[str, Any] | None
-) -> list[tuple[Table | str, Callable[[Table], Figure]]]:
-    figures: list[tuple[Table | str, Callable[[Table], Figure]]] = []
+) -> tuple[list[tuple[Table, Drawing]], list[str]]:
+    """The figures that the study has data for, and one sentence for each that it has not."""
+    figures = _figures(study, comparison)
+    absent = [table for table, _ in figures if isinstance(table, str)]
+    return [(table, draw) for table, draw in figures if isinstance(table, Table)], absent
+
+
+def _figures(study: Study, comparison: dict[str, Any] | None) -> list[tuple[Table | str, Drawing]]:
+    figures: list[tuple[Table | str, Drawing]] = []
     if comparison is None:
         figures.append(("Without an evaluation there is no comparison to draw.", drawings.draw_table))
     else:
@@ -98,18 +98,30 @@ def write_figure(table: Table, draw: Callable[[Table], Figure], folder: Path, ro
         no_dates = {"CreationDate": None, "Producer": None, "Creator": None}
         figure.savefig(folder / f"{table.name}.pdf", metadata=no_dates)
     write_text_atomic(folder / f"{table.name}.csv", to_csv(table))
-    provenance = {
+    write_json_atomic(folder / f"{table.name}.provenance.json", provenance(table, folder, root))
+
+
+def is_current(table: Table, folder: Path, root: Path) -> bool:
+    """Whether the figure's files are there, and are what would be written now: same data, same code."""
+    files = [folder / f"{table.name}{end}" for end in (*ENDS, ".provenance.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    same_data = (folder / f"{table.name}.csv").read_text(encoding="utf-8") == to_csv(table)
+    return same_data and read_json(files[-1]) == provenance(table, folder, root)
+
+
+def provenance(table: Table, folder: Path, root: Path) -> Record:
+    """What a figure was made from and by, and the hashes of its own files as they are now."""
+    code = b"".join(Path(module.__file__ or "").read_bytes() for module in (drawings, sys.modules[__name__]))
+    return {
         "figure": table.name,
         "title": table.title,
         "note": table.note,
         "inputs": [_file_entry(path, path.relative_to(root)) for path in dict.fromkeys(table.inputs)],
-        "outputs": [
-            _file_entry(folder / name, Path(name))
-            for name in (table.name + end for end in (".png", ".pdf", ".csv"))
-        ],
+        "outputs": [_file_entry(folder / f"{table.name}{end}", Path(f"{table.name}{end}")) for end in ENDS],
+        "code_sha256": hashlib.sha256(code).hexdigest(),
         "matplotlib": matplotlib.__version__,
     }
-    write_json_atomic(folder / f"{table.name}.provenance.json", provenance)
 
 
 def _file_entry(path: Path, shown: Path) -> Record:

@@ -5,7 +5,7 @@ Every sentence follows from the comparison and the runs' own records; what is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxlora.records import Record
@@ -35,7 +35,7 @@ def headline(comparison: dict[str, Any] | None) -> str:
     if comparison is None:
         return "No verdict: no finished evaluation was found."
     if not comparison["pairs"]:
-        return "No verdict: fewer than two conditions were evaluated."
+        return "No verdict between conditions: only one was evaluated, or none with the other's settings."
     winners = [pair["strict"]["verdict"] for pair in comparison["pairs"]]
     if set(winners) == {"inconclusive"}:
         return "Inconclusive: no condition is called better."
@@ -152,20 +152,34 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def totals(study: Study, accounting_rows: Sequence[Record]) -> list[tuple[str, str]]:
-    """Hours, tokens and cost of all training runs together; "not recorded" where one run lacks the number."""
-
-    def added(name: str, show: Any) -> str:
-        values = [row.get(name) for row in accounting_rows]
-        known = [value for value in values if value is not None]
-        return show(sum(known)) if values and len(known) == len(values) else "not recorded for every run"
-
+    """Tokens of all training runs together; "not recorded" where one run lacks the number."""
     return [
         ("training runs", str(len(study.runs))),
-        ("hours of steps, all runs", added("hours", "{:.2f}".format)),
-        ("train tokens, all runs", added("train_tokens", whole)),
-        ("validation tokens, all runs", added("validation_tokens", whole)),
-        ("cost, all runs", added("cost", "{:.2f}".format)),
+        ("train tokens, all runs", _added([row.get("train_tokens") for row in accounting_rows], whole)),
+        (
+            "validation tokens, all runs",
+            _added([row.get("validation_tokens") for row in accounting_rows], whole),
+        ),
     ]
+
+
+def measured(study: Study, throughput_rows: Sequence[Record]) -> list[tuple[str, str]]:
+    """Times and cost of the whole study: what differs when it is repeated."""
+    hours = [row["hours"] for row in throughput_rows]
+    hours += [None] * (len(study.runs) - len(hours))
+    evaluations = [summary.get("seconds") for summary in study.evaluation_summaries.values()]
+    return [
+        ("hours of training steps, all runs", _added(hours, "{:.2f}".format)),
+        ("hours of decoding, all evaluations", _added(evaluations, lambda total: f"{total / 3600:.2f}")),
+        ("cost, all runs", _added([run.summary.get("cost") for run in study.runs], "{:.2f}".format)),
+    ]
+
+
+def _added(values: Sequence[Any], show: Callable[[Any], str]) -> str:
+    """The sum; "not recorded" where one value is missing."""
+    if not values or None in values:
+        return "not recorded for every run"
+    return show(sum(values))
 
 
 def evaluation_settings(study: Study) -> list[tuple[str, str]]:
@@ -217,8 +231,8 @@ def limits(study: Study, comparison: dict[str, Any] | None, accounting_rows: Seq
             "answers. Whether the base had seen the benchmark before is not known."
         )
     sizes = {
-        study_run.condition: row["adapter_parameters"]
-        for study_run, row in zip(study.runs, accounting_rows, strict=True)
+        run.setting: row["adapter_parameters"]
+        for run, row in zip(study.runs, accounting_rows, strict=True)
         if row.get("adapter_parameters") is not None
     }
     if len(set(sizes.values())) > 1:
@@ -227,8 +241,11 @@ def limits(study: Study, comparison: dict[str, Any] | None, accounting_rows: Seq
             f"The conditions differ in size as well as in place (trainable parameters: {listed}), so this "
             "comparison does not tell the two apart."
         )
-    rates = sorted({value for run in study.trials if (value := run.learning_rate()) is not None})
-    if rates:
+    compared = sorted({value for by_rate in study.by_rate().values() for value in by_rate})
+    rates = compared if study.trials else []
+    if compared and not rates:
+        lines.append(f"Learning rates were compared among {', '.join(map(rate, compared))} and no others.")
+    elif rates:
         steps = max((max(run.validation_nll(), default=0) for run in study.trials), default=0)
         lines.append(
             f"Learning rates were chosen among {', '.join(map(rate, rates))} on runs of {steps:,} steps; "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -21,16 +22,18 @@ import jinja2
 from markupsafe import Markup
 
 from jaxlora import __version__
+from jaxlora.data.gates import sha256_of
+from jaxlora.evals.answers import strict_match
 from jaxlora.records import write_json_atomic, write_text_atomic
-from jaxlora.study import findings, training_tables
+from jaxlora.study import findings
 from jaxlora.study.comparison import WINNER_THRESHOLD, compare
-from jaxlora.study.figures import draw_figures
+from jaxlora.study.figures import draw_figures, plan_figures
 from jaxlora.study.results import Study, load_study
-from jaxlora.study.tables import Table
 
 TEMPLATES = Path(__file__).parent / "templates"
 _AS_TABLE = ("primary_comparison", "accounting")  # shown as a table; their pictures are for slides
 _WITH_ROWS = ("gsm8k_accuracy", "disagreement", "learning_rate_selection")  # a figure, and its rows below it
+_MEASURED = "throughput"  # all measured times are in its section, so that the rest can be compared
 _ARTIFACTS = (
     "manifest.json",
     "metrics.jsonl",
@@ -50,23 +53,53 @@ def make_report(results: Path, prefix: str, folder: Path, threshold: float = WIN
     Raises `UserError` where the results are broken or cannot be compared; what is only absent is reported.
     """
     study = load_study(results, prefix)
-    comparison = compare(study.evaluations, threshold) if study.evaluations else None
-    if comparison is not None:
-        write_json_atomic(folder / "comparison.json", comparison)
-    else:
-        (folder / "comparison.json").unlink(missing_ok=True)
-    drawn, not_drawn = draw_figures(study, comparison, folder / "figures")
-    content = _content(study, comparison, drawn, not_drawn, folder)
-    write_text_atomic(folder / "report.md", _environment().get_template("report.md.j2").render(content))
-    write_text_atomic(folder / "report.html", _html(study, content, folder / "figures"))
+    comparison = write_comparison(study, folder, threshold)
+    figures, _ = plan_figures(study, comparison)
+    draw_figures(figures, folder / "figures", study.directory)
+    for name, text in render_report(study, comparison, folder).items():
+        write_text_atomic(folder / name, text)
     return folder / "report.html"
 
 
-def _content(
-    study: Study, comparison: dict[str, Any] | None, drawn: list[Table], not_drawn: list[str], folder: Path
-) -> dict[str, Any]:
-    accounting = training_tables.accounting(study)
-    rows = accounting.rows if isinstance(accounting, Table) else ()
+def write_comparison(
+    study: Study, folder: Path, threshold: float = WINNER_THRESHOLD
+) -> dict[str, Any] | None:
+    """Compare, and write `comparison.json`; without any evaluation there is none, and none stays behind."""
+    if not study.evaluations:
+        (folder / "comparison.json").unlink(missing_ok=True)
+        return None
+    comparison = compare(study.evaluations, threshold) | {"made_from": comparison_inputs(study, threshold)}
+    write_json_atomic(folder / "comparison.json", comparison)
+    return comparison
+
+
+def comparison_inputs(study: Study, threshold: float = WINNER_THRESHOLD) -> dict[str, Any]:
+    """What a comparison follows from: the threshold, the code, and every model's predictions by SHA-256."""
+    code = Path(inspect.getfile(compare)).read_bytes() + Path(inspect.getfile(strict_match)).read_bytes()
+    return {
+        "threshold": threshold,
+        "code_sha256": hashlib.sha256(code).hexdigest(),
+        "predictions_sha256": {
+            run.run_id: sha256_of(study.directory / run.run_id / "evaluation" / "predictions.jsonl")
+            for run in study.evaluations
+        },
+    }
+
+
+def render_report(study: Study, comparison: dict[str, Any] | None, folder: Path) -> dict[str, str]:
+    """The report's files by name; the pictures must be in `folder / "figures"`."""
+    content = _content(study, comparison, folder)
+    return {
+        "report.md": _environment().get_template("report.md.j2").render(content),
+        "report.html": _html(study, content, folder / "figures"),
+    }
+
+
+def _content(study: Study, comparison: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+    figures, not_drawn = plan_figures(study, comparison)
+    drawn = [table for table, _ in figures]
+    by_name = {table.name: table.rows for table in drawn}
+    rows = by_name.get("accounting", ())
     facts = findings.how_it_was_run(study)
     return {
         "version": __version__,
@@ -78,6 +111,8 @@ def _content(
         "as_table": _AS_TABLE,
         "with_rows": _WITH_ROWS,
         "totals": findings.totals(study, rows),
+        "measured": findings.measured(study, by_name.get(_MEASURED, ())),
+        "measured_table": _MEASURED,
         "how": [fact for fact in facts if not fact[0].startswith("config.")],
         "configuration": [fact for fact in facts if fact[0].startswith("config.")],
         "evaluation": findings.evaluation_settings(study),

@@ -10,6 +10,9 @@ Expected layout, each run with the files that `jaxlora.records` describes:
     <results>/<prefix>-<condition>-seed-<seed>/evaluation/ predictions.jsonl metrics.jsonl summary.json
     <results>/<prefix>-base/evaluation/                    the untouched base
     <results>/lr-selection/<prefix>-<condition>-lr-<lr>/   one run for each learning rate
+
+The runs of other grids say more in their ids, such as `<prefix>-<condition>-rank-<r>-lr-<lr>-seed-<seed>`.
+What stands between prefix and seed is a run's setting; runs of one setting differ in their seed only.
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ import json
 import math
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import rescore
 from jaxlora.records import Record, read_json, read_jsonl
-from jaxlora.study.comparison import CONDITION_ORDER, Evaluation
+from jaxlora.study.comparison import Evaluation
+from jaxlora.study.grid import TRIALS, rate_of, setting_key, setting_of, without_rate
 from jaxlora.study.selection import select_checkpoint
 
 
@@ -41,6 +47,7 @@ class Run:
     metrics: tuple[Record, ...]
     summary: Record
     failure: Record
+    setting: str = ""  # the condition, and whatever else the id says besides prefix and seed
 
     @property
     def status(self) -> str:
@@ -63,9 +70,9 @@ class Run:
         return select_checkpoint(nll) if any(map(math.isfinite, nll.values())) else None
 
     def learning_rate(self) -> float | None:
-        """The peak learning rate: from the directory's name (`...-lr-3e-4`), else from the configuration."""
-        if name := re.search(r"-lr-([0-9.eE+-]+)$", self.run_id):
-            return float(name[1])
+        """The peak learning rate: from the run's id (`...-lr-3e-4`), else from the configuration."""
+        if (named := rate_of(self.run_id)) is not None:
+            return named
         return ((self.manifest.get("config") or {}).get("optim") or {}).get("peak_lr")
 
     @property
@@ -99,7 +106,19 @@ class Study:
     def conditions(self) -> list[str]:
         names = {run.condition for run in (*self.runs, *self.trials)}
         names |= {evaluation.condition for evaluation in self.evaluations if evaluation.condition}
-        return sorted(names, key=condition_key)
+        return sorted(names, key=setting_key)
+
+    def by_rate(self) -> dict[str, dict[float, list[Run]]]:
+        """The runs that compare learning rates, by what they share and then by rate, seeds together.
+
+        They are the sweep's own where its ids name a rate, else the trials of the selection.
+        """
+        swept = [run for run in self.runs if rate_of(run.setting) is not None]
+        groups: dict[str, dict[float, list[Run]]] = {}
+        for run in swept or self.trials:
+            if (value := run.learning_rate()) is not None:
+                groups.setdefault(without_rate(run.setting), {}).setdefault(value, []).append(run)
+        return {name: dict(sorted(groups[name].items())) for name in sorted(groups, key=setting_key)}
 
     def evaluation_files(self) -> list[Path]:
         return [
@@ -109,9 +128,15 @@ class Study:
         ]
 
 
-def condition_key(name: str) -> tuple[int, str]:
-    """Sort key: the study's conditions in the study's order, others behind them by name."""
-    return (CONDITION_ORDER.index(name) if name in CONDITION_ORDER else len(CONDITION_ORDER), name)
+def lowest_nll(runs: Sequence[Run]) -> float | None:
+    """The lowest validation NLL of a run; of several that differ in their seed, the mean of each one's.
+
+    None where one of them failed, is unfinished or recorded no validation: it is then ineligible.
+    """
+    lowest = [min(run.validation_nll().values(), default=None) for run in runs if run.status == "completed"]
+    if not runs or len(lowest) < len(runs) or None in lowest:
+        return None
+    return fmean(value for value in lowest if value is not None)
 
 
 def load_study(directory: Path, prefix: str) -> Study:
@@ -121,14 +146,14 @@ def load_study(directory: Path, prefix: str) -> Study:
     base_id = f"{prefix}-base"
     absent: list[str] = []
     runs = _runs(directory, prefix, skip=base_id)
-    trials = _runs(directory / "lr-selection", prefix)
+    trials = _runs(directory / TRIALS, prefix)
     evaluations: list[Evaluation] = []
     summaries: dict[str, Record] = {}
-    for run_id, condition, seed in [
-        (base_id, None, None),
-        *((run.run_id, run.condition, run.seed) for run in runs),
+    for run_id, condition, seed, setting in [
+        (base_id, None, None, None),
+        *((run.run_id, run.condition, run.seed, run.setting) for run in runs),
     ]:
-        found = _evaluation(directory / run_id / "evaluation", run_id, condition, seed)
+        found = _evaluation(directory / run_id / "evaluation", run_id, condition, seed, setting)
         if found is None:
             what = "the untouched base" if condition is None else run_id
             absent.append(f"There is no finished evaluation of {what}.")
@@ -141,7 +166,7 @@ def load_study(directory: Path, prefix: str) -> Study:
     absent += [f"{run.run_id} has no recorded validation." for run in runs if not run.validation_nll()]
     absent += [f"{run.run_id} has no exported adapter." for run in runs if run.adapter() is None]
     absent += _mismatches(runs, summaries)
-    if not trials:
+    if not trials and all(rate_of(run.setting) is None for run in runs):
         absent.append("There are no learning-rate selection runs.")
     absent += [f"{run.run_id} is {run.status}{_reason(run)}." for run in trials if run.status != "completed"]
     return Study(directory, prefix, tuple(runs), tuple(trials), tuple(evaluations), summaries, tuple(absent))
@@ -153,15 +178,14 @@ def _runs(directory: Path, prefix: str, skip: str | None = None) -> list[Run]:
     runs = []
     for folder in sorted(directory.iterdir()):
         if folder.is_dir() and folder.name.startswith(f"{prefix}-") and folder.name != skip:
-            run = _run(folder)
+            run = load_run(folder, prefix)
             if run is not None and folder.name.startswith(f"{prefix}-{run.condition}-"):
                 runs.append(run)
-    return sorted(
-        runs, key=lambda run: (condition_key(run.condition), run.learning_rate() or 0, run.seed or 0)
-    )
+    return sorted(runs, key=lambda run: (setting_key(run.setting), run.learning_rate() or 0, run.seed or 0))
 
 
-def _run(folder: Path) -> Run | None:
+def load_run(folder: Path, prefix: str) -> Run | None:
+    """One run's files; None where the folder holds no training run."""
     manifest, summary, failure = (
         read_json(folder / name) if (folder / name).is_file() else {}
         for name in ("manifest.json", "summary.json", "failure.json")
@@ -179,7 +203,8 @@ def _run(folder: Path) -> Run | None:
         return None  # not a training run: an evaluation of the base, or a folder of something else
     sources.append(manifest.get("config") or {})
     seed = next((source["seed"] for source in sources if source.get("seed") is not None), None)
-    return Run(folder.name, folder, condition, seed, manifest, metrics, summary, failure)
+    setting = setting_of(folder.name, prefix)
+    return Run(folder.name, folder, condition, seed, manifest, metrics, summary, failure, setting)
 
 
 def _reason(run: Run) -> str:
@@ -188,7 +213,7 @@ def _reason(run: Run) -> str:
 
 
 def _evaluation(
-    folder: Path, run_id: str, condition: str | None, seed: int | None
+    folder: Path, run_id: str, condition: str | None, seed: int | None, setting: str | None
 ) -> tuple[Evaluation, Record] | None:
     """A finished evaluation, scored again from its text; None where it is missing or did not finish."""
     predictions = folder / "predictions.jsonl"
@@ -211,7 +236,7 @@ def _evaluation(
                 f"{predictions}: record {number} is stored as correct={json.dumps(old.get('correct'))} "
                 f"but scores {json.dumps(new['correct'])}; evaluate this run again"
             )
-    return Evaluation(run_id, condition, seed, tuple(records)), summary
+    return Evaluation(run_id, condition, seed, tuple(records), setting), summary
 
 
 def step_of(checkpoint: Any) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.records import Record
+from jaxlora.study.grid import rate as rate
 from jaxlora.study.results import Study
 
 ABSENT = "–"
@@ -84,12 +85,6 @@ def nll(value: float) -> str:
 
 def p_value(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def rate(value: float) -> str:
-    """A learning rate, as 3e-4."""
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def share(value: float) -> str:

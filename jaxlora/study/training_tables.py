@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from jaxlora.records import Record
-from jaxlora.study.results import Run, Study
+from jaxlora.study.results import Run, Study, lowest_nll
 from jaxlora.study.selection import select_learning_rate
 from jaxlora.study.tables import ABSENT, Column, Table, nll, percent, rate, whole, yes
 
@@ -26,7 +26,7 @@ def _tokens(run: Run, split: str) -> int | None:
 
 
 def accounting(study: Study) -> Table | str:
-    """Tokens, steps, hours and adapter size of every run, each from its own files."""
+    """Tokens, steps and adapter size of every run, each from its own files."""
     if not study.runs:
         return "There are no training runs to account for."
     columns = (
@@ -37,13 +37,10 @@ def accounting(study: Study) -> Table | str:
         Column("validation_tokens", "Validation tokens", whole),
         Column("adapter_parameters", "Adapter parameters", whole),
         Column("adapter_bytes", "Adapter bytes", whole),
-        Column("hours", "Hours of steps", "{:.2f}".format),
-        Column("cost", "Cost", "{:.2f}".format),
     )
     rows: list[Record] = []
     for run in study.runs:
         adapter = run.adapter() or {}
-        seconds = [row["seconds"] for row in run.rows("train") if row.get("seconds") is not None]
         rows.append(
             {
                 "run_id": run.run_id,
@@ -53,8 +50,6 @@ def accounting(study: Study) -> Table | str:
                 "validation_tokens": _tokens(run, "validation"),
                 "adapter_parameters": adapter.get("parameters"),
                 "adapter_bytes": adapter.get("bytes"),
-                "hours": sum(seconds) / 3600 if seconds else None,
-                "cost": run.summary.get("cost"),
             }
         )
     inputs = (
@@ -82,7 +77,7 @@ def validation(study: Study) -> Table | str:
     rows = tuple(
         {
             "run_id": run.run_id,
-            "condition": run.condition,
+            "condition": run.setting,
             "seed": run.seed,
             "step": step,
             "validation_nll": value,
@@ -101,9 +96,10 @@ def validation(study: Study) -> Table | str:
 
 
 def learning_rates(study: Study) -> Table | str:
-    """The learning-rate trials: each one's lowest validation NLL, and which one the rule selects."""
-    if not study.trials:
-        return "There are no learning-rate selection runs."
+    """What each learning rate reached in the trials, or in the sweep's own runs; the best one is marked."""
+    by_setting = study.by_rate()
+    if not by_setting:
+        return "There are no runs that compare learning rates."
     columns = (
         Column("condition", "Condition"),
         Column("learning_rate", "Learning rate", rate),
@@ -112,77 +108,74 @@ def learning_rates(study: Study) -> Table | str:
         Column("selected", "Selected", yes),
     )
     rows: list[Record] = []
-    for condition in study.conditions():
-        trials = [run for run in study.trials if run.condition == condition]
-        lowest = {
-            run.learning_rate(): min(run.validation_nll().values(), default=None)
-            for run in trials
-            if run.status == "completed"
-        }
-        eligible = {
-            key: value
-            for key, value in lowest.items()
-            if key is not None and value is not None and math.isfinite(value)
-        }
-        chosen = select_learning_rate(eligible) if eligible else None
+    for setting, by_rate in by_setting.items():
+        lowest = {value: lowest_nll(runs) for value, runs in by_rate.items()}
+        chosen = select_learning_rate(lowest) if any(map(_finite, lowest.values())) else None
         rows += [
             {
-                "condition": condition,
-                "learning_rate": run.learning_rate(),
-                "validation_nll": lowest.get(run.learning_rate()),
-                "status": run.status,
-                "selected": chosen is not None and run.learning_rate() == chosen,
+                "condition": setting,
+                "learning_rate": value,
+                "validation_nll": lowest[value] if _finite(lowest[value]) else None,
+                "status": next((run.status for run in runs if run.status != "completed"), "completed"),
+                "selected": value == chosen,
             }
-            for run in trials
+            for value, runs in by_rate.items()
         ]
     note = (
-        "The lowest validation NLL wins; exact ties choose the smaller rate; a run that failed is ineligible."
+        "The lowest validation NLL wins (the mean over seeds, where there are several); exact ties choose "
+        "the smaller rate; a run that failed is ineligible."
     )
-    inputs = _metrics_files(study.trials)
+    inputs = _metrics_files(_compared(by_setting))
     return Table("learning_rate_selection", "Learning-rate selection", note, columns, tuple(rows), inputs)
 
 
 def rate_minimum(study: Study) -> Table | str:
-    """At each validated step, the lowest validation NLL that any learning rate has reached there."""
+    """At each validated step, the lowest validation NLL that any learning rate has reached there.
+
+    Where a rate has several seeds, their mean stands for it, at the steps that all of them reached.
+    """
     columns = (
         Column("condition", "Condition"),
         Column("step", "Step", whole),
         Column("validation_nll", "Lowest validation NLL", nll),
         Column("learning_rate", "at learning rate", rate),
     )
+    by_setting = study.by_rate()
     rows: list[Record] = []
-    for condition in study.conditions():
+    for setting, by_rate in by_setting.items():
         by_step: dict[int, list[tuple[float, float]]] = {}
-        for run in study.trials:
-            learning_rate = run.learning_rate()
-            if run.condition == condition and run.status == "completed" and learning_rate is not None:
-                for step, value in run.validation_nll().items():
-                    by_step.setdefault(step, []).append((value, learning_rate))
+        for learning_rate, runs in by_rate.items():
+            curves = [run.validation_nll() for run in runs if run.status == "completed"]
+            for step in set.intersection(*map(set, curves)) if len(curves) == len(runs) else ():
+                by_step.setdefault(step, []).append((fmean(c[step] for c in curves), learning_rate))
         for step, values in sorted(by_step.items()):
             lowest, learning_rate = min(values)
-            rows.append(
-                {
-                    "condition": condition,
-                    "step": step,
-                    "validation_nll": lowest,
-                    "learning_rate": learning_rate,
-                }
-            )
+            row = {"condition": setting, "step": step}
+            rows.append(row | {"validation_nll": lowest, "learning_rate": learning_rate})
     if not rows:
-        return "No learning-rate selection run has a recorded validation."
+        return "No run that compares learning rates has a recorded validation."
     note = "The lower envelope of several runs: no single run need follow this line."
     title = "Pointwise minimum over learning rates"
-    inputs = _metrics_files(study.trials)
+    inputs = _metrics_files(_compared(by_setting))
     return Table("learning_rate_minimum", title, note, columns, tuple(rows), inputs)
 
 
+def _compared(by_setting: dict[str, dict[float, list[Run]]]) -> list[Run]:
+    return [run for by_rate in by_setting.values() for runs in by_rate.values() for run in runs]
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def throughput(study: Study) -> Table | str:
-    """Training speed of every run: tokens a second over its steps."""
+    """Training time and speed of every run: the one table that differs when a study is repeated."""
     columns = (
         Column("run_id", "Run"),
         Column("condition", "Condition"),
         Column("seed", "Seed"),
         Column("steps", "Steps measured", whole),
+        Column("hours", "Hours of steps", "{:.2f}".format),
         Column("slow", "10th percentile", whole),
         Column("median", "Median tokens/s", whole),
         Column("fast", "90th percentile", whole),
@@ -198,14 +191,16 @@ def throughput(study: Study) -> Table | str:
             for row in run.rows("train")
             if row.get("model_flops_utilisation") is not None
         ]
+        seconds = [row["seconds"] for row in run.rows("train") if row.get("seconds") is not None]
         if speeds:
             tenth = (len(speeds) - 1) // 10
             rows.append(
                 {
                     "run_id": run.run_id,
-                    "condition": run.condition,
+                    "condition": run.setting,
                     "seed": run.seed,
                     "steps": len(speeds),
+                    "hours": sum(seconds) / 3600 if seconds else None,
                     "slow": speeds[tenth],
                     "median": median(speeds),
                     "fast": speeds[-1 - tenth],
@@ -215,7 +210,8 @@ def throughput(study: Study) -> Table | str:
     if not rows:
         return "No run recorded its tokens per second."
     note = (
-        "Real tokens a second, padding not counted; the line spans the 10th to the 90th percentile of steps."
+        "Real tokens a second, padding not counted; the line spans the 10th to the 90th percentile of steps. "
+        "Hours are those of the steps, without compilation, validation and loading."
     )
     inputs = _metrics_files(study.runs)
-    return Table("throughput", "Training throughput", note, columns, tuple(rows), inputs)
+    return Table("throughput", "Training time and throughput", note, columns, tuple(rows), inputs)

@@ -1,0 +1,147 @@
+"""The study as one command: stages in a row, each of which knows what is there and makes what is not.
+
+    session = Session(config)
+    run_stages(session, STAGES)        # of jaxlora.study.stages; skips what is there and valid
+
+A stage is two functions: `check` lists its tasks with their states and writes nothing; `run` does those that
+are left. Nothing is remembered between two calls of the command: what is done is read from the files, and a
+file counts only if the hashes that it records are those of its inputs now. So the command can be stopped or
+killed anywhere; started again, it ends in the same report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlora import hosts
+from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.config import RunConfig
+from jaxlora.data.gates import default_report
+from jaxlora.devices import scan_layers
+from jaxlora.errors import UserError
+from jaxlora.evals.gsm8k import Problem, load_problems
+from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.progress import console
+from jaxlora.sharding import make_mesh
+from jaxlora.signals import Stop
+from jaxlora.study.grid import study_dir
+from jaxlora.study.results import Study, load_study
+from jaxlora.study.state import Inputs, State, read_inputs
+from jaxlora.train.job import Job, locate_model, prepare
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of a stage's work: a run, an evaluation, a file. `item` is what the stage needs to do it."""
+
+    name: str
+    state: State
+    item: Any = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. `together`: all processes of a job on several hosts run it; else the main one alone."""
+
+    name: str
+    about: str
+    check: Callable[[Session], list[Task]]
+    run: Callable[[Session, list[Task]], None]
+    together: bool = False
+
+
+class Session:
+    """What the stages share in one process: the configuration, hashes, rows, and the base in memory."""
+
+    def __init__(self, config: RunConfig, stop: Stop | None = None):
+        self.config = replace(config, data=replace(config.data, gate_report=gate_report(config)))
+        self.results_dir = Path(config.results_dir)
+        self.folder = study_dir(config)
+        self.stop = stop
+        self.accidents: list[str] = []  # runs that failed for a reason that may not come back
+        self._job: Job | None = None
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        return read_inputs(self.config)
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        return load_problems(self.config.eval.benchmark, self.config.eval.problems)
+
+    @cached_property
+    def scan(self) -> bool:
+        return scan_layers(self.config.model.layers, jax.default_backend())
+
+    @cached_property
+    def base(self) -> Tree:
+        """The frozen base in the form that training wants, loaded once for all runs and evaluations."""
+        folder, model = locate_model(self.config)
+        mesh = make_mesh(self.config.mesh)
+        assert folder is not None  # `read_inputs` refuses random weights
+        with jax.set_mesh(mesh):
+            return load_base(folder, ModelSpec(model, None, self.config.model.dtype, self.scan), mesh)
+
+    def job(self, config: RunConfig) -> Job:
+        """The prepared run; rows that the run before has read are not read again."""
+        self._job = prepare(config, like=self._job)
+        return self._job
+
+    def results(self) -> Study:
+        """All that the results directory holds now."""
+        self.results_dir.mkdir(parents=True, exist_ok=True)
+        return load_study(self.results_dir, self.config.prefix)
+
+
+def gate_report(config: RunConfig) -> str | None:
+    """Where the gates' report is: as configured; None, beside the data; or among the study's own files."""
+    beside = default_report(config.data.train_path)
+    if config.data.gate_report or (beside is not None and beside.is_file()):
+        return config.data.gate_report
+    return str(study_dir(config) / "contamination.json")
+
+
+def run_stages(session: Session, stages: Sequence[Stage]) -> None:
+    """Run these stages in their order; each does only what is left of it.
+
+    A stage without anything to work on, because no run has finished, is passed over; alone, it is an error.
+
+    Raises:
+      UserError: something that the user must decide or mend, such as a run of another configuration.
+      Interrupted: a signal asked to stop; what was done is saved.
+    """
+    for stage in stages:
+        if stage.together or hosts.is_main():
+            _run_stage(session, stage, alone=len(stages) == 1)
+        hosts.barrier(stage.name)
+
+
+def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
+    tasks = stage.check(session)
+    if stage.together:  # hosts may see a shared folder change at different times
+        states = hosts.broadcast([[task.state.kind, task.state.why] for task in tasks])
+        tasks = [replace(task, state=State(*state)) for task, state in zip(tasks, states, strict=True)]
+    left = [task for task in tasks if not task.state.final]
+    if not left:
+        console.print(f"[green]✓[/green] {stage.about}")
+        return
+    for task in left:
+        if task.state.kind == "waiting" and alone:
+            raise UserError(f"stage {stage.name}: {task.name} waits for {task.state.why}")
+        if task.state.kind == "foreign" and not session.config.overwrite:
+            raise UserError(
+                f"{task.name}: is there, but of another configuration: {task.state.why}. Give another"
+                " --config.prefix, or --config.overwrite=true to delete it"
+            )
+    todo = [task for task in left if task.state.kind != "waiting"]
+    if not todo:
+        console.print(f"[yellow]–[/yellow] {stage.about}: waits for {left[0].state.why}")
+        return
+    console.print(f"[bold]▸ {stage.about}[/bold] ({len(todo)} of {len(tasks)} to do)")
+    stage.run(session, todo)
