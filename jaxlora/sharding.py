@@ -188,13 +188,13 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
 def split_tokens(x: jax.Array) -> jax.Array:
     """`[batch, length, ...]` as `[shards, tokens of a shard, ...]`, without moving anything between chips.
 
-    Work that treats shards as rows of a batch then stays on each chip. On one device this is `x`.
+    Work that treats shards as rows of a batch then stays on each chip. One device is one shard.
     """
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else token_shards(mesh)
-    if shards == 1:
-        return x
     batch, length, *rest = x.shape
+    if shards == 1:
+        return x.reshape(1, batch * length, *rest)
     if batch % shards == 0:  # rows are split
         y = x.reshape(shards, -1, *rest)
     else:  # each row's tokens are split

@@ -78,13 +78,13 @@ def segment_offsets(segment_ids, max_segments: int):
     """Lengths int32 `[batch, max_segments + 1]` and starts `[batch, max_segments + 2]` of the segments.
 
     Padding at the end of a line counts as one more segment, so that every position is written. What is
-    absent is -1; the last start is the line's end.
+    absent is -1, in the last column always: cuDNN closes up the starts of all lines and adds the one end.
     """
     last = jnp.max(segment_ids, axis=1, keepdims=True)
     ids = jnp.where(segment_ids == 0, last + 1, segment_ids)
     counts = jnp.sum(ids[:, :, None] == jnp.arange(1, max_segments + 2), axis=1, dtype=jnp.int32)
-    ends = jnp.where(counts > 0, jnp.cumsum(counts, axis=1), -1)
-    return jnp.where(counts > 0, counts, -1), jnp.pad(ends, ((0, 0), (1, 0))).astype(jnp.int32)
+    starts = jnp.where(counts > 0, jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts, -1)
+    return jnp.where(counts > 0, counts, -1), jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
 
 
 def decode_attention(q, keys, values, lengths, backend: str = "xla"):

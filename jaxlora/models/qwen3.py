@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig
 from jaxlora.models.config import ModelConfig
@@ -27,6 +28,8 @@ from jaxlora.models.parameters import GROUPS, Weight, parameter_table
 from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]
+Remat = Literal[False, True, "elementwise"]
+PRODUCT = "product"  # the name of what `_keep_products` keeps
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -48,35 +51,43 @@ class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
     W `[out, in]` is frozen in the base's dtype. A `[r, in]` and B `[out, r]` are float32, trained, and cast
-    to the activations' dtype for the product.
+    to the activations' dtype for the product. In a group both have a leading member axis, and line i of the
+    batch is computed with the adapter of member i % members.
     """
 
     def __init__(
-        self, weight: Weight, dtype: jnp.dtype, lora: LoraConfig | None, stack: tuple[int, ...] = ()
+        self,
+        weight: Weight,
+        dtype: jnp.dtype,
+        lora: LoraConfig | None,
+        scales: tuple[float, ...],
+        stack: tuple[int, ...] = (),
     ):
         out_size, in_size = weight.shape
         self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), dtype))
         if lora is not None and is_adapted(weight, lora):
             self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32))
             self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32))
-            self.scale = lora.alpha / lora.rank
         else:
             self.lora_a = self.lora_b = None  # type: ignore[assignment]
-            self.scale = 0.0
-        self.axes, self.stacked = weight.axes, bool(stack)
+        self.axes, self.stacked, self.scales = weight.axes, bool(stack), scales
 
     def __call__(self, x: jax.Array) -> jax.Array:
         pair = () if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
         adapter = [matrix[...] for matrix in pair]
-        return gather_again(self.product, in_loop=self.stacked)(x, self.weight[...], *adapter)
+        y = gather_again(self.product, in_loop=self.stacked)(x, self.weight[...], *adapter)
+        return checkpoint_name(y, PRODUCT)
 
     def product(self, x, weight, *adapter):
         y = jnp.einsum("...i,oi->...o", x, gathered(weight, self.axes))
         if adapter:
-            a, b = (z.astype(x.dtype) for z in adapter)
-            a, b = gathered(a, (None, self.axes[1])), gathered(b, (self.axes[0], None))
-            low = jnp.einsum("...i,ri->...r", x, a)
-            y = y + jnp.einsum("...r,or->...o", low * self.scale, b)
+            # One adapter alone is a group of one: the compiler drops an axis of length one.
+            a, b = (z.astype(x.dtype).reshape(-1, *z.shape[-2:]) for z in adapter)
+            a, b = gathered(a, (None, None, self.axes[1])), gathered(b, (None, self.axes[0], None))
+            low = jnp.einsum("nm...i,mri->nm...r", x.reshape(-1, len(a), *x.shape[1:]), a)
+            low = checkpoint_name(low, PRODUCT)
+            low *= jnp.asarray(self.scales, x.dtype).reshape(-1, *(1,) * (low.ndim - 2))
+            y = y + jnp.einsum("nm...r,mor->nm...o", low, b).reshape(y.shape)
         return y
 
 
@@ -147,12 +158,19 @@ class Embedding(nnx.Module):
 class Qwen3(nnx.Module):
     """The whole model. Its layers are one stacked `DecoderLayer` (scanned) or a list of them (unrolled)."""
 
-    def __init__(self, config: ModelConfig, lora: LoraConfig | None, dtype: jnp.dtype, scan: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        lora: LoraConfig | None,
+        dtype: jnp.dtype,
+        scan: bool,
+        scales: tuple[float, ...],
+    ):
         table = {w.path: w for w in parameter_table(config)}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
             return DecoderLayer(
-                lambda path: Linear(table[path], dtype, lora, stack),
+                lambda path: Linear(table[path], dtype, lora, scales, stack),
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
                 config,
             )
@@ -162,17 +180,19 @@ class Qwen3(nnx.Module):
         self.layers: Any = make_layer((depth,)) if scan else nnx.List([make_layer(()) for _ in range(depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora)
+        self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora, scales)
         self.head_dim, self.rope_theta, self.scan = config.head_dim, config.rope_theta, scan
+        self.scales = scales
 
-    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: bool = False):
+    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False):
         """Hidden states after the last norm.
 
         Args:
           tokens, positions: int32 `[batch, length]`; a row's positions start at 0.
           attend: attention over the current keys and values and the layer's cache.
           cache: None, or one entry a layer: a list (unrolled) or a tree with a leading layer axis (scanned).
-          remat: recompute each layer's activations in the backward pass.
+          remat: what the backward pass computes again: nothing, the activations of each layer (True), or
+            only those that are no product and no attention (`elementwise`): a third of the memory.
 
         Returns:
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
@@ -185,7 +205,8 @@ class Qwen3(nnx.Module):
             return nnx.merge(definition, state)(x, rotary, attend, cache)
 
         if remat:
-            layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+            keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
+            layer = jax.checkpoint(layer, policy=keep)
         if self.scan:
             x, cache = jax.lax.scan(lambda x, inputs: layer(x, *inputs), x, (state, cache))
         else:
@@ -201,6 +222,12 @@ class Qwen3(nnx.Module):
         if self.lm_head is not None:
             return self.lm_head(hidden)
         return jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+
+
+def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether the backward pass finds this result kept: products, and what attention kernels made."""
+    kernels = ("pallas_call", "dot_product_attention_fwd_wrapper")
+    return primitive.name in kernels or params.get("name") == PRODUCT
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -231,16 +258,30 @@ def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything static about a model: shapes, adapter placement, dtype and layer form. Hashable."""
+    """Everything static about a model: shapes, adapter placement, dtype and layer form. Hashable.
+
+    `member_scales` makes it the spec of a group trained together (see `jaxlora.train.fused`): alpha / r of
+    each member. The arrays of its adapters have a leading member axis.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"
     scan: bool = True
+    member_scales: tuple[float, ...] = ()  # of a group; empty: one adapter
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """alpha / r of each adapter: one, or one a member."""
+        if self.lora is None:
+            return ()
+        return self.member_scales or (self.lora.alpha / self.lora.rank,)
 
     @cached_property
     def _split(self):
-        module = nnx.eval_shape(lambda: Qwen3(self.config, self.lora, jnp.dtype(self.dtype), self.scan))
+        module = nnx.eval_shape(
+            lambda: Qwen3(self.config, self.lora, jnp.dtype(self.dtype), self.scan, self.scales)
+        )
         definition, lora, frozen = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
         return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(frozen)
 
@@ -260,6 +301,8 @@ class ModelSpec:
 
     def bind(self, lora: Tree, frozen: Tree) -> Qwen3:
         """The callable module over these arrays. The adapter's layer axis is stacked in either form."""
+        if self.member_scales and "layers" in lora:  # members first in the state, layers first in the model
+            lora = {**lora, "layers": jax.tree.map(lambda x: x.swapaxes(0, 1), lora["layers"])}
         if not self.scan and "layers" in lora:
             depth = self.config.num_hidden_layers
             layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}

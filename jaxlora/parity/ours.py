@@ -180,9 +180,10 @@ def make_logprob_step(spec: ModelSpec, compute: Compute):
             return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
         hidden, _ = model(buffer["tokens"], buffer["positions"], attend)
-        weight, adapter, scale = head_parts(model)
+        weight, adapter, scales = head_parts(model)
         chunks = hidden.reshape(-1, CHUNK, hidden.shape[-1]), buffer["targets"].reshape(-1, CHUNK)
-        values = jax.lax.map(lambda chunk: -token_nll(chunk[0], adapter, weight, chunk[1], scale), chunks)
+        shares = jnp.asarray(scales)
+        values = jax.lax.map(lambda chunk: -token_nll(chunk[0], adapter, weight, chunk[1], shares), chunks)
         return values.reshape(buffer["targets"].shape)
 
     def logprobs(lora: Tree, frozen: Tree, batch: Tree) -> jax.Array:
