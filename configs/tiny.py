@@ -1,12 +1,21 @@
 """The embedded default: a tiny Qwen3 that ships with the package. No download, no accelerator, minutes.
 
-    python launch/train.py --config configs/tiny.py
+    python launch/train.py --config configs/tiny.py        # one run
+    python launch/study.py --config configs/tiny.py        # the whole study in miniature
 
 The base was pretrained on word problems and answers in another format; fine-tuning teaches it the study's:
 worked steps that end in `\\boxed{answer}`. The same code runs as for Qwen3-8B.
 """
 
-from jaxlora.config import DataConfig, EvalConfig, ModelSource, OptimConfig, RunConfig, TrainConfig
+from jaxlora.config import (
+    DataConfig,
+    EvalConfig,
+    ModelSource,
+    OptimConfig,
+    RunConfig,
+    SelectionConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> RunConfig:
@@ -27,5 +36,8 @@ def get_config() -> RunConfig:
         ),
         eval=EvalConfig(
             benchmark="embedded:data/test.jsonl", max_new_tokens=96, batch_rows=64, after_training=True
+        ),
+        selection=SelectionConfig(
+            learning_rates=(3e-4, 1e-3, 3e-3), train_rows=64, validation_rows=32, validation_every=4
         ),
     )

@@ -28,6 +28,7 @@ from jaxlora.models.attention import pick_backend
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console, progress_bar
 from jaxlora.records import metric_record, read_json, summary_record, write_json_atomic, write_jsonl_atomic
+from jaxlora.train.hparams import write_outcome
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,11 @@ def evaluate(
         write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
         summary["predictions_sha256"] = sha256_of(out_dir / "predictions.jsonl")
         write_json_atomic(out_dir / "summary.json", summary)
+        if (curves := out_dir.parent / "tensorboard").is_dir():  # a run's own evaluation
+            scores = {"strict": totals["accuracy"], "numeric": totals["accuracy_numeric"]}
+            outcome = {f"final/accuracy_{name}": value for name, value in scores.items()}
+            step = (subject.checkpoint or "").removeprefix("step-")
+            write_outcome(curves, outcome, int(step) if step.isdigit() else 0)
     return hosts.broadcast(summary)
 
 

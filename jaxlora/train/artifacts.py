@@ -43,6 +43,7 @@ from jaxlora.records import (
     write_text_atomic,
 )
 from jaxlora.train.display import draw_validation
+from jaxlora.train.hparams import settings_of, write_outcome, write_settings
 from jaxlora.train.job import Job, token_count
 from jaxlora.train.manifest import differences, identity, make_manifest, rounding_differences
 
@@ -115,6 +116,7 @@ class RunDirectory:
         if self._board is not None:
             self._board.close()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        write_settings(self.path / "tensorboard", settings_of(self.job.config))
         self._board = Board(self.path / "tensorboard")
         for record in read_jsonl(self._metrics):
             self._board.write(record)
@@ -187,6 +189,10 @@ class RunDirectory:
         if not hosts.is_main():
             return
         draw_validation(self.path / "validation.png", validations, step, self.job.config.run_id)
+        if self._board is not None:  # TensorBoard leaves a file for good once a newer one is there
+            self._board.close()
+            self._board = None
+        write_outcome(self.path / "tensorboard", {"final/validation_nll": validations[step]}, step)
         plan, job = self.job.plan, self.job
         validation_tokens = token_count(job.validation_rows) * len(plan.validation_steps)
         train_tokens = token_count(job.train_rows) * job.config.train.epochs
