@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from typing import Any
 from jaxlora.errors import UserError
 
 Record = dict[str, Any]
+MAX_JSON_BYTES = 256 * 2**20  # larger files are not ours; they are refused before they are read
+MAX_JSONL_BYTES = 2 * 2**30
 
 METRIC_FIELDS = (
     "run_id",
@@ -167,14 +170,35 @@ def _mend_last_line(file: Any) -> None:
 # --- Reading ------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; `UserError` where it is missing or broken."""
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The content of a JSON file; `UserError` where it is missing, broken or larger than `limit` bytes."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_file(path, limit).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from None
+
+
+def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> Record:
+    """As `read_json`, of a file that holds one JSON object."""
+    value = read_json(path, limit)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The bytes of an ordinary file; `UserError` where it is missing, no such file, or larger than `limit`."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path} is a directory or a device; name a file")
+        if status.st_size > limit:
+            raise UserError(f"{path} is larger than {limit} bytes; is it the right file?")
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not a JSON file: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def read_jsonl(path: Path, torn_last_line: str = "drop") -> list[Record]:
@@ -189,19 +213,14 @@ def read_jsonl(path: Path, torn_last_line: str = "drop") -> list[Record]:
 
 def read_numbered_jsonl(path: Path, torn_last_line: str = "drop") -> list[tuple[int, Record]]:
     """As `read_jsonl`, each record with its line number (the first line is 1)."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory; name a JSONL file") from None
+    lines = read_file(path, MAX_JSONL_BYTES).split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) and torn_last_line == "drop":
                 break
             raise UserError(f"{path}:{number}: not a JSON line: {error}") from None

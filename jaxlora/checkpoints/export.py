@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from safetensors import safe_open
 
 from jaxlora.checkpoints.huggingface import fingerprint, load_base, save_merged
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
+from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.errors import UserError
 from jaxlora.lora import count_trainable, merge_lora
@@ -26,8 +26,6 @@ from jaxlora.progress import console
 from jaxlora.records import read_json
 from jaxlora.sharding import make_mesh
 from jaxlora.train.job import locate_model
-
-_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,9 @@ def _base(selected: Selected) -> Path:
 
 def _stored_dtype(base: Path) -> str:
     """Dtype of the matrices in a Hugging Face directory."""
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
+    if not any(base.glob("*.safetensors")):
         raise UserError(f"{base}: the base's weights are not here, and merging needs them")
-    with safe_open(files[0], framework="np") as handle:
-        stored = handle.get_slice(next(iter(handle.keys()))).get_dtype()
-    if stored not in _STORED:
-        raise UserError(f"{base}: stored as {stored}; merging needs F32, BF16 or F16")
-    return _STORED[stored]
+    found = {tensor.dtype.name for tensor in open_tensors(str(base)).values() if len(tensor.shape) == 2}
+    if len(found) != 1:
+        raise UserError(f"{base}: matrices of {' and '.join(sorted(found))}; merging needs one dtype")
+    return found.pop()

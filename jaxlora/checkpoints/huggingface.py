@@ -22,8 +22,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from jaxlora.checkpoints.tensors import StoredTensor, open_tensors, stream
+from jaxlora.checkpoints.tensors import HEADER_LIMIT, StoredTensor, open_tensors, stream
 from jaxlora.errors import UserError
+from jaxlora.folders import file_in
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.parameters import Weight
 from jaxlora.models.qwen3 import ModelSpec, Tree
@@ -184,8 +185,9 @@ def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Pa
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file in Path(source).iterdir():
-        if file.suffix in {".json", ".jinja", ".txt", ".model"} and "safetensors" not in file.name:
-            shutil.copy(file, partial_folder / file.name)
+        wanted = file.suffix in {".json", ".jinja", ".txt", ".model"} and "safetensors" not in file.name
+        if wanted and file.is_file():
+            shutil.copy(file_in(source, file.name), partial_folder / file.name)
     partial_folder.rename(folder)
 
 
@@ -217,7 +219,7 @@ def fingerprint(directory: str | Path) -> str:
         digest.update(f"{file.name}\0{size}\0".encode())
         with file.open("rb") as handle:
             header = int.from_bytes(handle.read(8), "little")
-            digest.update(handle.read(min(header, size) + 65536))
+            digest.update(handle.read(min(header, size, HEADER_LIMIT) + 65536))
             handle.seek(max(0, size - 65536))
             digest.update(handle.read())
     return digest.hexdigest()

@@ -27,11 +27,12 @@ from safetensors.numpy import save_file
 
 from jaxlora.config import Condition, LoraConfig
 from jaxlora.errors import UserError
+from jaxlora.folders import file_in
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import Weight
 from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.records import write_json_atomic
+from jaxlora.records import read_object, write_json_atomic
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's
@@ -138,9 +139,11 @@ def import_adapter(directory: str | Path, config: ModelConfig) -> tuple[LoraConf
     folder = Path(directory)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds {SETTINGS}")
-    settings = _read_json(folder / SETTINGS)
+    if not (folder / SETTINGS).exists():
+        raise UserError(f"{folder / SETTINGS}: missing; give the folder of an adapter")
+    settings = read_object(file_in(folder, SETTINGS), _MAX_JSON_BYTES)
     rank, alpha = _scale(settings, folder / SETTINGS)
-    file = folder / WEIGHTS
+    file = file_in(folder, WEIGHTS)
     if not file.is_file():
         raise UserError(f"{file}: missing; an adapter is read from safetensors only")
     try:
@@ -225,6 +228,8 @@ def _scale(settings: dict[str, Any], file: Path) -> tuple[int, float]:
         raise UserError(f"{file}: r is {rank!r}; it must be a whole number from 1 to {_MAX_RANK}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= _MAX_ALPHA:
         raise UserError(f"{file}: lora_alpha is {alpha!r}; it must be above 0, at most {_MAX_ALPHA:g}")
+    if not isinstance(settings.get("use_rslora"), bool | None):
+        raise UserError(f"{file}: use_rslora is {settings['use_rslora']!r}; it must be true or false")
     if settings.get("use_rslora"):  # rank-stabilised: scaled by alpha / sqrt(r), where ours is alpha / r
         alpha *= math.sqrt(rank)
     return rank, float(alpha)
@@ -310,27 +315,18 @@ def _read_metadata(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> 
     """What is known of the adapter; `jaxlora.json`, where it is there, must agree with the tensors."""
     found: dict[str, Any] = {"condition": lora.condition, "output_head": lora.output_head}
     found |= {"rank": lora.rank, "alpha": lora.alpha}
-    file = folder / METADATA
-    recorded = _read_json(file) if file.exists() else {}
+    file = file_in(folder, METADATA)
+    recorded = read_object(file, _MAX_JSON_BYTES) if file.exists() else {}
     for key, value in found.items():
         if recorded.get(key, value) != value:
             raise UserError(f"{file}: {key} is {recorded[key]!r}, but the adapter has {value!r}")
     seed = recorded.get("seed")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-        raise UserError(f"{file}: seed is {seed!r}; it must be a whole number or null")
+    for name in ("seed", "step"):
+        value = recorded.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < 2**63):
+            raise UserError(f"{file}: {name} is {value!r}; it must be a whole number or null")
     base = settings.get("base_model_name_or_path")
+    for name, value in (("run_id", recorded.get("run_id")), ("base_model_name_or_path", base)):
+        if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= 1000):
+            raise UserError(f"{folder}: {name} is {value!r:.100}; it must be a name or null")
     return recorded | found | {"seed": seed, "base_model": base}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        if file.stat().st_size > _MAX_JSON_BYTES:
-            raise UserError(f"{file}: larger than {_MAX_JSON_BYTES} bytes; this is not an adapter's file")
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; give the folder of an adapter") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: not a JSON object")
-    return value

@@ -25,11 +25,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.errors import UserError
+from jaxlora.folders import file_in
 
 READERS = 8  # threads; a bucket needs several requests in flight, a disk at least two
 AHEAD_BYTES = 256 * 2**20  # read ahead of placement, on one host
 WHOLE_BYTES = 512 * 2**20  # a larger tensor is never held whole on a host
 HEADER_LIMIT = 100 * 2**20  # the format's own limit
+_MAX_DIMENSIONS = 8
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -42,6 +44,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int  # of its first byte in the file
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -132,14 +139,16 @@ def open_tensors(directory: str) -> dict[str, StoredTensor]:
     """
     index, listed, names = f"{directory}/model.safetensors.index.json", None, ["model.safetensors"]
     if exists(index):
+        if (size := _size(index)) > HEADER_LIMIT:
+            raise UserError(f"{index}: larger than {HEADER_LIMIT} bytes; this is not a safetensors index")
         try:
-            listed = json.loads(read_bytes(index, 0, _size(index)).tobytes())["weight_map"]
+            listed = _parse(read_bytes(index, 0, size))["weight_map"]
             names = sorted(set(listed.values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index}: not a safetensors index: {error}") from None
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        file = f"{directory}/{name}"
+        file = f"{directory}/{name}" if "://" in directory else str(file_in(directory, str(name)))
         if os.path.basename(str(name)) != name or not exists(file):
             raise UserError(
                 f"{file}: missing; the directory must hold model.safetensors or its indexed parts"
@@ -165,11 +174,25 @@ def read_header(file: str) -> list[StoredTensor]:
     if total < 8 or length > min(HEADER_LIMIT, total - 8):
         raise UserError(f"{file}: not a readable safetensors file: no valid header")
     try:
-        header = json.loads(read_bytes(file, 8, length).tobytes())
+        header = _parse(read_bytes(file, 8, length))
         entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
-        return [_stored(file, key, entry, 8 + length, total) for key, entry in entries.items()]
+        tensors = [_stored(file, key, entry, 8 + length, total) for key, entry in entries.items()]
+        _check_places(tensors, 8 + length, total)
+        return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def _parse(content: np.ndarray) -> Any:
+    """JSON in which no object names a key twice: the last one would win in silence."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
+        return found
+
+    return json.loads(content.tobytes().decode("utf-8"), object_pairs_hook=unique)
 
 
 def _stored(file: str, key: str, entry: dict[str, Any], data_start: int, total: int) -> StoredTensor:
@@ -178,13 +201,25 @@ def _stored(file: str, key: str, entry: dict[str, Any], data_start: int, total: 
             f"{file}: {key} is stored as {entry['dtype']}; only {', '.join(_DTYPES)} are supported"
         )
     dtype = np.dtype(jnp.dtype(_DTYPES[entry["dtype"]]))
-    shape = tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if min(shape, default=1) < 0 or end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
-        raise ValueError(f"{key}: its size and its place disagree")
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{key}: its size and its place disagree, or are no whole numbers")
     if data_start + end > total:
         raise UserError(f"{file}: ends before byte {data_start + end}; fetch it again")
-    return StoredTensor(file, key, shape, dtype, data_start + begin)
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{key}: its size and its place disagree")
+    return StoredTensor(file, key, tuple(shape), dtype, data_start + begin)
+
+
+def _check_places(tensors: list[StoredTensor], data_start: int, total: int) -> None:
+    """The format's own rule: the tensors fill the data, one after the other, without gaps or overlaps."""
+    position = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset != position:
+            raise ValueError(f"{tensor.key} overlaps another tensor, or lies behind a gap")
+        position += tensor.size
+    if position != total:
+        raise ValueError(f"{total - position} bytes at its end belong to no tensor")
 
 
 @dataclass(frozen=True)

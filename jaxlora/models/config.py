@@ -6,7 +6,6 @@ config.num_hidden_layers                           # 36
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +13,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jaxlora.errors import UserError
+from jaxlora.records import read_json
 
-Size = Annotated[int, Field(gt=0, le=1 << 24)]
+MAX_BYTES = 10**7  # of config.json
+Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -25,7 +26,7 @@ class ModelConfig:
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Annotated[int, Field(gt=0, le=1024)]
+    num_hidden_layers: Annotated[int, Field(gt=0, le=1024, strict=True)]
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
@@ -83,13 +84,9 @@ def load_model_config(directory: str | Path) -> ModelConfig:
       UserError: no such file, not JSON, not Qwen3 (dense), or a feature that this package has not.
     """
     file = Path(directory) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing; model.path must be a directory with config.json") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    return model_config_from_dict(raw, str(file))
+    if not file.exists():
+        raise UserError(f"{file}: missing; model.path must be a directory with config.json")
+    return model_config_from_dict(read_json(file, MAX_BYTES), str(file))
 
 
 def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
@@ -102,7 +99,7 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: not a JSON object")
     if raw.get("model_type") != "qwen3":
         raise UserError(
-            f"{where}: model_type is {raw.get('model_type')!r}; only 'qwen3' (dense) is supported"
+            f"{where}: model_type is {raw.get('model_type')!r:.100}; only 'qwen3' (dense) is supported"
         )
     refused = {
         "hidden_act": raw.get("hidden_act", "silu") != "silu",
@@ -118,7 +115,7 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
     refused["rope_parameters"] = rope.get("rope_type", "default") != "default"
     for key, is_refused in refused.items():
         if is_refused:
-            raise UserError(f"{where}: {key} = {raw.get(key)!r} is not supported")
+            raise UserError(f"{where}: {key} = {raw.get(key)!r:.100} is not supported")
     values = {key: raw[key] for key in ModelConfig.__pydantic_fields__ if key in raw}  # type: ignore[attr-defined]
     if "rope_theta" in rope:
         values["rope_theta"] = rope["rope_theta"]
@@ -137,7 +134,7 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
 def _quotient(hidden_size: Any, heads: Any, where: str) -> int:
     try:
         return int(hidden_size) // int(heads)
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):
         raise UserError(
             f"{where}: hidden_size and num_attention_heads must be positive whole numbers"
         ) from None
