@@ -39,6 +39,7 @@ CONNECT_SECONDS = 300  # hosts of one slice are ready within minutes of each oth
 LIMIT_SECONDS = 900  # one host may compile or load while the others wait
 HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this long
 SHUTDOWN_SECONDS = 60
+_DEVICES = Path("/dev")
 _FAILED = "jaxlora/failed"
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _listeners: list[Callable[[str], None]] = []
@@ -86,7 +87,7 @@ _VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 def _tpu_hosts() -> int:
     """Hosts of the TPU slice that this machine belongs to; 1 without a TPU."""
-    if not (list(Path("/dev").glob("accel*")) or list(Path("/dev/vfio").glob("[0-9]*"))):
+    if not (list(_DEVICES.glob("accel*")) or list(_DEVICES.glob("vfio/[0-9]*"))):
         return 1
     names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if names is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
