@@ -37,6 +37,7 @@ def command(repository: Path, model_dir: Path, results: Path, *extra: str) -> li
         "train.validation_every": 2,
         "train.validation_merge": 0,
         "eval.after_training": "false",
+        "train.startup_check": "false",
     }
     words = [f"--config.{name}={value}" for name, value in fields.items()]
     launch = [

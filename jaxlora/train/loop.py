@@ -39,6 +39,7 @@ from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import Job
 from jaxlora.train.manifest import identity, make_manifest
 from jaxlora.train.schedule import learning_rate
+from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, init_state, make_eval_step, make_train_step
 
 LATE = 2  # steps between dispatch and reading the metrics
@@ -160,6 +161,9 @@ def _train(
     )
     resume(run, store, at, like)
     frozen = load_frozen(job) if frozen is None else frozen
+    if at.step == 0 and job.config.train.startup_check:
+        at.stage = "start-up check"
+        check_start(job, at.state.lora, frozen)
     _advance(job, run, store, at, frozen, stop)
     best = select_checkpoint(at.validations)
     if problem := store.damage(best):

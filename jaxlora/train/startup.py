@@ -1,0 +1,178 @@
+"""A check before step 1: the fresh adapter changes nothing, and the decoder computes what the trainer does.
+
+    check_start(job, state.lora, frozen)       # UserError, one line, if anything differs
+
+It runs on the first two layers of the model, so that it costs the same at any depth: a wrong scale, merge,
+mask or position is the same in every layer. The start of two training rows goes through
+
+- the trainer: packed into one buffer, as a validation batch of the run's own attention backend;
+- the decoder: one prompt a slot, prefilled in part and then decoded token by token from the cache, with the
+  adapter folded into the weights (or not) as the evaluation will have it,
+
+once with the adapter as it is and once with B drawn at random. Log-probabilities of the same tokens must
+agree; with the fresh adapter they must be those of no adapter to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora import hosts
+from jaxlora.data.packing import pack
+from jaxlora.data.render import RenderedRow
+from jaxlora.errors import UserError
+from jaxlora.evals.run import decode_backend, unrolled
+from jaxlora.generate import PROMPT_MULTIPLE, WINDOW_MULTIPLE, decode_hidden, init_decode, prefill_hidden
+from jaxlora.lora import merge_lora
+from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.sharding import place_batch, place_lora, token_multiple
+from jaxlora.train.job import Job
+from jaxlora.train.step import make_eval_step
+
+LAYERS = 2
+PROMPT, LENGTH = 11, 16  # tokens prefilled, and tokens in all, of each row
+# Largest difference of a log-probability, in nats; and, with the random B, this share of its effect more.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+SHARE = {"float32": 0.01, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class StartCheck:
+    """Largest differences found, in nats."""
+
+    fresh: float  # trainer and decoder, adapter as it starts
+    perturbed: float  # trainer and decoder, B drawn at random
+    effect: float  # the trainer with and without the random B
+
+
+def check_start(job: Job, lora: Tree, frozen: Tree) -> StartCheck:
+    """Check a fresh adapter over its base; see above.
+
+    Raises:
+      UserError: names what differs and by how much.
+    """
+    spec, lora, frozen = first_layers(job.spec, lora, frozen)
+    rows = [
+        RenderedRow(row.row_id, np.resize(row.tokens, LENGTH + 1), np.ones(LENGTH + 1, np.float32))
+        for row in (job.train_rows[0], job.train_rows[-1])
+    ]
+    start = hosts.whole(lora)
+    without = place_lora(job.mesh, spec, jax.tree.map(np.zeros_like, start))
+    perturbed = place_lora(job.mesh, spec, with_random_b(spec, start))
+    trainer = partial(_by_trainer, job, spec, frozen, rows)
+    decoder = partial(_by_decoder, spec, frozen, rows, job.config.eval.merge_adapter)
+
+    before, base = trainer(lora), trainer(without)
+    if not np.array_equal(before, base):
+        raise UserError(
+            f"start-up check: the fresh adapter changes log-probabilities by up to {_gap(before, base):.2g}"
+            " where it should change none; its B must be zero"
+        )
+    after = trainer(perturbed)
+    found = StartCheck(_gap(before, decoder(lora)), _gap(after, decoder(perturbed)), _gap(after, before))
+    if found.effect == 0:
+        raise UserError("start-up check: an adapter with a random B changes nothing; it is not connected")
+    limit = TOLERANCE[spec.dtype]
+    _require("the fresh adapter", found.fresh, limit)
+    _require("a random B", found.perturbed, limit + SHARE[spec.dtype] * found.effect)
+    return found
+
+
+def _require(what: str, gap: float, limit: float) -> None:
+    if not gap <= limit:
+        raise UserError(
+            f"start-up check: with {what}, trainer and decoder differ by {gap:.2g} in a log-probability (at"
+            f" most {limit:.2g}): what is trained would not be what is evaluated."
+            " --config.train.startup_check=false trains all the same"
+        )
+
+
+def first_layers(spec: ModelSpec, lora: Tree, frozen: Tree) -> tuple[ModelSpec, Tree, Tree]:
+    """The model cut to its first `LAYERS` layers, with the whole embedding and head."""
+    depth = min(LAYERS, spec.config.num_hidden_layers)
+    layers = _cut(frozen["layers"], depth) if spec.scan else {i: frozen["layers"][i] for i in range(depth)}
+    spec = replace(spec, config=replace(spec.config, num_hidden_layers=depth))
+    return spec, {**lora, "layers": _cut(lora["layers"], depth)}, {**frozen, "layers": layers}
+
+
+@partial(jax.jit, static_argnums=1)
+def _cut(layers: Tree, depth: int) -> Tree:
+    return jax.tree.map(lambda x: x[:depth], layers)
+
+
+def with_random_b(spec: ModelSpec, lora: Tree) -> Tree:
+    """The adapter with B so large that each adapted product changes by about its own size."""
+    assert spec.lora is not None
+    size = 2 * spec.lora.rank**0.5 / spec.lora.alpha
+
+    random = np.random.default_rng(0)
+
+    def draw(path, x):
+        if path[-1].key != "lora_b":
+            return x
+        return x + size * random.uniform(-1, 1, x.shape).astype(x.dtype)
+
+    return jax.tree.map_with_path(draw, lora)
+
+
+def _by_trainer(job: Job, spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], lora: Tree) -> np.ndarray:
+    """Log-probability of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, by the step of validation."""
+    multiple = token_multiple(job.mesh)
+    n_tokens = sum(row.n_tokens for row in rows)
+    batch = pack(rows, (-(-n_tokens // multiple) * multiple,), n_tokens)
+    step = make_eval_step(spec, replace(job.compute(job.validation_layout), max_segments=len(rows)))
+    values = []
+    for segment in range(1, len(rows) + 1):  # the program sums: one token has a weight at a time
+        for place in np.flatnonzero(batch["segment_ids"][0, 0] == segment)[PROMPT - 1 :]:
+            weights = np.zeros_like(batch["weights"])
+            weights[0, 0, place] = 1
+            placed = place_batch(job.mesh, batch | {"weights": weights})
+            values.append(-step(lora, frozen, placed)[0])
+    return np.asarray(jax.device_get(values), np.float64).reshape(len(rows), -1)
+
+
+def _by_decoder(
+    spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], merge: bool, lora: Tree
+) -> np.ndarray:
+    """The same log-probabilities, by prefill and by decoding steps from the cache."""
+    tokens = np.stack([row.tokens for row in rows])
+    return np.asarray(jax.device_get(_decode(spec, merge, lora, frozen, tokens)), np.float64)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _decode(spec: ModelSpec, merge: bool, lora: Tree, frozen: Tree, tokens) -> jax.Array:
+    """log p of the tokens after the prompt, `[rows, LENGTH - PROMPT + 1]`, of tokens `[rows, LENGTH + 1]`."""
+    spec, frozen = unrolled(spec, frozen)
+    if merge:
+        frozen, lora = merge_lora(spec, lora, frozen), {}
+        spec = replace(spec, lora=None)
+    model, backend = spec.bind(lora, frozen), decode_backend(spec.dtype)
+    slots = jnp.arange(len(tokens))
+    lengths = jnp.full(len(tokens), PROMPT, jnp.int32)
+    prompts = jnp.pad(tokens[:, :PROMPT], ((0, 0), (0, -PROMPT % PROMPT_MULTIPLE)))
+
+    def pick(hidden, token):
+        logits = model.logits(hidden).astype(jnp.float32)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+
+    state = init_decode(spec, len(tokens), WINDOW_MULTIPLE, 1)
+    hidden, cache = prefill_hidden(model, state.cache, prompts, lengths, slots, backend)
+    first = pick(hidden[:, PROMPT - 1], tokens[:, PROMPT])
+    state = state._replace(cache=cache, lengths=lengths, active=jnp.ones(len(tokens), bool))
+
+    def step(state, pair):
+        token, following = pair
+        hidden, cache = decode_hidden(model, state._replace(last=token), WINDOW_MULTIPLE, backend)
+        return state._replace(cache=cache, lengths=state.lengths + 1), pick(hidden, following)
+
+    forced = tokens[:, PROMPT:-1].T, tokens[:, PROMPT + 1 :].T
+    return jnp.concatenate([first[None], jax.lax.scan(step, state, forced)[1]]).T
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.max(np.abs(a - b)))
