@@ -133,7 +133,7 @@ def _by_trainer(job: Job, spec: ModelSpec, frozen: Tree, rows: list[RenderedRow]
             weights[0, 0, place] = 1
             placed = place_batch(job.mesh, batch | {"weights": weights})
             values.append(-step(lora, frozen, placed)[0])
-    return np.asarray(jax.device_get(values), np.float64).reshape(len(rows), -1)
+    return np.asarray(hosts.whole(values), np.float64).reshape(len(rows), -1)
 
 
 def _by_decoder(
@@ -141,7 +141,7 @@ def _by_decoder(
 ) -> np.ndarray:
     """The same log-probabilities, by prefill and by decoding steps from the cache."""
     tokens = np.stack([row.tokens for row in rows])
-    return np.asarray(jax.device_get(_decode(spec, merge, lora, frozen, tokens)), np.float64)
+    return np.asarray(hosts.whole(_decode(spec, merge, lora, frozen, tokens)), np.float64)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
