@@ -91,7 +91,8 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-def _utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> dict[str, float | None]:
+def utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> dict[str, float | None]:
+    """Shares of the maker's peak and of the measured matrix product, at so many FLOPs a token."""
     rate = tokens_per_second * flops / 1e12 / facts["devices"]
     return {
         "model_flops_utilisation": rate / facts["peak_tflops"] if facts["peak_tflops"] else None,
@@ -166,7 +167,7 @@ def bench_train(
         "padding_efficiency": real / padded,
         "step_ms_median": float(np.median(seconds) * 1e3),
         "step_ms_p90": float(np.percentile(seconds, 90) * 1e3),
-        **_utilisation(train_rate, 4 * n, facts),
+        **utilisation(train_rate, 4 * n, facts),
         "compilations": len(shapes),
         "compile_seconds": sum(compiled.events),
         "first_step_seconds": first_step_seconds,
@@ -234,7 +235,7 @@ def bench_decode(
         "seconds": seconds[1],
         "first_pass_seconds": seconds[0],
         "generated_tokens_per_second": rate,
-        **_utilisation(rate, 2 * n, facts),
+        **utilisation(rate, 2 * n, facts),
         "compilations": len(compiled.events),
         "compile_seconds": sum(compiled.events),
         "peak_memory_gib": memory / 2**30 if memory else None,

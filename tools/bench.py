@@ -1,7 +1,8 @@
-"""Measure training and decoding: real tokens a second, utilisation, compilations, memory.
+"""Measure training, decoding and fused sweeps: real tokens a second, utilisation, compilations, memory.
 
     python tools/bench.py train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     python tools/bench.py decode --model qwen3-8b --random-weights --lengths LENGTHS.json
+    python tools/bench.py sweep  --members 2 3 --recompute none elementwise --rows LENGTHS.json --steps 12
 
 Without a length file, built-in lengths shaped like the study's are used. `--model` is a published Qwen3 name
 (the shape only; weights are random) or a directory with config.json. Prints a table and one JSON line.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -24,12 +26,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "decode"])
+    parser.add_argument("what", choices=["train", "decode", "sweep"])
     parser.add_argument("--model", default="qwen3-8b", help="published name or directory with config.json")
     parser.add_argument("--random-weights", action="store_true", help="accepted for clarity: always random")
     parser.add_argument("--num-layers", type=int, help="fewer layers than the model has, for a quick look")
     parser.add_argument(
-        "--condition", default="all_layer", choices=["attention_only", "mlp_only", "all_layer"]
+        "--condition", default="all_layer", choices=["attention_only", "mlp_only", "all_layer", "mix"]
     )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rows", type=Path, help="JSON with row lengths, for train")
@@ -38,12 +40,28 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, help="only the first prompts, for decode")
     parser.add_argument("--steps", type=int, help="only the first steps, for train")
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of a step")
+    parser.add_argument("--buffer-sizes", type=int, default=4, help="buffer lengths, each compiled once")
     parser.add_argument("--slots", type=int, default=384, help="rows decoded at once")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument(
+        "--members", type=int, nargs="+", default=[2], help="sizes of the groups to measure, for sweep"
+    )
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        default=["none"],
+        choices=["none", "elementwise", "layers"],
+        help="what the backward pass of a group computes again, for sweep; each is measured",
+    )
     options = parser.parse_args()
+    mix = options.condition == "mix"
+    if mix and options.what != "sweep":
+        raise UserError("--condition: mix is for sweep only; give a placement")
+    if options.what == "sweep":  # groups fill the memory: JAX keeps a quarter of a GPU back by itself
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
     from jaxlora.config import EvalConfig, LoraConfig, ModelSource, RunConfig, TrainConfig
 
@@ -56,8 +74,8 @@ def main() -> int:
             layers=options.layers,
             remat=options.remat,
         ),
-        lora=LoraConfig(condition=options.condition, rank=options.rank),
-        train=TrainConfig(batch_rows=options.batch_rows),
+        lora=LoraConfig(condition="all_layer" if mix else options.condition, rank=options.rank),
+        train=TrainConfig(batch_rows=options.batch_rows, buffer_sizes=options.buffer_sizes),
         eval=EvalConfig(batch_rows=options.slots),
     )
     from jaxlora.devices import scan_layers, setup
@@ -68,6 +86,7 @@ def main() -> int:
     import jax
 
     from jaxlora.bench import bench_decode, bench_train
+    from jaxlora.bench_sweep import Variant, bench_sweep
     from jaxlora.evals.run import decode_backend
     from jaxlora.models.qwen3 import ModelSpec
     from jaxlora.train.job import locate_model
@@ -75,10 +94,14 @@ def main() -> int:
     shape = locate_model(config, with_weights=False)[1]
     if options.num_layers:
         shape = dataclasses.replace(shape, num_hidden_layers=options.num_layers)
-    if options.what == "train":
+    lengths = [tuple(pair) for pair in _read(options.rows)["rows"]] if options.rows else default_rows()
+    if options.what == "sweep":
+        remats = {"none": False, "elementwise": "elementwise", "layers": True}
+        variants = [Variant(n, remats[name]) for n in options.members for name in options.recompute]
+        result = bench_sweep(config, shape, lengths, variants, options.steps or 24, mix=mix)
+    elif options.what == "train":
         scan = scan_layers(config.model.layers, jax.default_backend())
         spec = ModelSpec(shape, config.lora, options.dtype, scan)
-        lengths = [tuple(pair) for pair in _read(options.rows)["rows"]] if options.rows else default_rows()
         result = bench_train(config, spec, lengths, options.steps)
     else:
         spec = ModelSpec(shape, None, options.dtype, scan=False)

@@ -1,0 +1,166 @@
+"""Benchmark of a fused sweep: members trained together against lone runs one after another.
+
+    result = bench_sweep(config, shape, lengths, [Variant(2), Variant(4, "elementwise")], steps=12)
+
+Every member trains on the same rows in the same order, 8 a step, as the study's sweep does. All programs run
+in one process over one base, each over the same steps and after its compilation; only real tokens count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.bench import device_facts, random_rows, utilisation
+from jaxlora.checkpoints.huggingface import random_base
+from jaxlora.config import Condition, RunConfig
+from jaxlora.data.batches import choose_layout
+from jaxlora.data.packing import Batch
+from jaxlora.devices import memory_in_use, scan_layers
+from jaxlora.lora import init_lora
+from jaxlora.models.attention import pick_backend
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.parameters import count_matrix_parameters
+from jaxlora.models.qwen3 import ModelSpec, Remat, Tree
+from jaxlora.progress import console
+from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
+from jaxlora.train.fused import group_spec, stack_batches, stack_members
+from jaxlora.train.schedule import plan_run
+from jaxlora.train.step import Compute, TrainState, init_state, make_train_step
+
+MIX: tuple[Condition, ...] = ("attention_only", "all_layer")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of training a group."""
+
+    members: int
+    remat: Remat = False
+
+
+def bench_sweep(
+    config: RunConfig,
+    shape: ModelConfig,
+    lengths: list[tuple[int, int]],
+    variants: Sequence[Variant],
+    steps: int,
+    *,
+    mix: bool = False,
+) -> dict[str, Any]:
+    """Time each variant's group over the same steps, against lone runs of the same members.
+
+    Args:
+      config: placement, rank, batch size, layers, attention; lone runs take its remat.
+      lengths: (prompt, total) tokens of each row.
+      mix: half of the members adapt attention only and half all layers; else all as the configuration says.
+    """
+    facts = device_facts()
+    mesh = make_mesh(config.mesh)
+    rows = random_rows(lengths, shape.vocab_size)
+    plan = plan_run(config.optim, config.train, len(rows))
+    steps = min(steps, plan.steps_per_epoch)
+    parts = [plan.rows_of_step(step) for step in range(1, steps + 1)]
+    layout = choose_layout(rows, parts, plan.batch_rows, config.train, token_multiple(mesh))
+    batches = [layout.build([rows[i] for i in part]) for part in parts]
+    tokens = sum(rows[i].n_tokens for part in parts for i in part)
+    scan = scan_layers(config.model.layers, jax.default_backend())
+    backend = pick_backend(config.model.attention, jax.default_backend(), config.model.dtype, mesh.size)
+    compute = Compute(backend, config.model.remat, plan.batch_rows if layout.packed else 1)
+
+    def spec_of(member: int) -> ModelSpec:
+        condition = MIX[member % len(MIX)] if mix else config.lora.condition
+        return ModelSpec(shape, replace(config.lora, condition=condition), config.model.dtype, scan)
+
+    frozen = jax.block_until_ready(random_base(replace(spec_of(0), lora=None), 0, mesh))
+    flops = 4 * count_matrix_parameters(shape)
+
+    def measure(members: Sequence[ModelSpec], how: Compute) -> dict[str, Any]:
+        states = [init_state(init_lora(member, i), config.optim) for i, member in enumerate(members)]
+        if len(members) == 1:
+            spec, state, rate, data = members[0], states[0], jnp.float32(1e-4), batches
+        else:
+            spec, state = group_spec(members), stack_members(states, members)
+            rate = jnp.full(len(members), 1e-4, jnp.float32)
+            data = [stack_batches([batch] * len(members)) for batch in batches]
+        del states
+        state = place_lora(mesh, spec, state)
+        compiling, seconds = _time(make_train_step(spec, config.optim, how), mesh, state, frozen, data, rate)
+        rate_ = len(members) * tokens / seconds
+        peak = memory_in_use(jax.local_devices()[0])
+        return {
+            "seconds": seconds,
+            "step_ms": seconds / steps * 1e3,
+            "real_tokens_per_second": rate_,
+            **utilisation(rate_, flops, facts),
+            "compile_seconds": compiling,
+            "peak_memory_gib": peak / 2**30 if peak else None,  # so far in this process
+        }
+
+    results: list[dict[str, Any]] = []
+    with jax.set_mesh(mesh):
+        lone = {}
+        for spec in dict.fromkeys(spec_of(i) for i in range(2)):
+            assert spec.lora is not None
+            lone[spec] = measure([spec], compute)
+            _say(f"alone, {spec.lora.condition}", lone[spec])
+        for variant in sorted(variants, key=lambda v: v.members):
+            members = [spec_of(i) for i in range(variant.members)]
+            result: dict[str, Any] = {"members": variant.members, "remat": variant.remat}
+            try:
+                result |= measure(members, replace(compute, remat=variant.remat))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                result["out_of_memory"] = str(error).splitlines()[0][:200]
+            else:
+                result["over_lone_runs"] = sum(lone[m]["seconds"] for m in members) / result["seconds"]
+            _say(f"{variant.members} members, remat {str(variant.remat).lower()}", result)
+            results.append(result)
+    return facts | {
+        "benchmark": "sweep",
+        "attention": backend,
+        "layers": "scan" if scan else "unroll",
+        "steps": steps,
+        "batch_rows": plan.batch_rows,
+        "real_tokens_of_a_member": tokens,
+        "buffer_lengths": sorted({batch["tokens"].shape[-1] for batch in batches}),
+        "padding_efficiency": tokens / sum(batch["tokens"].size for batch in batches),
+        "lone": [{"condition": spec.lora.condition} | r for spec, r in lone.items() if spec.lora],
+        "fused": results,
+    }
+
+
+def _time(
+    step_fn, mesh, state: TrainState, frozen: Tree, batches: list[Batch], rate: jax.Array
+) -> tuple[float, float]:
+    """Seconds until each shape of batch has been compiled and run, and seconds of all steps after that."""
+    placed = [place_batch(mesh, batch) for batch in batches]
+    shapes = {batch["tokens"].shape: batch for batch in placed}
+    start = time.perf_counter()
+    for batch in shapes.values():
+        state, metrics = step_fn(state, frozen, batch, rate)
+    jax.block_until_ready(metrics)
+    compiled = time.perf_counter()
+    for batch in placed:
+        state, metrics = step_fn(state, frozen, batch, rate)
+    jax.block_until_ready(metrics)
+    return compiled - start, time.perf_counter() - compiled
+
+
+def _say(name: str, result: dict[str, Any]) -> None:
+    if "out_of_memory" in result:
+        console.print(f"{name}: out of memory")
+        return
+    text = f"{name}: {result['real_tokens_per_second']:,.0f} real tokens/s, {result['step_ms']:.1f} ms a step"
+    if result["peak_memory_gib"]:
+        text += f", peak {result['peak_memory_gib']:.1f} GiB"
+    text += f", compiled in {result['compile_seconds']:.0f} s"
+    if "over_lone_runs" in result:
+        text += f"; {result['over_lone_runs']:.3f} times the lone runs"
+    console.print(text)
