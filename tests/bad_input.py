@@ -134,7 +134,7 @@ def _audit(event: str, values: tuple[Any, ...]) -> None:
         path, _, flags = values
         changes = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
         _note(event, path, changes)
-    elif event in _CHANGES:
+    elif event in _CHANGES and values[-1] in (-1, None):  # not relative to an opened folder, as in rmtree
         _note(event, values[0], True)
 
 

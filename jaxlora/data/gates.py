@@ -24,6 +24,7 @@ from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, 
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 from jaxlora.progress import console, progress_bar
+from jaxlora.records import read_object
 
 REPORT_NAME = "contamination.json"
 RULES = {
@@ -267,14 +268,14 @@ def require_gates(
 def _judge(place: Path, train: str, validation: str) -> tuple[dict[str, bool], str | None]:
     """Verdict of each gate for exactly these two files, and why they may not be used."""
     try:
-        report = parse_object(place.read_bytes())
+        report = read_object(place)
         entries = [
             (str(gate["name"]), gate["passed"] is True and gate["overlaps"] == 0, int(gate["overlaps"]))
             for gate in report["gates"]
             if (gate["train_sha256"], gate["validation_sha256"]) == (train, validation)
         ]
         known = {str(file["sha256"]) for file in report["files"]}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return (
             {},
             f"all gates: {place} is not a gate report ({type(error).__name__}: {error}); write it again",

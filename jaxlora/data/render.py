@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlora.data.sources import announce
+from jaxlora.data.limits import bounded
+from jaxlora.data.sources import announce, is_text
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 
@@ -32,6 +33,8 @@ else:  # importing transformers takes seconds, and most of the data tools never 
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+MAX_MESSAGES, MAX_CHARACTERS = 1000, 4_000_000  # a longer conversation would take minutes to tokenise
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30  # what rendering one conversation may take
 
 SYSTEM_PROMPT = (
     "You are a careful math solver. Solve the problem step by step. Put the final answer in \\boxed{}."
@@ -102,12 +105,16 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], generation_prom
       UserError: the template refuses these messages.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
-        )
+        with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
+            )
     except Exception as error:  # templates raise jinja's errors and, through missing fields, Python's
-        raise UserError(f"the chat template refuses the conversation: {error}") from None
+        reason = str(error) or type(error).__name__
+        raise UserError(f"the chat template refuses the conversation: {reason}") from None
     assert isinstance(text, str), type(text)
+    if not is_text(text):
+        raise UserError("the chat template writes half a surrogate pair, which is not text")
     return text
 
 
@@ -128,6 +135,9 @@ def check_messages(messages: Any, control_tokens: Sequence[str] = ()) -> None:
     """
     if not isinstance(messages, list):
         raise UserError(f"messages is {type(messages).__name__}, not a list")
+    if len(messages) > MAX_MESSAGES:
+        raise UserError(f"{len(messages)} messages; at most {MAX_MESSAGES} can be rendered")
+    characters = 0
     for index, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise UserError(f"message {index} is {type(message).__name__}, not an object")
@@ -136,8 +146,10 @@ def check_messages(messages: Any, control_tokens: Sequence[str] = ()) -> None:
             raise UserError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"message {index} has content of type {type(content).__name__}, not text")
-        if not content.isascii() and any("\ud800" <= letter <= "\udfff" for letter in content):
+        if not is_text(content):
             raise UserError(f"message {index} holds half a surrogate pair, which is not text")
+        if (characters := characters + len(content)) > MAX_CHARACTERS:
+            raise UserError(f"more than {MAX_CHARACTERS} characters; a conversation of a book cannot be used")
         for control in control_tokens:
             if control in content:  # it would become the control token and end the turn early
                 raise UserError(f"message {index} holds the control token {control!r}")

@@ -11,6 +11,7 @@ is fetched is announced on stderr first. Everything is streamed: no function hol
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,9 +41,9 @@ def locate(path: str | Path) -> Path:
     if text.startswith(HUB_PREFIX):
         return _fetch_from_hub(text)
     local = resolve(text)
-    if local.is_dir():
+    if os.path.isdir(local):  # unlike pathlib's, it answers False where the name cannot be a path
         raise UserError(f"{text}: is a directory; give one JSONL file")
-    if not local.is_file():
+    if not os.path.isfile(local):
         raise UserError(f"{text}: no such file; give a JSONL file or hf://OWNER/NAME/PATH")
     return local
 
@@ -108,14 +109,23 @@ def parse_object(line: bytes) -> dict[str, Any]:
         raise ValueError("empty line" if not line.strip() else f"broken JSON: {error}") from None
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
+    except ValueError:
+        raise ValueError("broken JSON: a number of thousands of digits") from None
     if not isinstance(value, dict):
         raise ValueError(f"is a JSON {type(value).__name__}, not an object")
     return value
 
 
+def is_text(value: Any) -> bool:
+    """Whether the value is text that can be written: half a surrogate pair cannot."""
+    return isinstance(value, str) and (
+        value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    )
+
+
 def is_file_source(source: str) -> bool:
     """Whether `source` is a file rather than the name of a Hub dataset."""
-    return source.endswith((".jsonl", ".json", ".parquet")) or Path(source).exists()
+    return source.endswith((".jsonl", ".json", ".parquet")) or os.path.exists(source)
 
 
 def count_records(source: str) -> int | None:

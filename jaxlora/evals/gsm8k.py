@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxlora.data.sources import is_text
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 from jaxlora.evals.answers import extract_boxed, normalize, numeric_match, strict_match
@@ -77,14 +78,14 @@ def _hub_rows(path: str) -> Iterable[tuple[str, Record]]:
         else:
             kind = "parquet" if path.endswith(".parquet") else "json"
             rows = datasets.load_dataset(kind, data_files={"test": path}, split="test")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # datasets and the Hub client raise many kinds
         raise UserError(f"could not load {path} from the Hugging Face hub: {error}") from None
     return [(f"{path} row {index}", dict(row)) for index, row in enumerate(rows)]
 
 
 def _problem(place: str, row: Record, index: int) -> Problem:
     for field in ("question", "answer"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
+        if not is_text(row.get(field)) or not row[field].strip():
             raise UserError(f"{place}: the field `{field}` is missing or is not text")
     if "####" not in row["answer"]:
         raise UserError(f"{place}: the answer has no `####` before its final value")
@@ -174,8 +175,14 @@ def rescore(path: Path) -> list[Record]:
     records = []
     for line, record in read_numbered_jsonl(path, torn_last_line="refuse"):
         for field in ("generated_text", "reference_answer"):
-            if not isinstance(record.get(field), str):
+            if not is_text(record.get(field)):
                 raise UserError(f"{path}:{line}: the field `{field}` is missing or is not text")
+        for field in ("example_id", "question"):
+            if field in record and not is_text(record[field]):
+                raise UserError(f"{path}:{line}: the field `{field}` is not text")
+        for field in ("benchmark_index", "prompt_token_count", "generated_token_count"):
+            if field in record and not (type(record[field]) is int and 0 <= record[field] < 2**31):
+                raise UserError(f"{path}:{line}: the field `{field}` is not a count")
         if record.get("stop_reason") not in STOP_REASONS:
             raise UserError(
                 f"{path}:{line}: stop_reason is {json.dumps(record.get('stop_reason'))}; "
