@@ -95,7 +95,8 @@ class Session:
 
     def results(self) -> Study:
         """All that the results directory holds now."""
-        self.results_dir.mkdir(parents=True, exist_ok=True)
+        if not self.results_dir.is_dir():
+            return Study(self.results_dir, self.config.prefix, (), (), (), {}, ())
         return load_study(self.results_dir, self.config.prefix)
 
 

@@ -6,7 +6,7 @@ else that of one H100 as the README states it, scaled by the model's size and by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from jaxlora.train.schedule import plan_run
 # One H100 80GB, Qwen3-8B, rank 8, batches of 8 rows: `tools/bench.py`, see the README.
 H100_TRAIN, H100_VALIDATION, H100_DECODE = 15_464, 32_670, 8_165  # tokens a second
 H100_FLOPS, H100_PARAMETERS = 989e12, 7.568e9
+LARGEST_FACTOR = 100  # a model much smaller is not bound by its products: the comparison would say nothing
 ANSWER_TOKENS = 200  # an answer of the study is 172 (adapters) to 283 (base) tokens long
 
 
@@ -50,25 +51,31 @@ class Speeds:
 def speeds(config: RunConfig, study: Study | None) -> Speeds:
     """The measured speeds of the study's own runs and evaluations; what was not measured is assumed."""
     _, model = locate_model(config, with_weights=False)
-    peak, count = peak_flops(jax.devices()[0]), jax.device_count()
-    share = (peak or H100_FLOPS) / H100_FLOPS * (count if peak else 1)
-    factor = share * H100_PARAMETERS / count_matrix_parameters(model)
-    what = (
-        f"{count} x {jax.devices()[0].device_kind}" if peak else "one H100 (this machine is not measured yet)"
-    )
-    train, validation, decode = (factor * rate for rate in (H100_TRAIN, H100_VALIDATION, H100_DECODE))
-    source = [f"assumed for {what}, scaled from Qwen3-8B on one H100"]
+    device, count = jax.devices()[0], jax.device_count()
+    peak = peak_flops(device)
+    factor = H100_PARAMETERS / count_matrix_parameters(model) * (count * peak / H100_FLOPS if peak else 1)
+    if factor < LARGEST_FACTOR:
+        train, validation, decode = (factor * rate for rate in (H100_TRAIN, H100_VALIDATION, H100_DECODE))
+        what = f"{count} x {device.device_kind}" if peak else "one H100, not for this machine"
+        source = [f"for {what}, from what Qwen3-8B reaches on one H100"]
+    else:
+        train = validation = decode = math.nan
+        source = ["not known before a run is measured; the model is too small to be compared with Qwen3-8B"]
+    length = float(min(ANSWER_TOKENS, config.eval.max_new_tokens))
     runs = [] if study is None else [*study.runs, *study.trials]
     rates = [
-        median(speeds)
+        median(measured)
         for run in runs
-        if (speeds := [row["tokens_per_second"] for row in run.rows("train") if row.get("tokens_per_second")])
+        if (
+            measured := [
+                row["tokens_per_second"] for row in run.rows("train") if row.get("tokens_per_second")
+            ]
+        )
     ]
     if rates:
         train, validation = fmean(rates), fmean(rates) * H100_VALIDATION / H100_TRAIN
         source = [f"training as measured in {len(rates)} runs here"]
     answers = [] if study is None else list(study.evaluation_summaries.values())
-    length = float(min(ANSWER_TOKENS, config.eval.max_new_tokens))
     if answers and all("generated_tokens_per_second" in summary for summary in answers):
         decode = fmean(summary["generated_tokens_per_second"] for summary in answers)
         length = fmean(summary["generated_tokens"] / summary["total"] for summary in answers)
@@ -120,40 +127,44 @@ def plan_table(config: RunConfig) -> Table:
     results = Path(config.results_dir)
     at = speeds(config, load_study(results, config.prefix) if results.is_dir() else None)
     runs = plan_runs(config)
+    evaluations = len(grid.members(config)) + 1
     problems = len(load_problems(config.eval.benchmark, config.eval.problems))
+    decoding = evaluations * problems * at.answer_tokens / at.decode / 3600
+
     table = Table(title=f"the study {config.prefix}, in {config.results_dir}", title_justify="left")
     table.add_column("run", no_wrap=True)
-    for name in ("rate", "steps", "train tokens", "validation tokens", "hours"):
-        table.add_column(name, justify="right")
-    chosen = grid.selects_rates(config)
+    for name in ("rate", "steps", "tokens", "validation", "hours"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         is_trial = run.config.run_dir.parent.name == grid.TRIALS
-        rate = "by the trials" if chosen and not is_trial else grid.rate(run.config.optim.peak_lr)
-        table.add_row(run.config.run_id, rate, *_amounts(run, at))
-    members = len(grid.members(config))
-    answers = (members + 1) * problems * at.answer_tokens
-    decoding = answers / at.decode / 3600
+        rate = (
+            "chosen" if grid.selects_rates(config) and not is_trial else grid.rate(run.config.optim.peak_lr)
+        )
+        counts = (run.steps, run.train_tokens, run.validation_tokens)
+        table.add_row(run.config.run_id, rate, *(f"{n:,}" for n in counts), _hours(run.hours(at)))
     table.add_section()
-    table.add_row(f"{members + 1} evaluations", "", "", f"{problems:,} problems each", "", f"{decoding:.2f}")
+    table.add_row(f"{evaluations} evaluations of {problems:,}", "", "", "", "", _hours(decoding))
     table.add_section()
-    table.add_row(
-        "all",
-        "",
-        f"{sum(run.steps for run in runs):,}",
-        f"{sum(run.train_tokens for run in runs):,}",
-        f"{sum(run.validation_tokens for run in runs):,}",
-        f"{sum(run.hours(at) for run in runs) + decoding:.2f}",
-    )
+    sums = [
+        sum(column)
+        for column in zip(*((r.steps, r.train_tokens, r.validation_tokens) for r in runs), strict=True)
+    ]
+    table.add_row("all", "", *(f"{n:,}" for n in sums), _hours(sum(run.hours(at) for run in runs) + decoding))
+    table.caption_justify = "left"
     table.caption = (
-        f"Hours: {at.source}; training at {at.train:,.0f} tokens/s, validation at {at.validation:,.0f},"
-        f" decoding at {at.decode:,.0f} with {at.answer_tokens:.0f} tokens an answer. Compilation and loading"
-        " are not counted."
+        f"Tokens are shifted counts; a chosen rate is the best of the trials. Hours are {at.source}."
     )
+    if not math.isnan(at.train):
+        table.caption += (
+            f" They rest on {at.train:,.0f} tokens/s of training, {at.validation:,.0f} of validation,"
+            f" {at.decode:,.0f} of decoding and {at.answer_tokens:.0f} tokens an answer; compilation and"
+            " loading are not counted."
+        )
     return table
 
 
-def _amounts(run: PlannedRun, at: Speeds) -> Sequence[str]:
-    return f"{run.steps:,}", f"{run.train_tokens:,}", f"{run.validation_tokens:,}", f"{run.hours(at):.2f}"
+def _hours(value: float) -> str:
+    return "?" if math.isnan(value) else f"{value:.2f}"
 
 
 # --- Status -------------------------------------------------------------------------------------------------
@@ -165,12 +176,11 @@ def status_tables(session: Session) -> list[Table]:
     """How far every stage is, and every run."""
     stages = Table(title="stages", title_justify="left")
     for name in ("stage", "state", "why"):
-        stages.add_column(name, no_wrap=name == "stage")
-    runs = Table(title="runs", title_justify="left")
-    for name in ("run", "state", "rate", "step", "validation NLL", "strict score", "why"):
-        runs.add_column(
-            name, no_wrap=name == "run", justify="left" if name in ("run", "state", "why") else "right"
-        )
+        stages.add_column(name, no_wrap=name != "why")
+    runs = Table(title="runs, with the selected step's validation NLL and GSM8K score", title_justify="left")
+    for name in ("run", "state", "rate", "step", "NLL", "strict", "why"):
+        left = name in ("run", "state", "why")
+        runs.add_column(name, no_wrap=name != "why", justify="left" if left else "right")
     for stage in STAGES:
         tasks = stage.check(session)
         done = sum(task.state.kind == "done" for task in tasks)
@@ -197,4 +207,5 @@ def _run_row(task: Task) -> list[str]:
     if (folder / "evaluation" / "summary.json").is_file():
         score = f"{read_json(folder / 'evaluation' / 'summary.json')['accuracy']:.2%}"
     rate = "" if state.kind == "waiting" else grid.rate(task.item.optim.peak_lr)
-    return [task.name, f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, escape(state.why)]
+    why = "" if state.kind == "waiting" else escape(state.why)  # the stage says it once
+    return [task.name, f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, why]

@@ -47,7 +47,7 @@ def check_figures(session: Session) -> list[Task]:
     for table, draw in figures:
         state = State("done" if is_current(table, folder, study.directory) else "missing")
         tasks.append(Task(table.name, state, (table, draw)))
-    return tasks
+    return tasks or [Task("figures", State("waiting", "a run or an evaluation (--stage sweep)"))]
 
 
 def run_figures(session: Session, tasks: list[Task]) -> None:
