@@ -21,6 +21,7 @@ from jaxlora.checkpoints.huggingface import random_base
 from jaxlora.config import RunConfig
 from jaxlora.data.batches import choose_layout, ranges, train_batches
 from jaxlora.data.render import RenderedRow
+from jaxlora.decode_weights import decode_weights
 from jaxlora.devices import memory_in_use, peak_flops
 from jaxlora.generate import generate
 from jaxlora.lora import count_trainable, init_lora
@@ -196,21 +197,31 @@ def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
 def bench_decode(
     config: RunConfig, spec: ModelSpec, prompt_lengths: list[int], answer_lengths: list[int], backend: str
 ) -> dict[str, Any]:
-    """Decode prompts of random tokens with forced answer lengths; twice, the second time is reported."""
+    """Merge an adapter and decode prompts of random tokens with forced answer lengths.
+
+    Done twice; the second time, when everything is compiled, is reported. The base stays in memory, as it
+    does when a study evaluates several adapters.
+    """
     facts = device_facts()
     mesh = make_mesh(config.mesh)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, spec.config.vocab_size, n).tolist() for n in prompt_lengths]
     frozen = jax.block_until_ready(random_base(spec, 0, mesh))
-    seconds = []
-    with jax.set_mesh(mesh), CompileCounter() as compiled:
+    lora = {} if spec.lora is None else init_lora(spec, 0)
+    seconds, preparing = [], []
+    with CompileCounter() as compiled:
         for _ in range(2):
             start = time.perf_counter()
-            with progress_bar("decoding", len(prompts), "prompts") as advance:
+            form, adapter, weights, decoding = decode_weights(
+                spec, lora, frozen, mesh, merge=config.eval.merge_adapter
+            )
+            jax.block_until_ready(weights)
+            preparing.append(time.perf_counter() - start)
+            with jax.set_mesh(decoding), progress_bar("decoding", len(prompts), "prompts") as advance:
                 answers = generate(
-                    spec,
-                    {},
-                    frozen,
+                    form,
+                    adapter,
+                    weights,
                     prompts,
                     eos_ids=(),
                     max_new_tokens=max(answer_lengths),
@@ -220,6 +231,7 @@ def bench_decode(
                     progress=advance,
                 )
             seconds.append(time.perf_counter() - start)
+            del weights
     tokens = sum(len(answer.tokens) for answer in answers)
     assert [len(answer.tokens) for answer in answers] == answer_lengths
     rate = tokens / seconds[1]
@@ -229,10 +241,12 @@ def bench_decode(
         "benchmark": "decode",
         "attention": backend,
         "slots": config.eval.batch_rows,
+        "merged": form.lora is None,
         "prompts": len(prompts),
         "prompt_tokens": sum(prompt_lengths),
         "generated_tokens": tokens,
         "seconds": seconds[1],
+        "preparing_weights_seconds": preparing[1],
         "first_pass_seconds": seconds[0],
         "generated_tokens_per_second": rate,
         **utilisation(rate, 2 * n, facts),

@@ -28,6 +28,7 @@ from jaxlora.sharding import constrain_decode
 STEPS_PER_CALL = 16
 PREFILL_ROWS = 32
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this many tokens
+TAIL_FROM_SLOTS = 256  # with fewer slots a step is bound by reading the weights, however many are idle
 WINDOW_MULTIPLE = 128  # the cache is read up to a multiple of this many tokens
 
 
@@ -177,6 +178,18 @@ def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
     return jnp.argmax(model.logits(hidden).astype(jnp.float32), axis=-1).astype(jnp.int32)
 
 
+@jax.jit
+def _take(array: jax.Array, slots: jax.Array) -> jax.Array:
+    return constrain_decode(array[slots])
+
+
+def take_slots(state: DecodeState, slots: np.ndarray) -> DecodeState:
+    """These slots only. The old cache is given up layer by layer, because two of them would not fit."""
+    for i, layer in enumerate(state.cache):
+        state.cache[i] = tuple(_take(x, slots) for x in layer)  # type: ignore[call-overload]
+    return DecodeState(state.cache, *(_take(x, slots) for x in state[1:]))
+
+
 def _is_end(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
 
@@ -191,6 +204,7 @@ def generate(
     max_new_tokens: int,
     slots: int,
     limits: Sequence[int] | None = None,
+    tail_slots: int | None = None,
     backend: str = "xla",
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
@@ -199,10 +213,14 @@ def generate(
     Args:
       spec: with unrolled layers (`scan=False`), whose caches are updated in place.
       limits: most new tokens of each prompt; None: `max_new_tokens` for all.
+      tail_slots: once no prompt waits and so few rows are left, go on with this many slots, because the
+        longest answers end alone. None: a quarter of the slots, where that is worth another program.
       progress: called with the number of answers newly finished.
     """
     assert not spec.scan, "decoding keeps one cache a layer: use a spec with scan=False"
     slots = min(slots, len(prompts))
+    if tail_slots is None:
+        tail_slots = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
     limits = [max_new_tokens] * len(prompts) if limits is None else list(limits)
     lengths = [len(prompt) for prompt in prompts]
     sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
@@ -243,6 +261,17 @@ def generate(
                     collect(owner[slot], outputs[i], counts[i])
         owner[used], held[used] = taken, n[: len(taken)]
 
+    def shrink() -> None:
+        """Keep the rows still active, in `tail_slots` slots, and collect the others' answers."""
+        nonlocal state, owner, held, active
+        outputs, counts = whole((state.output, state.n_new))
+        for slot in np.flatnonzero((owner >= 0) & ~active):
+            collect(owner[slot], outputs[slot], counts[slot])
+        owner = np.where(active, owner, -1)
+        keep = np.argsort(~active, stable=True)[:tail_slots]
+        owner, held, active = owner[keep], held[keep], active[keep]
+        state = take_slots(state, keep)
+
     active = np.zeros(slots, bool)
     while queue or active.any():
         free = np.flatnonzero(~active)
@@ -260,6 +289,8 @@ def generate(
         active, held = (np.array(x) for x in whole((state.active, state.lengths)))
         if progress is not None and before > active.sum():
             progress(int(before - active.sum()))
+        if not queue and 0 < active.sum() <= tail_slots < len(active):
+            shrink()
     outputs, counts = whole((state.output, state.n_new))
     for slot in np.flatnonzero(owner >= 0):
         collect(owner[slot], outputs[slot], counts[slot])

@@ -83,19 +83,26 @@ def merge_lora(spec: ModelSpec, lora: Tree, frozen: Tree) -> Tree:
 
     Arrays of unadapted weights are shared with `frozen`; the adapted ones are new.
     """
-    assert spec.lora is not None
-    scale = spec.lora.alpha / spec.lora.rank
     merged = jax.tree.map(lambda x: x, frozen)
     for weight in spec.adapted:
-        pair = get_path(lora, weight.path)
         if spec.scan or not weight.stacked:
             module = get_path(merged, weight.path)
-            module["weight"] = _merged(module["weight"], pair["lora_a"], pair["lora_b"], scale)
+            module["weight"] = merged_weight(spec, lora, weight, module["weight"])
         else:
             for i in range(spec.config.num_hidden_layers):
                 module = get_path(merged["layers"][i], weight.path.removeprefix("layers."))
-                module["weight"] = _merged(module["weight"], pair["lora_a"][i], pair["lora_b"][i], scale)
+                module["weight"] = merged_weight(spec, lora, weight, module["weight"], i)
     return merged
+
+
+def merged_weight(
+    spec: ModelSpec, lora: Tree, weight: Weight, array: jax.Array, layer: int | None = None
+) -> jax.Array:
+    """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None)."""
+    assert spec.lora is not None
+    pair = get_path(lora, weight.path)
+    a, b = (pair[name] if layer is None else pair[name][layer] for name in ("lora_a", "lora_b"))
+    return _merged(array, a, b, spec.lora.alpha / spec.lora.rank)
 
 
 @jax.jit

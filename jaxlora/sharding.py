@@ -24,6 +24,7 @@ from jaxlora.config import MeshConfig
 from jaxlora.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxlora.models.config import ModelConfig
     from jaxlora.models.qwen3 import ModelSpec
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
@@ -62,6 +63,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: {asked} does not fit {len(devices)} devices; set one axis to -1")
     return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def decode_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
+    """The same devices for decoding: as many ways by heads as the key-value heads allow, the rest by slots."""
+    tensor = mesh.size
+    while config.num_key_value_heads % tensor:
+        tensor //= 2
+    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:

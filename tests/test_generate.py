@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -11,11 +15,12 @@ from test_model import CONFIGURATIONS, our_model
 
 from jaxlora.checkpoints.huggingface import random_base
 from jaxlora.config import LoraConfig, MeshConfig
+from jaxlora.decode_weights import decode_weights
 from jaxlora.generate import generate
 from jaxlora.lora import init_lora, merge_lora
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.sharding import make_mesh
+from jaxlora.sharding import base_shardings, make_mesh
 
 
 def random_prompts(n: int, vocab: int = 160, seed: int = 0) -> list[list[int]]:
@@ -67,7 +72,7 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
     limits = np.random.default_rng(3).integers(1, 40, 40).tolist()
     eos = (7, 31)  # with random weights, one of these ends about one answer in three
 
-    def run(order, slots):
+    def run(order, slots, tail_slots=0):
         chosen = [prompts[i] for i in order]
         answers = generate(
             spec,
@@ -78,11 +83,13 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
             max_new_tokens=40,
             slots=slots,
             limits=[limits[i] for i in order],
+            tail_slots=tail_slots,
         )
         return {i: (a.tokens, a.stop_reason) for i, a in zip(order, answers, strict=True)}
 
     alone = run(list(range(0, 40, 5)), slots=1)
     together = run(list(range(40)), slots=16)
+    assert together == run(list(range(40)), slots=16, tail_slots=3)
     assert together == run(list(reversed(range(40))), slots=3)
     assert all(together[i] == answer for i, answer in alone.items())
     reasons = [reason for _, reason in together.values()]
@@ -93,13 +100,26 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
         assert not set(tokens[:-1]) & set(eos)
 
 
-def test_merged_and_unmerged_adapters_give_the_same_tokens(small):
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("scan", [False, True])
+def test_merged_and_unmerged_adapters_give_the_same_tokens(small, scan, shape):
     spec, lora, frozen = small
     prompts = random_prompts(12)
     options = {"eos_ids": (), "max_new_tokens": 24, "slots": 12}
     plain = ModelSpec(spec.config, None, "float32", scan=False)
-    unmerged = generate(spec, lora, frozen, prompts, **options)
-    merged = generate(plain, {}, merge_lora(spec, lora, frozen), prompts, **options)
-    base = generate(plain, {}, frozen, prompts, **options)
-    assert unmerged == merged
-    assert unmerged != base
+    expected = generate(plain, {}, merge_lora(spec, lora, frozen), prompts, **options)
+    assert generate(spec, lora, frozen, prompts, **options) == expected
+    assert generate(plain, {}, frozen, prompts, **options) != expected
+
+    if scan:
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *frozen["layers"].values())
+        spec, frozen = replace(spec, scan=True), {**frozen, "layers": stacked}
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
+    placed = jax.tree.map(jax.device_put, frozen, base_shardings(mesh, spec))
+    for merge in (True, False):
+        form, adapter, weights, decode = decode_weights(spec, lora, placed, mesh, merge=merge)
+        assert (form.lora is None) == merge
+        assert form.joined == (merge and math.prod(shape) == 1)
+        with jax.set_mesh(decode):
+            assert generate(form, adapter, weights, prompts, **options) == expected
+    assert jax.tree.all(jax.tree.map(np.array_equal, placed, frozen))  # the base is as it was

@@ -21,7 +21,7 @@ from jaxlora.models.config import ModelConfig, published_config
 from jaxlora.plan import report
 from jaxlora.plan.chips import CHIPS, SLICES, slice_named, slice_of
 from jaxlora.plan.hlo import Work, count_work, group_size
-from jaxlora.plan.programs import Memory, Program, Programs, Workload, decode_mesh, out_of_memory
+from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory
 from jaxlora.plan.roofline import attention_flops, roofline, run_cost
 from jaxlora.plan.search import candidates, choose_mesh, estimate, factors
 
@@ -135,8 +135,11 @@ def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest():
 
 def test_decoding_never_gathers_weights():
     model = published_config("qwen3-8b")
-    assert decode_mesh(model, 8) == MeshConfig(1, 1, 8)
-    assert decode_mesh(model, 32) == MeshConfig(4, 1, 8)
+    devices = jax.devices()[:8]
+    mesh = decode_mesh(make_mesh(MeshConfig(), devices), model)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 8}
+    fewer_heads = replace(model, num_key_value_heads=4)
+    assert dict(decode_mesh(mesh, fewer_heads).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
 
 
 # --- counting compiled programs

@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--buffer-sizes", type=int, default=4, help="buffer lengths, each compiled once")
     parser.add_argument("--slots", type=int, default=384, help="rows decoded at once")
+    parser.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -76,7 +77,7 @@ def main() -> int:
         ),
         lora=LoraConfig(condition="all_layer" if mix else options.condition, rank=options.rank),
         train=TrainConfig(batch_rows=options.batch_rows, buffer_sizes=options.buffer_sizes),
-        eval=EvalConfig(batch_rows=options.slots),
+        eval=EvalConfig(batch_rows=options.slots, merge_adapter=not options.unmerged),
     )
     from jaxlora.devices import scan_layers, setup
 
@@ -104,7 +105,7 @@ def main() -> int:
         spec = ModelSpec(shape, config.lora, options.dtype, scan)
         result = bench_train(config, spec, lengths, options.steps)
     else:
-        spec = ModelSpec(shape, None, options.dtype, scan=False)
+        spec = ModelSpec(shape, config.lora, options.dtype, scan=False)
         prompts, answers = default_answers()
         if options.lengths:
             values = _read(options.lengths)

@@ -43,8 +43,19 @@ class Weight:
         return self.path.rpartition(".")[2]
 
 
-def parameter_table(config: ModelConfig) -> list[Weight]:
-    """All weights of a dense Qwen3, in the order of the forward pass."""
+# Products of one input, computed as one: fuller products, and nothing to put together again in each step.
+JOINED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def parameter_table(config: ModelConfig, joined: bool = False) -> list[Weight]:
+    """All weights of a dense Qwen3, in the order of the forward pass.
+
+    Args:
+      joined: the form of `jaxlora.decode_weights`, with the matrices of `JOINED` one above the other.
+    """
     hidden, vocab, ffn = config.hidden_size, config.vocab_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv_heads = config.num_key_value_heads * config.head_dim
@@ -67,6 +78,11 @@ def parameter_table(config: ModelConfig) -> list[Weight]:
         layer("mlp.down_proj", (hidden, ffn), ("embed", "mlp"), "mlp"),
         Weight("norm", "model.norm.weight", (hidden,), (None,)),
     ]
+    if joined:
+        parts = {f"layers.{part}" for group in JOINED.values() for part in group}
+        sizes = {"self_attn.qkv_proj": heads + 2 * kv_heads, "mlp.gate_up_proj": 2 * ffn}
+        table = [weight for weight in table if weight.path not in parts]
+        table += [layer(path, (size, hidden), (None, "embed")) for path, size in sizes.items()]
     if not config.tie_word_embeddings:
         table.append(Weight("lm_head", "lm_head.weight", (vocab, hidden), ("vocab", "embed"), "output_head"))
     return table

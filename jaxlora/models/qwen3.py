@@ -94,21 +94,31 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with RMS-normalised queries and keys and rotary positions."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig):
-        self.q_proj = make_linear("layers.self_attn.q_proj")
-        self.k_proj = make_linear("layers.self_attn.k_proj")
-        self.v_proj = make_linear("layers.self_attn.v_proj")
+    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool):
+        if joined:
+            self.qkv_proj = make_linear("layers.self_attn.qkv_proj")
+        else:
+            self.q_proj = make_linear("layers.self_attn.q_proj")
+            self.k_proj = make_linear("layers.self_attn.k_proj")
+            self.v_proj = make_linear("layers.self_attn.v_proj")
         self.o_proj = make_linear("layers.self_attn.o_proj")
         self.q_norm, self.k_norm = make_norm(config.head_dim), make_norm(config.head_dim)
-        self.head_dim = config.head_dim
+        self.head_dim, self.joined = config.head_dim, joined
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
 
-    def __call__(self, x, rotary, attend: Attend, cache):
+    def project(self, x):
+        """Queries, keys and values `[batch, length, heads or kv_heads, head_dim]`."""
+
         def heads(y):
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        q = rotate(self.q_norm(heads(self.q_proj(x))), rotary)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), rotary)
-        v = heads(self.v_proj(x))
+        if self.joined:
+            return jnp.split(heads(self.qkv_proj(x)), [self.heads, self.heads + self.kv_heads], axis=-2)
+        return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+
+    def __call__(self, x, rotary, attend: Attend, cache):
+        q, k, v = self.project(x)
+        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
         y, cache = attend(q, k, v, cache)
         return self.o_proj(y.reshape(*x.shape[:-1], -1)), cache
 
@@ -116,23 +126,31 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, make_linear):
-        self.gate_proj = make_linear("layers.mlp.gate_proj")
-        self.up_proj = make_linear("layers.mlp.up_proj")
+    def __init__(self, make_linear, joined: bool):
+        if joined:
+            self.gate_up_proj = make_linear("layers.mlp.gate_up_proj")
+        else:
+            self.gate_proj = make_linear("layers.mlp.gate_proj")
+            self.up_proj = make_linear("layers.mlp.up_proj")
         self.down_proj = make_linear("layers.mlp.down_proj")
+        self.joined = joined
 
     def __call__(self, x):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.joined:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig):
+    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool):
         self.input_layernorm = make_norm(config.hidden_size)
-        self.self_attn = Attention(make_linear, make_norm, config)
+        self.self_attn = Attention(make_linear, make_norm, config, joined)
         self.post_attention_layernorm = make_norm(config.hidden_size)
-        self.mlp = MLP(make_linear)
+        self.mlp = MLP(make_linear, joined)
 
     def __call__(self, x, rotary, attend: Attend, cache):
         y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache)
@@ -158,30 +176,25 @@ class Embedding(nnx.Module):
 class Qwen3(nnx.Module):
     """The whole model. Its layers are one stacked `DecoderLayer` (scanned) or a list of them (unrolled)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        lora: LoraConfig | None,
-        dtype: jnp.dtype,
-        scan: bool,
-        scales: tuple[float, ...],
-    ):
-        table = {w.path: w for w in parameter_table(config)}
+    def __init__(self, spec: ModelSpec):
+        config, lora, dtype, scales = spec.config, spec.lora, jnp.dtype(spec.dtype), spec.scales
+        table = {w.path: w for w in spec.table}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
             return DecoderLayer(
                 lambda path: Linear(table[path], dtype, lora, scales, stack),
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
                 config,
+                spec.joined,
             )
 
         depth = config.num_hidden_layers
         self.embed_tokens = Embedding(table["embed_tokens"], dtype)
-        self.layers: Any = make_layer((depth,)) if scan else nnx.List([make_layer(()) for _ in range(depth)])
+        self.layers: Any = make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora, scales)
-        self.head_dim, self.rope_theta, self.scan = config.head_dim, config.rope_theta, scan
+        self.head_dim, self.rope_theta, self.scan = config.head_dim, config.rope_theta, spec.scan
         self.scales = scales
 
     def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False):
@@ -269,6 +282,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     scan: bool = True
     member_scales: tuple[float, ...] = ()  # of a group; empty: one adapter
+    joined: bool = False  # q, k, v and gate, up are one matrix each; without an adapter only
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -279,9 +293,8 @@ class ModelSpec:
 
     @cached_property
     def _split(self):
-        module = nnx.eval_shape(
-            lambda: Qwen3(self.config, self.lora, jnp.dtype(self.dtype), self.scan, self.scales)
-        )
+        assert self.lora is None or not self.joined
+        module = nnx.eval_shape(lambda: Qwen3(self))
         definition, lora, frozen = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
         return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(frozen)
 
@@ -292,7 +305,7 @@ class ModelSpec:
 
     @property
     def table(self) -> list[Weight]:
-        return parameter_table(self.config)
+        return parameter_table(self.config, self.joined)
 
     @property
     def adapted(self) -> list[Weight]:

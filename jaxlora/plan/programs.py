@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.config import MeshConfig, RunConfig
+from jaxlora.config import RunConfig
 from jaxlora.errors import UserError
 from jaxlora.generate import PREFILL_ROWS, init_decode, make_decode, make_prefill
 from jaxlora.lora import init_lora
@@ -29,6 +29,7 @@ from jaxlora.plan.hlo import Work, count_work
 from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, roofline
 from jaxlora.sharding import (
     base_shardings,
+    decode_mesh,
     decode_shardings,
     lora_shardings,
     make_mesh,
@@ -172,11 +173,12 @@ class Programs:
 
     @cached_property
     def _decode_spec(self) -> ModelSpec:
-        return replace(self.spec, lora=None, scan=False)
+        joined = self._decode_mesh.shape["tensor"] == 1
+        return replace(self.spec, lora=None, scan=False, joined=joined)
 
     @cached_property
     def _decode_mesh(self) -> jax.sharding.Mesh:
-        return make_mesh(decode_mesh(self.model, self.slice.n_chips), self.devices)
+        return decode_mesh(self.mesh, self.model)
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
@@ -217,14 +219,6 @@ class Programs:
         )
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
         return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
-
-
-def decode_mesh(model: ModelConfig, n_chips: int) -> MeshConfig:
-    """Decoding reads all weights for every token: they stay on the chips, split by heads, never gathered."""
-    tensor = n_chips
-    while model.num_key_value_heads % tensor:
-        tensor //= 2
-    return MeshConfig(data=n_chips // tensor, fsdp=1, tensor=tensor)
 
 
 def topology_devices(slice_: Slice) -> list[jax.Device]:

@@ -1,0 +1,76 @@
+"""The weights in the form that decoding wants.
+
+    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, mesh)
+    with jax.set_mesh(mesh):
+        answers = generate(spec, lora, frozen, prompts, ...)
+
+One tree a layer, whose caches are then updated in place; the adapter merged, so that it costs nothing; q, k,
+v and gate, up joined to one product each. Every token reads all weights: on several chips they are split by
+heads and stay where they are, where training would gather them over `fsdp` in every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.lora import get_path, merged_weight, set_path
+from jaxlora.models.parameters import JOINED
+from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.sharding import base_shardings, decode_mesh
+
+
+def decode_weights(
+    spec: ModelSpec, lora: Tree, frozen: Tree, mesh: jax.sharding.Mesh, *, merge: bool = True
+) -> tuple[ModelSpec, Tree, Tree, jax.sharding.Mesh]:
+    """Model, adapter, base and mesh for decoding; arrays that need no change are shared with `frozen`.
+
+    Works layer by layer: beside its result it holds one layer's copies.
+
+    Args:
+      lora: the adapter, or `{}` with a spec whose `lora` is None.
+      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
+        returned and applied at every step.
+    """
+    mesh = decode_mesh(mesh, spec.config)
+    keep = spec.lora is not None and not merge
+    joined = not keep and mesh.shape["tensor"] == 1
+    form = replace(spec, lora=spec.lora if keep else None, scan=False, joined=joined)
+    shardings = base_shardings(mesh, form)
+    adapted = [] if keep else spec.adapted
+
+    def merged(tree: Tree, layer: int | None) -> Tree:
+        tree = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
+        for weight in adapted:
+            if weight.stacked == (layer is not None):
+                module = get_path(tree, weight.path.removeprefix("layers."))
+                module["weight"] = merged_weight(spec, lora, weight, module["weight"], layer)
+        return tree
+
+    layers = {}
+    for i in range(spec.config.num_hidden_layers):
+        if spec.scan:
+            layer = jax.tree.map(lambda x, i=i: x[i], frozen["layers"])
+        else:
+            layer = frozen["layers"][i]
+        layer = merged(layer, i)
+        if joined:
+            for path, parts in JOINED.items():
+                set_path(layer, path, {"weight": jnp.concatenate([_take(layer, part) for part in parts])})
+        layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
+    outside = {name: tree for name, tree in frozen.items() if name != "layers"}
+    rest = {name: shardings[name] for name in outside}
+    return form, lora if keep else {}, {**jax.tree.map(_moved, merged(outside, None), rest), "layers": layers}, mesh
+
+
+def _take(tree: Tree, path: str) -> jax.Array:
+    """Take a module out of the tree; its weight."""
+    parent, _, name = path.rpartition(".")
+    return get_path(tree, parent).pop(name)["weight"]
+
+
+def _moved(x: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """x in this sharding; x itself where it has it already."""
+    return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(x, sharding)
