@@ -213,7 +213,7 @@ def bench_decode(
         for _ in range(2):
             start = time.perf_counter()
             form, adapter, weights, decoding = decode_weights(
-                spec, lora, frozen, mesh, merge=config.eval.merge_adapter
+                spec, lora, frozen, merge=config.eval.merge_adapter
             )
             jax.block_until_ready(weights)
             preparing.append(time.perf_counter() - start)

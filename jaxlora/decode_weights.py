@@ -1,6 +1,6 @@
 """The weights in the form that decoding wants.
 
-    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, mesh)
+    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen)
     with jax.set_mesh(mesh):
         answers = generate(spec, lora, frozen, prompts, ...)
 
@@ -15,26 +15,29 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
+from jaxlora.config import MeshConfig
 from jaxlora.lora import get_path, merged_weight, set_path
 from jaxlora.models.parameters import JOINED
 from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.sharding import base_shardings, decode_mesh
+from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
 
 def decode_weights(
-    spec: ModelSpec, lora: Tree, frozen: Tree, mesh: jax.sharding.Mesh, *, merge: bool = True
-) -> tuple[ModelSpec, Tree, Tree, jax.sharding.Mesh]:
+    spec: ModelSpec, lora: Tree, frozen: Tree, *, merge: bool = True
+) -> tuple[ModelSpec, Tree, Tree, Mesh]:
     """Model, adapter, base and mesh for decoding; arrays that need no change are shared with `frozen`.
 
     Works layer by layer: beside its result it holds one layer's copies.
 
     Args:
       lora: the adapter, or `{}` with a spec whose `lora` is None.
+      frozen: the base, laid out over a mesh, or on one device.
       merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
         returned and applied at every step.
     """
-    mesh = decode_mesh(mesh, spec.config)
+    mesh = decode_mesh(_mesh_of(frozen), spec.config)
     keep = spec.lora is not None and not merge
     joined = not keep and mesh.shape["tensor"] == 1
     form = replace(spec, lora=spec.lora if keep else None, scan=False, joined=joined)
@@ -51,10 +54,8 @@ def decode_weights(
 
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        if spec.scan:
-            layer = jax.tree.map(lambda x, i=i: x[i], frozen["layers"])
-        else:
-            layer = frozen["layers"][i]
+        stacked = spec.scan
+        layer = jax.tree.map(lambda x, i=i: x[i], frozen["layers"]) if stacked else frozen["layers"][i]
         layer = merged(layer, i)
         if joined:
             for path, parts in JOINED.items():
@@ -62,7 +63,15 @@ def decode_weights(
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in frozen.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
-    return form, lora if keep else {}, {**jax.tree.map(_moved, merged(outside, None), rest), "layers": layers}, mesh
+    weights = {**jax.tree.map(_moved, merged(outside, None), rest), "layers": layers}
+    return form, lora if keep else {}, weights, mesh
+
+
+def _mesh_of(frozen: Tree) -> Mesh:
+    sharding = jax.tree.leaves(frozen)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return sharding.mesh
+    return make_mesh(MeshConfig(), list(sharding.device_set))
 
 
 def _take(tree: Tree, path: str) -> jax.Array:
@@ -71,6 +80,6 @@ def _take(tree: Tree, path: str) -> jax.Array:
     return get_path(tree, parent).pop(name)["weight"]
 
 
-def _moved(x: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _moved(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """x in this sharding; x itself where it has it already."""
     return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(x, sharding)

@@ -117,7 +117,7 @@ def test_merged_and_unmerged_adapters_give_the_same_tokens(small, scan, shape):
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
     placed = jax.tree.map(jax.device_put, frozen, base_shardings(mesh, spec))
     for merge in (True, False):
-        form, adapter, weights, decode = decode_weights(spec, lora, placed, mesh, merge=merge)
+        form, adapter, weights, decode = decode_weights(spec, lora, placed, merge=merge)
         assert (form.lora is None) == merge
         assert form.joined == (merge and math.prod(shape) == 1)
         with jax.set_mesh(decode):

@@ -24,6 +24,7 @@ from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory
 from jaxlora.plan.roofline import attention_flops, roofline, run_cost
 from jaxlora.plan.search import candidates, choose_mesh, estimate, factors
+from jaxlora.sharding import decode_mesh, make_mesh
 
 GIB = 2**30
 

@@ -30,11 +30,11 @@ import optax
 from jaxlora.checkpoints.huggingface import random_base, save_merged
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import load_tokenizer
+from jaxlora.decode_weights import decode_weights
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.word_problems import conversation, distinct_problems
 from jaxlora.errors import UserError, run_main
-from jaxlora.evals.run import unrolled
 from jaxlora.generate import generate
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.config import ModelConfig
@@ -183,9 +183,9 @@ def solve_held_out(spec: ModelSpec, weights, tokenizer, count: int = 400) -> flo
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    spec, weights = unrolled(spec, weights)
+    spec, lora, weights, _ = decode_weights(spec, {}, weights)
     answers = generate(
-        spec, {}, weights, prompts, eos_ids=(tokenizer.eos_token_id,), max_new_tokens=96, slots=200
+        spec, lora, weights, prompts, eos_ids=(tokenizer.eos_token_id,), max_new_tokens=96, slots=200
     )
     texts = [tokenizer.decode(answer.tokens) for answer in answers]
     found = [re.findall(r"\d+", text) for text in texts]

@@ -20,10 +20,10 @@ from jaxlora import hosts
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
+from jaxlora.decode_weights import decode_weights
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
 from jaxlora.generate import generate
-from jaxlora.lora import merge_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console, progress_bar
@@ -96,16 +96,6 @@ def decode_backend(dtype: str) -> str:
     return backend if backend == "cudnn" else "xla"
 
 
-def unrolled(spec: ModelSpec, frozen: Tree) -> tuple[ModelSpec, Tree]:
-    """The same model with one tree a layer, the form that decoding wants."""
-    if not spec.scan:
-        return spec, frozen
-    layers = {
-        i: jax.tree.map(lambda x, i=i: x[i], frozen["layers"]) for i in range(spec.config.num_hidden_layers)
-    }
-    return ModelSpec(spec.config, spec.lora, spec.dtype, scan=False), {**frozen, "layers": layers}
-
-
 def evaluate(
     config: RunConfig,
     subject: Subject,
@@ -128,12 +118,10 @@ def evaluate(
     problems, prompts = load_prompts(config, tokenizer)
     inputs = evaluation_inputs(config, subject, problems)
     eos_ids = end_of_turn(tokenizer)
-    spec, frozen = unrolled(spec, frozen)
-    if spec.lora is not None and config.eval.merge_adapter:
-        frozen, lora = merge_lora(spec, lora, frozen), {}
-        spec = ModelSpec(spec.config, None, spec.dtype, scan=False)
     start = time.monotonic()
-    with progress_bar(f"decoding {subject.run_id}", len(prompts), "problems") as advance:
+    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, merge=config.eval.merge_adapter)
+    progress = progress_bar(f"decoding {subject.run_id}", len(prompts), "problems")
+    with jax.set_mesh(mesh), progress as advance:
         answers = generate(
             spec,
             lora,

@@ -21,8 +21,8 @@ from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import Condition, LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import Batch, largest_buffer, pack, split_rows
 from jaxlora.data.render import RenderedRow
+from jaxlora.decode_weights import decode_weights
 from jaxlora.devices import scan_layers
-from jaxlora.evals.run import unrolled
 from jaxlora.generate import generate
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend, segment_attention
@@ -133,11 +133,12 @@ class OurTrainer:
         self, checkpoint: str, prompts: Sequence[Sequence[int]], limit: int, end: int
     ) -> list[list[int]]:
         """See `Trainer`; the adapter is not merged."""
-        with jax.set_mesh(self.backend.mesh):
-            spec, frozen = unrolled(self.spec, self.backend.frozen)
+        adapter = self.saved[checkpoint]
+        spec, lora, frozen, mesh = decode_weights(self.spec, adapter, self.backend.frozen, merge=False)
+        with jax.set_mesh(mesh):
             answers = generate(
                 spec,
-                self.saved[checkpoint],
+                lora,
                 frozen,
                 prompts,
                 eos_ids=(end,),
