@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def decode_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
-    """The same devices for decoding: split by heads as far as the key-value heads allow, the rest by slots."""
+    """The same devices for decoding: split by heads as far as they allow, else by slots."""
     tensor = mesh.size
     while config.num_key_value_heads % tensor:
         tensor //= 2
