@@ -54,8 +54,7 @@ def decode_weights(
 
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        stacked = spec.scan
-        layer = jax.tree.map(lambda x, i=i: x[i], frozen["layers"]) if stacked else frozen["layers"][i]
+        layer = jax.tree.map(lambda x, i=i: x[i], frozen["layers"]) if spec.scan else frozen["layers"][i]
         layer = merged(layer, i)
         if joined:
             for path, parts in JOINED.items():
@@ -69,7 +68,7 @@ def decode_weights(
 
 def _mesh_of(frozen: Tree) -> Mesh:
     sharding = jax.tree.leaves(frozen)[0].sharding
-    if isinstance(sharding, NamedSharding):
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding.mesh
     return make_mesh(MeshConfig(), list(sharding.device_set))
 

@@ -261,6 +261,8 @@ def generate(
                     collect(owner[slot], outputs[i], counts[i])
         owner[used], held[used] = taken, n[: len(taken)]
 
+    active = np.zeros(slots, bool)
+
     def shrink() -> None:
         """Keep the rows still active, in `tail_slots` slots, and collect the others' answers."""
         nonlocal state, owner, held, active
@@ -272,7 +274,6 @@ def generate(
         owner, held, active = owner[keep], held[keep], active[keep]
         state = take_slots(state, keep)
 
-    active = np.zeros(slots, bool)
     while queue or active.any():
         free = np.flatnonzero(~active)
         # Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.

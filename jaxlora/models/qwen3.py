@@ -190,7 +190,9 @@ class Qwen3(nnx.Module):
 
         depth = config.num_hidden_layers
         self.embed_tokens = Embedding(table["embed_tokens"], dtype)
-        self.layers: Any = make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
+        self.layers: Any = (
+            make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora, scales)

@@ -25,10 +25,10 @@ import numpy as np
 from jaxlora import hosts
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
+from jaxlora.decode_weights import decode_weights
 from jaxlora.errors import UserError
-from jaxlora.evals.run import decode_backend, unrolled
+from jaxlora.evals.run import decode_backend
 from jaxlora.generate import PROMPT_MULTIPLE, WINDOW_MULTIPLE, decode_hidden, init_decode, prefill_hidden
-from jaxlora.lora import merge_lora
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.sharding import place_batch, place_lora, token_multiple
 from jaxlora.train.job import Job
@@ -141,16 +141,14 @@ def _by_decoder(
 ) -> np.ndarray:
     """The same log-probabilities, by prefill and by decoding steps from the cache."""
     tokens = np.stack([row.tokens for row in rows])
-    return np.asarray(hosts.whole(_decode(spec, merge, lora, frozen, tokens)), np.float64)
+    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, merge=merge)
+    with jax.set_mesh(mesh):
+        return np.asarray(hosts.whole(_decode(spec, lora, frozen, tokens)), np.float64)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _decode(spec: ModelSpec, merge: bool, lora: Tree, frozen: Tree, tokens) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def _decode(spec: ModelSpec, lora: Tree, frozen: Tree, tokens) -> jax.Array:
     """log p of the tokens after the prompt, `[rows, LENGTH - PROMPT + 1]`, of tokens `[rows, LENGTH + 1]`."""
-    spec, frozen = unrolled(spec, frozen)
-    if merge:
-        frozen, lora = merge_lora(spec, lora, frozen), {}
-        spec = replace(spec, lora=None)
     model, backend = spec.bind(lora, frozen), decode_backend(spec.dtype)
     slots = jnp.arange(len(tokens))
     lengths = jnp.full(len(tokens), PROMPT, jnp.int32)
