@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 
 from jaxlora.errors import MachineError, UserError, on_failure
 
-CONNECT_SECONDS = 300  # hosts of one slice are ready within minutes of each other
+CONNECT_SECONDS = 600  # hosts of one slice are ready within minutes of each other
 LIMIT_SECONDS = 900  # one host may compile or load while the others wait
 HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this long
 SHUTDOWN_SECONDS = 60
@@ -129,8 +129,8 @@ def _connect(where: dict[str, Any]) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and prints: exactly one does."""
-    return _state().process_id == 0
+    """Whether this process writes files and prints: exactly one does, the one that Orbax takes too."""
+    return n_processes() == 1 or jax.process_index() == 0
 
 
 def n_processes() -> int:
@@ -275,7 +275,7 @@ def _end(message: str, exit_code: int) -> NoReturn:
 
 def _leave(exit_code: int) -> NoReturn:
     """End without the exit handlers: one of them waits for the other hosts."""
-    if is_main():  # the runtime aborts the others when process 0 is gone
+    if _state().process_id == 0:  # the runtime aborts the others when the one with the service is gone
         time.sleep(1)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -43,15 +43,13 @@ def talk(_folder: Path) -> None:
 
 
 def load(folder: Path) -> None:
-    """The base, read and drawn by several hosts; compared with reading and drawing all of it here."""
+    """The base as several hosts read it, compared with reading all of it here."""
     from safetensors.numpy import load_file
 
     from jaxlora.checkpoints import tensors
-    from jaxlora.checkpoints.huggingface import load_base, random_base
-    from jaxlora.models.config import load_model_config
-    from jaxlora.models.qwen3 import ModelSpec
+    from jaxlora.checkpoints.huggingface import load_base
 
-    spec = ModelSpec(load_model_config(folder), None, "float32", scan=True)
+    spec = _spec(folder)
     n_read = 0
     original = tensors.StoredTensor.rows
 
@@ -65,18 +63,31 @@ def load(folder: Path) -> None:
     mesh = make_mesh(MeshConfig(fsdp=-1))
     with jax.set_mesh(mesh):
         loaded = hosts.whole(load_base(folder, spec, mesh))
-        drawn = hosts.whole(random_base(spec, 7, mesh))
-    here = make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])
-    with jax.set_mesh(here):
-        alone = jax.device_get(random_base(spec, 7, here))
     stored = load_file(folder / "model.safetensors")
     same = [np.array_equal(loaded["embed_tokens"]["weight"], stored["model.embed_tokens.weight"])]
     for i in range(spec.config.num_hidden_layers):
         down = loaded["layers"]["mlp"]["down_proj"]["weight"][i]
         same.append(np.array_equal(down, stored[f"model.layers.{i}.mlp.down_proj.weight"]))
-    draws = jax.tree.map(np.array_equal, drawn, alone)
-    total = sum(x.nbytes for x in stored.values())
-    report(share=n_read / total, loaded=all(same), drawn=all(jax.tree.leaves(draws)))
+    report(share=n_read / sum(x.nbytes for x in stored.values()), same=all(same))
+
+
+def draw(folder: Path) -> None:
+    """A random base as several hosts draw it, compared with drawing all of it here."""
+    from jaxlora.checkpoints.huggingface import random_base
+
+    spec = _spec(folder)
+    bases = []
+    for mesh in (make_mesh(MeshConfig(fsdp=-1)), make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1])):
+        with jax.set_mesh(mesh):
+            bases.append(hosts.whole(random_base(spec, 7, mesh)))
+    report(same=all(jax.tree.leaves(jax.tree.map(np.array_equal, *bases))))
+
+
+def _spec(folder: Path):
+    from jaxlora.models.config import load_model_config
+    from jaxlora.models.qwen3 import ModelSpec
+
+    return ModelSpec(load_model_config(folder), None, "float32", scan=True)
 
 
 def refuse(_folder: Path) -> None:
@@ -129,7 +140,7 @@ def _never_return() -> None:
 def main() -> None:
     hosts.CONNECT_SECONDS = int(os.environ.get("CONNECT_SECONDS", hosts.CONNECT_SECONDS))
     hosts.start()
-    scenario = {f.__name__: f for f in (talk, load, refuse, crash, die, stay_away, share)}[sys.argv[1]]
+    scenario = {f.__name__: f for f in (talk, load, draw, refuse, crash, die, stay_away, share)}[sys.argv[1]]
     scenario(Path(sys.argv[2]))
 
 

@@ -46,6 +46,7 @@ def training(model_dir: Path, results: Path, **fields) -> list[str]:
         "train__validation_every": 2,
         "train__validation_merge": 0,
         "train__checkpoint_every": 1,
+        "train__startup_check": False,
         "eval__problems": 6,
         "eval__max_new_tokens": 6,
         "eval__batch_rows": 4,
@@ -111,7 +112,7 @@ def killed_and_resumed(
 
 
 def test_two_hosts_killed_and_resumed_as_one_give_the_result_of_one(model_dir, one_process, tmp_path):
-    killed_and_resumed(model_dir, tmp_path, 2, 1)
+    killed_and_resumed(model_dir, tmp_path, 2, 1, train__startup_check=True)
     check_same_result(tmp_path, one_process)
 
 
@@ -215,12 +216,31 @@ def test_hosts_agree_broadcast_and_gather(tmp_path):
         }
 
 
-def test_each_host_reads_its_share_of_the_base_and_all_draw_the_same(model_dir, tmp_path):
-    finished = run_hosts(2, [WORKER, "load", model_dir], tmp_path / "logs")
-    for host in finished:
+def test_each_host_reads_its_share_of_the_base(model_dir, tmp_path):
+    for host in run_hosts(2, [WORKER, "load", model_dir], tmp_path / "logs"):
         values = _reported(host.text)
-        assert 0.45 < values.pop("share") < 0.55
-        assert values == {"loaded": True, "drawn": True}
+        assert values["same"]
+        assert 0.45 < values["share"] < 0.55
+
+
+@pytest.mark.slow
+def test_a_random_base_is_the_same_on_any_number_of_hosts(model_dir, tmp_path):
+    for host in run_hosts(2, [WORKER, "draw", model_dir], tmp_path / "logs"):
+        assert _reported(host.text)["same"]
+
+
+def test_a_torn_entry_of_the_compilation_cache_is_compiled_again(tmp_path):
+    """Process 0 alone writes entries, but not atomically: another may read half of one, or a kill leave it."""
+    cache = tmp_path / "cache"
+    own = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for _ in range(2):
+        finished = run_hosts(2, [WORKER, "talk", tmp_path], tmp_path / "logs", variables=[own, own])
+        assert all(_reported(host.text)["whole"] for host in finished)
+        entries = list(cache.glob("*-cache"))
+        assert entries
+        for entry in entries:
+            entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    assert "Error reading persistent compilation cache entry" in finished[0].text
 
 
 def _reported(text: str) -> dict:
