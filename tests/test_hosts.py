@@ -230,7 +230,7 @@ def test_a_random_base_is_the_same_on_any_number_of_hosts(model_dir, tmp_path):
 
 
 def test_a_torn_entry_of_the_compilation_cache_is_compiled_again(tmp_path):
-    """Process 0 alone writes entries, but not atomically: another may read half of one, or a kill leave it."""
+    """Process 0 alone writes entries, but not atomically: others may read half of one; a kill leaves it."""
     cache = tmp_path / "cache"
     own = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     for _ in range(2):
