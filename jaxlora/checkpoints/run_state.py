@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from jaxlora.progress import console
 from jaxlora.records import is_disk_full, read_json, write_json_atomic
 from jaxlora.train.step import TrainState
 
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here
 KEPT = 2  # newest checkpoints that are kept, beside the best
 STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
 
