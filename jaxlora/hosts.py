@@ -213,6 +213,22 @@ def check_shared(folder: str | Path, seconds: float = 30) -> None:
         )
 
 
+def check_same(values: dict[str, Any], what: str) -> None:
+    """Check that every process has the values (JSON) that process 0 has: one run, not several.
+
+    Raises:
+      UserError: some process has others; there, with their names.
+    """
+    if n_processes() == 1:
+        return
+    own = json.loads(json.dumps(values))
+    main = broadcast(own)
+    if agree(own != main):
+        names = [name for name in {**main, **own} if main.get(name) != own.get(name)]
+        where = f"this host differs in {', '.join(names)}" if names else "another host differs"
+        raise UserError(f"{what}: not the same on every host: {where}; give all the same command and files")
+
+
 # --- Failing together ---------------------------------------------------------------------------------------
 
 

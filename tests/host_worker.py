@@ -125,6 +125,12 @@ def share(folder: Path) -> None:
     hosts.check_shared(folder / str(jax.process_index()), seconds=1)
 
 
+def differ(_folder: Path) -> None:
+    """Process 1 was given another seed."""
+    hosts.check_same({"rank": 8, "seed": 3}, "results/run")
+    hosts.check_same({"rank": 8, "seed": jax.process_index()}, "results/run")
+
+
 def _ones() -> jax.Array:
     """One on each device."""
     shape = (jax.device_count(),)
@@ -140,7 +146,9 @@ def _never_return() -> None:
 def main() -> None:
     hosts.CONNECT_SECONDS = int(os.environ.get("CONNECT_SECONDS", hosts.CONNECT_SECONDS))
     hosts.start()
-    scenario = {f.__name__: f for f in (talk, load, draw, refuse, crash, die, stay_away, share)}[sys.argv[1]]
+    scenario = {f.__name__: f for f in (talk, load, draw, refuse, crash, die, stay_away, share, differ)}[
+        sys.argv[1]
+    ]
     scenario(Path(sys.argv[2]))
 
 

@@ -130,18 +130,19 @@ def test_two_hosts_evaluate_together_and_one_writes(model_dir, one_process, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "then", "mesh"),
+    ("first", "then", "devices", "mesh"),
     [
-        (2, 4, {"fsdp": -1}),
-        (4, 2, {"data": -1, "fsdp": 1}),
-        (1, 2, {"tensor": -1, "fsdp": 1}),
-        (4, 1, {"data": 1, "fsdp": -1, "tensor": 2}),
+        (2, 4, 1, {"fsdp": -1}),
+        (4, 2, 1, {"data": -1, "fsdp": 1}),
+        (1, 2, 2, {"tensor": 2, "fsdp": -1}),
     ],
     ids=str,
 )
-def test_any_number_of_hosts_goes_on_from_any_other(model_dir, one_process, tmp_path, first, then, mesh):
+def test_any_number_of_hosts_goes_on_from_any_other(
+    model_dir, one_process, tmp_path, first, then, devices, mesh
+):
     fields = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    killed_and_resumed(model_dir, tmp_path, first, then, devices=2, **fields)
+    killed_and_resumed(model_dir, tmp_path, first, then, devices=devices, **fields)
     check_same_result(tmp_path, one_process)
 
 
@@ -281,6 +282,12 @@ def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path):
     assert not list(tmp_path.glob(".shared-*"))
 
 
+def test_hosts_that_were_given_different_runs_are_refused(tmp_path):
+    first, second = run_hosts(2, [WORKER, "differ", tmp_path], tmp_path / "logs", code=2)
+    assert "error: results/run: not the same on every host: another host differs" in first.text
+    assert "error: results/run: not the same on every host: this host differs in seed" in second.text
+
+
 def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
     alone = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
     variables = [alone | {"CONNECT_SECONDS": "2"}]
@@ -304,6 +311,7 @@ def test_in_one_process_nothing_waits_and_nothing_is_joined(monkeypatch, tmp_pat
     assert hosts.broadcast({"a": 1}) == {"a": 1}
     assert hosts.whole({"a": jax.numpy.arange(3)})["a"].tolist() == [0, 1, 2]
     hosts.barrier("nobody else")
+    hosts.check_same({"seed": 0}, "run")
     hosts.check_shared(tmp_path / "not made")
     assert not (tmp_path / "not made").exists()
 

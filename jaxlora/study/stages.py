@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxlora import hosts
 from jaxlora.checkpoints.export import load_selected, write_adapter
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.config import RunConfig
@@ -161,6 +162,8 @@ def train_group(session: Session, jobs: Sequence[Job]) -> None:
         except (UserError, MachineError, Interrupted):
             raise
         except Exception as error:
+            if hosts.n_processes() > 1:  # perhaps here alone, and the others wait for this run
+                raise
             session.accidents.append(name)
             console.print(
                 f"[red]{name} failed: {type(error).__name__}: {error}; the next start tries again[/red]"

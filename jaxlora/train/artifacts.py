@@ -90,6 +90,7 @@ class RunDirectory:
         hosts.check_shared(job.config.results_dir)
         manifest = make_manifest(job)
         run = cls(job, manifest)
+        hosts.check_same(run.identity | {key: manifest[key] for key in ("config", "packages")}, str(run.path))
         if not hosts.is_main():
             hosts.barrier("run directory")
             yield run
