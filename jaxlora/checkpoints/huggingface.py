@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
 from jaxlora.checkpoints.tensors import HEADER_LIMIT, StoredTensor, open_tensors, stream
+from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.errors import UserError
 from jaxlora.folders import file_in
 from jaxlora.lora import get_path, set_path
@@ -185,7 +186,7 @@ def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Pa
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file in Path(source).iterdir():
-        wanted = file.suffix in {".json", ".jinja", ".txt", ".model"} and "safetensors" not in file.name
+        wanted = file.suffix in TOKENIZER_SUFFIXES and "safetensors" not in file.name
         if wanted and file.is_file():
             shutil.copy(file_in(source, file.name), partial_folder / file.name)
     partial_folder.rename(folder)

@@ -32,7 +32,7 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
         raise TimeoutError(f"it took more than {seconds:g} s")
 
     handler = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)  # again and again: Jinja's optimizer drops the first
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if _MEMORY.exists() and soft == resource.RLIM_INFINITY:
         used = int(_MEMORY.read_text().split()[0]) * resource.getpagesize()
@@ -40,6 +40,6 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGPROF, handler)

@@ -25,6 +25,7 @@ from jaxlora.data.limits import bounded
 from jaxlora.data.sources import announce, is_text
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
+from jaxlora.folders import file_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -33,6 +34,7 @@ else:  # importing transformers takes seconds, and most of the data tools never 
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 4_000_000  # a longer conversation would take minutes to tokenise
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30  # what rendering one conversation may take
 
@@ -68,7 +70,7 @@ def shifted(row: RenderedRow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a local directory, of `embedded:NAME`, or of a Hub model, with its chat template.
 
-    No code of the model's repository is run.
+    No code of the model's repository is run, and no link out of its folder is followed.
 
     Raises:
       UserError: there is none, it cannot be read, or it has no chat template.
@@ -86,10 +88,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             )
         if not isinstance(try_to_load_from_cache(name, "tokenizer.json"), str):
             announce(f"fetching the tokenizer of {name} from the Hugging Face Hub (kept in its local cache)")
+    if is_local:
+        for file in folder.iterdir():
+            if file.suffix in TOKENIZER_SUFFIXES:
+                file_in(folder, file.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if is_local else name, trust_remote_code=False, local_files_only=is_local
         )
+        tokenizer.decode(encode_texts(tokenizer, ["a"])[0])  # wrong settings show when they are first used
+        tokenizer.all_special_tokens, tokenizer.eos_token_id  # noqa: B018
     except Exception as error:  # transformers and the Hub client raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason}") from None

@@ -172,7 +172,7 @@ def fetch_adapter(address: str) -> Path:
 def describe(target: Target) -> list[str]:
     """What an evaluation would do, a line each: subject, base, problems, tokens, limits, template."""
     config, subject, lora = target.config, target.subject, target.spec.lora
-    tokenizer = load_job_tokenizer(config, target.model_dir)
+    tokenizer = load_job_tokenizer(config, target.model_dir, target.spec.config)
     problems, prompts = load_prompts(config, tokenizer)
     (stop,) = end_of_turn(tokenizer)
     adapter = "none: the untouched base"
@@ -224,7 +224,7 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
     """
     config, spec = target.config, target.spec
     check_free(target.out, overwrite)
-    tokenizer = load_job_tokenizer(config, target.model_dir)
+    tokenizer = load_job_tokenizer(config, target.model_dir, target.spec.config)
     frozen = load_target_base(target) if frozen is None else frozen
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):

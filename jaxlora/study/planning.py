@@ -98,11 +98,11 @@ class PlannedRun:
 
 def plan_runs(config: RunConfig) -> list[PlannedRun]:
     """All trials and runs of the sweep. Reads the rows, so a Hub file is fetched; loads no weights."""
-    folder, _ = locate_model(config, with_weights=False)
+    folder, model = locate_model(config, with_weights=False)
     data = config.data
     load = partial(
         load_rendered_rows,
-        tokenizer=load_job_tokenizer(config, folder),
+        tokenizer=load_job_tokenizer(config, folder, model),
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
     )
@@ -177,7 +177,7 @@ def status_tables(session: Session) -> list[Table]:
     stages = Table(title="stages", title_justify="left")
     for name in ("stage", "state", "why"):
         stages.add_column(name, no_wrap=name != "why")
-    runs = Table(title="runs, with the selected step's validation NLL and GSM8K score", title_justify="left")
+    runs = Table(title="runs, with the selected step's validation NLL and strict score", title_justify="left")
     for name in ("run", "state", "rate", "step", "NLL", "strict", "why"):
         left = name in ("run", "state", "why")
         runs.add_column(name, no_wrap=name != "why", justify="left" if left else "right")

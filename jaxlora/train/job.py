@@ -94,12 +94,17 @@ def _fetch(name: str, with_weights: bool) -> Path:
         raise UserError(f"config.model.path: {name!r} cannot be fetched: {reason}") from None
 
 
-def load_job_tokenizer(config: RunConfig, model_dir: Path | None) -> Tokenizer:
-    """The tokenizer named by the configuration, or the model's own."""
+def load_job_tokenizer(config: RunConfig, model_dir: Path | None, model: ModelConfig) -> Tokenizer:
+    """The tokenizer named by the configuration, or the model's own; the model must know all of its ids."""
     name = config.model.tokenizer or (str(model_dir) if model_dir else None)
     if name is None:
         raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
-    return load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {model.vocab_size}"
+        )
+    return tokenizer
 
 
 def prepare(config: RunConfig, with_weights: bool = True, like: Job | None = None) -> Job:
@@ -117,11 +122,7 @@ def prepare(config: RunConfig, with_weights: bool = True, like: Job | None = Non
     model_dir, model_config = locate_model(config, with_weights)
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
-    tokenizer = like.tokenizer if like else load_job_tokenizer(config, model_dir)
-    if len(tokenizer) > model_config.vocab_size:
-        raise UserError(
-            f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {model_config.vocab_size}"
-        )
+    tokenizer = like.tokenizer if like else load_job_tokenizer(config, model_dir, model_config)
     load = partial(
         load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row
     )
