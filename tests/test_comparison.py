@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 
@@ -210,3 +211,20 @@ def test_different_problems_or_the_same_run_twice_are_refused():
 
 def test_the_comparison_is_plain_json(study):
     assert json.loads(json.dumps(study, allow_nan=False)) == study
+
+
+def test_in_a_grid_two_conditions_are_paired_where_all_else_is_equal():
+    runs = [
+        replace(
+            evaluation(condition, seed, [RIGHT] * n + [WRONG] * (9 - n)), setting=f"{condition}-rank-{rank}"
+        )
+        for condition, n in (("attention_only", 5), ("all_layer", 6))
+        for rank in (16, 4)
+        for seed in (0, 1)
+    ]
+    comparison = compare(runs, resamples=0)
+    groups = [f"{condition}-rank-{rank}" for condition in ("attention_only", "all_layer") for rank in (4, 16)]
+    assert [row["condition"] for row in comparison["conditions"]] == groups
+    assert [(pair["first"], pair["second"]) for pair in comparison["pairs"]] == [
+        (f"attention_only-rank-{rank}", f"all_layer-rank-{rank}") for rank in (4, 16)
+    ]

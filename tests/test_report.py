@@ -127,6 +127,20 @@ def test_it_tells_how_it_was_run_and_what_it_cannot_say(root):
         assert "1e-4, 3e-4, 1e-3 on runs of 50 steps" in text
 
 
+def test_the_report_names_the_benchmark_that_was_used(root):
+    for path in root.glob("test-*/evaluation/summary.json"):
+        write_json_atomic(path, read_json(path) | {"dataset": "embedded:data/test.jsonl"})
+    html, markdown = report(root)
+    assert "Accuracy on the embedded word problems by condition, 60 problems" in html
+    assert "GSM8K" not in markdown.split("## How it was run")[0]
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_pointed_out(root):
+    assert "is at the edge" not in report(root)[1]
+    shutil.rmtree(root / "lr-selection" / "test-all_layer-lr-0.001")
+    assert "The best rate of all_layer, 3e-4, is at the edge: no larger one was tried." in report(root)[1]
+
+
 def test_values_that_differ_between_runs_are_shown_with_their_runs(root):
     path = root / "test-all_layer-seed-1" / "manifest.json"
     write_json_atomic(path, read_json(path) | {"packages": {"jax": "0.11.2"}})

@@ -34,6 +34,7 @@ _OTHER_LOOKS: list[dict[str, Any]] = [
     {"color": "#222222", "marker": "P", "linestyle": (0, (1, 1))},
 ]
 _MARKERS = "osD^vP*Xph"
+FEW = 4  # so many lines have room for a legend and for words beside their points
 _INK = "#222222"
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 9}
 _NOT_FROM_ZERO = "(axis does not begin at zero)"
@@ -75,6 +76,15 @@ def _canvas(table: Table, height: float, width: float = 7.0) -> tuple[Figure, Ax
     return figure, axes
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Inside the axes; beside them where it would cover the lines."""
+    if len(axes.get_legend_handles_labels()[1]) <= FEW + 2:
+        axes.legend(fontsize=9)
+    else:
+        figure.set_size_inches(9.4, max(figure.get_figheight(), 4.4))
+        figure.legend(loc="outside right upper", fontsize=8)
+
+
 def _table_looks(table: Table) -> dict[str, dict[str, Any]]:
     return looks(row["condition"] for row in table.rows if row.get("condition"))
 
@@ -114,7 +124,7 @@ def draw_table(table: Table) -> Figure:
 def draw_accuracy(table: Table, threshold: float) -> Figure:
     """A dot for every seed and score, a line from the least to the greatest, a tick at the mean."""
     conditions = _table_looks(table)
-    figure, axes = _canvas(table, 1.9 + 0.85 * len(conditions))
+    figure, axes = _canvas(table, 1.9 + (0.85 if len(conditions) <= FEW else 0.42) * len(conditions))
     scores = (("accuracy", "strict score", -0.16, True), ("accuracy_numeric", "numeric score", 0.16, False))
     values = [row[name] for row in table.rows for name, *_ in scores]
     for y, (condition, look) in enumerate(conditions.items()):
@@ -162,22 +172,19 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
 def draw_disagreement(table: Table) -> Figure:
     """For each seed, how many problems only one of two conditions got right, from zero to both sides."""
     rows = [row for row in table.rows if row["score"] == "strict" and row["seed"] != "all"]
-    several = len({(row["first"], row["second"]) for row in rows}) > 1
-    colors = looks(name for row in rows for name in (row["first"], row["second"]))
+    colors = looks(condition_of(name) for row in rows for name in (row["first"], row["second"]))
+    several = len({_conditions(row) for row in rows}) > 1
     figure, axes = _canvas(table, 1.7 + 0.42 * len(rows))
     for y, row in enumerate(rows):
         for side, count in ((-1, row["only_first"]), (1, row["only_second"])):
-            name = row["first"] if side < 0 else row["second"]
+            name = condition_of(row["first"] if side < 0 else row["second"])
             axes.barh(y, side * count, color=colors[name]["color"], height=0.62)
             axes.annotate(str(count), (side * count, y), (12 * side, 0), **_BESIDE, ha="center")
     widest = max(max(row["only_first"], row["only_second"]) for row in rows) or 1
     axes.axvline(0, color=_INK, linewidth=1)
     axes.set_xlim(-1.18 * widest, 1.18 * widest)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    labels = [f"{row['first']} | {row['second']}, " if several else "" for row in rows]
-    axes.set_yticks(
-        range(len(rows)), [f"{label}seed {row['seed']}" for label, row in zip(labels, rows, strict=True)]
-    )
+    axes.set_yticks(range(len(rows)), [_row_label(row, several) for row in rows])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.grid(axis="y", visible=False)
@@ -186,6 +193,17 @@ def draw_disagreement(table: Table) -> Figure:
         axes.barh(0, 0, color=look["color"], label=f"only {name}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return figure
+
+
+def _conditions(row: Record) -> tuple[str, str]:
+    return condition_of(row["first"]), condition_of(row["second"])
+
+
+def _row_label(row: Record, several: bool) -> str:
+    """What tells this row from the others: the conditions if they vary, what they share besides, the seed."""
+    names = [" | ".join(_conditions(row))] if several else []
+    shared = row["first"].removeprefix(condition_of(row["first"])).lstrip("-")
+    return ", ".join([*names, *([shared] if shared else []), f"seed {row['seed']}"])
 
 
 def draw_validation(table: Table) -> Figure:
@@ -204,7 +222,7 @@ def draw_validation(table: Table) -> Figure:
     _ring(axes, [], [], "selected checkpoint")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"validation mean NLL\n{_NOT_FROM_ZERO}")
-    axes.legend(fontsize=9)
+    _legend(figure, axes)
     return figure
 
 
@@ -239,24 +257,25 @@ def draw_learning_rates(table: Table) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("learning rate (logarithmic)")
     axes.set_ylabel(f"lowest validation mean NLL\n{_NOT_FROM_ZERO}")
-    axes.legend(fontsize=9)
+    _legend(figure, axes)
     return figure
 
 
 def draw_rate_minimum(table: Table) -> Figure:
-    """The lower envelope over learning rates by step, each point labelled with the rate that reached it."""
+    """The lower envelope over learning rates by step; few lines have the rate beside each point."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.6)
-    for (condition,), rows in _groups(table, "condition").items():
+    groups = _groups(table, "condition")
+    for (condition,), rows in groups.items():
         steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
         axes.plot(steps, values, **look[condition], linewidth=1.3, markersize=5, label=condition)
-        for row in rows:
+        for row in rows if len(groups) <= FEW else ():
             place = (row["step"], row["validation_nll"])
             axes.annotate(tables.rate(row["learning_rate"]), place, (0, 10), **_BESIDE, ha="center")
     axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"lowest validation mean NLL\n{_NOT_FROM_ZERO}")
-    axes.legend(fontsize=9)
+    _legend(figure, axes)
     return figure
 
 
@@ -273,5 +292,5 @@ def draw_throughput(table: Table) -> Figure:
     axes.set_xlim(0, 1.15 * max(row["fast"] for row in table.rows))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("real tokens a second (bar: median; line: 10th to 90th percentile of steps)")
+    axes.set_xlabel("real tokens a second\n(bar: median; line: 10th to 90th percentile of steps)")
     return figure

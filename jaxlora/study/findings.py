@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxlora.records import Record
-from jaxlora.study.results import Study
+from jaxlora.study.results import Study, lowest_nll
+from jaxlora.study.selection import select_learning_rate
 from jaxlora.study.tables import interval, percent, points, rate, share, whole
 
 _MAX_LIST = 12  # longer lists, such as the row ids of the data, are counted instead of shown
@@ -21,9 +22,9 @@ def question(study: Study) -> str:
     model = next((name for run in study.runs if (name := _model(run.manifest))), None)
     of = f"of {model}" if model else "of a model that no manifest names"
     if len(conditions) < 2:
-        return f"How well does a LoRA adapter {of} solve GSM8K?"
+        return f"How well does a LoRA adapter {of} solve {study.benchmark()}?"
     names = ", ".join(conditions[:-1]) + " or " + conditions[-1]
-    return f"Which LoRA adapter {of} solves more of GSM8K: {names}?"
+    return f"Which LoRA adapter {of} solves more of {study.benchmark()}: {names}?"
 
 
 def _model(manifest: Record) -> str | None:
@@ -147,7 +148,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, list) and (len(value) > _MAX_LIST or any(isinstance(item, dict) for item in value)):
         return {prefix: f"({len(value):,} entries)"}
     if isinstance(value, list):
-        return {prefix: ", ".join(map(str, value))}
+        return {prefix: ", ".join(map(str, value)) or "none"}
     return {prefix: "not set" if value is None else str(value)}
 
 
@@ -213,6 +214,22 @@ def evaluation_settings(study: Study) -> list[tuple[str, str]]:
 # --- What it cannot say -------------------------------------------------------------------------------------
 
 
+def _edges(study: Study) -> list[str]:
+    """Chosen rates that no larger, or no smaller, one was tried against."""
+    lines = []
+    for setting, by_rate in study.by_rate().items():
+        lowest = {value: lowest_nll(runs) for value, runs in by_rate.items()}
+        if len(lowest) < 2 or not any(value is not None for value in lowest.values()):
+            continue
+        best = select_learning_rate(lowest)
+        for edge, word in ((max(lowest), "larger"), (min(lowest), "smaller")):
+            if best == edge:
+                lines.append(
+                    f"The best rate of {setting}, {rate(best)}, is at the edge: no {word} one was tried."
+                )
+    return lines
+
+
 def limits(study: Study, comparison: dict[str, Any] | None, accounting_rows: Sequence[Record]) -> list[str]:
     """What a reader must not conclude, as far as the records show it."""
     lines = []
@@ -253,4 +270,4 @@ def limits(study: Study, comparison: dict[str, Any] | None, accounting_rows: Seq
         )
     else:
         lines.append("No learning-rate selection is recorded here: the rates may suit one condition better.")
-    return lines
+    return lines + _edges(study)

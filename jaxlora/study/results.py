@@ -20,16 +20,17 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from jaxlora.embedded import PREFIX as EMBEDDED
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import rescore
-from jaxlora.records import Record, read_json, read_jsonl
+from jaxlora.records import Record, read_jsonl
+from jaxlora.run_files import check_predictions, read_failure, read_manifest, read_metrics, read_summary
 from jaxlora.study.comparison import Evaluation
 from jaxlora.study.grid import TRIALS, rate_of, setting_key, setting_of, without_rate
 from jaxlora.study.selection import select_checkpoint
@@ -84,11 +85,11 @@ class Run:
         """Bytes and parameters of the exported adapter, read from the file's own header."""
         if self.adapter_file is None:
             return None
-        with open(self.adapter_file, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-        return {"bytes": self.adapter_file.stat().st_size, "parameters": sum(map(math.prod, shapes))}
+        from jaxlora.checkpoints.tensors import read_header  # imports JAX, which most reports do without
+
+        tensors = read_header(str(self.adapter_file))
+        parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        return {"bytes": self.adapter_file.stat().st_size, "parameters": parameters}
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,14 @@ class Study:
             if (value := run.learning_rate()) is not None:
                 groups.setdefault(without_rate(run.setting), {}).setdefault(value, []).append(run)
         return {name: dict(sorted(groups[name].items())) for name in sorted(groups, key=setting_key)}
+
+    def benchmark(self) -> str:
+        """What the models were evaluated on, as a reader would call it."""
+        names = sorted({str(summary.get("dataset")) for summary in self.evaluation_summaries.values()})
+        if all("gsm8k" in name.lower() for name in names):
+            return "GSM8K"
+        own = all(name.startswith(EMBEDDED) for name in names)
+        return "the embedded word problems" if own else ", ".join(names)
 
     def evaluation_files(self) -> list[Path]:
         return [
@@ -187,10 +196,14 @@ def _runs(directory: Path, prefix: str, skip: str | None = None) -> list[Run]:
 def load_run(folder: Path, prefix: str) -> Run | None:
     """One run's files; None where the folder holds no training run."""
     manifest, summary, failure = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("manifest.json", "summary.json", "failure.json")
+        read(folder) if (folder / name).is_file() else {}
+        for name, read in (
+            ("manifest.json", read_manifest),
+            ("summary.json", read_summary),
+            ("failure.json", read_failure),
+        )
     )
-    metrics = tuple(read_jsonl(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").is_file() else ()
+    metrics = tuple(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else ()
     sources: list[Record] = [
         summary,
         failure,
@@ -219,7 +232,7 @@ def _evaluation(
     predictions = folder / "predictions.jsonl"
     if not predictions.is_file() or not (folder / "summary.json").is_file():
         return None
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     if summary.get("status") != "completed":
         return None
     if summary.get("condition") != condition or (condition is not None and summary.get("seed") != seed):
@@ -229,6 +242,7 @@ def _evaluation(
             f"seed {seed}; evaluate this run again"
         )
     records = rescore(predictions)
+    check_predictions(predictions, records)
     stored = read_jsonl(predictions, torn_last_line="refuse")
     for number, (new, old) in enumerate(zip(records, stored, strict=True), start=1):
         if new["correct"] != old.get("correct"):

@@ -140,7 +140,7 @@ def primary(study: Study, comparison: dict[str, Any]) -> Table:
         "the study's score; numeric also accepts the same number in another format. “Gain that is format” is "
         "the part of the strict gain that vanishes in the numeric score (above 100 % where that score fell)."
     )
-    title = f"GSM8K accuracy by condition, {comparison['problems']:,} problems"
+    title = f"Accuracy on {study.benchmark()} by condition, {comparison['problems']:,} problems"
     return Table("primary_comparison", title, note, columns, tuple(rows), tuple(study.evaluation_files()))
 
 
@@ -164,9 +164,8 @@ def accuracy(study: Study, comparison: dict[str, Any]) -> Table:
     baseline = [comparison["baseline"]] if comparison["baseline"] else []
     rows = tuple(baseline + comparison["runs"])
     note = "Every evaluated model. Differences to the baseline are counts of problems."
-    return Table(
-        "gsm8k_accuracy", "GSM8K accuracy, every seed", note, columns, rows, tuple(study.evaluation_files())
-    )
+    title = f"Accuracy on {study.benchmark()}, every seed"
+    return Table("gsm8k_accuracy", title, note, columns, rows, tuple(study.evaluation_files()))
 
 
 def disagreement(study: Study, comparison: dict[str, Any]) -> Table | str:
