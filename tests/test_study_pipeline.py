@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -556,6 +557,41 @@ def test_tensorboard_knows_the_settings_and_the_outcome_of_every_run(finished):
         assert scalars["final/validation_nll"] == pytest.approx(nll, rel=1e-6)
         accuracy = read_json(run / "evaluation/summary.json")["accuracy"]
         assert scalars["final/accuracy_strict"] == pytest.approx(accuracy, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_all_runs_in_one_table(finished):
+    from tensorboard.program import TensorBoard
+
+    board = TensorBoard()
+    board.configure(argv=["", "--logdir", str(finished / "results"), "--port", "0", "--load_fast", "false"])
+    url = board.launch()
+    asked = {
+        "experimentName": "",
+        "allowedStatuses": ["STATUS_SUCCESS", "STATUS_RUNNING", "STATUS_UNKNOWN"],
+        "colParams": [{"metric": {"group": "", "tag": "final/validation_nll"}}],
+        "startIndex": 0,
+        "sliceSize": 100,
+    }
+    request = urllib.request.Request(
+        f"{url}data/plugin/hparams/session_groups",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    groups: list[dict] = []
+    deadline = time.monotonic() + 120
+    while len(groups) < 6 and time.monotonic() < deadline:
+        time.sleep(1)
+        groups = json.loads(urllib.request.urlopen(request).read()).get("sessionGroups", [])
+    shown = {group["name"]: group for group in groups}
+    for condition in CONDITIONS:
+        run = f"tiny-{condition}-seed-0"
+        group = shown[f"{run}/tensorboard"]
+        assert group["hparams"]["condition"] == condition
+        nll = read_json(finished / "results" / run / "summary.json")["primary_metric"]["value"]
+        outcome = {metric["name"]["tag"]: metric["value"] for metric in group["metricValues"]}
+        assert outcome["final/validation_nll"] == pytest.approx(nll, rel=1e-6)
+    assert sum("lr-selection/" in name for name in shown) == 4
 
 
 def test_a_run_of_the_study_has_the_identity_of_a_lone_run(finished, session):
