@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jaxlora.errors import UserError
@@ -48,12 +49,16 @@ def server_python() -> Path:
 
 
 def install_server() -> Path:
-    """Make the environment anew: about 2 GB.
+    """Make the environment, about 2 GB, if it is not there with the right pins.
 
     Raises:
       UserError: a package cannot be installed.
     """
     folder = server_folder()
+    with suppress(UserError):
+        server_python()
+        console.print(f"the local Tinker server is in {folder}")
+        return folder
     console.print(f"installing the local Tinker server in {folder} (about 2 GB)")
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder}: exists and is no virtual environment; it is not replaced")
