@@ -103,6 +103,8 @@ def _tpu_hosts() -> int:
 def _connect(where: dict[str, Any]) -> None:
     # The runtime would take SIGTERM for itself, and a run could no longer be stopped while it loads.
     jax.config.update("jax_enable_preemption_service", False)
+    # CPU devices would run programs that do not depend on each other in an order that differs by host.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # When time is up the runtime aborts with a stack trace; this ends the process a little earlier.
     text = f"the hosts did not find each other within {CONNECT_SECONDS} s"
     if where:
