@@ -114,6 +114,9 @@ def _gain_sentences(row: dict[str, Any], baseline: dict[str, Any] | None) -> str
 def how_it_was_run(study: Study) -> list[tuple[str, str]]:
     """Name and value of what all runs share; where runs differ, the values with the runs that have them."""
     manifests = {run.run_id: flatten(run.manifest) for run in study.runs}
+    for manifest in manifests.values():  # that a run was resumed is told only where it changed something
+        if manifest.get("resumed_with") == "none":
+            del manifest["resumed_with"]
     names = list(dict.fromkeys(name for manifest in manifests.values() for name in manifest))
     hidden = {"run_id", "command"}
     facts = []
@@ -148,7 +151,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, list) and (len(value) > _MAX_LIST or any(isinstance(item, dict) for item in value)):
         return {prefix: f"({len(value):,} entries)"}
     if isinstance(value, list):
-        return {prefix: ", ".join(map(str, value)) or "none"}
+        texts = ["; ".join(map(str, item)) if isinstance(item, list) else str(item) for item in value]
+        return {prefix: ", ".join(texts) or "none"}
     return {prefix: "not set" if value is None else str(value)}
 
 
