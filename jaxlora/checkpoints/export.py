@@ -23,7 +23,7 @@ from jaxlora.models.config import load_model_config
 from jaxlora.models.parameters import count_parameters
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console
-from jaxlora.records import read_json
+from jaxlora.run_files import read_manifest, read_summary
 from jaxlora.sharding import make_mesh
 from jaxlora.train.job import locate_model
 
@@ -55,10 +55,10 @@ def load_selected(run: str | Path, base: str | Path | None = None, with_weights:
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory")
-    manifest, summary = read_json(folder / "manifest.json"), read_json(folder / "summary.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+    manifest, summary = read_manifest(folder), read_summary(folder)
+    if manifest.get("config") is None:
         raise UserError(f"{folder / 'manifest.json'}: has no config; this is not a run directory")
-    status = summary.get("status") if isinstance(summary, dict) else None
+    status = summary.get("status")
     if status != "completed":
         raise UserError(f"{folder}: status is {status!r}; finish the run first (its own command resumes it)")
     config = from_dict(manifest["config"])

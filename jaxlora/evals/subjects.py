@@ -29,7 +29,7 @@ from jaxlora.errors import UserError
 from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console
-from jaxlora.records import read_json
+from jaxlora.run_files import read_manifest
 from jaxlora.sharding import make_mesh, place_lora
 from jaxlora.train.job import load_job_tokenizer, locate_model
 
@@ -59,8 +59,8 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
 
 def run_config(config: RunConfig, run: Path) -> RunConfig:
     """The run's own configuration from its manifest; evaluation, mesh and place of the base from `config`."""
-    manifest = read_json(run / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+    manifest = read_manifest(run)
+    if manifest.get("config") is None:
         raise UserError(f"{run / 'manifest.json'}: has no config; this is not a run directory")
     own = from_dict(manifest["config"])
     here = {name: getattr(config.model, name) for name in ("path", "tokenizer", "attention")}
@@ -80,7 +80,7 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
     """
     config = run_config(config, run)
     model_dir, _ = locate_model(config, with_weights)
-    manifest = read_json(run / "manifest.json")
+    manifest = read_manifest(run)
     _check_gates(run, manifest, config.data.allow_ungated)
     recorded = (manifest.get("base") or {}).get("fingerprint")
     found = _fingerprint(config, model_dir, with_weights, recorded)

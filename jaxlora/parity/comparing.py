@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from jaxlora.config import Condition
+from jaxlora.errors import UserError
+from jaxlora.models.config import load_model_config
 from jaxlora.models.qwen3 import Tree
 from jaxlora.parity.backend import Pass, Reduction
 from jaxlora.parity.ours import OurBackend, OurTrainer
@@ -76,6 +78,12 @@ def compare(
     Raises:
       UserError: the base or an adapter cannot be read, or does not fit.
     """
+    vocabulary = load_model_config(model_dir).vocab_size
+    largest_token = max(int(row.tokens.max()) for case in recording.cases for row in case.rows)
+    if largest_token >= vocabulary:
+        raise UserError(
+            f"{model_dir}: has {vocabulary} tokens, but the recording holds token {largest_token}"
+        )
     backend = OurBackend(model_dir, dtype, recording.settings.reduction, mesh)
     checks: list[Check] = []
     with progress_bar("replaying", len(recording.cases), "cases") as advance:

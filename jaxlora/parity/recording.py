@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from jaxlora.checkpoints.peft import SETTINGS, WEIGHTS
-from jaxlora.config import Condition, Count, OptimConfig, Positive, Rate, TrainConfig
+from jaxlora.config import Condition, Count, OptimConfig, Rate, TrainConfig
 from jaxlora.data.render import RenderedRow
 from jaxlora.errors import UserError
 from jaxlora.parity.backend import AdamStep, Backend, Pass, Reduction, Trainer
@@ -32,6 +32,8 @@ from jaxlora.train.schedule import learning_rate, plan_run
 FORMAT = 1
 Lengths = Literal["equal", "unequal"]
 Which = Literal["start", "end"]
+Token = Annotated[int, Field(ge=0, le=1 << 24)]
+Small = Annotated[int, Field(gt=0, le=4096)]
 
 
 @checked(frozen=True)
@@ -40,14 +42,14 @@ class Settings:
 
     conditions: tuple[Condition, ...] = ("all_layer",)
     reduction: Reduction = "sum"
-    rank: Positive = 8
+    rank: Small = 8
     seed: Count = 0
-    n_rows: Positive = 8
-    batch_rows: Positive = 4
-    steps: Positive = 10
+    n_rows: Small = 8
+    batch_rows: Small = 4
+    steps: Small = 10
     peak_lr: Rate = 1e-3
-    max_new_tokens: Positive = 16
-    max_tokens: Positive = 256
+    max_new_tokens: Small = 16
+    max_tokens: Small = 256
 
 
 def make_settings(**values: Any) -> Settings:
@@ -202,8 +204,8 @@ def record(
 
 @checked(frozen=True)
 class _PassFile:
-    logprobs: list[list[float]]
-    loss: float
+    logprobs: list[list[Annotated[float, Field(allow_inf_nan=False)]]]
+    loss: Annotated[float, Field(allow_inf_nan=False)]
 
 
 @checked(frozen=True)
@@ -211,12 +213,12 @@ class _CaseFile:
     name: Annotated[str, Field(pattern=r"^[a-z_-]+$")]  # also the name of a folder
     condition: Condition
     lengths: Lengths
-    tokens: list[list[int]]
-    prompt_lengths: list[int]
+    tokens: list[list[Token]]
+    prompt_lengths: list[Count]
     before: _PassFile
     steps: list[_PassFile]
     after: _PassFile
-    answers: list[list[int]]
+    answers: list[list[Token]]
     adapters: dict[Which, str]
 
 
@@ -226,7 +228,7 @@ class _File:
     base: str
     trainer: dict[str, str]
     settings: Settings
-    stop_token: int
+    stop_token: Token
     cases: list[_CaseFile]
 
 
@@ -242,9 +244,40 @@ def load_recording(file: Path) -> Recording:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: not a recording of this version: {place}: {first['msg']}") from None
+    if fault := _fault(content):
+        raise UserError(f"{file}: not a whole recording: {fault}")
     cases = [_case(case) for case in content.cases]
     folder = file.with_name(f"{file.stem}-adapters")
     return Recording(content.base, content.trainer, content.settings, content.stop_token, cases, folder)
+
+
+def _fault(content: _File) -> str | None:
+    """What does not fit together in a recording, or None: every later computation relies on it."""
+    settings = content.settings
+    if not content.cases:
+        return "it holds no cases"
+    for case in content.cases:
+        lengths = [len(row) - 1 for row in case.tokens]
+        if not 1 <= len(lengths) == len(case.prompt_lengths) <= settings.n_rows:
+            return f"{case.name}: tokens and prompt_lengths do not have the same rows"
+        if not all(0 < n <= length for n, length in zip(case.prompt_lengths, lengths, strict=True)):
+            return f"{case.name}: a prompt is empty or leaves no answer"
+        if len(case.steps) != settings.steps:
+            return f"{case.name}: {len(case.steps)} steps, settings say {settings.steps}"
+        batches = [
+            [lengths[(step * settings.batch_rows + i) % len(lengths)] for i in range(settings.batch_rows)]
+            for step in range(settings.steps)
+        ]
+        for one, expected in zip(
+            (case.before, case.after, *case.steps), (lengths, lengths, *batches), strict=True
+        ):
+            if [len(row) for row in one.logprobs] != expected:
+                return f"{case.name}: log-probabilities do not have the lengths of their rows"
+        if len(case.answers) != min(settings.batch_rows, len(lengths)):
+            return f"{case.name}: {len(case.answers)} answers to {settings.batch_rows} prompts"
+        if set(case.adapters) != set(get_args(Which)):
+            return f"{case.name}: the hash of an adapter is missing"
+    return None
 
 
 def _case(case: _CaseFile) -> Case:

@@ -23,7 +23,7 @@ from scipy import stats
 
 from jaxlora.errors import UserError
 from jaxlora.parity import study_figures as study
-from jaxlora.records import read_json, read_jsonl
+from jaxlora.run_files import read_manifest, read_metrics, read_summary
 from jaxlora.study.results import Run
 from jaxlora.study.selection import select_checkpoint
 
@@ -105,10 +105,10 @@ def compare_run(folder: Path) -> list[Point]:
 
 
 def _load_run(folder: Path) -> Run:
-    manifest, summary = read_json(folder / "manifest.json"), read_json(folder / "summary.json")
+    manifest, summary = read_manifest(folder), read_summary(folder)
     if summary.get("status") != "completed":
         raise UserError(f"{folder}: this run is {summary.get('status')}; compare it when it is finished")
-    metrics = tuple(read_jsonl(folder / "metrics.jsonl"))
+    metrics = tuple(read_metrics(folder))
     condition, seed = str(summary.get("condition")), summary.get("seed")
     return Run(folder.name, folder, condition, seed, manifest, metrics, summary, {})
 
@@ -166,7 +166,7 @@ def evaluation_points(folder: Path, condition: str | None, name: str, seed: int 
       seed: hold it to this seed's own figures (an adapter of the study), not to the range of all.
     """
     file = folder / "summary.json"
-    summary: dict[str, Any] = read_json(file) if file.is_file() else {}
+    summary: dict[str, Any] = read_summary(folder) if file.is_file() else {}
     if summary and (summary.get("status") != "completed" or summary.get("condition") != condition):
         raise UserError(f"{file}: not a finished evaluation of {condition or 'the base'}")
     correct, no_box = summary.get("correct_strict"), summary.get("extraction_failures")

@@ -1,0 +1,147 @@
+"""The files of a run read back and checked: what later code relies on has the right type, or is one line.
+
+    manifest, summary = read_manifest(run), read_summary(run)
+    for row in read_metrics(run): row["step"], row["loss"]
+
+Fields that are not listed here are passed on as they are: nothing computes with them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Required
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from jaxlora.errors import UserError
+from jaxlora.records import Record, read_numbered_jsonl, read_object
+
+_OPEN = ConfigDict(extra="allow", strict=True)
+Number = Annotated[float, Field(ge=-1e300, le=1e300)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Group = dict[str, Any]
+
+
+class _Identity(TypedDict, total=False):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    run_id: Name | None
+    condition: Name | None
+    seed: Count | None
+    checkpoint: Name | None
+    step: Count | None
+    cost: Number | None
+    seconds: Number | None
+    token_count: Count | None
+
+
+class _Metric(_Identity, total=False):
+    split: Required[Literal["train", "validation", "test"]]
+    loss: Number | None
+    learning_rate: Number | None
+    eval_metric: Number | None
+    tokens_per_second: Number | None
+    model_flops_utilisation: Number | None
+
+
+class _Summary(_Identity, total=False):
+    status: str | None
+    selected_step: Count | None
+    total: Count
+    correct_strict: Count
+    extraction_failures: Count
+    prompt_tokens: Count
+    train_token_count: Count
+    validation_token_count: Count
+
+
+class _Optim(TypedDict, total=False):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    peak_lr: Number | None
+
+
+class _Named(TypedDict, total=False):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    path: Name | None
+    fingerprint: Name | None
+    condition: Name | None
+
+
+class _Config(TypedDict, total=False):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    model: _Named | None
+    lora: _Named | None
+    optim: _Optim | None
+    data: Group | None
+    seed: Count | None
+
+
+class _Manifest(_Identity, total=False):
+    config: _Config | None
+    base: _Named | None
+    gates: Group | None
+    device: Any
+
+
+class _Prediction(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    benchmark_index: Count
+    question: str
+    prompt_token_count: Count
+    generated_token_count: Count
+
+
+def read_manifest(run: Path) -> Record:
+    """`manifest.json` of a run's directory.
+
+    Raises:
+      UserError: it is missing or broken; names the field.
+    """
+    return _object(run / "manifest.json", _Manifest)
+
+
+def read_summary(folder: Path) -> Record:
+    """`summary.json` of a run or of an evaluation; raises as `read_manifest`."""
+    return _object(folder / "summary.json", _Summary)
+
+
+def read_failure(run: Path) -> Record:
+    """`failure.json` of a run; raises as `read_manifest`."""
+    return _object(run / "failure.json", _Identity)
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """The rows of `metrics.jsonl`; raises as `read_manifest`, with the line."""
+    file = run / "metrics.jsonl"
+    rows = read_numbered_jsonl(file)
+    for line, row in rows:
+        _check(f"{file}:{line}", row, _Metric)
+        if row["split"] != "test" and row.get("step") is None:
+            raise UserError(f"{file}:{line}: has no step")
+    return [row for _, row in rows]
+
+
+def check_predictions(file: Path, records: list[Record]) -> None:
+    """Refuse prediction records that cannot be compared with others."""
+    for number, record in enumerate(records, start=1):
+        _check(f"{file}: record {number}", record, _Prediction)
+
+
+def _object(file: Path, kind: Any) -> Record:
+    value = read_object(file)
+    _check(str(file), value, kind)
+    return value
+
+
+_adapter = cache(TypeAdapter)
+
+
+def _check(place: str, value: Record, kind: Any) -> None:
+    try:
+        _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{place}: {name} is {first['input']!r:.80}: {first['msg']}") from None
