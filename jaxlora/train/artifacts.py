@@ -42,6 +42,7 @@ from jaxlora.records import (
     write_json_atomic,
     write_text_atomic,
 )
+from jaxlora.redact import without_secrets
 from jaxlora.train.display import draw_validation
 from jaxlora.train.hparams import settings_of, write_outcome, write_settings
 from jaxlora.train.job import Job, token_count
@@ -227,8 +228,8 @@ class RunDirectory:
         record = self._names() | {
             "stage": stage,
             "step": step,
-            "error": f"{type(error).__name__}: {error}",
-            "trace": trace,
+            "error": without_secrets(f"{type(error).__name__}: {error}"),
+            "trace": without_secrets(trace),
         }
         try:
             write_json_atomic(self.path / "failure.json", record)

@@ -26,6 +26,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.data.sources import locate
 from jaxlora.lora import count_trainable
 from jaxlora.models.parameters import count_matrix_parameters, count_parameters
+from jaxlora.redact import without_secrets
 from jaxlora.train.job import Job, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
@@ -79,7 +80,7 @@ def make_manifest(job: Job) -> dict[str, Any]:
     }
     return {
         "run_id": config.run_id,
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
         "code": git_state(Path(__file__).parent),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
