@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -86,7 +87,6 @@ def server() -> multiprocessing.context.BaseContext:
     """A context whose processes are forks of a process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-
     return context
 
 
@@ -96,8 +96,8 @@ class Run:
     def __init__(self, context, words: list[str], folder: Path, moment: str | None = None, nth: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "results" / RUN_ID
-        self._log = folder / f"log-{time.monotonic_ns()}.txt"
-        self._phases = folder / "phases"
+        start = time.monotonic_ns()
+        self._log, self._phases = folder / f"log-{start}.txt", folder / f"phases-{start}"
         self._phases.write_bytes(bytes(len(PHASES)))
         self._size = self._written()
         self.started = time.monotonic()
@@ -145,6 +145,57 @@ class Run:
     def _written(self) -> int:
         file = self.path / "metrics.jsonl"
         return file.stat().st_size if file.is_file() else 0
+
+
+class Lab:
+    """Runs of one small job, in folders of their own, and what an undisturbed one gives."""
+
+    def __init__(self, folder: Path, *words: str):
+        self.folder, self.options = folder, [*options(folder / "model"), *words]
+        self.context = server()
+        self.kills: Counter[str] = Counter()
+        self.resumed: list[float] = []
+        self._folders = 0
+        self.whole = whole = self.start(self.new_folder())
+        assert whole.wait() == 0, whole.log()
+        self.expected = outcome(whole.path)
+
+    def new_folder(self) -> Path:
+        self._folders += 1
+        return self.folder / f"run-{self._folders}"
+
+    def start(self, folder: Path, *words: str, moment: str | None = None, nth: int = 1) -> Run:
+        """Start or resume the run of a folder, with further options."""
+        return Run(self.context, [*self.options, *words], folder, moment, nth)
+
+    def kill_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
+        """Start or resume, and die at this moment."""
+        run = self.start(folder, *words, moment=moment, nth=nth)
+        code = run.wait()
+        assert code == -signal.SIGKILL, f"'{moment}' never came (exit code {code}):\n{run.log()}"
+        self.kills[f"at '{moment}'"] += 1
+        return run
+
+    def finish(self, folder: Path, *words: str) -> Run:
+        """Resume to the end, and compare."""
+        run = self.start(folder, *words)
+        if (seconds := run.wait_for_steps()) is not None:
+            self.resumed.append(seconds)
+        assert run.wait() == 0, run.log()
+        self.compare(run)
+        return run
+
+    def compare(self, run: Run) -> None:
+        different = differing(outcome(run.path), self.expected)
+        assert not different, f"{', '.join(different)} in {run.path}; the kills were {dict(self.kills)}"
+
+    def report(self, capsys) -> None:
+        with capsys.disabled():
+            print(f"\n{self.kills.total()} kills survived:")
+            for name, count in sorted(self.kills.items()):
+                print(f"  {count:3} {name}")
+            if self.resumed:
+                print(f"resumed in {sum(self.resumed) / len(self.resumed):.1f} s on average")
 
 
 def _child(words: list[str], cache: str, log: str, phases: str, moment: str | None, nth: int) -> None:
@@ -324,6 +375,9 @@ MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
     "exported, no summary": _before(FILES, "RunDirectory", "finish"),
     "half a summary": _half_json(FILES, "summary.json"),
 }
+
+AFTER_TRAINING = "finished, not evaluated"  # comes only with eval.after_training
+MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_adapter")
 
 
 # --- What a finished run is ---------------------------------------------------------------------------------
