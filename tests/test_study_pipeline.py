@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,10 @@ def test_the_status_of_a_finished_study_is_done_everywhere(session):
     text = text_of(*status_tables(session))
     assert text.count("│ done") == len(STAGES) + 4 + 2
     assert not re.search("missing|waiting|failed|unfinished", text)
+
+
+def test_the_command_offers_the_stages_that_there_are(repository):
+    assert runpy.run_path(str(repository / "launch/study.py"))["STAGE_NAMES"] == tuple(STAGE)
 
 
 def test_each_stage_runs_alone_and_says_what_it_waits_for(session, tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 _AS_TABLE = ("primary_comparison", "accounting")  # shown as a table; their pictures are for slides
 _WITH_ROWS = ("gsm8k_accuracy", "disagreement", "learning_rate_selection")  # a figure, and its rows below it
 _MEASURED = "throughput"  # all measured times are in its section, so that the rest can be compared
+_OWN_ARTIFACTS = ("comparison.json", "selection.json", "contamination.json", "adapters", "figures")
 _ARTIFACTS = (
     "manifest.json",
     "metrics.jsonl",
@@ -123,22 +124,18 @@ def _content(study: Study, comparison: dict[str, Any] | None, folder: Path) -> d
 
 
 def _links(study: Study, folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
-    """For each run, its artifacts that exist, as (name, path relative to the report)."""
+    """For the study and each run, the artifacts that exist, as (name, path relative to the report)."""
     directories = [run.directory for run in (*study.runs, *study.trials)]
     base = study.directory / f"{study.prefix}-base"
     if base.is_dir():
         directories.insert(0, base)
-    return [
-        (
-            directory.name,
-            [
-                (name, Path(os.path.relpath(directory / name, folder)).as_posix())
-                for name in _ARTIFACTS
-                if (directory / name).exists()
-            ],
-        )
-        for directory in directories
-    ]
+
+    def present(directory: Path, names: tuple[str, ...]) -> list[tuple[str, str]]:
+        places = [(name, directory / name) for name in names if (directory / name).exists()]
+        return [(name, Path(os.path.relpath(place, folder)).as_posix()) for name, place in places]
+
+    own = ("the study", present(folder, _OWN_ARTIFACTS))
+    return [own, *((directory.name, present(directory, _ARTIFACTS)) for directory in directories)]
 
 
 # --- HTML ---------------------------------------------------------------------------------------------------
