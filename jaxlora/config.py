@@ -106,7 +106,7 @@ class TrainConfig:
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
     epochs: Epochs = _doc("passes over the rows, in file order", 2)
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
-    buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 4)
+    buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 6)
     buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
     max_buffer_tokens: Length = _doc("a step's rows are split over several buffers above this", 16384)
     validation_every: Positive = _doc("validate and checkpoint each this many steps, and at epoch ends", 1000)

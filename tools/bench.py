@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, help="only the first prompts, for decode")
     parser.add_argument("--steps", type=int, help="only the first steps, for train")
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of a step")
-    parser.add_argument("--buffer-sizes", type=int, default=4, help="buffer lengths, each compiled once")
+    parser.add_argument("--buffer-sizes", type=int, default=6, help="buffer lengths, each compiled once")
     parser.add_argument("--slots", type=int, default=384, help="rows decoded at once")
     parser.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])

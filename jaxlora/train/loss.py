@@ -60,7 +60,9 @@ def token_nll(hidden, adapter, weight, targets, shares) -> jax.Array:
         a, b = (x.astype(hidden.dtype) for x in adapter)
         low = jnp.einsum("...i,mri->...mr", hidden, a) * shares.astype(hidden.dtype)[..., None]
         logits += jnp.einsum("...mr,mor->...o", low, b, preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A comparison, not a gather: the gradient of a gather is a scatter over all logits, this one's is fused.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
@@ -101,7 +103,8 @@ def _chunk_nll(hidden, adapter, weight, targets, weights, owners, scales):
     of_member = owners[..., None] == jnp.arange(max(1, len(scales)))
     shares = of_member * jnp.asarray(scales or (0.0,), jnp.float32)
     nll = weights * token_nll(hidden, adapter, weight, targets, shares)
-    return jnp.sum(nll), jnp.sum(nll[..., None] * of_member, axis=(0, 1))
+    # Picked, not multiplied: a member whose loss is NaN must not reach the sums of the others.
+    return jnp.sum(nll), jnp.sum(jnp.where(of_member, nll[..., None], 0), axis=(0, 1))
 
 
 def _forward(hidden, adapter, weight, targets, weights, owners, scales):
