@@ -19,7 +19,7 @@ console = Console(stderr=True, highlight=False)
 def progress_bar(title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar that disappears when the work is done; yields a function that advances it. No total: a count."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of files may look like markup
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),

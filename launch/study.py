@@ -65,7 +65,7 @@ def run(stop: Stop) -> int:
         console.print(f"[red]failed: {', '.join(session.accidents)}; the same command tries again[/red]")
         return 1
     if options.stage in (None, "report"):
-        console.print(f"the report is {session.folder / 'report.html'}")
+        console.print(f"the report is {session.folder / 'report.html'}", markup=False)
     return 0
 
 

@@ -50,7 +50,8 @@ def run(stop: Stop) -> int:
         from jaxlora.evals.after_training import evaluate_base_and_adapter
 
         evaluate_base_and_adapter(job, result)
-    console.print(f"everything is in {config.run_dir}; curves: tensorboard --logdir {config.results_dir}")
+    where = f"everything is in {config.run_dir}; curves: tensorboard --logdir {config.results_dir}"
+    console.print(where, markup=False)
     return 0
 
 

@@ -12,6 +12,7 @@ import argparse
 import re
 
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from jaxlora.config import parse_config
@@ -37,7 +38,7 @@ def main() -> None:
     )
     console = Console(highlight=False)
     for row in rows:
-        console.print(f"[bold]row {row.row_id}[/bold]: {describe_counts(row)}")
+        console.print(f"[bold]row {escape(row.row_id)}[/bold]: {describe_counts(row)}")
         console.print(coloured(row, tokenizer), soft_wrap=True)
     legend = Text.assemble(
         ("prompt: no loss", MASKED), "  ", ("answer: loss", LEARNED), "  ", ("control token", CONTROL)

@@ -110,7 +110,7 @@ def write_merged(selected: Selected, out: str | Path) -> None:
     spec = replace(selected.spec, dtype=_stored_dtype(base))
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     merged = merge_lora(spec, selected.lora, load_base(base, spec, mesh))
-    console.print(f"writing {out}")
+    console.print(f"writing {out}", markup=False)
     save_merged(out, spec, merged, base)
 
 

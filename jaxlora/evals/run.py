@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.markup import escape
 from rich.table import Table
 
 from jaxlora import hosts
@@ -190,7 +191,7 @@ def show(summaries: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for s in summaries:
         table.add_row(
-            s["run_id"],
+            escape(s["run_id"]),
             f"{s['accuracy']:.2%}",
             f"{s['accuracy_numeric']:.2%}",
             f"{s['extraction_failure_rate']:.2%}",

@@ -58,7 +58,7 @@ def evaluate_published(
         summary = read_json(folder / "summary.json")
         summaries.append(summary)
         points += evaluation_points(folder, condition, name, seed)
-        console.print(f"{name}: done, {folder}")
+        console.print(f"{name}: done, {folder}", markup=False)
     show(summaries)
     return points
 

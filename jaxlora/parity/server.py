@@ -59,7 +59,7 @@ def install_server() -> Path:
         server_python()
         console.print(f"the local Tinker server is in {folder}")
         return folder
-    console.print(f"installing the local Tinker server in {folder} (about 2 GB)")
+    console.print(f"installing the local Tinker server in {folder} (about 2 GB)", markup=False)
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder}: exists and is no virtual environment; it is not replaced")
     shutil.rmtree(folder, ignore_errors=True)

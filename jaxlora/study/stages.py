@@ -158,16 +158,16 @@ def train_group(session: Session, jobs: Sequence[Job]) -> None:
         try:
             result = train(job, session.base, session.stop)
         except Diverged as error:
-            console.print(f"[red]{name} failed: {error}; the study goes on without it[/red]")
+            text = f"{name} failed: {error}; the study goes on without it"
+            console.print(text, style="red", markup=False)
         except (UserError, MachineError, Interrupted):
             raise
         except Exception as error:
             if hosts.n_processes() > 1:  # perhaps here alone, and the others wait for this run
                 raise
             session.accidents.append(name)
-            console.print(
-                f"[red]{name} failed: {type(error).__name__}: {error}; the next start tries again[/red]"
-            )
+            text = f"{name} failed: {type(error).__name__}: {error}; the next start tries again"
+            console.print(text, style="red", markup=False)
         else:
             console.print(
                 f"{name}: step {result.step} is selected, validation mean NLL {result.mean_nll:.5f}"

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.config import RunConfig
@@ -26,9 +27,10 @@ from jaxlora.lora import count_trainable
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.config import ModelConfig, load_model_config, published_config
 from jaxlora.models.parameters import count_parameters
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.qwen3 import ModelSpec, kept_per_token
 from jaxlora.progress import console
 from jaxlora.sharding import make_mesh, token_multiple
+from jaxlora.train.loss import CHUNK
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute
 
@@ -177,24 +179,21 @@ def padding_efficiency(rows: list[RenderedRow], batches: list[range], layout: La
 
 
 def estimate_memory(job: Job) -> dict[str, int]:
-    """Bytes that a run needs on all devices together, in three parts; an estimate to about a fifth.
+    """Bytes that a run needs on all devices together, in four parts; an estimate to about a fifth.
 
     Adapter: weights, gradients and two moments in float32. Activations: what the backward pass of one
-    buffer keeps, counted from the shapes: per layer and token the residual stream, the normalised inputs,
-    queries, keys, values, attention output and the three MLP intermediates.
+    buffer keeps, see `kept_per_token`. Output head: logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
     tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
-    heads = config.num_attention_heads * config.head_dim
-    kv_heads = config.num_key_value_heads * config.head_dim
-    kept = 6 * config.hidden_size + 4 * heads + 5 * kv_heads + 4 * config.intermediate_size
-    layer_tokens = config.hidden_size * config.num_hidden_layers + kept
-    if not job.config.model.remat:
-        layer_tokens = kept * config.num_hidden_layers
+    kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
+    if job.config.model.remat is True:  # one layer at a time is whole
+        kept += sum(kept_per_token(config, False))
     return {
         "base": count_parameters(config) * width,
         "adapter and optimizer": count_trainable(job.spec) * 4 * 4,
-        "activations": layer_tokens * tokens * width + 2 * 4 * config.vocab_size * min(1024, tokens),
+        "activations": kept * tokens * width,
+        "output head": 2 * 4 * config.vocab_size * min(CHUNK, tokens),
     }
 
 
@@ -231,8 +230,8 @@ def describe(job: Job) -> Table:
     }
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", text)
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
     for report in job.reports:
         if report.skipped:
-            table.add_row("[bold red]skipped rows[/bold red]", report.describe())
+            table.add_row("[bold red]skipped rows[/bold red]", escape(report.describe()))
     return table
