@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxlora.bench import device_facts, random_rows, utilisation
 from jaxlora.checkpoints.huggingface import random_base
-from jaxlora.config import Condition, RunConfig
+from jaxlora.config import Condition, Remat, RunConfig
 from jaxlora.data.batches import choose_layout
 from jaxlora.data.packing import Batch
 from jaxlora.devices import memory_in_use, scan_layers
@@ -26,7 +26,7 @@ from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import count_matrix_parameters
-from jaxlora.models.qwen3 import ModelSpec, Remat, Tree
+from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console
 from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
 from jaxlora.train.fused import group_spec, stack_batches, stack_members

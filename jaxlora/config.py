@@ -39,6 +39,7 @@ Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Condition = Literal["attention_only", "mlp_only", "all_layer"]
+Remat = bool | Literal["elementwise"]
 
 
 def _doc(text: str, default: Any) -> Any:
@@ -57,7 +58,11 @@ class ModelSource:
     layers: Literal["auto", "scan", "unroll"] = _doc(
         "one loop over stacked layers, or each layer in turn", "auto"
     )
-    remat: bool = _doc("recompute activations in the backward pass: less memory, about a third slower", False)
+    remat: Remat = _doc(
+        "recompute activations in the backward pass: true, all (a third slower); elementwise, those that are"
+        " no product and no attention (a third of the memory)",
+        False,
+    )
 
 
 @dataclass(frozen=True, config=_CHECKED)

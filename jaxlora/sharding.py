@@ -56,13 +56,25 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    whole = whole_mesh(config, len(devices))
+    shape = (whole.data, whole.fsdp, whole.tensor)
+    names = ("data", "fsdp", "tensor")
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
+    """The mesh's sizes on so many devices, the one that is -1 worked out.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
-    if math.prod(shape) != len(devices):
+    shape = tuple(n_devices // known if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != n_devices:
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise UserError(f"config.mesh: {asked} does not fit {len(devices)} devices; set one axis to -1")
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise UserError(f"config.mesh: {asked} does not fit {n_devices} devices; set one axis to -1")
+    return MeshConfig(*shape)
 
 
 def decode_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:

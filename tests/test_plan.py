@@ -241,6 +241,8 @@ def test_the_compilers_out_of_memory_error_is_read():
         "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G."
     )
     assert out_of_memory(message) == int(5.2 * GIB)
+    message = "HLO temporaries (16.25G) exceeds available HBM (15.75G)."
+    assert out_of_memory(message) == GIB // 2
     assert out_of_memory("INTERNAL: something else") is None
 
 

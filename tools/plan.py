@@ -3,6 +3,7 @@
     python tools/plan.py --config configs/main.py --topology v5e-8
     python tools/plan.py --config configs/main.py --topology all --json plans.json
     python tools/plan.py --config configs/main.py --topology v5e-8 --search
+    python tools/plan.py --config configs/main.py --topology v5e-16 --members 4      # a fused sweep
 
 Exit code 0: it fits; 1: it does not, and the output says what would; 2: a mistake in the request. Times are
 lower bounds: computing, memory and interconnect are taken to overlap fully and to reach their peak rates.
@@ -20,13 +21,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here
 
 from rich.console import Console
 
-from jaxlora.config import parse_config
+from jaxlora.config import RunConfig, parse_config
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError, run_main
 from jaxlora.models.config import ModelConfig, load_model_config, published_config
-from jaxlora.plan.chips import SLICES, slice_named
+from jaxlora.plan.chips import SLICES, Slice, slice_named
+from jaxlora.plan.fused import plan_members, print_members
 from jaxlora.plan.programs import Workload
 from jaxlora.plan.report import make_plan, print_comparison, print_plan, search
+from jaxlora.sharding import whole_mesh
 
 
 def main() -> int:
@@ -35,6 +38,13 @@ def main() -> int:
     parser.add_argument("--topology", required=True, help=f"{', '.join(SLICES)}, or all")
     parser.add_argument(
         "--search", action="store_true", help="look for the fastest mesh, remat and buffers that fit"
+    )
+    parser.add_argument(
+        "--members",
+        type=int,
+        metavar="N",
+        help="compare the step of one run with that of N runs together, on the configuration's mesh or, with"
+        " --search, each on its fastest",
     )
     parser.add_argument(
         "--json", metavar="FILE", help="write the plans as JSON as well; -: only JSON, on stdout"
@@ -54,6 +64,10 @@ def main() -> int:
         raise UserError(f"--json: {options.json} exists already; give a new file")
     model = find_model(config.model.path)
     console = Console(stderr=options.json == "-")
+    if options.members is not None:
+        if options.members < 2 or options.json:
+            raise UserError("--members: give 2 or more, without --json")
+        return compare_members(config, model, slices, workload, options.members, options.search, console)
     plans = []
     for slice_ in slices:
         chosen, step = config, None
@@ -74,6 +88,28 @@ def main() -> int:
         else:
             Path(options.json).write_text(text)
     return 0 if all(plan.fits for plan in plans) else 1
+
+
+def compare_members(
+    config: RunConfig,
+    model: ModelConfig,
+    slices: list[Slice],
+    workload: Workload,
+    members: int,
+    any_mesh: bool,
+    console: Console,
+) -> int:
+    """Print for each slice what runs trained together gain; 1 where they do not fit."""
+    fit = True
+    for slice_ in slices:
+        mesh = None if any_mesh else whole_mesh(config.mesh, slice_.n_chips)
+        plan = plan_members(config, model, slice_, workload, members, console, mesh)
+        fit = fit and plan is not None
+        if plan is None:
+            console.print(f"{slice_.name}: nothing that was tried fits; give --search, or fewer members")
+        else:
+            print_members(slice_, plan, console)
+    return 0 if fit else 1
 
 
 def find_model(path: str) -> ModelConfig:

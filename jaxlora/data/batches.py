@@ -9,8 +9,9 @@ run would have read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grain.python as grain
 
@@ -58,8 +59,18 @@ def train_batches(
     rows: Sequence[RenderedRow], plan: RunPlan, layout: Layout, first_step: int
 ) -> Iterator[tuple[int, Batch]]:
     """`(step, batch)` from `first_step` to the last step, prepared by background threads."""
-    steps = grain.MapDataset.range(first_step, plan.total_steps + 1)
-    data = steps.map(lambda step: (int(step), layout.build([rows[i] for i in plan.rows_of_step(int(step))])))
+    build = partial(step_batch, rows, plan, layout)
+    return ahead(build, range(first_step, plan.total_steps + 1))
+
+
+def step_batch(rows: Sequence[RenderedRow], plan: RunPlan, layout: Layout, step: int) -> Batch:
+    """The rows of one training step."""
+    return layout.build([rows[i] for i in plan.rows_of_step(step)])
+
+
+def ahead(build: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:
+    """`(step, build(step))` for these steps, prepared by background threads."""
+    data = grain.MapDataset.range(steps.start, steps.stop).map(lambda step: (int(step), build(int(step))))
     return iter(data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,12 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlora.config import LoraConfig
+from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import GROUPS, Weight, parameter_table
 from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]
-Remat = Literal[False, True, "elementwise"]
 PRODUCT = "product"  # the name of what `_keep_products` keeps
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -243,6 +242,22 @@ def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
     """Whether the backward pass finds this result kept: products, and what attention kernels made."""
     kernels = ("pallas_call", "dot_product_attention_fwd_wrapper")
     return primitive.name in kernels or params.get("name") == PRODUCT
+
+
+def kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, int]:
+    """Numbers that the backward pass of one layer finds kept for one token, counted from the shapes.
+
+    The first are whole on every chip of a mesh, the second split over `tensor`. All: the residual stream
+    twice, each norm's input in float32, its output and its scaled output; queries, keys, values before and
+    after their norms, attention output, the MLP's hidden units. Elementwise: only what products and
+    attention made. With full recomputation: the layer's input.
+    """
+    heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    if remat is True:
+        return config.hidden_size, 0
+    if remat == "elementwise":
+        return 3 * config.hidden_size, 2 * heads + 2 * kv_heads + 2 * config.intermediate_size
+    return 12 * config.hidden_size, 4 * heads + 5 * kv_heads + 4 * config.intermediate_size
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

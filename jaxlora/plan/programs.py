@@ -2,6 +2,7 @@
 
     programs = Programs(config, published_config("qwen3-8b"), slice_named("v5e-8"), Workload())
     programs.train_step().memory.total     # bytes a chip
+    programs.train_step(members=4)         # four runs in one program
 
 The TPU compiler comes from PyPI (`pip install libtpu`) and needs no chip.
 """
@@ -12,7 +13,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.plan.chips import Slice
 from jaxlora.plan.hlo import Work, count_work
-from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, roofline
+from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
 from jaxlora.sharding import (
     base_shardings,
     decode_mesh,
@@ -38,8 +39,9 @@ from jaxlora.sharding import (
     token_multiple,
     token_shards,
 )
+from jaxlora.train.fused import group_spec
 from jaxlora.train.loss import CHUNK
-from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,20 @@ class Programs:
         """Buffers of a typical optimizer step: its rows are split where they exceed the longest buffer."""
         return max(1, -(-int(self._step_tokens) // self.config.train.max_buffer_tokens))
 
-    def train_step(self) -> Program:
-        """One optimizer step of typical length."""
+    def train_step(self, members: int = 1) -> Program:
+        """One optimizer step of typical length, of one run or of several trained together."""
         mesh, spec, optim, remat = self.mesh, self.spec, self.config.optim, self.config.model.remat
         state = jax.eval_shape(lambda: init_state(init_lora(spec, 0), optim))
+        rates: tuple[int, ...] = ()
+        if members > 1:
+            state, spec, rates = _of_members(state, members), group_spec([spec] * members), (members,)
         state = _abstract(state, lora_shardings(mesh, spec, state))
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+        rate = jax.ShapeDtypeStruct(rates, jnp.float32, sharding=replicated(mesh))
         step = make_train_step(spec, optim, Compute("splash", remat))
-        batch = self._batch(self.buffers, self.train_tokens)
-        passes = self.buffers * (1 + remat + BACKWARD_PASSES)
-        return self._compile(
-            "train step", mesh, step, (state, self._base, batch, rate), self.train_tokens, passes
-        )
+        batch = self._batch(self.buffers, self.train_tokens, members)
+        passes = self.buffers * (1 + (remat is True) + BACKWARD_PASSES)
+        arguments = (state, self._base, batch, rate)
+        return self._compile("train step", mesh, step, arguments, self.train_tokens, passes, members)
 
     def validation_step(self) -> Program:
         """One validation batch of typical length, in one buffer."""
@@ -164,8 +168,8 @@ class Programs:
     def _base(self) -> Any:
         return _abstract(self.spec.abstract_frozen, base_shardings(self.mesh, self.spec))
 
-    def _batch(self, buffers: int, tokens: int) -> Any:
-        shape = (buffers, 1, tokens)
+    def _batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
+        shape = (buffers, lines, tokens)
         sharding = named(self.mesh, (None, "batch", "length"), shape)
         names = ("tokens", "targets", "positions", "segment_ids")
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
@@ -190,7 +194,15 @@ class Programs:
         return state, _abstract(spec.abstract_frozen, base_shardings(mesh, spec))
 
     def _compile(
-        self, name: str, mesh, step, arguments, tokens: int, attention_passes: float, **static
+        self,
+        name: str,
+        mesh,
+        step,
+        arguments,
+        tokens: int,
+        attention_passes: float,
+        lines: int = 1,
+        **static,
     ) -> Program:
         start = time.monotonic()
         with jax.set_mesh(mesh):
@@ -202,7 +214,7 @@ class Programs:
                     raise
                 memory = Memory(sum(map(_chip_bytes, jax.tree.leaves(arguments))), 0, 0, 0, missing)
                 took = time.monotonic() - start
-                return Program(name, tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
+                return Program(name, lines * tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
         measured = compiled.memory_analysis()
         memory = Memory(
             measured.argument_size_in_bytes,
@@ -211,14 +223,13 @@ class Programs:
             measured.generated_code_size_in_bytes,
         )
         shards = token_shards(mesh)
-        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-tokens // shards // CHUNK)))
-        # The chip with a buffer's last tokens sees most keys; the others wait for it.
-        queries, keys = tokens / shards, tokens * (1 - 0.5 / shards)
+        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-lines * tokens // shards // CHUNK)))
+        queries, keys = lines * tokens / shards, keys_seen(tokens, lines, shards)
         flops = (
             work.flops + attention_flops(self.model, queries, keys, attention_passes) / mesh.shape["tensor"]
         )
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
-        return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
+        return Program(name, lines * tokens, memory, flops, work, best, time.monotonic() - start)
 
 
 def topology_devices(slice_: Slice) -> list[jax.Device]:
@@ -249,12 +260,25 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
 def out_of_memory(message: str) -> int | None:
     """Bytes over the chip's memory, from the compiler's error; None: it is another error.
 
-    The compiler says `Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.`
+    The compiler says `Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.`, or `the total memory
+    required for HLO temporaries (16.24G) exceeds available HBM (15.75G)`.
     """
-    match = re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG]?)", message)
-    if match:
-        return int(float(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[match[2]])
+    if match := re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG]?)", message):
+        return _bytes(*match.groups())
+    if match := re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)", message):
+        return _bytes(*match.groups()[:2]) - _bytes(*match.groups()[2:])
     return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit])
+
+
+def _of_members(state: TrainState, members: int) -> TrainState:
+    """The state of so many equal members, as `jaxlora.train.fused.stack_members` makes it."""
+    grow = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype))
+    adam = state.adam._replace(mu=grow(state.adam.mu), nu=grow(state.adam.nu))
+    return TrainState(grow(state.lora), adam)
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora.config import RunConfig
+from jaxlora.config import MeshConfig, Remat, RunConfig
 from jaxlora.models.config import ModelConfig
 from jaxlora.plan.chips import SLICES, Slice
 from jaxlora.plan.programs import Program, Programs, Workload
@@ -33,7 +33,7 @@ class Plan:
 
     slice: Slice
     mesh: dict[str, int]
-    remat: bool
+    remat: Remat
     condition: str
     programs: list[Program]
     fits: bool
@@ -119,10 +119,12 @@ def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workloa
     return f"no {slice_.chip.name} slice in the table is large enough"
 
 
-def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> list[Choice]:
-    """All choices for this configuration's step, fastest first."""
+def ranked(
+    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, members: int = 1
+) -> list[Choice]:
+    """All choices for this configuration's step, of one run or of several together, fastest first."""
     tokens = config.train.batch_rows * workload.row_tokens
-    return candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple)
+    return candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple, members)
 
 
 def overrides(choice: Choice) -> str:
@@ -142,27 +144,39 @@ def apply(config: RunConfig, choice: Choice) -> RunConfig:
 
 
 def search(
-    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, console: Console
+    config: RunConfig,
+    model: ModelConfig,
+    slice_: Slice,
+    workload: Workload,
+    console: Console,
+    members: int = 1,
+    mesh: MeshConfig | None = None,
 ) -> tuple[RunConfig, Program | None]:
     """Compile the training step of the estimated fastest choices in turn until one fits.
 
+    Args:
+      members: how many runs are trained together.
+      mesh: look only at this one, and at whole steps; None: at all.
+
     Returns the configuration with that choice and its step, or the configuration as it was and None.
     """
-    choices = ranked(config, model, slice_, workload)
+    choices = ranked(config, model, slice_, workload, members)
+    if mesh is not None:
+        choices = [choice for choice in choices if choice.mesh == mesh and choice.buffers == 1]
     table = Table(
         "mesh data, fsdp, tensor", "remat", "buffers", "GiB a chip", "ms a step", "bound", title="estimates"
     )
     for choice in choices[:8]:
-        mesh = f"{choice.mesh.data}, {choice.mesh.fsdp}, {choice.mesh.tensor}"
+        shape = f"{choice.mesh.data}, {choice.mesh.fsdp}, {choice.mesh.tensor}"
         sizes = f"{choice.buffers} x {choice.tokens}"
         memory, time = f"{choice.memory / GIB:.1f}", f"{choice.best.seconds * 1e3:.0f}"
-        table.add_row(mesh, str(choice.remat).lower(), sizes, memory, time, choice.best.bound)
+        table.add_row(shape, str(choice.remat).lower(), sizes, memory, time, choice.best.bound)
     console.print(table)
     room = slice_.chip.hbm_bytes * (1 - RESERVED)
     tries = [c for c in choices if c.memory < 1.2 * slice_.chip.hbm_bytes][:6]
     with progress_bar("compiling train steps, fastest first", len(tries), "choices") as advance:
         for choice in tries:
-            step = Programs(apply(config, choice), model, slice_, workload).train_step()
+            step = Programs(apply(config, choice), model, slice_, workload).train_step(members)
             advance(1)
             verdict = "fits" if step.memory.missing == 0 and step.memory.total <= room else "does not fit"
             console.print(f"{overrides(choice)}: {verdict}", soft_wrap=True)
@@ -175,7 +189,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Tables for the terminal: each program on one chip, then the run."""
     chip = plan.slice.chip
     title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, {plan.condition}"
-    table = Table(title=title + (", remat" if plan.remat else ""), title_justify="left")
+    title += f", remat {str(plan.remat).lower()}" if plan.remat else ""
+    table = Table(title=title, title_justify="left")
     table.add_column("a chip, a run")
     for program in plan.programs:
         table.add_column(program.name, justify="right")

@@ -50,6 +50,15 @@ def attention_flops(config: ModelConfig, queries: float, keys: float, passes: fl
     )
 
 
+def keys_seen(length: int, lines: int, shards: int) -> float:
+    """How many keys a query of the slowest chip sees, of lines whose tokens are split over `shards` chips.
+
+    Whole lines go to the chips where there are enough of them. Else each line is split, and the chip with
+    its last tokens sees most keys; the others wait for it.
+    """
+    return length * (0.5 if lines % shards == 0 else 1 - 0.5 / shards)
+
+
 # The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
 BACKWARD_PASSES = 3.5
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxlora.config import LoraConfig, MeshConfig
+from jaxlora.config import LoraConfig, MeshConfig, Remat
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import count_parameters, parameter_table
-from jaxlora.models.qwen3 import is_adapted
+from jaxlora.models.qwen3 import is_adapted, kept_per_token
 from jaxlora.plan.chips import Slice
-from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, roofline
+from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
 
 BF16, FLOAT32 = 2, 4
+REMATS: tuple[Remat, ...] = (False, "elementwise", True)
 TOKEN_BLOCK = 128
 FULL = 0.8  # of a chip's memory: the estimate is good to about a fifth
 
@@ -25,7 +26,7 @@ class Choice:
     """A mesh, a remat choice and a split over buffers, with the estimate of an optimizer step."""
 
     mesh: MeshConfig
-    remat: bool
+    remat: Remat
     buffers: int  # of a step, one after another
     tokens: int  # length of a buffer
     best: Roofline
@@ -33,26 +34,27 @@ class Choice:
 
 
 def candidates(
-    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int
+    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int, members: int = 1
 ) -> list[Choice]:
-    """Every mesh of the slice, with and without remat and split buffers, fastest first.
+    """Every mesh of the slice, every kind of remat, whole and split buffers, fastest first.
 
     Args:
-      tokens: real tokens of an optimizer step.
+      tokens: real tokens of an optimizer step of one run.
       multiple: buffer lengths are multiples of this as well as of what the mesh asks.
+      members: how many runs are trained together.
     """
     choices = [
-        estimate(model, lora, slice_, MeshConfig(data, fsdp, tensor), remat, buffers, tokens, multiple)
-        for data, fsdp, tensor in factors(slice_.n_chips)
-        if model.num_key_value_heads % tensor == 0
-        for remat in (False, True)
+        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, members)
+        for mesh in factors(slice_.n_chips)
+        if model.num_key_value_heads % mesh[2] == 0
+        for remat in REMATS
         for buffers in (1, 2, 4)
     ]
     return sorted(choices, key=lambda c: (round(c.best.seconds, 4), c.memory))
 
 
 def choose_mesh(
-    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int, remat: bool
+    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int, remat: Remat
 ) -> MeshConfig | None:
     """The mesh that should be fastest for whole steps with this remat choice; None: none should fit."""
     for choice in candidates(model, lora, slice_, tokens, multiple):
@@ -73,10 +75,11 @@ def estimate(
     lora: LoraConfig,
     slice_: Slice,
     mesh: MeshConfig,
-    remat: bool,
+    remat: Remat,
     buffers: int,
     tokens: float,
     multiple: int,
+    members: int = 1,
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
@@ -87,34 +90,36 @@ def estimate(
     shards = mesh.data * mesh.fsdp
     block = math.lcm(TOKEN_BLOCK * shards, multiple)
     length = math.ceil(tokens / buffers / block) * block
-    local = length / shards
+    local = members * length / shards
+    again = remat is True  # products and attention are computed once more
     table = parameter_table(model)
     layers = model.num_hidden_layers
     layer_weights = layers * sum(math.prod(w.shape) for w in table if w.stacked and len(w.shape) == 2)
     head_weights = model.vocab_size * model.hidden_size
-    adapter = sum(
+    adapter = members * sum(
         lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in table if is_adapted(w, lora)
     )
     kv_width = 2 * model.num_key_value_heads * model.head_dim // mesh.tensor
 
-    products = (3 if remat else 2) * 2 * layer_weights + 2 * 2 * head_weights
+    products = (2 + again) * 2 * layer_weights + 2 * 2 * head_weights
     flops = local * products / mesh.tensor
-    passes = 1 + remat + BACKWARD_PASSES
-    flops += attention_flops(model, local, length * (1 - 0.5 / shards), passes) / mesh.tensor
+    passes = 1 + again + BACKWARD_PASSES
+    flops += attention_flops(model, local, keys_seen(length, members, shards), passes) / mesh.tensor
 
     def gather(size: float, ways: int) -> float:
         return size * (ways - 1) / ways
 
     weights = BF16 * (2 * layer_weights + head_weights) / mesh.tensor
     stream = BF16 * local * model.hidden_size
-    sums = (2 + 2 * remat + 5) * layers
+    sums = (2 + 2 * again + 5) * layers
     ici = gather(weights, mesh.fsdp)
     ici += sums * 2 * gather(stream, mesh.tensor)
-    ici += (3 + remat) * layers * gather(BF16 * length * kv_width, shards)
+    if members % shards:  # else a chip has whole lines
+        ici += (3 + again) * layers * gather(BF16 * members * length * kv_width, shards)
     ici += 2 * gather(BF16 * adapter, shards)
 
-    kept = _kept_per_token(model, mesh.tensor)
-    activations = local * layers * (BF16 * model.hidden_size if remat else kept)
+    kept, saved = _kept_bytes(model, False, mesh.tensor), _kept_bytes(model, remat, mesh.tensor)
+    activations = local * layers * saved
     # A gathered weight is written and read; each kept activation is written once and read once.
     hbm = (
         weights * (2 if mesh.fsdp > 1 else 1)
@@ -129,13 +134,7 @@ def estimate(
     return Choice(mesh, remat, buffers, length, best, memory)
 
 
-def _kept_per_token(model: ModelConfig, tensor: int) -> float:
-    """Bytes that the backward pass of one layer needs for one token.
-
-    Whole on each chip: the residual stream twice, and each norm's input in float32, its output and its
-    scaled output. Split over `tensor`: queries, keys, values, attention output, the MLP's hidden units.
-    """
-    heads, kv_heads = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
-    whole = 12 * model.hidden_size
-    split = 4 * heads + 5 * kv_heads + 4 * model.intermediate_size
+def _kept_bytes(model: ModelConfig, remat: Remat, tensor: int) -> float:
+    """Bytes that one chip keeps of one token in one layer."""
+    whole, split = kept_per_token(model, remat)
     return BF16 * (whole + split / tensor)

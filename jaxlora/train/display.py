@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,25 +20,26 @@ WINDOW = 50  # steps over which speed is averaged
 
 
 class TrainingDisplay:
-    """The live progress line of one run, and the speeds that go into its metrics."""
+    """The live progress line of the runs that are trained together, and the speeds that go into metrics."""
 
-    def __init__(self, job: Job, first_step: int):
-        self._job = job
+    def __init__(self, jobs: Sequence[Job], first_step: int):
+        self._jobs, self._job = jobs, jobs[0]
         self._shapes: set[tuple[str, tuple[int, ...]]] = set()
         self._times: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self._flops_per_token = 4 * count_matrix_parameters(job.spec.config)
+        self._flops_per_token = 4 * count_matrix_parameters(self._job.spec.config)
         device = jax.local_devices()[0]
         self._device = device
         peak = peak_flops(device)
-        self._peak = peak * job.mesh.size if peak else None
+        self._peak = peak * self._job.mesh.size if peak else None
         self._validation_seconds: float | None = None
         self._validation_start = 0.0
-        self._first = first_step
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[line]}"), console=console)
-        self._task = self._progress.add_task(
-            job.config.run_id, total=job.plan.total_steps, completed=first_step - 1, line="compiling"
-        )
+        name = self._job.config.run_id
+        if len(jobs) > 1:
+            name += f" and {len(jobs) - 1} more"
+        steps = self._job.plan.total_steps
+        self._task = self._progress.add_task(name, total=steps, completed=first_step - 1, line="compiling")
 
     def __enter__(self) -> TrainingDisplay:
         self._progress.start()
@@ -54,14 +56,20 @@ class TrainingDisplay:
                 f"[dim]compiling the {what} for buffers of {shape[0]} x {shape[1]} x {shape[2]}[/dim]"
             )
 
-    def rate(self, step: int, tokens: int) -> dict[str, float | None]:
-        """Seconds of this step, tokens a second over the last steps, model FLOPs utilisation, peak memory.
+    def rate(self, tokens: int, runs: int) -> dict[str, float | None]:
+        """Seconds of a step, tokens a second over the last steps, model FLOPs utilisation, peak memory.
 
-        Utilisation counts 4N FLOPs a real token (forward 2N, activation gradients 2N) against the devices'
-        dense bf16 peak; null where the peak is not known.
+        Speed and utilisation are those of all runs together; the step's seconds are shared out among them,
+        so that the seconds of all runs add up to the time that was spent. Utilisation counts 4N FLOPs a real
+        token (forward 2N, activation gradients 2N) against the devices' dense bf16 peak; null where the peak
+        is not known.
+
+        Args:
+          tokens: of the step, of all runs.
+          runs: how many took it.
         """
         now = time.monotonic()
-        seconds = now - self._times[-1][0] if self._times else None
+        seconds = (now - self._times[-1][0]) / max(1, runs) if self._times else None
         self._times.append((now, tokens))
         span = self._times[-1][0] - self._times[0][0]
         speed = sum(n for _, n in list(self._times)[1:]) / span if span > 0 else None
@@ -74,13 +82,13 @@ class TrainingDisplay:
             "peak_memory_bytes": memory,
         }
 
-    def show(self, step: int, record: dict) -> None:
-        """Update the progress line with a step's record."""
-        parts = [f"loss {record['loss']:.4f}"]
-        if record["tokens_per_second"]:
-            parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
-        if record["model_flops_utilisation"]:
-            parts.append(f"{record['model_flops_utilisation']:.1%} MFU")
+    def show(self, step: int, losses: Sequence[float], speed: dict[str, float | None]) -> None:
+        """Update the progress line with each run's loss at a step and the speed."""
+        parts = ["loss " + " ".join(f"{loss:.4f}" for loss in losses)]
+        if speed["tokens_per_second"]:
+            parts.append(f"{speed['tokens_per_second']:,.0f} tokens/s")
+        if speed["model_flops_utilisation"]:
+            parts.append(f"{speed['model_flops_utilisation']:.1%} MFU")
         parts.append(f"ETA {self._remaining(step)}")
         self._progress.update(self._task, completed=step, line=Text(" · ".join(parts)))
 
@@ -91,12 +99,13 @@ class TrainingDisplay:
         total = -(-len(self._job.validation_rows) // self._job.validation_layout.batch_rows)
         self._progress.update(self._task, line=f"validating, batch {batch} of {total}")
 
-    def validated(self, step: int, validations: dict[int, float]) -> None:
-        """Print a validation's result, and leave its time out of the training speed."""
+    def validated(self, step: int, runs: Mapping[str, Mapping[int, float]]) -> None:
+        """Print each run's result from its validations so far; leave their time out of the speed."""
         self._validation_seconds = time.monotonic() - self._validation_start
-        best = min(validations.values())
-        mark = " (best so far)" if validations[step] <= best else ""
-        console.print(f"step {step}: validation mean NLL {validations[step]:.5f}{mark}")
+        for name, nll in runs.items():
+            mark = " (best so far)" if nll[step] <= min(nll.values()) else ""
+            who = f"{name}, " if len(self._jobs) > 1 else ""
+            console.print(f"{who}step {step}: validation mean NLL {nll[step]:.5f}{mark}")
         self._times.clear()
 
     def _remaining(self, step: int) -> str:
@@ -108,9 +117,9 @@ class TrainingDisplay:
         speed = sum(n for _, n in list(self._times)[1:]) / span if span > 0 else 0
         if not speed:
             return "-"
-        mean_tokens = token_count(job.train_rows) / job.plan.steps_per_epoch
+        mean_tokens = sum(token_count(j.train_rows) / j.plan.steps_per_epoch for j in self._jobs)
         left = (job.plan.total_steps - step) * mean_tokens / speed
-        one = self._validation_seconds or token_count(job.validation_rows) / (3 * speed)
+        one = self._validation_seconds or len(self._jobs) * token_count(job.validation_rows) / (3 * speed)
         left += one * sum(s > step for s in job.plan.validation_steps)
         minutes, seconds = divmod(int(left), 60)
         hours, minutes = divmod(minutes, 60)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from jaxlora.data.packing import Batch
 from jaxlora.lora import get_path, lora_shapes, set_path
 from jaxlora.models.parameters import GROUPS
 from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.sharding import constrain_lora
 from jaxlora.train.step import TrainState
 
 
@@ -65,6 +67,11 @@ def stack_members(states: Sequence[TrainState], members: Sequence[ModelSpec]) ->
     steps = {int(state.adam.count) for state in states}
     if len(steps) > 1:
         raise ValueError(f"members of a group have taken the same number of steps, not {sorted(steps)}")
+    return _stacked(tuple(states), tuple(members))
+
+
+@partial(jax.jit, static_argnums=1)
+def _stacked(states: Sequence[TrainState], members: Sequence[ModelSpec]) -> TrainState:
     group = group_spec(members)
 
     def stack(trees: Sequence[Tree]) -> Tree:
@@ -86,12 +93,16 @@ def stack_members(states: Sequence[TrainState], members: Sequence[ModelSpec]) ->
         mu=stack([own.mu for own in moments]),
         nu=stack([own.nu for own in moments]),
     )
-    return TrainState(stack([state.lora for state in states]), adam)
+    return constrain_lora(group, TrainState(stack([state.lora for state in states]), adam))
 
 
 def member_state(state: TrainState, i: int, member: ModelSpec) -> TrainState:
     """Member i's state out of its group's: the arrays that its lone run would hold."""
+    return _cut(state, i, member)
 
+
+@partial(jax.jit, static_argnums=2)  # one program for all members of the same placement and rank
+def _cut(state: TrainState, i: jax.Array, member: ModelSpec) -> TrainState:
     lora = member.lora
     assert lora is not None
 
@@ -105,7 +116,7 @@ def member_state(state: TrainState, i: int, member: ModelSpec) -> TrainState:
 
     moments = state.adam
     adam = optax.ScaleByAdamState(jnp.copy(moments.count), cut(moments.mu), cut(moments.nu))
-    return TrainState(cut(state.lora), adam)
+    return constrain_lora(member, TrainState(cut(state.lora), adam))
 
 
 def stack_batches(batches: Sequence[Batch]) -> Batch:

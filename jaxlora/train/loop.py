@@ -1,6 +1,11 @@
 """The training loop: steps, validation, checkpoints, metrics; resumable at any step.
 
-    result = train(job)      # -> selected step and its validation NLL; the rest is in job.config.run_dir
+    result = train(job)                  # -> selected step and its validation NLL; the rest is in its run_dir
+    results = train_group(jobs)          # several runs over one base in one program
+
+There is one loop: a lone run is a group of one. The members of a group take their steps together and share
+each product with the base (see `jaxlora.train.fused`); their directories are those of lone runs. Those that
+are behind run first, until all are at the same step. One whose loss is not finite ends alone.
 
 The loop runs ahead of the device: metrics are read two steps late, so that the device never waits for the
 host. The order of work is a function of the step alone, so a run that was stopped or killed, however often,
@@ -13,104 +18,87 @@ import math
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import hosts
-from jaxlora.checkpoints.huggingface import load_base, random_base
 from jaxlora.checkpoints.peft import import_adapter
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.data.batches import train_batches, validation_batches
+from jaxlora.data.batches import ahead
 from jaxlora.errors import MachineError, UserError
-from jaxlora.lora import check_lora, count_trainable, init_lora
 from jaxlora.models.qwen3 import Tree
-from jaxlora.progress import console
 from jaxlora.records import is_disk_full, read_json
-from jaxlora.sharding import lora_shardings, place_batch, place_lora
+from jaxlora.sharding import place_batch, place_lora
 from jaxlora.signals import Interrupted, Stop, stop_signals
-from jaxlora.study.selection import select_checkpoint
 from jaxlora.train.artifacts import RunDirectory, is_finished
 from jaxlora.train.display import TrainingDisplay
+from jaxlora.train.group import Group, check_group
 from jaxlora.train.job import Job
 from jaxlora.train.manifest import identity, make_manifest
-from jaxlora.train.schedule import learning_rate
+from jaxlora.train.member import Diverged, Member, TrainResult, load_frozen
 from jaxlora.train.startup import check_start
-from jaxlora.train.step import TrainState, init_state, make_eval_step, make_train_step
 
 LATE = 2  # steps between dispatch and reading the metrics
 
 
-class Diverged(UserError, FloatingPointError):
-    """The loss or the gradient of a step is NaN or infinite."""
-
-    def __init__(self, step: int, message: str):
-        super().__init__(f"step {step}: {message}. The checkpoints before it are good")
-        self.step = step
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The selected checkpoint and the base it was trained on (kept for an evaluation right after)."""
-
-    step: int
-    mean_nll: float
-    frozen: Tree
-    lora: Tree
-
-
-@dataclass
-class Position:
-    """How far a run is: steps done, what they made, validation NLL by step, and what is being done now."""
-
-    step: int
-    state: TrainState
-    validations: dict[int, float] = field(default_factory=dict)
-    stage: str = "loading"
-
-    @property
-    def best(self) -> int | None:
-        return select_checkpoint(self.validations) if self.validations else None
-
-
-def load_frozen(job: Job) -> Tree:
-    """The base of a job, from its directory or drawn at random."""
-    if job.model_dir is None or job.config.model.random_weights:
-        return random_base(job.spec, job.config.seed, job.mesh)
-    return load_base(job.model_dir, job.spec, job.mesh)
-
-
 def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> TrainResult:
-    """Train (or resume) the job's run and write its directory.
+    """Train (or resume) the job's run and write its directory; see `train_group`.
+
+    Raises:
+      Diverged: a number is not finite; else as `train_group`.
+    """
+    (result,) = train_group([job], frozen, stop)
+    if isinstance(result, Diverged):
+        raise result
+    return result
+
+
+def train_group(
+    jobs: Sequence[Job], frozen: Tree | None = None, stop: Stop | None = None
+) -> list[TrainResult | Diverged]:
+    """Train (or resume) these runs together and write their directories.
 
     Args:
       frozen: the base, as `load_frozen` gives it, where it is loaded already; None: it is loaded.
       stop: from a `stop_signals` that the caller has open; None: signals are taken over here.
 
+    Returns:
+      each run's result, or how it diverged; the others are not touched by that.
+
     Raises:
-      UserError: the run exists and is finished, belongs to another configuration, is damaged beyond what
-        its checkpoints hold, or the disk is full; `Diverged` if a number is not finite.
-      Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
+      UserError: a run exists and is finished, belongs to another configuration, is damaged beyond what
+        its checkpoints hold, or the disk is full; or the runs cannot be trained together.
+      Interrupted: a signal asked to stop; the runs are saved and resume with the same command.
     """
+    check_group([job.config for job in jobs])
     with ExitStack() as stack:
         stop = stop or stack.enter_context(stop_signals())
-        stack.enter_context(jax.set_mesh(job.mesh))
-        run = stack.enter_context(RunDirectory.open(job))
-        at = Position(0, fresh_state(job))
-        with _failures(run, at), RunState(run.path / "checkpoints", run.identity) as store:
-            return _train(job, run, store, at, frozen, stop)
+        stack.enter_context(jax.set_mesh(jobs[0].mesh))
+        members = [Member(job, stack.enter_context(RunDirectory.open(job))) for job in jobs]
+        stack.enter_context(_failures(members))
+        for member in members:
+            folder = member.run.path / "checkpoints"
+            member.store = stack.enter_context(RunState(folder, member.run.identity))
+        _train(members, frozen, stop)
+    return [member.outcome for member in members if member.outcome is not None]
 
 
 @contextmanager
-def _failures(run: RunDirectory, at: Position) -> Iterator[None]:
-    """Write `failure.json` for whatever goes wrong inside, here or in another process."""
+def _failures(members: Sequence[Member]) -> Iterator[None]:
+    """Write `failure.json` of every run on its way for whatever goes wrong, here or in another process."""
+
+    def write(error: BaseException, trace: str) -> list[Member]:
+        on_their_way = [member for member in members if member.outcome is None]
+        for member in on_their_way:
+            member.run.write_failure(member.stage, member.step, error, trace)
+        return on_their_way
 
     def elsewhere(message: str) -> None:
-        run.write_failure(at.stage, at.step, MachineError(message), message)
+        write(MachineError(message), message)
 
     try:
         with hosts.on_other_failure(elsewhere):
@@ -118,11 +106,11 @@ def _failures(run: RunDirectory, at: Position) -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt):
         raise
     except BaseException as error:
-        run.write_failure(at.stage, getattr(error, "step", at.step), error, traceback.format_exc())
-        if is_disk_full(error) and not isinstance(error, UserError):
+        failed = write(error, traceback.format_exc())
+        if failed and is_disk_full(error) and not isinstance(error, UserError):
             raise UserError(
-                f"{run.path}: the disk is full (at step {at.step}, {at.stage}). The last checkpoint stands:"
-                " make room, then give the same command to go on"
+                f"{failed[0].run.path}: the disk is full (at step {failed[0].step}, {failed[0].stage}). The"
+                " last checkpoint stands: make room, then give the same command to go on"
             ) from error
         raise
 
@@ -143,177 +131,171 @@ def not_yet_evaluated(job: Job) -> TrainResult | None:
     return TrainResult(step, nll, load_frozen(job), place_lora(job.mesh, job.spec, lora))
 
 
-def fresh_state(job: Job) -> TrainState:
-    """The state before the first step; a function of the seed."""
-    lora = place_lora(job.mesh, job.spec, init_lora(job.spec, job.config.seed))
-    check_lora(job.spec, lora)
-    assert sum(x.size for x in jax.tree.leaves(lora)) == count_trainable(job.spec)
-    return init_state(lora, job.config.optim)
+def _train(members: Sequence[Member], frozen: Tree | None, stop: Stop) -> None:
+    """Train every member to its end."""
+    for member in members:
+        member.resume()
+    _line_up(members)
+    frozen = load_frozen(members[0].job) if frozen is None else frozen
+    for member in members:
+        if member.step == 0 and member.job.config.train.startup_check:
+            member.stage = "start-up check"
+            check_start(member.job, member.state.lora, frozen)
+    while left := [member for member in members if member.outcome is None]:
+        behind = min(member.step for member in left)
+        group = [member for member in left if member.step == behind]
+        stops = [member.step for member in left if member.step > behind]
+        _advance(group, min(stops + [member.job.plan.total_steps for member in group]), frozen, stop)
+        for member in group:
+            if member.outcome is None and member.step == member.job.plan.total_steps:
+                member.finish(frozen)
 
 
-def _train(
-    job: Job, run: RunDirectory, store: RunState, at: Position, frozen: Tree | None, stop: Stop
-) -> TrainResult:
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        at.state,
-        lora_shardings(job.mesh, job.spec, at.state),
-    )
-    resume(run, store, at, like)
-    frozen = load_frozen(job) if frozen is None else frozen
-    if at.step == 0 and job.config.train.startup_check:
-        at.stage = "start-up check"
-        check_start(job, at.state.lora, frozen)
-    _advance(job, run, store, at, frozen, stop)
-    best = select_checkpoint(at.validations)
-    if problem := store.damage(best):
-        console.print(
-            f"the checkpoint of step {best}, the selected one, is damaged ({problem});"
-            " computing its steps again",
-            markup=False,
-        )
-        at.state = fresh_state(job)
-        resume(run, store, at, like, before=best)
-        _advance(job, run, store, at, frozen, stop)
-        if problem := store.damage(best):
-            raise UserError(f"{run.path}: the checkpoint of step {best} was damaged twice: {problem}")
-    at.stage = "selection"
-    selected = store.read(best, like).state.lora
-    run.export_selected(selected, best)
-    run.finish(best, at.validations)
-    return TrainResult(best, at.validations[best], frozen, selected)
+def _line_up(members: Sequence[Member]) -> None:
+    """Let members that are ahead by less than a checkpoint go back to the one that is furthest behind.
 
-
-def resume(run: RunDirectory, store: RunState, at: Position, like: TrainState, before: int | None = None):
-    """Put `at` (which holds a fresh state) to the newest sound checkpoint, if there is one.
-
-    Args:
-      like: the state's shapes, dtypes and shardings.
-      before: go back to before this step, and drop what comes after.
+    A kill between two members' saves leaves them so; the group then goes on as if it had not been stopped.
+    Members that are further ahead wait where they are.
     """
-    found = store.restore(like, before, run.unusable)
-    at.step, at.validations, size = 0, {}, 0
-    if found is not None:
-        at.step, at.state = found.step, found.state
-        at.validations = {int(step): nll for step, nll in found.progress["validations"]}
-        size = found.progress["metrics_bytes"]
-        console.print(f"resuming {run.job.config.run_id} after step {at.step}")
-    if before is not None:
-        store.drop_after(at.step)
-    run.start_records(size)
+    behind = min(member.step for member in members)
+    for member in members:
+        if behind < member.step <= member.next_save(behind):
+            member.resume(before=behind + 1)
 
 
-def _advance(job: Job, run: RunDirectory, store: RunState, at: Position, frozen: Tree, stop: Stop) -> None:
-    """Train from where the run is to its last step. On return, every checkpoint is published."""
-    config, plan = job.config, job.plan
-    train_step = make_train_step(job.spec, config.optim, job.compute(job.train_layout))
-    eval_step = make_eval_step(job.spec, job.compute(job.validation_layout))
-    every = config.train.checkpoint_every or plan.total_steps
+def _advance(members: Sequence[Member], until: int, frozen: Tree, stop: Stop) -> None:
+    """Train members that are at the same step up to a step, or until one of them diverges.
+
+    On return, every checkpoint is published, and each member has its state.
+    """
+    group = Group(members)
+    job, start = members[0].job, members[0].step
+    train_step, eval_step = group.programs()
 
     with (
-        stop.saving(config.train.grace_seconds) as begin_saving,
-        TrainingDisplay(job, at.step + 1) as display,
+        stop.saving(job.config.train.grace_seconds) as begin_saving,
+        TrainingDisplay(group.jobs, start + 1) as display,
     ):
-        log = StepLog(job, run, display)
+        log = StepLog(group, display)
 
         def settle() -> None:
             """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
             stopping = hosts.agree(stop.signum is not None)
-            validates = at.step in plan.validation_steps and at.step not in at.validations
-            if not (validates or stopping or at.step % every == 0):
+            if not stopping and not any(member.saves for member in group.on_their_way):
                 return
             log.read_all()  # nothing is saved or validated before its numbers are known to be finite
-            if validates and not stopping:
-                at.stage = "validation"
-                nll = validate(job, eval_step, at, frozen, display, stop)
-                if nll is None:
-                    stopping = True  # the checkpoint is one before this validation
-                else:
-                    at.validations[at.step] = nll
-                    run.record(run.validation_record(at.step, nll))
-                    display.validated(at.step, at.validations)
-            at.stage = "saving"
-            store.save(at.step, at.state, run.progress(at.step, at.validations), at.best)
+            due = [member for member in group.on_their_way if member.validates]
+            saves = [member for member in group.on_their_way if member.saves]
+            if due and not stopping:
+                stopping = not validate(group, due, eval_step, frozen, display, stop)
+            for member in group.on_their_way if stopping else saves:
+                if member.outcome is None:
+                    member.save(group.state_of(member))
+                    if hosts.n_processes() > 1:
+                        member.store.wait()  # hosts write one checkpoint at a time
             if stopping:
-                store.wait()
-                raise Interrupted(stop.signum or signal.SIGTERM, at.step)
+                for member in group.on_their_way:
+                    member.store.wait()
+                raise Interrupted(stop.signum or signal.SIGTERM, group.members[0].step)
 
-        if at.step in plan.validation_steps and at.step not in at.validations:  # stopped in between
+        if any(member.validates for member in members):  # stopped in between
             settle()
-        if at.step < plan.total_steps:
-            for step, batch in train_batches(job.train_rows, plan, job.train_layout, at.step + 1):
-                at.stage = "training"
-                rate = learning_rate(step, config.optim, plan)
+        if start < until:
+            for step, batch in ahead(group.batch, range(start + 1, until + 1)):
                 display.announce_shape("training step", batch["tokens"].shape)
-                placed = place_batch(job.mesh, batch)
-                at.state, arrays = train_step(at.state, frozen, placed, jnp.float32(rate))
+                rates, placed = group.rates(step), place_batch(job.mesh, batch)
+                for member in members:
+                    member.stage = "training"
+                group.state, arrays = train_step(group.state, frozen, placed, jnp.asarray(rates))
                 begin_saving()  # until now there was nothing to save
-                at.step = step
-                log.add(step, arrays, rate)
-                store.check()
+                for member in members:
+                    member.step = step
+                log.add(step, arrays, rates)
+                for member in members:
+                    member.store.check()
                 settle()
-        at.stage = "saving"
-        store.wait()
+                if len(group.on_their_way) < len(members):
+                    break
+        log.read_all()
+        for member in group.on_their_way:
+            member.state = group.state_of(member)
+            member.stage = "saving"
+            member.store.wait()
 
 
 class StepLog:
-    """The numbers of one run's steps, read late, checked and recorded."""
+    """The numbers of a group's steps, read late, checked and recorded."""
 
-    def __init__(self, job: Job, run: RunDirectory, display: TrainingDisplay):
-        self._job, self._run, self._display = job, run, display
-        self._waiting: deque[tuple[int, dict[str, jax.Array], float]] = deque()
+    def __init__(self, group: Group, display: TrainingDisplay):
+        self._group, self._display = group, display
+        self._waiting: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
 
-    def add(self, step: int, arrays: dict[str, jax.Array], rate: float) -> None:
-        """Take the metrics of a step just dispatched, and record those of `LATE` steps ago."""
-        self._waiting.append((step, arrays, rate))
+    def add(self, step: int, arrays: dict[str, jax.Array], rates: np.ndarray) -> None:
+        """Take the metrics of a step just dispatched, and record those of `LATE` steps ago.
+
+        A member with a number that is not finite ends here.
+        """
+        self._waiting.append((step, arrays, rates))
         while len(self._waiting) > LATE:
             self._read(*self._waiting.popleft())
 
     def read_all(self) -> None:
-        """Record every step dispatched so far.
-
-        Raises:
-          Diverged: a number is not finite.
-        """
+        """Record every step dispatched so far."""
         while self._waiting:
             self._read(*self._waiting.popleft())
 
-    def _read(self, step: int, arrays: dict[str, jax.Array], rate: float) -> None:
-        rows = [self._job.train_rows[i] for i in self._job.plan.rows_of_step(step)]
-        values = {name: float(value) for name, value in jax.device_get(arrays).items()}
-        if not np.isfinite([values["nll"], values["grad_norm"], values["update_norm"]]).all():
-            raise Diverged(
-                step,
-                f"loss {values['nll']:g}, gradient norm {values['grad_norm']:g}, update norm"
-                f" {values['update_norm']:g} at learning rate {rate:g}; rows"
-                f" {', '.join(row.row_id for row in rows)}",
-            )
-        tokens = sum(row.n_tokens for row in rows)
-        record = self._run.step_record(step, values, tokens, rate, self._display.rate(step, tokens))
-        self._run.record(record)
-        self._display.show(step, record)
+    def _read(self, step: int, arrays: dict[str, jax.Array], rates: np.ndarray) -> None:
+        members, on_their_way = self._group.members, self._group.on_their_way
+        table = {name: np.atleast_1d(values) for name, values in jax.device_get(arrays).items()}
+        rows = {m: [m.job.train_rows[i] for i in m.job.plan.rows_of_step(step)] for m in on_their_way}
+        tokens = {m: sum(row.n_tokens for row in own) for m, own in rows.items()}
+        speed = self._display.rate(sum(tokens.values()), len(rows))
+        losses = []
+        for i, member in enumerate(members):
+            if member not in rows:
+                continue
+            values = {name: float(column[i]) for name, column in table.items()}
+            rate = float(np.atleast_1d(rates)[i])
+            if not np.isfinite([values["nll"], values["grad_norm"], values["update_norm"]]).all():
+                text = f"loss {values['nll']:g}, gradient norm {values['grad_norm']:g}, update norm"
+                text += f" {values['update_norm']:g} at learning rate {rate:g}; rows"
+                member.fail(Diverged(step, f"{text} {', '.join(row.row_id for row in rows[member])}"))
+                continue
+            record = member.run.step_record(step, values, tokens[member], rate, speed)
+            member.run.record(record)
+            losses.append(record["loss"])
+        self._display.show(step, losses, speed)
 
 
 def validate(
-    job: Job, eval_step, at: Position, frozen: Tree, display: TrainingDisplay, stop: Stop
-) -> float | None:
-    """Mean NLL over all weighted validation tokens; None if somebody asked to stop meanwhile.
+    group: Group, due: Sequence[Member], eval_step, frozen: Tree, display: TrainingDisplay, stop: Stop
+) -> bool:
+    """Validate these members of a group: mean NLL over all weighted validation tokens, recorded.
 
-    Raises:
-      Diverged: it is not finite.
+    One whose NLL is not finite ends here. False: somebody asked to stop meanwhile, and nothing was recorded.
     """
+    for member in due:
+        member.stage = "validation"
     sums = []
-    for batch in validation_batches(job.validation_rows, job.validation_layout):
+    for batch in group.validation_batches():
         if hosts.agree(stop.signum is not None):
-            return None
+            return False
         display.announce_shape("validation step", batch["tokens"].shape)
-        sums.append(eval_step(at.state.lora, frozen, place_batch(job.mesh, batch)))
+        sums.append(eval_step(group.state.lora, frozen, place_batch(due[0].job.mesh, batch)))
         display.validating(len(sums))
-    totals = np.asarray(jax.device_get(sums), np.float64)
-    nll, weight = totals.sum(axis=0)
-    if not math.isfinite(nll):
-        first = int(np.flatnonzero(~np.isfinite(totals[:, 0]))[0]) * job.validation_layout.batch_rows
+    totals = np.asarray(jax.device_get(sums), np.float64).reshape(len(sums), 2, len(group.members))
+    for i, member in enumerate(group.members):
+        if member not in due:
+            continue
+        nll, weight = totals[:, :, i].sum(axis=0)
+        if math.isfinite(nll):
+            member.validated(float(nll / weight))
+            continue
+        job = member.job
+        first = int(np.flatnonzero(~np.isfinite(totals[:, 0, i]))[0]) * job.validation_layout.batch_rows
         rows = job.validation_rows[first : first + job.validation_layout.batch_rows]
         names = ", ".join(row.row_id for row in rows)
-        raise Diverged(at.step, f"the validation loss is {nll:g}; first in rows {names}")
-    return float(nll / weight)
+        member.fail(Diverged(member.step, f"the validation loss is {nll:g}; first in rows {names}"))
+    runs = {m.job.config.run_id: m.validations for m in due if m.outcome is None}
+    display.validated(due[0].step, runs)
+    return True

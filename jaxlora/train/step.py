@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlora.config import OptimConfig
+from jaxlora.config import OptimConfig, Remat
 from jaxlora.models.attention import segment_attention
-from jaxlora.models.qwen3 import ModelSpec, Remat, Tree
+from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.sharding import constrain_lora
 from jaxlora.train.loss import head_parts, summed_nll
 
