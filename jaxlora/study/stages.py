@@ -30,8 +30,9 @@ from jaxlora.study.pipeline import Session, Stage, Task
 from jaxlora.study.results import load_run, lowest_nll
 from jaxlora.study.selection import select_checkpoint, select_learning_rate
 from jaxlora.study.state import State, run_state
+from jaxlora.train.group import groups
 from jaxlora.train.job import Job
-from jaxlora.train.loop import Diverged, train
+from jaxlora.train.loop import Diverged, train_group
 
 _NO_RUN = State("waiting", "a finished run (--stage sweep)")
 
@@ -141,32 +142,29 @@ def _finished(session: Session) -> list[RunConfig]:
 
 
 def _train_all(session: Session, tasks: list[Task]) -> None:
-    for group in _groups(tasks, session.config.sweep.fused or 1):
-        replaced = ("redo", "foreign")
-        configs = [replace(task.item, overwrite=task.state.kind in replaced) for task in group]
-        train_group(session, [session.job(config) for config in configs])
+    replaced = ("redo", "foreign")
+    configs = [replace(task.item, overwrite=task.state.kind in replaced) for task in tasks]
+    for group in groups([session.job(config) for config in configs], session.config.sweep.fused):
+        _train_together(session, group)
 
 
-def _groups(tasks: list[Task], size: int) -> list[list[Task]]:
-    return [tasks[start : start + size] for start in range(0, len(tasks), size)]
-
-
-def train_group(session: Session, jobs: Sequence[Job]) -> None:
+def _train_together(session: Session, jobs: Sequence[Job]) -> None:
     """Train these runs. One that fails leaves its `failure.json`, and the study goes on with the others."""
-    for job in jobs:
-        name = job.config.run_id
-        try:
-            result = train(job, session.base, session.stop)
-        except Diverged as error:
-            text = f"{name} failed: {error}; the study goes on without it"
-            console.print(text, style="red", markup=False)
-        except (UserError, MachineError, Interrupted):
+    names = [job.config.run_id for job in jobs]
+    try:
+        results = train_group(jobs, session.base, session.stop)
+    except (UserError, MachineError, Interrupted):
+        raise
+    except Exception as error:
+        if hosts.n_processes() > 1:  # perhaps here alone, and the others wait for this run
             raise
-        except Exception as error:
-            if hosts.n_processes() > 1:  # perhaps here alone, and the others wait for this run
-                raise
-            session.accidents.append(name)
-            text = f"{name} failed: {type(error).__name__}: {error}; the next start tries again"
+        session.accidents += names
+        text = f"{', '.join(names)} failed: {type(error).__name__}: {error}; the next start tries again"
+        console.print(text, style="red", markup=False)
+        return
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, Diverged):
+            text = f"{name} failed: {result}; the study goes on without it"
             console.print(text, style="red", markup=False)
         else:
             console.print(
