@@ -30,11 +30,11 @@ from jaxlora.errors import UserError, one_line
 
 SECONDS = 30  # for one input; a reader that is not done by then hangs
 TRIED: Counter[str] = Counter()  # inputs by kind, in this process
-_FACTOR = 20 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
+_FACTOR = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
 
 
 def tries(examples: int) -> settings:
-    """So many examples of a property, twenty times as many with HYPOTHESIS_PROFILE=thorough."""
+    """So many examples of a property, ten times as many with HYPOTHESIS_PROFILE=thorough."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(max_examples=examples * _FACTOR, deadline=None, suppress_health_check=checks)
 

@@ -1,7 +1,7 @@
 """Run the tests of bad input and print how many inputs they tried, by kind.
 
 python tests/count_bad_input.py                                  # as in the default run
-HYPOTHESIS_PROFILE=thorough python tests/count_bad_input.py      # twenty times as many
+HYPOTHESIS_PROFILE=thorough python tests/count_bad_input.py      # ten times as many
 """
 
 from __future__ import annotations
