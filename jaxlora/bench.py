@@ -102,7 +102,11 @@ def utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> 
 
 
 def bench_train(
-    config: RunConfig, spec: ModelSpec, lengths: list[tuple[int, int]], max_steps: int | None
+    config: RunConfig,
+    spec: ModelSpec,
+    lengths: list[tuple[int, int]],
+    max_steps: int | None,
+    validation: bool,
 ) -> dict[str, Any]:
     """Time training steps over rows of these lengths, then a validation pass over the first 512 of them."""
     facts = device_facts()
@@ -153,7 +157,13 @@ def bench_train(
         timed = [d for i, d in enumerate(durations) if i not in skip] or durations
         train_rate = sum(d[0] for d in timed) / sum(d[1] for d in timed)
         seconds = np.array([d[1] for d in timed])
-        eval_rate = _time_validation(config, spec, mesh, rows[:512], state.lora, frozen, backend)
+        measured = {}
+        if validation:
+            eval_rate = _time_validation(config, spec, mesh, rows[:512], state.lora, frozen, backend)
+            measured = {
+                "validation_tokens_per_second": eval_rate,
+                "validation_over_training": eval_rate / train_rate,
+            }
     n = count_matrix_parameters(spec.config)
     memory = memory_in_use(jax.devices()[0])
     return facts | {
@@ -174,8 +184,7 @@ def bench_train(
         "first_step_seconds": first_step_seconds,
         "weights_seconds": weights_seconds,
         "peak_memory_gib": memory / 2**30 if memory else None,
-        "validation_tokens_per_second": eval_rate,
-        "validation_over_training": eval_rate / train_rate,
+        **measured,
     }
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -42,6 +41,7 @@ def main() -> int:
     parser.add_argument("--batch-rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--buffer-sizes", type=int, default=6, help="buffer lengths, each compiled once")
     parser.add_argument("--slots", type=int, default=384, help="rows decoded at once")
+    parser.add_argument("--no-validation", action="store_true", help="leave out the validation pass of train")
     parser.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
@@ -61,8 +61,6 @@ def main() -> int:
     mix = options.condition == "mix"
     if mix and options.what != "sweep":
         raise UserError("--condition: mix is for sweep only; give a placement")
-    if options.what == "sweep":  # groups fill the memory: JAX keeps a quarter of a GPU back by itself
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
     from jaxlora.config import EvalConfig, LoraConfig, ModelSource, RunConfig, TrainConfig
 
@@ -103,7 +101,7 @@ def main() -> int:
     elif options.what == "train":
         scan = scan_layers(config.model.layers, jax.default_backend())
         spec = ModelSpec(shape, config.lora, options.dtype, scan)
-        result = bench_train(config, spec, lengths, options.steps)
+        result = bench_train(config, spec, lengths, options.steps, not options.no_validation)
     else:
         spec = ModelSpec(shape, config.lora, options.dtype, scan=False)
         prompts, answers = default_answers()
