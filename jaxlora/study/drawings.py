@@ -85,6 +85,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
         figure.legend(loc="outside right upper", fontsize=8)
 
 
+def _label_height(axes: Axes, text: str) -> None:
+    axes.set_ylabel(f"{text}\n{_NOT_FROM_ZERO}" if axes.get_ylim()[0] > 0 else text)
+
+
 def _table_looks(table: Table) -> dict[str, dict[str, Any]]:
     return looks(row["condition"] for row in table.rows if row.get("condition"))
 
@@ -164,7 +168,8 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
     axes.set_ylim(len(conditions) - 0.25, -0.55)
     axes.set_yticks(range(len(conditions)), list(conditions))
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"share of {table.rows[0]['total']:,} problems answered rightly {_NOT_FROM_ZERO}")
+    note = f" {_NOT_FROM_ZERO}" if axes.get_xlim()[0] > 0 else ""
+    axes.set_xlabel(f"share of {table.rows[0]['total']:,} problems answered rightly{note}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
@@ -221,7 +226,7 @@ def draw_validation(table: Table) -> Figure:
                 _ring(axes, row["step"], row["validation_nll"])
     _ring(axes, [], [], "selected checkpoint")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"validation mean NLL\n{_NOT_FROM_ZERO}")
+    _label_height(axes, "validation mean NLL")
     _legend(figure, axes)
     return figure
 
@@ -256,7 +261,7 @@ def draw_learning_rates(table: Table) -> Figure:
     axes.set_xticks(rates, [tables.rate(value) for value in rates])
     axes.minorticks_off()
     axes.set_xlabel("learning rate (logarithmic)")
-    axes.set_ylabel(f"lowest validation mean NLL\n{_NOT_FROM_ZERO}")
+    _label_height(axes, "lowest validation mean NLL")
     _legend(figure, axes)
     return figure
 
@@ -274,7 +279,7 @@ def draw_rate_minimum(table: Table) -> Figure:
             axes.annotate(tables.rate(row["learning_rate"]), place, (0, 10), **_BESIDE, ha="center")
     axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"lowest validation mean NLL\n{_NOT_FROM_ZERO}")
+    _label_height(axes, "lowest validation mean NLL")
     _legend(figure, axes)
     return figure
 
