@@ -59,7 +59,7 @@ def load(folder: Path) -> None:
         n_read += part.nbytes
         return part
 
-    tensors.StoredTensor.rows = rows
+    tensors.StoredTensor.rows = rows  # type: ignore[method-assign]
     mesh = make_mesh(MeshConfig(fsdp=-1))
     with jax.set_mesh(mesh):
         loaded = hosts.whole(load_base(folder, spec, mesh))

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from jaxlora import hosts
 from jaxlora.errors import UserError
+from jaxlora.records import read_jsonl
 
 TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
 TIMES |= {"generated_tokens_per_second"}
@@ -65,6 +66,11 @@ def n_lines(file: Path) -> int:
     return file.read_text().count("\n") if file.is_file() else 0
 
 
+def checkpoints(results: Path) -> list[int]:
+    """Steps with a published checkpoint."""
+    return [int(entry.name) for entry in (results / RUN / "checkpoints").glob("*") if entry.name.isdigit()]
+
+
 def flat(file: Path) -> np.ndarray:
     tensors = load_file(file)
     return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
@@ -94,15 +100,17 @@ def one_process(model_dir, tmp_path_factory) -> Path:
 
 
 def killed_and_resumed(
-    model_dir: Path, results: Path, first: int, then: int, *, devices: int = 1, lines: int = 4, **fields
+    model_dir: Path, results: Path, first: int, then: int, *, devices: int = 1, **fields
 ) -> None:
-    """Train with `first` processes, kill them all when so many records are written, go on with `then`."""
+    """Train with `first` processes, kill them all when step 2 is saved, go on with `then`."""
     words = training(model_dir, results, **fields)
     running = start_hosts(first, words, results / "logs", devices=devices)
     try:
-        wait_for(lambda: n_lines(results / RUN / "metrics.jsonl") >= lines, running)
+        wait_for(lambda: max(checkpoints(results), default=0) >= 2, running)
     finally:
         kill(running)
+    written = [(r["split"], r["step"]) for r in read_jsonl(results / RUN / "metrics.jsonl")]
+    assert len(written) == len(set(written)) >= 3, "one process writes each record, once"
     assert not (results / RUN / "summary.json").exists(), "it ended before it was killed: make it longer"
     resumed = run_hosts(then, words, results / "logs", devices=devices)
     assert "resuming" in resumed[0].text
@@ -196,7 +204,7 @@ def test_a_signal_to_one_host_stops_all_after_the_same_step(model_dir, one_proce
     os.kill(running[1].process.pid, signal.SIGTERM)
     assert wait(running) == [75, 75], logs(running)
     last = records(tmp_path / RUN / "metrics.jsonl")[-1]["step"]
-    assert max(int(p.name) for p in (tmp_path / RUN / "checkpoints").iterdir() if p.name.isdigit()) == last
+    assert max(checkpoints(tmp_path)) == last
     run_hosts(2, words, tmp_path / "logs")
     check_same_result(tmp_path, one_process)
 
