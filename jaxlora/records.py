@@ -187,7 +187,7 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> Record:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The bytes of an ordinary file; `UserError` where it is missing, no such file, or larger than `limit`."""
+    """The bytes of an ordinary file; `UserError` where it is missing, no file, or larger than `limit`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
