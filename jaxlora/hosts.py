@@ -91,13 +91,20 @@ def _tpu_hosts() -> int:
         return 1
     names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if names is None and "TPU_SKIP_MDS_QUERY" not in os.environ:
-        request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
+        names = _metadata()
+    return len((names or "").split(","))
+
+
+def _metadata() -> str | None:
+    """The addresses of the slice's hosts, with commas; None on a machine that is not Cloud TPU's."""
+    request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
+    for pause in (1, 3, 0):
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
-                names = answer.read().decode()
-        except OSError:  # no Cloud TPU machine
-            return 1
-    return len((names or "").split(","))
+                return answer.read().decode()
+        except OSError:
+            time.sleep(pause)
+    return None
 
 
 def _connect(where: dict[str, Any]) -> None:

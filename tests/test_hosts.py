@@ -358,6 +358,10 @@ def test_the_hosts_of_a_slice_are_counted_where_there_is_a_tpu(monkeypatch, tmp_
         (tmp_path / device).parent.mkdir(exist_ok=True)
         (tmp_path / device).touch()
     monkeypatch.setattr(hosts, "_DEVICES", tmp_path)
-    monkeypatch.delenv("TPU_PROCESS_ADDRESSES", raising=False)
+    for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_metadata", lambda: names)
+    assert hosts._tpu_hosts() == n  # on a machine of Cloud TPU
+    monkeypatch.setattr(hosts, "_metadata", lambda: None)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", names)
-    assert hosts._tpu_hosts() == n
+    assert hosts._tpu_hosts() == n  # on GKE
