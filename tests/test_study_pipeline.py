@@ -188,7 +188,7 @@ def study(model_dir, repository, tmp_path_factory):
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
-    _, errors = process.communicate(timeout=400)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == code, errors
     return " ".join(errors.split())
 
@@ -472,17 +472,14 @@ def test_no_rate_is_chosen_where_every_trial_failed(session):
 
 
 def test_another_grid_with_a_run_that_diverges_ends_in_a_report_that_says_so(study, tmp_path):
-    fields = {"sweep.conditions": "all_layer", "sweep.ranks": "2,4", "sweep.learning_rates": "1e-3,1e30",
+    fields = {"sweep.conditions": "all_layer", "sweep.ranks": "2", "sweep.learning_rates": "1e-3,1e30",
               "lora.alpha": 1}  # fmt: skip
     finish(study(tmp_path, **fields))
     report = (tmp_path / "results/tiny-report/report.md").read_text(encoding="utf-8")
-    for rank in (2, 4):
-        assert f"tiny-all_layer-rank-{rank}-lr-1e30-seed-0 is failed (Diverged: step" in report
-        assert (
-            tmp_path / f"results/tiny-all_layer-rank-{rank}-lr-1e-3-seed-0/evaluation/summary.json"
-        ).is_file()
+    assert "tiny-all_layer-rank-2-lr-1e30-seed-0 is failed (Diverged: step" in report
+    assert (tmp_path / "results/tiny-all_layer-rank-2-lr-1e-3-seed-0/evaluation/summary.json").is_file()
     minimum = (tmp_path / "results/tiny-report/figures/learning_rate_minimum.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in minimum[1:]] == ["all_layer-rank-2"] * 2 + ["all_layer-rank-4"] * 2
+    assert [line.split(",")[0] for line in minimum[1:]] == ["all_layer-rank-2"] * 2
     assert all(line.endswith(",0.001") for line in minimum[1:])
     assert not (tmp_path / "results/lr-selection").exists()
     assert finish(study(tmp_path, **fields)).count("✓") == len(STAGES)
@@ -521,6 +518,7 @@ def test_a_study_killed_in_the_middle_ends_in_the_same_report(finished, study, t
     assert report_of(tmp_path) == report_of(finished)
 
 
+@pytest.mark.slow
 def test_a_study_asked_to_stop_exits_with_75_and_goes_on(finished, study, tmp_path):
     process = study(tmp_path)
     file = tmp_path / "results" / PLACES["the sweep"]
