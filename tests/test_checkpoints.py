@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ def fill(folder: Path, steps, best: int | None = None, identity=IDENTITY) -> Non
     with RunState(folder, identity) as store:
         for step in steps:
             store.save(step, state_of(step), progress_of(step), best)
+
+
+def save_and_wait(store: RunState, step: int, state) -> None:
+    store.save(step, state, progress_of(step))
+    store.wait()
 
 
 def equal(a, b) -> bool:
@@ -245,15 +251,16 @@ class TestDiskFull:
         finally:
             subprocess.run(["umount", "-l", folder], check=True)
 
-    def test_a_full_disk_keeps_the_old_checkpoint_and_says_what_is_needed(self, tmp_path):
+    @pytest.mark.parametrize("seen", ["beforehand", "while writing"])
+    def test_a_full_disk_keeps_the_old_checkpoint_and_says_what_is_needed(self, tmp_path, monkeypatch, seen):
         disk = tmp_path / "disk"
+        if seen == "while writing":
+            monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
         with self.small_disk(disk, "600k"):
             fill(disk / "checkpoints", [1])
             big = state_of(2, size=50_000)
-            with RunState(disk / "checkpoints", IDENTITY) as store:
-                store.save(2, big, progress_of(2))
-                with pytest.raises(UserError) as caught:
-                    store.wait()
+            with RunState(disk / "checkpoints", IDENTITY) as store, pytest.raises(UserError) as caught:
+                save_and_wait(store, 2, big)
             message = str(caught.value)
             needed = sum(x.nbytes for x in jax.tree.leaves(big)) / 1e6
             assert "the disk is full" in message

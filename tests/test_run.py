@@ -8,131 +8,245 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import kills
 import pytest
-from hf_models import make_checkpoint
 
-TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
+from jaxlora.records import write_json_atomic
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, repository) -> Path:
-    """A random two-layer model with the embedded tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": True}
-    make_checkpoint(folder, initializer_range=0.05, **sizes)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(repository / "jaxlora/embedded/base" / name, folder)
+def lab(tmp_path_factory) -> kills.Lab:
+    return kills.Lab(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def folder(lab) -> Path:
+    """A folder for one run."""
+    return lab.new_folder()
+
+
+@pytest.fixture
+def copied(lab, folder) -> Path:
+    """A folder with a copy of the finished run."""
+    shutil.copytree(lab.whole.path.parent, folder / "results")
     return folder
 
 
-def command(repository: Path, model_dir: Path, results: Path, *extra: str) -> list[str]:
-    fields = {
-        "model.path": model_dir,
-        "results_dir": results,
-        "data.train_rows": 24,
-        "data.validation_rows": 8,
-        "train.validation_every": 2,
-        "train.validation_merge": 0,
-        "eval.after_training": "false",
-        "train.startup_check": "false",
-    }
-    words = [f"--config.{name}={value}" for name, value in fields.items()]
-    launch = [
-        sys.executable,
-        str(repository / "launch/train.py"),
-        "--config",
-        str(repository / "configs/tiny.py"),
-    ]
-    return [*launch, *words, *extra]
+def refused(lab: kills.Lab, folder: Path, *words: str) -> str:
+    """Start, expect exit code 2 and no trace, and return the one-line error."""
+    run = lab.start(folder, *words)
+    assert run.wait() == 2, run.log()
+    assert "Traceback" not in run.log()
+    return next(line for line in run.log().splitlines() if line.startswith("error: "))
 
 
-def run(*arguments, code: int = 0) -> str:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == code, done.stderr
-    return done.stderr
+def ends(run: kills.Run, code: int = 0) -> str:
+    """Wait, check the exit code, and return what was printed, as one line."""
+    assert run.wait() == code, run.log()
+    return " ".join(run.log().split())
 
 
-def metrics(run_dir: Path) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+def metrics(run: Path, split: str) -> list[dict]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["split"] == split]
 
 
-@pytest.fixture(scope="module")
-def finished(repository, model_dir, tmp_path_factory) -> Path:
-    results = tmp_path_factory.mktemp("results")
-    run(repository, model_dir, results)
-    return results / "tiny-all_layer-seed-0"
+class TestWhatARunLeaves:
+    def test_a_finished_run_has_every_artifact(self, lab):
+        run = lab.whole.path
+        names = {path.name for path in run.iterdir()}
+        assert names == {
+            *("manifest.json", "metrics.jsonl", "summary.json", "sample_render.txt", "validation.png"),
+            *("selected", "checkpoints", "tensorboard"),
+        }
+        assert [r["step"] for r in metrics(run, "train")] == list(range(1, 25))
+        nll = {r["step"]: r["loss"] for r in metrics(run, "validation")}
+        assert list(nll) == [5, 10, 12, 15, 20, 24]
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["status"] == "completed"
+        assert summary["selected_step"] == min(nll, key=lambda step: (nll[step], -step))
+        manifest = json.loads((run / "manifest.json").read_text())
+        assert len(manifest["dataset"]["train"]["row_ids"]) == 24
+        assert manifest["schedule"]["validation_steps"] == list(nll)
+        assert list((run / "tensorboard").rglob("events*"))
+        assert (run / "sample_render.txt").read_text().startswith("<|im_start|>system")
+
+    def test_checkpoints_between_validations_change_no_result(self, lab, folder):
+        run = lab.start(folder, "--config.train.checkpoint_every=none")
+        ends(run)
+        ours = kills.outcome(run.path)
+        assert ours.pop("checkpoints") == ["20", "24"]
+        assert kills.differing(ours | {"checkpoints": lab.expected["checkpoints"]}, lab.expected) == []
 
 
-def test_a_finished_run_has_every_artifact(finished):
-    names = {path.name for path in finished.iterdir()}
-    expected = {
-        "manifest.json",
-        "metrics.jsonl",
-        "summary.json",
-        "sample_render.txt",
-        "validation.png",
-        "selected",
-    }
-    assert expected <= names
-    assert "failure.json" not in names
-    records = metrics(finished)
-    assert [r["step"] for r in records if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if r["split"] == "validation"] == [2, 3, 4, 6]
-    summary = json.loads((finished / "summary.json").read_text())
-    nll = {r["step"]: r["loss"] for r in records if r["split"] == "validation"}
-    assert summary["status"] == "completed"
-    assert summary["selected_step"] == min(nll, key=lambda step: (nll[step], -step))
-    manifest = json.loads((finished / "manifest.json").read_text())
-    assert len(manifest["dataset"]["train"]["row_ids"]) == 24
-    assert manifest["schedule"]["validation_steps"] == [2, 3, 4, 6]
-    assert list((finished / "tensorboard").glob("events*"))
-    assert (finished / "sample_render.txt").read_text().startswith("<|im_start|>system")
+class TestWhoseDirectoryItIs:
+    def test_a_finished_run_is_refused_and_overwritten_only_when_asked(self, lab, copied):
+        run = copied / "results" / kills.RUN_ID
+        before = kills.outcome(run)
+        assert "this run is finished" in refused(lab, copied)
+        assert kills.outcome(run) == before
+        (run / "old").touch()
+        ends(lab.start(copied, "--config.overwrite=true"))
+        assert kills.differing(kills.outcome(run), lab.expected) == []
+
+    def test_a_folder_that_is_no_run_is_never_deleted(self, lab, folder):
+        precious = folder / "results" / kills.RUN_ID / "thesis.txt"
+        precious.parent.mkdir(parents=True)
+        precious.touch()
+        for words in ((), ("--config.overwrite=true",)):
+            assert "exists and is not a run" in refused(lab, folder, *words)
+        assert precious.exists()
+
+    def test_only_one_process_writes_a_run_and_the_other_says_who(self, lab, folder):
+        first = lab.start(folder)
+        assert first.wait_for_steps()
+        message = refused(lab, folder)
+        assert f"process {first.process.pid} on {os.uname().nodename}" in message
+        assert "is writing this run" in message
+        ends(first)
+        lab.compare(first)
+
+    def test_the_lock_of_a_killed_process_does_not_stay(self, lab, folder):
+        lab.kill_at(folder, "between rewind and first step")
+        lab.finish(folder)
+
+    def test_an_overwriting_command_that_was_interrupted_goes_on_instead_of_deleting_again(self, lab, copied):
+        overwrite = "--config.overwrite=true"
+        lab.kill_at(copied, "half an adapter exported", overwrite)
+        run = lab.start(copied, overwrite)
+        assert "resuming" in ends(run)
+        lab.compare(run)
 
 
-def test_a_finished_run_is_refused_and_overwritten_only_when_asked(finished, repository, model_dir, tmp_path):
-    results = tmp_path / "results"
-    shutil.copytree(finished.parent, results)
-    before = (results / finished.name / "metrics.jsonl").read_bytes()
-    assert "finished" in run(repository, model_dir, results, code=2)
-    assert (results / finished.name / "metrics.jsonl").read_bytes() == before
-    run(repository, model_dir, results, "--config.overwrite=true")
-    assert metrics(results / finished.name) == metrics(finished)
+class TestResuming:
+    def test_after_sigterm_it_ends_with_the_bytes_of_an_undisturbed_run(self, lab, folder):
+        run = lab.start(folder)
+        assert run.wait_for_steps()
+        run.send(signal.SIGTERM)
+        assert "the same command resumes" in ends(run, code=75)
+        assert not (run.path / "failure.json").exists()
+        assert "resuming" in " ".join(lab.finish(folder).log().split())
+
+    def test_another_configuration_base_or_dataset_is_refused_with_what_differs(self, lab, folder, tmp_path):
+        run = lab.kill_at(folder, "published, older ones not deleted")
+        before = (run.path / "manifest.json").read_bytes()
+        other = kills.options(tmp_path / "model")[2].partition("=")[2]
+        config = json.loads((Path(other) / "config.json").read_text())
+        write_json_atomic(Path(other) / "config.json", config | {"rope_theta": 5.0, "rope_parameters": None})
+        for field, value, expected in (
+            ("optim.peak_lr", "0.5", "optim.peak_lr: 0.001 then, 0.5 now"),
+            ("model.dtype", "bfloat16", "model.dtype: 'float32' then, 'bfloat16' now"),
+            ("lora.rank", "4", "lora.rank: 8 then, 4 now"),
+            ("data.train_path", "embedded:data/val.jsonl", "dataset.train.sha256: "),
+            ("data.max_length", "300", "data.max_length: 256 then, 300 now"),
+            ("model.path", other, "base: "),
+        ):
+            assert expected in refused(
+                lab, folder, f"--config.{field}={value}", "--config.data.allow_ungated=true"
+            )
+        assert (run.path / "manifest.json").read_bytes() == before
+        lab.finish(folder)
+
+    def test_another_layout_resumes_and_says_that_the_result_is_equal_up_to_rounding_only(self, lab, folder):
+        lab.kill_at(folder, "published, older ones not deleted", nth=3)
+        run = lab.start(folder, "--config.train.layout=packed")
+        text = ends(run)
+        assert "train.layout: 'padded' then, 'packed' now" in text
+        assert "up to rounding, not to the bit" in text
+        history = json.loads((run.path / "manifest.json").read_text())["resumed_with"]
+        assert len(history) == 1
+        expected = [r["loss"] for r in metrics(lab.whole.path, "validation")]
+        assert [r["loss"] for r in metrics(run.path, "validation")] == pytest.approx(expected, rel=1e-5)
+
+    def test_a_damaged_newest_checkpoint_is_named_and_its_steps_computed_again(self, lab, folder):
+        run = lab.kill_at(folder, "between rewind and first step", nth=1)
+        run = lab.kill_at(folder, "published, older ones not deleted", nth=4)
+        newest = max(int(path.name) for path in (run.path / "checkpoints").iterdir())
+        (run.path / "checkpoints" / str(newest) / "progress.json").write_text("{}")
+        text = " ".join(lab.finish(folder).log().split())
+        assert f"passing over the checkpoint of step {newest}: progress.json has 2 bytes" in text
+
+    def test_metrics_that_lag_behind_a_checkpoint_send_it_back(self, lab, folder):
+        """As after copying a run directory file by file while it was written."""
+        run = lab.kill_at(folder, "published, older ones not deleted", nth=3)
+        lines = (run.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        (run.path / "metrics.jsonl").write_bytes(b"".join(lines[:-2]))
+        assert "metrics.jsonl has" in lab.finish(folder).log()
+
+    def test_an_evaluation_that_was_interrupted_is_made_up_for(self, lab, folder):
+        words = (
+            "--config.eval.after_training=true",
+            "--config.eval.problems=2",
+            "--config.eval.max_new_tokens=2",
+        )
+        run = lab.kill_at(folder, kills.AFTER_TRAINING, *words)
+        before = kills.outcome(run.path)
+        assert "2 problems" in ends(lab.start(folder, *words))
+        assert (run.path / "evaluation" / "summary.json").is_file()
+        shutil.rmtree(run.path / "evaluation")
+        assert kills.outcome(run.path) == before
 
 
-def test_a_run_stopped_by_sigterm_resumes_to_the_same_bytes(finished, repository, model_dir, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    process = subprocess.Popen(
-        command(repository, model_dir, tmp_path), stderr=subprocess.PIPE, text=True, env=environment
-    )
-    file = tmp_path / finished.name / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (file.is_file() and file.read_text().count("\n") >= 2):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode in (75, 0), errors
-    assert process.returncode == 75, "the run ended before the signal: make it longer"
-    changed = run(repository, model_dir, tmp_path, "--config.optim.peak_lr=0.5", code=2)
-    assert "optim.peak_lr: 0.001 then, 0.5 now" in changed.replace("\n", " ")
-    assert "resuming" in run(repository, model_dir, tmp_path)
-    ours = tmp_path / finished.name
-    assert metrics(ours) == metrics(finished)
-    weights = "selected/adapter_model.safetensors"
-    assert (ours / weights).read_bytes() == (finished / weights).read_bytes()
+class TestThingsThatGoWrong:
+    def test_a_number_that_is_not_finite_stops_the_run_with_rows_step_and_rate(self, lab, folder):
+        # The first step is finite; the second overflows in the product of two adapters.
+        words = (
+            "--config.optim.peak_lr=1e16",
+            "--config.lora.alpha=1e6",
+            "--config.train.checkpoint_every=1",
+        )
+        message = refused(lab, folder, *words)
+        path = folder / "results" / kills.RUN_ID
+        rows = json.loads((path / "manifest.json").read_text())["dataset"]["train"]["row_ids"]
+        failure = json.loads((path / "failure.json").read_text())
+        step = failure["step"]
+        assert f"step {step}: loss " in message
+        assert step > 1
+        assert "at learning rate 1e+16" in message
+        assert ", ".join(rows[2 * step - 2 : 2 * step]) in message
+        assert failure["stage"] == "training"
+        assert failure["trace"]
+        assert max(int(p.name) for p in (path / "checkpoints").iterdir()) == step - 1
+        assert max(r["step"] for r in metrics(path, "train")) == step - 1
+        assert not (path / "selected").exists()
+
+    def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(self, lab, folder):
+        disk = folder / "results"
+        disk.mkdir(parents=True)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "none", disk]
+        if subprocess.run(mount, check=False).returncode:
+            pytest.skip("mounting a small disk is not allowed here")
+        try:
+            message = refused(lab, folder)
+            assert "the disk is full" in message
+            assert "make room, then give the same command to go on" in message
+            subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+            lab.finish(folder)
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_only_one_process_writes_a_run(finished, repository, model_dir, tmp_path):
-    import fcntl
+class TestTheBestCheckpoint:
+    @pytest.fixture(scope="class")
+    def overfitting(self, tmp_path_factory) -> kills.Lab:
+        """A job whose best checkpoint is not among its last two."""
+        lab = kills.Lab(
+            tmp_path_factory.mktemp("best"), "--config.optim.peak_lr=5", "--config.optim.schedule=constant"
+        )
+        assert len(lab.expected["checkpoints"]) == 3
+        return lab
 
-    with (tmp_path / f".{finished.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        assert "another process" in run(repository, model_dir, tmp_path, code=2)
-    assert not (tmp_path / finished.name).exists()
+    def test_if_it_is_damaged_at_the_end_its_steps_are_computed_again(self, overfitting):
+        lab, folder = overfitting, overfitting.new_folder()
+        best = json.loads(lab.expected["summary.json"])["selected_step"]
+        run = lab.kill_at(folder, "half an adapter exported")
+        (run.path / "checkpoints" / str(best) / "progress.json").write_text("{}")
+        text = " ".join(lab.finish(folder).log().split())
+        assert (
+            f"the checkpoint of step {best}, the selected one, is damaged (progress.json has 2 bytes" in text
+        )
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ a thread, beside training. Only folders named by a number count. The last two an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -96,8 +97,12 @@ class RunState:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
         hosts.barrier("checkpoint begins")
+        # Files take whole blocks: what the last checkpoint takes is the better measure, where there is one.
         size = sum(x.nbytes for x in jax.tree.leaves(state))
+        size = max([size, *(_disk_use(self._folder / str(good)) for good in self._good[-1:])])
         try:
+            if hosts.is_main() and shutil.disk_usage(self._folder).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._orbax.save(staging / STATE, args=ocp.args.StandardSave(state))
         except Exception as error:
             self._failed(error, step, staging, size)
@@ -266,6 +271,10 @@ def damage(folder: Path) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _disk_use(folder: Path) -> int:
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*"))
 
 
 def _digest(table: Any) -> str:
