@@ -58,8 +58,11 @@ def _split(jobs: Sequence[Job], parts: int) -> Iterator[Sequence[Job]]:
 def members_that_fit(job: Job) -> int:
     """How many runs like this one the devices hold at once, by estimate.
 
-    On a CPU, where memory is not what limits, and where the devices do not say how much they have: one.
+    One on a CPU, where memory is not what limits; on a GPU, where a group has not been measured to be
+    faster; and where the devices do not say how much they have.
     """
+    if jax.default_backend() != "tpu":
+        return 1
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
     if not min(limits):
         return 1
