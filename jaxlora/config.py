@@ -165,7 +165,9 @@ class SweepConfig:
     ranks: tuple[Positive, ...] = _doc("ranks to compare; none: lora.rank", ())
     learning_rates: tuple[Rate, ...] = _doc("rates to compare; none: the one that the trials choose", ())
     batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
-    fused: Positive | None = _doc("runs trained at once in one program; none: on TPUs as memory allows, else one", None)
+    fused: Positive | None = _doc(
+        "runs trained at once in one program; none: on TPUs as memory allows, else one", None
+    )
 
 
 @dataclass(frozen=True, config=_CHECKED)
