@@ -173,7 +173,7 @@ def _mend_last_line(file: Any) -> None:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """The content of a JSON file; `UserError` where it is missing, broken or larger than `limit` bytes."""
     try:
-        return json.loads(read_file(path, limit).decode("utf-8"))
+        return _parse(read_file(path, limit))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a JSON file: {error}") from None
 
@@ -183,6 +183,13 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> Record:
     value = read_json(path, limit)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _parse(content: bytes) -> Any:
+    value = json.loads(content.decode("utf-8"))
+    if b"\\u" in content:  # an escape can hold half a surrogate pair, which nothing can write again
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
@@ -219,7 +226,7 @@ def read_numbered_jsonl(path: Path, torn_last_line: str = "drop") -> list[tuple[
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = _parse(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines) and torn_last_line == "drop":
                 break

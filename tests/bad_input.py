@@ -36,7 +36,12 @@ _FACTOR = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
 def tries(examples: int) -> settings:
     """So many examples of a property, ten times as many with HYPOTHESIS_PROFILE=thorough."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=examples * _FACTOR, deadline=None, suppress_health_check=checks)
+    return settings(
+        max_examples=examples * _FACTOR,
+        derandomize=_FACTOR == 1,  # the default run tries the same inputs each time
+        deadline=None,
+        suppress_health_check=checks,
+    )
 
 
 # --- Giving it to a reader ----------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_the_adapter_that_is_changed_below_is_right(adapter):
 
 
 class TestSettings:
-    @tries(150)
+    @tries(60)
     @given(data=st.data())
     @pytest.mark.parametrize("name", [SETTINGS, "jaxlora.json"])
     def test_changed_files(self, good, tmp_path, name, data):
@@ -172,7 +172,7 @@ class TestTensors:
         save_file(tensors, adapter / WEIGHTS)
         assert "NaN or infinity" in refused(TENSORS, use, adapter)
 
-    @tries(100)
+    @tries(60)
     @given(data=st.data())
     def test_missing_renamed_and_reshaped_tensors_are_refused(self, good, tmp_path, data):
         folder = tmp_path / "adapter"
@@ -202,7 +202,7 @@ class TestTensors:
             return
         refused(TENSORS, use, folder)
 
-    @tries(100)
+    @tries(60)
     @given(data=st.data())
     def test_damaged_headers(self, good, tmp_path, data):
         folder = tmp_path / "adapter"

@@ -29,7 +29,7 @@ CONFIG, OVERRIDE, SHAPE = "configuration file", "configuration override", "confi
 
 
 class TestConfigurations:
-    @tries(300)
+    @tries(200)
     @given(
         name=st.one_of(st.sampled_from(FIELDS), st.sampled_from(FIELDS).map(lambda f: f[:-1]), TEXTS),
         text=st.one_of(TEXTS, SCALARS.map(lambda value: str(value)[:4000])),
@@ -37,7 +37,7 @@ class TestConfigurations:
     def test_an_override_is_a_checked_value_or_one_line(self, repository, name, text):
         attempt(OVERRIDE, load_config, repository / "configs/tiny.py", {name: text})
 
-    @tries(300)
+    @tries(200)
     @given(bad_json(to_dict(RunConfig())))
     def test_a_recorded_configuration_is_checked_whole(self, content):
         """A manifest's configuration comes from a file; whatever is wrong with it is named."""
@@ -183,7 +183,7 @@ INFINITE = [
 
 
 class TestConfigJson:
-    @tries(400)
+    @tries(250)
     @given(bad_json(QWEN))
     def test_is_a_usable_shape_or_one_line(self, tmp_path, content):
         (tmp_path / "config.json").write_bytes(content)

@@ -65,7 +65,7 @@ def file(folder: Path, *lines: bytes) -> Path:
 
 
 class TestRows:
-    @tries(150)
+    @tries(100)
     @given(bad_json(ROW))
     def test_a_row_is_used_or_named(self, tokenizer, tmp_path, line):
         path = file(tmp_path, json.dumps(ROW).encode(), line)
@@ -184,7 +184,7 @@ class TestBenchmarks:
 
 
 class TestPredictions:
-    @tries(400)
+    @tries(250)
     @given(bad_json(PREDICTION))
     def test_a_record_is_scored_or_named(self, tmp_path, line):
         path = file(tmp_path, line)
@@ -215,7 +215,7 @@ class TestPredictions:
             handle.truncate(10**12)
         refused(PREDICTIONS, read_jsonl, tmp_path / "predictions.jsonl")
 
-    @tries(400)
+    @tries(250)
     @given(st.one_of(TEXTS, st.text(r"\boxed{}$0123456789,.eE+-/% frac text", max_size=60)), TEXTS)
     def test_any_text_gets_a_score(self, text, reference):
         def use() -> None:
@@ -267,7 +267,7 @@ class TestGateReports:
         (tmp_path / "gates.json").write_text(json.dumps(report))
         assert require_gates(str(train), str(validation), str(tmp_path / "gates.json"), False).passed
 
-    @tries(300)
+    @tries(200)
     @given(data=st.data())
     def test_a_report_passes_only_if_it_still_says_so(self, dataset, tmp_path, data):
         train, validation, report = dataset

@@ -312,7 +312,7 @@ def test_a_review_page_of_hostile_texts_has_the_elements_of_a_harmless_one():
 MATHML = {"span", "code", "math", "none"}
 
 
-@tries(400)
+@tries(250)
 @given(
     st.one_of(
         TEXTS,
