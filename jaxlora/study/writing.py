@@ -45,7 +45,10 @@ def check_figures(session: Session) -> list[Task]:
     figures, _ = plan_figures(study, comparison)
     tasks = []
     for table, draw in figures:
-        state = State("done" if is_current(table, folder, study.directory) else "missing")
+        if is_current(table, folder, study.directory):
+            state = State("done")
+        else:
+            state = State("redo" if (folder / f"{table.name}.png").is_file() else "missing")
         tasks.append(Task(table.name, state, (table, draw)))
     return tasks or [Task("figures", State("waiting", "a run or an evaluation (--stage sweep)"))]
 
