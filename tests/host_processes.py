@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from xla_flags import xla_flags
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT = 900.0  # seconds; a busy machine takes many times what an idle one does
 
@@ -55,8 +57,8 @@ def start_hosts(
         own = {
             "JAX_PLATFORMS": "cpu",
             "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": xla_flags(devices),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "PYTHONPATH": str(REPOSITORY),
             "HF_HUB_OFFLINE": "1",
         }

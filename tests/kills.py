@@ -22,6 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from xla_flags import xla_flags
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
 # phase: module, class or None, function; the phase lasts while the function runs, on whichever thread
@@ -199,7 +201,7 @@ class Lab:
 
 
 def _child(words: list[str], cache: str, log: str, phases: str, moment: str | None, nth: int) -> None:
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    os.environ["XLA_FLAGS"] = xla_flags(devices=1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from markupsafe import escape
 from study_fixtures import build_study
 from test_bad_records import empty_pictures
+from xla_flags import xla_flags
 
 from jaxlora.checkpoints.peft import SETTINGS, WEIGHTS
 from jaxlora.data.mathml import text_to_html
@@ -127,7 +128,7 @@ def test_a_run_and_its_evaluation_write_and_print_no_key(repository, tmp_path):
     script = repository / "launch/train.py"
     words = [sys.executable, str(script), "--config", str(repository / "configs/tiny.py")]
     words += [f"--config.{name}={value}" for name, value in fields.items()]
-    environment = os.environ | KEYS | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | KEYS | {"XLA_FLAGS": xla_flags(devices=1)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "results/tiny-all_layer-seed-0/evaluation/predictions.jsonl").is_file()

@@ -67,12 +67,9 @@ def model(tmp_path_factory):
 
 def loss_and_gradients(model, batches):
     spec, frozen, lora = model
-
-    def total(lora):
-        buffers = [jax.tree.map(lambda x, i=i: x[i], b) for b in batches for i in range(len(b["tokens"]))]
-        return sum(batch_nll(spec, lora, frozen, buffer, Compute()) for buffer in buffers)
-
-    return jax.jit(jax.value_and_grad(total))(lora)
+    of_buffer = jax.jit(jax.value_and_grad(lambda lora, b: batch_nll(spec, lora, frozen, b, Compute())))
+    buffers = [jax.tree.map(lambda x, i=i: x[i], b) for b in batches for i in range(len(b["tokens"]))]
+    return jax.tree.map(lambda *parts: sum(parts), *[of_buffer(lora, buffer) for buffer in buffers])
 
 
 def test_packed_equals_padded_equals_one_row_at_a_time(model):

@@ -263,7 +263,7 @@ def compiled(monkeypatch):
             def __init__(self, config, model, slice_, workload):
                 self.mesh = jax.make_mesh((1,), ("fsdp",))
 
-            def train_step(self):
+            def train_step(self, members=1):
                 return fake_program("train step", peak, missing)
 
             validation_step = prefill = decode_step = train_step
@@ -330,10 +330,9 @@ def test_a_search_plans_the_first_choice_that_fits(repository, compiled, capsys)
     compiled(8 * GIB)
     assert run_tool(repository, "--topology", "v5e-8", "--search") == 0
     out = capsys.readouterr().out
-    assert (
-        "--config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.tensor=4 --config.model.remat=false: fits"
-        in out
-    )
+    model = published_config("qwen3-8b")
+    first = report.ranked(RunConfig(), model, slice_named("v5e-8"), Workload())[0]
+    assert f"{report.overrides(first)}: fits" in out
     compiled(8 * GIB, missing=1)
     assert run_tool(repository, "--topology", "v5e-8", "--search") == 1
     assert "nothing that was tried fits" in capsys.readouterr().out

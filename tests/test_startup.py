@@ -14,7 +14,7 @@ from jaxlora.errors import UserError
 from jaxlora.sharding import make_mesh
 from jaxlora.train import startup
 from jaxlora.train.job import prepare
-from jaxlora.train.loop import fresh_state, load_frozen
+from jaxlora.train.member import fresh_state, load_frozen
 
 
 class Start:

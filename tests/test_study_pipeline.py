@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import metadata
+from xla_flags import xla_flags
 
 from jaxlora.config import RunConfig, load_config
 from jaxlora.errors import UserError
@@ -169,7 +170,7 @@ def study(model_dir, repository, tmp_path_factory):
     def start(folder: Path, *words: str, **fields: object) -> subprocess.Popen:
         values = FIELDS | {"model.path": model_dir} | fields
         environment = os.environ | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": xla_flags(devices=1),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "PYTHONPATH": str(repository),
         }
