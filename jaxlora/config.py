@@ -50,7 +50,9 @@ def _doc(text: str, default: Any) -> Any:
 class ModelSource:
     """The frozen base and how it is computed."""
 
-    path: str = _doc("Hugging Face directory, Hub name, or embedded:base", "Qwen/Qwen3-8B")
+    path: str = _doc(
+        "Hugging Face directory, local or gs://bucket/folder, Hub name, or embedded:base", "Qwen/Qwen3-8B"
+    )
     tokenizer: str | None = _doc("tokenizer directory or Hub name; none: the model's own", None)
     random_weights: bool = _doc("draw random weights for config.json instead of loading any", False)
     dtype: Literal["bfloat16", "float32"] = _doc("dtype of the frozen base and of activations", "bfloat16")

@@ -22,7 +22,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from jaxlora.checkpoints.tensors import HEADER_LIMIT, StoredTensor, open_tensors, stream
+from jaxlora.checkpoints.remote import weight_files, weights_of
+from jaxlora.checkpoints.tensors import (
+    HEADER_LIMIT,
+    StoredTensor,
+    file_size,
+    open_tensors,
+    read_bytes,
+    stream,
+)
 from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.errors import UserError
 from jaxlora.folders import file_in
@@ -36,13 +44,13 @@ _SHARD_BYTES = 5 * 10**9
 
 
 def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
-    """The frozen base of a Hugging Face directory (local, or `gs://bucket/folder`), in the spec's dtype and
-    form.
+    """The frozen base of a Hugging Face directory (local, a mirror, or an address such as
+    `gs://bucket/folder`), in the spec's dtype and form.
 
     Raises:
       UserError: a file, key or shape is missing, wrong or left over.
     """
-    stored = open_tensors(str(directory).rstrip("/"))
+    stored = open_tensors(weights_of(directory))
     tied_head = stored.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
     if tied_head is not None:
         _check_tied(tied_head, stored.get("model.embed_tokens.weight"), directory)
@@ -213,14 +221,14 @@ def fingerprint(directory: str | Path) -> str:
     last 64 KiB of its tensors.
     """
     digest = hashlib.sha256()
-    folder = Path(directory)
-    digest.update((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as handle:
-            header = int.from_bytes(handle.read(8), "little")
-            digest.update(handle.read(min(header, size, HEADER_LIMIT) + 65536))
-            handle.seek(max(0, size - 65536))
-            digest.update(handle.read())
+    digest.update((Path(directory) / "config.json").read_bytes())
+    for file in weight_files(directory):
+        size = file_size(file)
+        digest.update(f"{Path(file).name}\0{size}\0".encode())
+        start = min(8, size)
+        header = int.from_bytes(read_bytes(file, 0, start).tobytes(), "little")
+        length = min(header, size, HEADER_LIMIT) + 65536
+        digest.update(read_bytes(file, start, min(length, size - start)).tobytes())
+        tail = min(size, 65536)
+        digest.update(read_bytes(file, size - tail, tail).tobytes())
     return digest.hexdigest()

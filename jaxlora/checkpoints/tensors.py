@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlora.checkpoints.remote import file_system, is_remote
 from jaxlora.errors import UserError
 from jaxlora.folders import file_in
 
@@ -67,8 +68,8 @@ def read_bytes(path: str, start: int, size: int) -> np.ndarray:
       UserError: the file is missing, unreadable or too short.
     """
     try:
-        if "://" in path:
-            filesystem, name = _remote(path)
+        if is_remote(path):
+            filesystem, name = file_system(path)
             data = np.frombuffer(filesystem.cat_file(name, start=start, end=start + size), np.uint8)
         else:
             data = _read_local(path, start, size)
@@ -107,27 +108,19 @@ def _contiguous(part: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _remote(path: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)
-    except ImportError as error:
-        raise UserError(f"{path}: {error}; for gs:// run `pip install gcsfs`") from None
-
-
 def exists(path: str) -> bool:
     """Whether a local file or an address is there."""
-    if "://" not in path:
+    if not is_remote(path):
         return os.path.isfile(path)
-    filesystem, name = _remote(path)
+    filesystem, name = file_system(path)
     return bool(filesystem.isfile(name))
 
 
-def _size(path: str) -> int:
-    if "://" not in path:
+def file_size(path: str) -> int:
+    """Bytes of a local file or of an address."""
+    if not is_remote(path):
         return os.path.getsize(path)
-    filesystem, name = _remote(path)
+    filesystem, name = file_system(path)
     return int(filesystem.size(name))
 
 
@@ -139,7 +132,7 @@ def open_tensors(directory: str) -> dict[str, StoredTensor]:
     """
     index, listed, names = f"{directory}/model.safetensors.index.json", None, ["model.safetensors"]
     if exists(index):
-        if (size := _size(index)) > HEADER_LIMIT:
+        if (size := file_size(index)) > HEADER_LIMIT:
             raise UserError(f"{index}: larger than {HEADER_LIMIT} bytes; this is not a safetensors index")
         try:
             listed = _parse(read_bytes(index, 0, size))["weight_map"]
@@ -148,7 +141,7 @@ def open_tensors(directory: str) -> dict[str, StoredTensor]:
             raise UserError(f"{index}: not a safetensors index: {error}") from None
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        file = f"{directory}/{name}" if "://" in directory else str(file_in(directory, str(name)))
+        file = f"{directory}/{name}" if is_remote(directory) else str(file_in(directory, str(name)))
         if os.path.basename(str(name)) != name or not exists(file):
             raise UserError(
                 f"{file}: missing; the directory must hold model.safetensors or its indexed parts"
@@ -169,7 +162,7 @@ def read_header(file: str) -> list[StoredTensor]:
     Raises:
       UserError: not a safetensors file, a damaged one, or a dtype that no base is stored in.
     """
-    total = _size(file)
+    total = file_size(file)
     length = int.from_bytes(read_bytes(file, 0, min(8, total)).tobytes(), "little")
     if total < 8 or length > min(HEADER_LIMIT, total - 8):
         raise UserError(f"{file}: not a readable safetensors file: no valid header")

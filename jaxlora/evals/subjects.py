@@ -21,6 +21,7 @@ from jaxlora import hosts
 from jaxlora.checkpoints.export import load_selected
 from jaxlora.checkpoints.huggingface import fingerprint, load_base, random_base
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
+from jaxlora.checkpoints.remote import weight_files
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import chat_text, prompt_messages
@@ -255,7 +256,7 @@ def _fingerprint(
     """What a run on this base records in its manifest; `recorded` where the weights are not here yet."""
     if model_dir is None:
         return f"random-{config.seed}"
-    absent = not config.model.random_weights and not any(model_dir.glob("*.safetensors"))
+    absent = not config.model.random_weights and not weight_files(model_dir)
     if absent and not with_weights:  # a plan; the weights are compared when they are fetched
         return recorded
     return fingerprint(model_dir)

@@ -15,6 +15,7 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
+from jaxlora.checkpoints.remote import is_remote, mirror
 from jaxlora.config import RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges
 from jaxlora.data.gates import GateStatus, require_gates
@@ -59,7 +60,8 @@ class Job:
 
 
 def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | None, ModelConfig]:
-    """The model's directory and shape; a Hub name is fetched (announced) and then cached.
+    """The model's directory and shape; a Hub name is fetched (announced) and then cached. Of a model in a
+    bucket (`gs://bucket/folder`) only the small files are copied, see `jaxlora.checkpoints.remote`.
 
     Args:
       with_weights: fetch the weights too; without, only config.json (for plans).
@@ -71,7 +73,7 @@ def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | N
     if source.random_weights and not Path(source.path).exists():
         with contextlib.suppress(UserError):
             return None, published_config(source.path)
-    folder = resolve(source.path)
+    folder = mirror(source.path) if is_remote(source.path) else resolve(source.path)
     if not folder.is_dir():
         folder = _fetch(source.path, with_weights and not source.random_weights)
     return folder, load_model_config(folder)

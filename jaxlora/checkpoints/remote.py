@@ -1,0 +1,109 @@
+"""Bases in a bucket: the small files are copied here, the weights are read where they are.
+
+    folder = mirror("gs://bucket/Qwen3-8B")     # ~/.cache/jaxlora/bases/gs%3A%2F%2Fbucket%2FQwen3-8B
+    weights_of(folder)                          # "gs://bucket/Qwen3-8B"
+
+A mirror is a model's directory without its weights, and its name says where those are. So a base in a bucket
+is a directory like any other for all that reads configurations and tokenizers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from jaxlora.data.render import TOKENIZER_SUFFIXES
+from jaxlora.errors import UserError
+from jaxlora.folders import file_in
+from jaxlora.progress import console
+
+SMALL_BYTES = 200 * 2**20  # a tokenizer has 10 to 30 MiB
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether this is an address, such as `gs://bucket/folder`, rather than a local path."""
+    return "://" in str(path)
+
+
+def file_system(address: str) -> tuple[Any, str]:
+    """The fsspec file system of an address, and the path in it.
+
+    Raises:
+      UserError: nothing here reads such addresses.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        raise UserError(f"{address}: {error}; for gs:// run `pip install gcsfs`") from None
+    except ValueError as error:
+        raise UserError(f"{address}: {error}") from None
+
+
+def mirror(address: str) -> Path:
+    """Copy a base's configuration and tokenizer files; the folder that they are in now.
+
+    Raises:
+      UserError: the address cannot be read, or there is no config.json.
+    """
+    address = address.rstrip("/")
+    folder = mirrors() / quote(address, safe="")
+    console.print(f"copying configuration and tokenizer of {address} to {folder}", markup=False)
+    try:
+        copies = dict(_small_files(address))
+        if "config.json" not in copies:
+            raise UserError(f"{address}: no config.json there; give a Hugging Face model directory")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            if file.name not in copies:
+                file.unlink()
+        for name, content in copies.items():  # each whole or not at all: other processes may read it
+            beside = folder / f".{name}.{os.getpid()}.tmp"
+            beside.write_bytes(content)
+            beside.replace(file_in(folder, name))
+    except OSError as error:
+        raise UserError(f"{address}: cannot be copied: {error}") from None
+    return folder
+
+
+def mirrors() -> Path:
+    """The folder of all mirrors."""
+    return Path.home() / ".cache" / "jaxlora" / "bases"
+
+
+def weights_of(directory: str | Path) -> str:
+    """Where the weights of a model's directory are: in it, or, for a mirror, at its address."""
+    folder = Path(directory)
+    if not is_remote(directory) and folder.parent == mirrors():
+        return unquote(folder.name)
+    return str(directory).rstrip("/")
+
+
+def weight_files(directory: str | Path) -> list[str]:
+    """The safetensors files of a model's directory, sorted; paths or addresses."""
+    place = weights_of(directory)
+    if not is_remote(place):
+        return sorted(map(str, Path(place).glob("*.safetensors")))
+    system, path = file_system(place)
+    try:
+        found = system.ls(path, detail=False)
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read: {error}") from None
+    names = sorted(str(file).rpartition("/")[2] for file in found)
+    return [f"{place}/{name}" for name in names if name.endswith(".safetensors")]
+
+
+def _small_files(address: str) -> Iterator[tuple[str, bytes]]:
+    system, path = file_system(address)
+    for entry in system.ls(path, detail=True):
+        name = str(entry["name"]).rpartition("/")[2]
+        wanted = Path(name).suffix in TOKENIZER_SUFFIXES and not name.startswith(".")
+        if entry["type"] != "file" or not wanted:
+            continue
+        if entry["size"] > SMALL_BYTES:
+            raise UserError(f"{address}/{name}: larger than {SMALL_BYTES} bytes; no model needs such a file")
+        yield name, system.cat_file(entry["name"])
