@@ -147,9 +147,19 @@ class Cloud:
 def cloud(tmp_path: Path):
     cloud = Cloud(tmp_path)
     yield cloud
-    for pid in tmp_path.glob("cloud/host-*/jaxlora/attempts/*/pid"):  # leave nothing running
-        if not (pid.parent / "exit").exists():
-            subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], stderr=subprocess.DEVNULL)
+    end_processes_of(tmp_path)
+
+
+def end_processes_of(folder: Path) -> None:
+    """Leave nothing running: no launcher of this folder, and no command that it started on a "host"."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = process.joinpath("cmdline").read_bytes()
+            works_there = process.joinpath("cwd").readlink().is_relative_to(folder)
+            if works_there or os.fsencode(folder) in command:
+                os.kill(int(process.name), signal.SIGKILL)
+        except OSError:  # ended in the meantime
+            continue
 
 
 def printed(output: str) -> list[list[str]]:
