@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from adapters import PLACEMENTS, load, our_logits, trained_lora
 from hf_models import make_checkpoint
+from xla_flags import xla_flags
 
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack
@@ -177,7 +178,12 @@ class TestSeeds:
                 digest.update(jax.tree_util.keystr(path).encode() + np.asarray(array).tobytes())
             print(digest.hexdigest())
         """
-        alone = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository)}
+        alone = {
+            **os.environ,
+            "XLA_FLAGS": xla_flags(devices=1),
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(repository),
+        }
         command = [sys.executable, "-c", textwrap.dedent(code)]
         done = subprocess.run(command, env=alone, capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == here, done.stderr
