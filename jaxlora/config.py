@@ -128,11 +128,15 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class MeshConfig:
-    """Axes of the device mesh; one of them may be -1: all that is left."""
+    """Axes of the device mesh; one of them may be -1: all that is left.
 
-    data: Axis = _doc("copies of the base, each with its share of tokens", 1)
-    fsdp: Axis = _doc("the base's weights and the tokens are split over these", -1)
-    tensor: Axis = _doc("heads and hidden units are split over these", 1)
+    Where none is given, the mesh is chosen for a TPU slice (`jaxlora.plan.search.with_mesh`), and elsewhere
+    fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
+    """
+
+    data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)
+    fsdp: Axis = _doc("the base's weights and the tokens are split over these; 0: chosen", 0)
+    tensor: Axis = _doc("heads and hidden units are split over these; 0: chosen", 0)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -401,11 +405,6 @@ def _check_combinations(config: RunConfig) -> None:
         raise UserError(
             "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"
         )
-    for axis in ("data", "fsdp", "tensor"):
-        if getattr(config.mesh, axis) == 0:
-            raise UserError(
-                f"config.mesh.{axis}: 0 is not allowed; give a positive size or -1 for all that is left"
-            )
 
 
 if __name__ == "__main__":

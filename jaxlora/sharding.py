@@ -63,12 +63,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
-    """The mesh's sizes on so many devices, the one that is -1 worked out.
+    """The mesh's sizes on so many devices, those that are -1 or not given worked out.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {"data": config.data or 1, "fsdp": config.fsdp, "tensor": config.tensor or 1}
+    if config.fsdp == 0:
+        sizes["fsdp"] = 1 if -1 in sizes.values() else -1
     known = math.prod(size for size in sizes.values() if size != -1)
     shape = tuple(n_devices // known if size == -1 else size for size in sizes.values())
     if math.prod(shape) != n_devices:

@@ -93,7 +93,7 @@ def test_a_file_that_gives_no_configuration_says_so(tmp_path, content, message):
 
 def test_two_axes_cannot_both_take_what_is_left(repository):
     with pytest.raises(UserError, match=r"config\.mesh"):
-        load_config(repository / "configs/tiny.py", {"mesh.data": "-1"})
+        load_config(repository / "configs/tiny.py", {"mesh.data": "-1", "mesh.fsdp": "-1"})
 
 
 @pytest.mark.parametrize(

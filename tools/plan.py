@@ -29,6 +29,7 @@ from jaxlora.plan.chips import SLICES, Slice, slice_named
 from jaxlora.plan.fused import plan_members, print_members
 from jaxlora.plan.programs import Workload
 from jaxlora.plan.report import make_plan, print_comparison, print_plan, search
+from jaxlora.plan.search import with_mesh
 from jaxlora.sharding import whole_mesh
 
 
@@ -102,7 +103,8 @@ def compare_members(
     """Print for each slice what runs trained together gain; 1 where they do not fit."""
     fit = True
     for slice_ in slices:
-        mesh = None if any_mesh else whole_mesh(config.mesh, slice_.n_chips)
+        own = with_mesh(config, model, slice_).mesh
+        mesh = None if any_mesh else whole_mesh(own, slice_.n_chips)
         plan = plan_members(config, model, slice_, workload, members, console, mesh)
         fit = fit and plan is not None
         if plan is None:

@@ -28,6 +28,7 @@ from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.plan.chips import Slice
 from jaxlora.plan.hlo import Work, count_work
 from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
+from jaxlora.plan.search import ROW_TOKENS, with_mesh
 from jaxlora.sharding import (
     base_shardings,
     decode_mesh,
@@ -50,7 +51,7 @@ class Workload:
 
     train_rows: int = 25_348
     validation_rows: int = 2_818
-    row_tokens: float = 340.0  # mean
+    row_tokens: float = ROW_TOKENS  # mean
     prompt_tokens: int = 256  # longest prompt of an evaluation
 
 
@@ -86,10 +87,10 @@ class Programs:
     """The programs of one configuration on one slice."""
 
     def __init__(self, config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload):
-        self.config, self.slice, self.workload = config, slice_, workload
+        self.config, self.slice, self.workload = with_mesh(config, model, slice_), slice_, workload
         self.model = model
         self.devices = topology_devices(slice_)
-        self.mesh = make_mesh(config.mesh, self.devices)
+        self.mesh = make_mesh(self.config.mesh, self.devices)
         self.spec = ModelSpec(model, config.lora, config.model.dtype, scan=True)
 
     def buffer(self, tokens: float) -> int:

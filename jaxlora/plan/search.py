@@ -6,9 +6,9 @@ for choice in candidates(model, lora, slice_named("v5e-8"), tokens=2720): ...   
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from jaxlora.config import LoraConfig, MeshConfig, Remat
+from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import count_parameters, parameter_table
 from jaxlora.models.qwen3 import is_adapted, kept_per_token
@@ -18,6 +18,7 @@ from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, ke
 BF16, FLOAT32 = 2, 4
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)
 TOKEN_BLOCK = 128
+ROW_TOKENS = 340  # mean of the study's rows
 FULL = 0.8  # of a chip's memory: the estimate is good to about a fifth
 
 
@@ -50,18 +51,32 @@ def candidates(
         for remat in REMATS
         for buffers in (1, 2, 4)
     ]
-    return sorted(choices, key=lambda c: (round(c.best.seconds, 4), c.memory))
+    return sorted(choices, key=_rank)
 
 
-def choose_mesh(
-    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int, remat: Remat
-) -> MeshConfig | None:
-    """The mesh that should be fastest for whole steps with this remat choice; None: none should fit."""
-    for choice in candidates(model, lora, slice_, tokens, multiple):
+def _rank(choice: Choice) -> tuple[int, int, int, float]:
+    """Faster first; of those that are equal to about a twentieth, the simpler, then the smaller."""
+    speed = round(20 * math.log(choice.best.seconds))
+    return speed, choice.buffers, REMATS.index(choice.remat), choice.memory
+
+
+def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> RunConfig:
+    """The configuration with a mesh in it: as given, or the one that should be fastest on this slice.
+
+    The choice follows from the configuration alone, so that all runs of a study and all hosts make the same.
+    Rows are taken to be as long as the study's.
+
+    Args:
+      slice_: None: no TPU slice of the table; the mesh stays as it is, and fsdp takes all devices.
+    """
+    if slice_ is None or config.mesh != MeshConfig():
+        return config
+    tokens = config.train.batch_rows * ROW_TOKENS
+    for choice in candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple):
         fits = choice.memory < FULL * slice_.chip.hbm_bytes
-        if fits and choice.remat == remat and choice.buffers == 1:
-            return choice.mesh
-    return None
+        if fits and choice.remat == config.model.remat and choice.buffers == 1:
+            return replace(config, mesh=choice.mesh)
+    return config
 
 
 def factors(n: int) -> list[tuple[int, int, int]]:

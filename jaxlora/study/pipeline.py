@@ -27,6 +27,8 @@ from jaxlora.devices import scan_layers
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, load_problems
 from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.plan.chips import slice_of
+from jaxlora.plan.search import with_mesh
 from jaxlora.progress import console
 from jaxlora.sharding import make_mesh
 from jaxlora.signals import Stop
@@ -60,6 +62,8 @@ class Session:
     """What the stages share in one process: the configuration, hashes, rows, and the base in memory."""
 
     def __init__(self, config: RunConfig, stop: Stop | None = None):
+        _, model = locate_model(config, with_weights=False)
+        config = with_mesh(config, model, slice_of(jax.devices()))  # one for all runs: they share the base
         self.config = replace(config, data=replace(config.data, gate_report=gate_report(config)))
         self.results_dir = Path(config.results_dir)
         self.folder = study_dir(config)

@@ -29,6 +29,8 @@ from jaxlora.models.attention import pick_backend
 from jaxlora.models.config import ModelConfig, load_model_config, published_config
 from jaxlora.models.parameters import count_parameters
 from jaxlora.models.qwen3 import ModelSpec, kept_per_token
+from jaxlora.plan.chips import slice_of
+from jaxlora.plan.search import with_mesh
 from jaxlora.progress import console
 from jaxlora.sharding import make_mesh, token_multiple
 from jaxlora.train.loss import CHUNK
@@ -146,6 +148,7 @@ def prepare(config: RunConfig, with_weights: bool = True, like: Job | None = Non
     platform = jax.default_backend()
     scan = scan_layers(config.model.layers, platform)
     spec = ModelSpec(model_config, config.lora, config.model.dtype, scan)
+    config = with_mesh(config, model_config, slice_of(jax.devices()))
     mesh = make_mesh(config.mesh)
     plan = plan_run(config.optim, train, len(train_rows))
     steps = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
