@@ -44,7 +44,7 @@ def decode_weights(
     shardings = base_shardings(mesh, form)
     adapted = [] if keep else spec.adapted
 
-    def merged(tree: Tree, layer: int | None) -> Tree:
+    def merged(tree: Tree, lora: Tree, layer: int | None) -> Tree:
         tree = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
         for weight in adapted:
             if weight.stacked == (layer is not None):
@@ -52,17 +52,28 @@ def decode_weights(
                 module["weight"] = merged_weight(spec, lora, weight, module["weight"], layer)
         return tree
 
-    layers = {}
-    for i in range(spec.config.num_hidden_layers):
-        layer = jax.tree.map(lambda x, i=i: x[i], frozen["layers"]) if spec.scan else frozen["layers"][i]
-        layer = merged(layer, i)
+    def prepared(layer: Tree, lora: Tree, i: int) -> Tree:
+        layer = merged(layer, lora, i)
         if joined:
             for path, parts in JOINED.items():
                 set_path(layer, path, {"weight": jnp.concatenate([_take(layer, part) for part in parts])})
-        layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
+        return layer
+
+    layers = {}
+    # One program cuts a layer out, changes it and lays it out. Step by step, hosts would make many small
+    # exchanges in an order of their own each: on CPUs they were seen to wait for one another for ever.
+    cut = jax.jit(
+        lambda stacked, lora, i: prepared(jax.tree.map(lambda x: x[i], stacked), lora, i),
+        out_shardings=shardings["layers"][0],
+    )
+    for i in range(spec.config.num_hidden_layers):
+        if spec.scan:
+            layers[i] = cut(frozen["layers"], lora, i)
+        else:
+            layers[i] = jax.tree.map(_moved, prepared(frozen["layers"][i], lora, i), shardings["layers"][i])
     outside = {name: tree for name, tree in frozen.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
-    weights = {**jax.tree.map(_moved, merged(outside, None), rest), "layers": layers}
+    weights = {**jax.tree.map(_moved, merged(outside, lora, None), rest), "layers": layers}
     return form, lora if keep else {}, weights, mesh
 
 
