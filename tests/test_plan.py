@@ -278,6 +278,19 @@ def test_the_compilers_out_of_memory_error_is_read():
 # --- plans
 
 
+def test_a_plan_names_the_longest_step_that_fits():
+    """By hand: 4 GiB of arguments leave 12 of 16, and 3 GiB hold 3,072 tokens. Blocks are of 128 x 4."""
+    memory = Memory(4 * GIB, 3 * GIB, 0, 0)
+    step = Program("train step", 3072, memory, 0.0, Work(), roofline(slice_named("v5e-8"), 1, 1, 1), 1.0)
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert report.longest_buffer(RunConfig(), mesh, step, 16 * GIB) == 12288
+    assert report.longest_buffer(RunConfig(), mesh, step, 15.9 * GIB) == 11776
+    assert (
+        report.longest_buffer(RunConfig(), mesh, step, 64 * GIB) is None
+    )  # more than the configuration asks
+    assert report.longest_buffer(RunConfig(), mesh, step, 6.9 * GIB) == 3072  # what was compiled
+
+
 def fake_program(name: str, peak: float, missing: int = 0) -> Program:
     best = roofline(slice_named("v5e-8"), 19.7e12, 1e9, 1e9)
     return Program(name, 3072, Memory(int(peak), 0, 0, 0, missing), 19.7e12, Work(), best, 1.0)

@@ -18,7 +18,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.plan.chips import SLICES, Slice
 from jaxlora.plan.programs import Program, Programs, Workload
 from jaxlora.plan.roofline import RunCost, run_cost
-from jaxlora.plan.search import FULL, Choice, candidates
+from jaxlora.plan.search import FULL, TOKEN_BLOCK, Choice, candidates
 from jaxlora.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
@@ -41,6 +41,7 @@ class Plan:
     run: RunCost | None
     sweep: RunCost | None
     advice: str | None
+    longest_buffer: int | None  # tokens of a training step that should still fit; None: any
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, FLOPs and seconds of one chip and one run of each program."""
@@ -103,7 +104,22 @@ def make_plan(
         run=run,
         sweep=sweep,
         advice=None if fits else what_would_fit(config, model, slice_, workload),
+        longest_buffer=longest_buffer(config, dict(programs.mesh.shape), train, room) if fits else None,
     )
+
+
+def longest_buffer(config: RunConfig, mesh: dict[str, int], train: Program, room: float) -> int | None:
+    """Tokens of the longest training buffer that should fit, where that is less than the configuration's.
+
+    Steps vary around the typical one that was compiled. Temporaries are taken to grow with the tokens.
+    """
+    memory = train.memory
+    if not memory.temporaries:
+        return None
+    most = train.tokens * (room - memory.total + memory.temporaries) / memory.temporaries
+    multiple = math.lcm(config.train.buffer_multiple, TOKEN_BLOCK * mesh.get("data", 1) * mesh.get("fsdp", 1))
+    longest = max(train.tokens, int(most) // multiple * multiple)
+    return longest if longest < config.train.max_buffer_tokens else None
 
 
 def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> str:
@@ -238,6 +254,11 @@ def summary_line(plan: Plan) -> str:
     text += f" {plan.run.hours:.2f} h a run, {plan.sweep.hours:.2f} h for {SWEEP_RUNS} runs"
     if plan.run.dollars is not None:
         text += f", ${plan.run.dollars:,.2f} and ${plan.sweep.dollars:,.2f}"
+    if plan.longest_buffer is not None:
+        text += (
+            f". Steps of more than about {plan.longest_buffer:,} tokens do not fit in one buffer:"
+            f" --config.train.max_buffer_tokens={plan.longest_buffer} splits them"
+        )
     return text
 
 
