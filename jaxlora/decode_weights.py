@@ -37,7 +37,8 @@ def decode_weights(
       merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
         returned and applied at every step.
     """
-    mesh = decode_mesh(_mesh_of(frozen), spec.config)
+    home = _mesh_of(frozen)
+    mesh = decode_mesh(home, spec.config)
     keep = spec.lora is not None and not merge
     joined = not keep and mesh.shape["tensor"] == 1
     form = replace(spec, lora=spec.lora if keep else None, scan=False, joined=joined)
@@ -60,17 +61,15 @@ def decode_weights(
         return layer
 
     layers = {}
-    # One program cuts a layer out, changes it and lays it out. Step by step, hosts would make many small
-    # exchanges in an order of their own each: on CPUs they were seen to wait for one another for ever.
+    # One program cuts a layer out, every chip its own part. Operation by operation, XLA would exchange parts
+    # between hosts many times: on CPUs they were seen to wait for one another for ever.
     cut = jax.jit(
         lambda stacked, lora, i: prepared(jax.tree.map(lambda x: x[i], stacked), lora, i),
-        out_shardings=shardings["layers"][0],
+        out_shardings=base_shardings(home, form)["layers"][0],
     )
     for i in range(spec.config.num_hidden_layers):
-        if spec.scan:
-            layers[i] = cut(frozen["layers"], lora, i)
-        else:
-            layers[i] = jax.tree.map(_moved, prepared(frozen["layers"][i], lora, i), shardings["layers"][i])
+        layer = cut(frozen["layers"], lora, i) if spec.scan else prepared(frozen["layers"][i], lora, i)
+        layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in frozen.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
     weights = {**jax.tree.map(_moved, merged(outside, lora, None), rest), "layers": layers}

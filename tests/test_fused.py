@@ -37,14 +37,6 @@ COMPUTE = Compute(max_segments=4)
 STEPS = 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs run for milliseconds: compiling them well would cost more than it brings."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @dataclass(frozen=True)
 class Member:
     """One member of a sweep."""

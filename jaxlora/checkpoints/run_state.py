@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class RunState:
     def _failed(self, error: Exception, step: int, staging: Path, size: int) -> None:
         if not hosts.is_main():
             raise error
-        shutil.rmtree(staging, ignore_errors=True)  # what was written of it may be what fills the disk
+        _remove(staging)  # what was written of it may be what fills the disk
         if not is_disk_full(error):
             raise error
         stands = (
@@ -279,6 +280,15 @@ def _disk_use(folder: Path) -> int:
 
 def _digest(table: Any) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder into which Orbax may still write: after an error its other writers go on."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
 
 
 def _trash(place: Path) -> Path:
