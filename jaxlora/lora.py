@@ -24,8 +24,8 @@ from jaxlora.models.qwen3 import ModelSpec, Tree
 def init_lora(spec: ModelSpec, seed: int) -> Tree:
     """A fresh adapter: A uniform in ±1/sqrt(d_in) of its own layer, B zero, float32.
 
-    Each weight draws from a key of its own, derived from its name, so that adding a target or changing the
-    device count never changes another weight's numbers.
+    Each weight draws from a key of its own, derived from its name, so that adding a target never changes
+    another weight's numbers; nor do the kind and number of devices and the compiler's options.
 
     Raises:
       UserError: no weight is adapted.
@@ -39,7 +39,8 @@ def init_lora(spec: ModelSpec, seed: int) -> Tree:
         a_shape, b_shape = lora_shapes(spec, weight)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(weight.path.encode()))
         bound = 1.0 / math.sqrt(weight.shape[1])
-        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+        # The difference is exact and the product is rounded once, however a compiler orders or fuses them.
+        a = (jax.random.uniform(key, a_shape, jnp.float32) - 0.5) * (2 * bound)
         set_path(lora, weight.path, {"lora_a": a, "lora_b": jnp.zeros(b_shape, jnp.float32)})
     return lora
 

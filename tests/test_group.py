@@ -29,14 +29,6 @@ TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory
 STEPS = 6  # of every run here, with validations after 2, 4 and 6
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs run for milliseconds: compiling them well would cost more than it brings."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> Job:
     """A small run: two layers, 24 rows, 4 a step."""
