@@ -102,17 +102,31 @@ def append_jsonl(path: Path, record: Record) -> None:
 
 def write_jsonl_atomic(path: Path, records: Iterable[Record]) -> None:
     """Write the whole file at once: readers see the old content or the new, never a mixture."""
-    _write_atomic(path, "".join(_to_line(record) for record in records))
+    write_text_atomic(path, "".join(_to_line(record) for record in records))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write an indented JSON file at once; `ValueError` for NaN and infinities."""
-    _write_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    write_text_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a UTF-8 text file at once."""
-    _write_atomic(path, text)
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Write a file beside its place, and rename it once it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cut_jsonl(path: Path, size: int) -> None:
@@ -132,19 +146,6 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _ends_torn(file: Any) -> bool:

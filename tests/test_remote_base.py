@@ -26,6 +26,7 @@ ADDRESS = "memory://bucket/models/tiny"
 def local(tmp_path, monkeypatch):
     """A base on the disk and the same in a bucket; the home folder is an empty one."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    mirror.cache_clear()
     folder = tmp_path / "model"
     make_checkpoint(folder, vocab_size=1024, shards=3)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -61,14 +62,19 @@ def test_what_changes_in_the_bucket_changes_here(repository, local):
     folder = mirror(ADDRESS)
     before = fingerprint(folder)
     (folder / "old.json").write_text("{}")
+    (folder / ".config.json.1.tmp").write_text("{")  # another process is writing it
     bucket = fsspec.filesystem("memory")
     weights = next(str(f) for f in bucket.ls("/bucket/models/tiny", detail=False) if "safetensors" in f)
     content = bytearray(bucket.cat_file(weights))
     content[-1] ^= 1
     bucket.pipe_file(weights, bytes(content))
     assert mirror(ADDRESS) == folder
+    assert (folder / "old.json").exists()  # one process asks the bucket once
+    mirror.cache_clear()
+    assert mirror(ADDRESS) == folder
     assert fingerprint(folder) != before
     assert not (folder / "old.json").exists()
+    assert (folder / ".config.json.1.tmp").exists()
 
 
 def test_a_mirror_is_known_by_its_place_alone(local, tmp_path):

@@ -15,7 +15,7 @@ import jax
 
 from jaxlora.checkpoints.huggingface import fingerprint, load_base, save_merged
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
-from jaxlora.checkpoints.remote import weight_files, weights_of
+from jaxlora.checkpoints.remote import weight_files
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.errors import UserError
@@ -128,9 +128,7 @@ def _stored_dtype(base: Path) -> str:
     """Dtype of the matrices in a Hugging Face directory."""
     if not weight_files(base):
         raise UserError(f"{base}: the base's weights are not here, and merging needs them")
-    found = {
-        tensor.dtype.name for tensor in open_tensors(weights_of(base)).values() if len(tensor.shape) == 2
-    }
+    found = {tensor.dtype.name for tensor in open_tensors(base).values() if len(tensor.shape) == 2}
     if len(found) != 1:
         raise UserError(f"{base}: matrices of {' and '.join(sorted(found))}; merging needs one dtype")
     return found.pop()

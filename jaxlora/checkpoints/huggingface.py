@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from jaxlora.checkpoints.remote import weight_files, weights_of
+from jaxlora.checkpoints.remote import weight_files
 from jaxlora.checkpoints.tensors import (
     HEADER_LIMIT,
     StoredTensor,
@@ -50,7 +50,7 @@ def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
     Raises:
       UserError: a file, key or shape is missing, wrong or left over.
     """
-    stored = open_tensors(weights_of(directory))
+    stored = open_tensors(directory)
     tied_head = stored.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
     if tied_head is not None:
         _check_tied(tied_head, stored.get("model.embed_tokens.weight"), directory)

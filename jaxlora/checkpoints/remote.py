@@ -9,8 +9,8 @@ is a directory like any other for all that reads configurations and tokenizers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -19,6 +19,7 @@ from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.errors import UserError
 from jaxlora.folders import file_in
 from jaxlora.progress import console
+from jaxlora.records import write_bytes_atomic
 
 SMALL_BYTES = 200 * 2**20  # a tokenizer has 10 to 30 MiB
 
@@ -44,8 +45,9 @@ def file_system(address: str) -> tuple[Any, str]:
         raise UserError(f"{address}: {error}") from None
 
 
+@cache  # every run of a study asks for its base
 def mirror(address: str) -> Path:
-    """Copy a base's configuration and tokenizer files; the folder that they are in now.
+    """Copy a base's configuration and tokenizer files, once a process; the folder that they are in now.
 
     Raises:
       UserError: the address cannot be read, or there is no config.json.
@@ -59,12 +61,10 @@ def mirror(address: str) -> Path:
             raise UserError(f"{address}: no config.json there; give a Hugging Face model directory")
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
-            if file.name not in copies:
-                file.unlink()
+            if file.name not in copies and not file.name.startswith("."):  # those another process may write
+                file.unlink(missing_ok=True)
         for name, content in copies.items():  # each whole or not at all: other processes may read it
-            beside = folder / f".{name}.{os.getpid()}.tmp"
-            beside.write_bytes(content)
-            beside.replace(file_in(folder, name))
+            write_bytes_atomic(file_in(folder, name), content)
     except OSError as error:
         raise UserError(f"{address}: cannot be copied: {error}") from None
     return folder

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.checkpoints.remote import file_system, is_remote
+from jaxlora.checkpoints.remote import file_system, is_remote, weights_of
 from jaxlora.errors import UserError
 from jaxlora.folders import file_in
 
@@ -124,12 +125,13 @@ def file_size(path: str) -> int:
     return int(filesystem.size(name))
 
 
-def open_tensors(directory: str) -> dict[str, StoredTensor]:
+def open_tensors(directory: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory's safetensors files, from the files' headers alone.
 
     Raises:
       UserError: a file is missing or damaged, or the index and the files disagree.
     """
+    directory = weights_of(directory)
     index, listed, names = f"{directory}/model.safetensors.index.json", None, ["model.safetensors"]
     if exists(index):
         if (size := file_size(index)) > HEADER_LIMIT:
