@@ -11,7 +11,9 @@ heads and stay where they are, where training would gather them over `fsdp` in e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -43,37 +45,49 @@ def decode_weights(
     joined = not keep and mesh.shape["tensor"] == 1
     form = replace(spec, lora=spec.lora if keep else None, scan=False, joined=joined)
     shardings = base_shardings(mesh, form)
-    adapted = [] if keep else spec.adapted
-
-    def merged(tree: Tree, lora: Tree, layer: int | None) -> Tree:
-        tree = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
-        for weight in adapted:
-            if weight.stacked == (layer is not None):
-                module = get_path(tree, weight.path.removeprefix("layers."))
-                module["weight"] = merged_weight(spec, lora, weight, module["weight"], layer)
-        return tree
-
-    def prepared(layer: Tree, lora: Tree, i: int) -> Tree:
-        layer = merged(layer, lora, i)
-        if joined:
-            for path, parts in JOINED.items():
-                set_path(layer, path, {"weight": jnp.concatenate([_take(layer, part) for part in parts])})
-        return layer
-
+    cut = _make_cut(spec, form, home)
     layers = {}
-    # One program cuts a layer out, every chip its own part. Operation by operation, XLA would exchange parts
-    # between hosts many times: on CPUs they were seen to wait for one another for ever.
-    cut = jax.jit(
-        lambda stacked, lora, i: prepared(jax.tree.map(lambda x: x[i], stacked), lora, i),
-        out_shardings=base_shardings(home, form)["layers"][0],
-    )
     for i in range(spec.config.num_hidden_layers):
-        layer = cut(frozen["layers"], lora, i) if spec.scan else prepared(frozen["layers"][i], lora, i)
+        layer = (
+            cut(frozen["layers"], lora, i) if spec.scan else _layer(spec, form, frozen["layers"][i], lora, i)
+        )
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in frozen.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
-    weights = {**jax.tree.map(_moved, merged(outside, lora, None), rest), "layers": layers}
-    return form, lora if keep else {}, weights, mesh
+    outside = jax.tree.map(_moved, _merged(spec, form, outside, lora, None), rest)
+    return form, lora if keep else {}, {**outside, "layers": layers}, mesh
+
+
+@cache
+def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, Tree, int], Tree]:
+    """One program that cuts a layer out of the stacked ones, every chip its own part.
+
+    Operation by operation, XLA would exchange parts between hosts many times: on CPUs they were seen to wait
+    for one another for ever.
+    """
+    return jax.jit(
+        lambda stacked, lora, i: _layer(spec, form, jax.tree.map(lambda x: x[i], stacked), lora, i),
+        out_shardings=base_shardings(mesh, form)["layers"][0],
+    )
+
+
+def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
+    """The weights of layer i in the form for decoding."""
+    layer = _merged(spec, form, layer, lora, i)
+    if form.joined:
+        for path, parts in JOINED.items():
+            set_path(layer, path, {"weight": jnp.concatenate([_take(layer, part) for part in parts])})
+    return layer
+
+
+def _merged(spec: ModelSpec, form: ModelSpec, tree: Tree, lora: Tree, layer: int | None) -> Tree:
+    """The tree of a layer, or of what is outside the layers; with the adapter in it where `form` has none."""
+    tree = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
+    for weight in spec.adapted if form.lora is None else []:
+        if weight.stacked == (layer is not None):
+            module = get_path(tree, weight.path.removeprefix("layers."))
+            module["weight"] = merged_weight(spec, lora, weight, module["weight"], layer)
+    return tree
 
 
 def _mesh_of(frozen: Tree) -> Mesh:
