@@ -23,7 +23,7 @@ from jaxlora.plan.chips import CHIPS, SLICES, slice_named, slice_of
 from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory
 from jaxlora.plan.roofline import attention_flops, roofline, run_cost
-from jaxlora.plan.search import candidates, estimate, factors, with_mesh
+from jaxlora.plan.search import REMATS, candidates, estimate, factors, with_mesh
 from jaxlora.sharding import decode_mesh, make_mesh, whole_mesh
 
 GIB = 2**30
@@ -114,7 +114,11 @@ def test_the_estimate_of_a_step_by_hand():
 def test_the_search_tries_every_mesh_and_prefers_speed():
     assert sorted(factors(4)) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
     choices = candidates(published_config("qwen3-8b"), LoraConfig(), slice_named("v5e-16"), 2720, 128)
-    assert all(a.best.seconds <= 1.06 * b.best.seconds for a, b in pairwise(choices))
+    assert choices[0].best.seconds <= 1.05 * min(c.best.seconds for c in choices)
+    for a, b in pairwise(choices):
+        alike = max(a.best.seconds, b.best.seconds) <= 1.05 * min(a.best.seconds, b.best.seconds)
+        simpler = (a.buffers, REMATS.index(a.remat), a.memory) <= (b.buffers, REMATS.index(b.remat), b.memory)
+        assert a.best.seconds < b.best.seconds or (alike and simpler)
     assert {c.mesh.tensor for c in choices} == {1, 2, 4, 8}  # 16 does not divide 8 key-value heads
     assert all(c.tokens % (128 * c.mesh.data * c.mesh.fsdp) == 0 for c in choices)
     whole = next(c for c in choices if (c.mesh.fsdp, c.mesh.tensor, c.remat) == (1, 1, False))
@@ -138,7 +142,7 @@ def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest(name, remat, expect
     whole = [c for c in candidates(model, LoraConfig(), slice_, 2720, 128) if c.buffers == 1]
     fitting = [c for c in whole if c.remat == remat and c.memory < 0.8 * slice_.chip.hbm_bytes]
     best = min(c.best.seconds for c in fitting)
-    assert next(c for c in fitting if c.mesh == expected).best.seconds <= 1.06 * best
+    assert next(c for c in fitting if c.mesh == expected).best.seconds <= 1.05 * best
 
 
 def test_a_mesh_that_is_given_stays_and_off_the_table_nothing_is_chosen():
@@ -282,13 +286,10 @@ def test_a_plan_names_the_longest_step_that_fits():
     """By hand: 4 GiB of arguments leave 12 of 16, and 3 GiB hold 3,072 tokens. Blocks are of 128 x 4."""
     memory = Memory(4 * GIB, 3 * GIB, 0, 0)
     step = Program("train step", 3072, memory, 0.0, Work(), roofline(slice_named("v5e-8"), 1, 1, 1), 1.0)
-    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    assert report.longest_buffer(RunConfig(), mesh, step, 16 * GIB) == 12288
-    assert report.longest_buffer(RunConfig(), mesh, step, 15.9 * GIB) == 11776
-    assert (
-        report.longest_buffer(RunConfig(), mesh, step, 64 * GIB) is None
-    )  # more than the configuration asks
-    assert report.longest_buffer(RunConfig(), mesh, step, 6.9 * GIB) == 3072  # what was compiled
+    assert report.longest_buffer(step, 16 * GIB, 512, most=16384) == 12288
+    assert report.longest_buffer(step, 15.9 * GIB, 512, most=16384) == 11776
+    assert report.longest_buffer(step, 16 * GIB, 512, most=12288) is None  # no longer one is allowed
+    assert report.longest_buffer(step, 6.9 * GIB, 512, most=16384) == 3072  # what was compiled
 
 
 def fake_program(name: str, peak: float, missing: int = 0) -> Program:
@@ -303,7 +304,7 @@ def compiled(monkeypatch):
     def set_peak(peak: float, missing: int = 0) -> None:
         class Fake(Programs):
             def __init__(self, config, model, slice_, workload):
-                self.mesh = jax.make_mesh((1,), ("fsdp",))
+                self.config, self.mesh = config, make_mesh(MeshConfig(), jax.devices()[:1])
 
             def train_step(self, members=1):
                 return fake_program("train step", peak, missing)
@@ -372,9 +373,8 @@ def test_a_search_plans_the_first_choice_that_fits(repository, compiled, capsys)
     compiled(8 * GIB)
     assert run_tool(repository, "--topology", "v5e-8", "--search") == 0
     out = capsys.readouterr().out
-    model = published_config("qwen3-8b")
-    first = report.ranked(RunConfig(), model, slice_named("v5e-8"), Workload())[0]
-    assert f"{report.overrides(first)}: fits" in out
+    mesh = "--config.mesh.data=2 --config.mesh.fsdp=1 --config.mesh.tensor=4"
+    assert f"{mesh} --config.model.remat=false: fits" in out
     compiled(8 * GIB, missing=1)
     assert run_tool(repository, "--topology", "v5e-8", "--search") == 1
     assert "nothing that was tried fits" in capsys.readouterr().out

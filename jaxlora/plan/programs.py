@@ -93,12 +93,15 @@ class Programs:
         self.mesh = make_mesh(self.config.mesh, self.devices)
         self.spec = ModelSpec(model, config.lora, config.model.dtype, scan=True)
 
+    @cached_property
+    def multiple(self) -> int:
+        """Buffer lengths are multiples of this."""
+        mesh = token_multiple(self.mesh)
+        return -(-self.config.train.buffer_multiple // mesh) * mesh
+
     def buffer(self, tokens: float) -> int:
         """The buffer length that holds so many tokens."""
-        train = self.config.train
-        multiple = token_multiple(self.mesh)
-        multiple = -(-train.buffer_multiple // multiple) * multiple
-        return max(1, -(-int(tokens) // multiple)) * multiple
+        return max(1, -(-int(tokens) // self.multiple)) * self.multiple
 
     @property
     def _step_tokens(self) -> float:

@@ -18,7 +18,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.plan.chips import SLICES, Slice
 from jaxlora.plan.programs import Program, Programs, Workload
 from jaxlora.plan.roofline import RunCost, run_cost
-from jaxlora.plan.search import FULL, TOKEN_BLOCK, Choice, candidates
+from jaxlora.plan.search import FULL, Choice, candidates
 from jaxlora.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
@@ -84,8 +84,9 @@ def make_plan(
     room = slice_.chip.hbm_bytes * (1 - RESERVED)
     fits = all(p.memory.missing == 0 and p.memory.total <= room for p in done)
     train, validation = done[:2]
-    run = sweep = tokens_per_second = None
+    run = sweep = tokens_per_second = longest = None
     if fits:
+        longest = longest_buffer(train, room, programs.multiple, config.train.max_buffer_tokens)
         steps = plan_run(config.optim, config.train, workload.train_rows)
         batches = math.ceil(workload.validation_rows / config.train.validation_batch_rows)
         batches *= len(steps.validation_steps)
@@ -104,22 +105,26 @@ def make_plan(
         run=run,
         sweep=sweep,
         advice=None if fits else what_would_fit(config, model, slice_, workload),
-        longest_buffer=longest_buffer(config, dict(programs.mesh.shape), train, room) if fits else None,
+        longest_buffer=longest,
     )
 
 
-def longest_buffer(config: RunConfig, mesh: dict[str, int], train: Program, room: float) -> int | None:
-    """Tokens of the longest training buffer that should fit, where that is less than the configuration's.
+def longest_buffer(train: Program, room: float, multiple: int, most: int) -> int | None:
+    """Tokens of the longest training buffer that should fit; None where the longest allowed one does.
 
     Steps vary around the typical one that was compiled. Temporaries are taken to grow with the tokens.
+
+    Args:
+      room: bytes of a chip that programs may use.
+      multiple: buffer lengths are multiples of this.
+      most: tokens of the longest buffer that the configuration allows.
     """
     memory = train.memory
     if not memory.temporaries:
         return None
-    most = train.tokens * (room - memory.total + memory.temporaries) / memory.temporaries
-    multiple = math.lcm(config.train.buffer_multiple, TOKEN_BLOCK * mesh.get("data", 1) * mesh.get("fsdp", 1))
-    longest = max(train.tokens, int(most) // multiple * multiple)
-    return longest if longest < config.train.max_buffer_tokens else None
+    fitting = train.tokens * (room - memory.total + memory.temporaries) / memory.temporaries
+    longest = max(train.tokens, int(fitting) // multiple * multiple)
+    return longest if longest < most else None
 
 
 def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> str:

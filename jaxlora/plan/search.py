@@ -19,6 +19,7 @@ BF16, FLOAT32 = 2, 4
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)
 TOKEN_BLOCK = 128
 ROW_TOKENS = 340  # mean of the study's rows
+EQUAL = 1.05  # step times of no greater ratio: the estimate cannot tell them apart
 FULL = 0.8  # of a chip's memory: the estimate is good to about a fifth
 
 
@@ -51,13 +52,18 @@ def candidates(
         for remat in REMATS
         for buffers in (1, 2, 4)
     ]
-    return sorted(choices, key=_rank)
+    return _ranked(choices)
 
 
-def _rank(choice: Choice) -> tuple[int, int, int, float]:
-    """Faster first; of those that are equal to about a twentieth, the simpler, then the smaller."""
-    speed = round(20 * math.log(choice.best.seconds))
-    return speed, choice.buffers, REMATS.index(choice.remat), choice.memory
+def _ranked(choices: list[Choice]) -> list[Choice]:
+    """Fastest first; of those within a twentieth of the first that is left, the simpler, then the smaller."""
+    left = sorted(choices, key=lambda choice: choice.best.seconds)
+    ranked: list[Choice] = []
+    while left:
+        equal = [c for c in left if c.best.seconds <= EQUAL * left[0].best.seconds]
+        ranked += sorted(equal, key=lambda c: (c.buffers, REMATS.index(c.remat), c.memory))
+        left = left[len(equal) :]
+    return ranked
 
 
 def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> RunConfig:
