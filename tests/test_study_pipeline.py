@@ -473,14 +473,14 @@ def test_no_rate_is_chosen_where_every_trial_failed(session):
 
 
 def test_another_grid_with_a_run_that_diverges_ends_in_a_report_that_says_so(study, tmp_path):
-    fields = {"sweep.conditions": "all_layer", "sweep.ranks": "2", "sweep.learning_rates": "1e-3,1e30",
+    fields = {"sweep.conditions": "all_layer", "sweep.ranks": "4", "sweep.learning_rates": "1e-3,1e30",
               "lora.alpha": 1}  # fmt: skip
     finish(study(tmp_path, **fields))
     report = (tmp_path / "results/tiny-report/report.md").read_text(encoding="utf-8")
-    assert "tiny-all_layer-rank-2-lr-1e30-seed-0 is failed (Diverged: step" in report
-    assert (tmp_path / "results/tiny-all_layer-rank-2-lr-1e-3-seed-0/evaluation/summary.json").is_file()
+    assert "tiny-all_layer-rank-4-lr-1e30-seed-0 is failed (Diverged: step" in report
+    assert (tmp_path / "results/tiny-all_layer-rank-4-lr-1e-3-seed-0/evaluation/summary.json").is_file()
     minimum = (tmp_path / "results/tiny-report/figures/learning_rate_minimum.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in minimum[1:]] == ["all_layer-rank-2"] * 2
+    assert [line.split(",")[0] for line in minimum[1:]] == ["all_layer-rank-4"] * 2
     assert all(line.endswith(",0.001") for line in minimum[1:])
     assert not (tmp_path / "results/lr-selection").exists()
     assert finish(study(tmp_path, **fields)).count("✓") == len(STAGES)
