@@ -28,9 +28,10 @@ from jaxlora.config import RunConfig, load_config
 from jaxlora.errors import UserError
 from jaxlora.records import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from jaxlora.study import grid
-from jaxlora.study.pipeline import Session, run_stages
+from jaxlora.study.pipeline import Session, Stage, Task, run_stages
 from jaxlora.study.planning import plan_table, status_tables
 from jaxlora.study.stages import STAGES, chosen_rates
+from jaxlora.study.state import State
 from jaxlora.train.manifest import identity
 from jaxlora.train.schedule import learning_rate, plan_run
 
@@ -297,6 +298,37 @@ def test_each_stage_runs_alone_and_says_what_it_waits_for(session, tmp_path, mon
         with pytest.raises(UserError, match=f"stage {name}: .* waits for .*--stage {needed}"):
             run_stages(session, [STAGE[name]])
     assert not (tmp_path / "results").exists()  # looking writes nothing
+
+
+def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatch):
+    """Process 0 has seen two runs, the first of them finished; this process sees one, and the other later."""
+    run = lambda name: Task(name, State("missing"), name)  # noqa: E731
+    views = [[run("a")], [run("a")], [run("a"), run("b")]]
+    done = []
+    stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), together=True)
+    monkeypatch.setattr("jaxlora.hosts.broadcast", lambda _: [["a", "done", ""], ["b", "missing", ""]])
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    run_stages(session, [stage])
+    assert (done, views) == ([run("b")], [])
+    views += 100 * [[run("a")]]
+    monkeypatch.setattr("jaxlora.study.pipeline.LOOK_SECONDS", 0)
+    with pytest.raises(
+        UserError, match=r"stage sweep: this host does not see in results what process 0 sees"
+    ):
+        run_stages(session, [stage])
+
+
+def test_all_hosts_train_with_the_rates_that_process_0_has_chosen(session, monkeypatch):
+    trained = []
+    monkeypatch.setattr("jaxlora.hosts.broadcast", lambda rates: [2e-3 for _ in rates])
+    monkeypatch.setattr("jaxlora.study.stages.groups", lambda jobs, _: [jobs])
+    monkeypatch.setattr(
+        "jaxlora.study.stages._train_together", lambda _, jobs: trained.extend(job.config for job in jobs)
+    )
+    tasks = STAGE["sweep"].check(session)
+    STAGE["sweep"].run(session, tasks)
+    assert [config.run_id for config in trained] == [task.name for task in tasks]
+    assert {config.optim.peak_lr for config in trained} == {2e-3}
 
 
 # --- What is not valid is done again, and nothing else ------------------------------------------------------

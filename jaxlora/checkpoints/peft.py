@@ -25,6 +25,7 @@ from jax.experimental.multihost_utils import process_allgather
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxlora import hosts
 from jaxlora.config import Condition, LoraConfig
 from jaxlora.errors import UserError
 from jaxlora.folders import file_in
@@ -87,7 +88,7 @@ def export_adapter(
                 raise UserError(f"adapter: {weight.path}.{part} holds NaN or infinity; it is not written")
             for name, layer in _names(weight, part, spec.config):
                 tensors[PREFIX + name] = np.ascontiguousarray(array if layer is None else array[layer])
-    if jax.process_index() != 0:
+    if not hosts.is_main():
         return
 
     folder = Path(out_dir)

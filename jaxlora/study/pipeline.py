@@ -11,6 +11,7 @@ killed anywhere; started again, it ends in the same report.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +37,8 @@ from jaxlora.study.grid import study_dir
 from jaxlora.study.results import Study, load_study
 from jaxlora.study.state import Inputs, State, read_inputs
 from jaxlora.train.job import Job, locate_model, prepare
+
+LOOK_SECONDS = 120  # an NFS client may go by what it knew of a folder for a minute
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,28 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> None:
         hosts.barrier(stage.name)
 
 
-def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
+def _agreed(session: Session, stage: Stage) -> list[Task]:
+    """The stage's tasks in the states that process 0 sees: another may see a shared folder change later.
+
+    Raises:
+      UserError: this host still sees other tasks after `LOOK_SECONDS`.
+    """
     tasks = stage.check(session)
-    if stage.together:  # hosts may see a shared folder change at different times
-        states = hosts.broadcast([[task.state.kind, task.state.why] for task in tasks])
-        tasks = [replace(task, state=State(*state)) for task, state in zip(tasks, states, strict=True)]
+    first = hosts.broadcast([[task.name, task.state.kind, task.state.why] for task in tasks])
+    deadline = time.monotonic() + LOOK_SECONDS
+    while [task.name for task in tasks] != [name for name, *_ in first]:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"stage {stage.name}: this host does not see in {session.results_dir} what process 0 sees"
+                " there; several hosts need one shared folder"
+            )
+        time.sleep(1)
+        tasks = stage.check(session)
+    return [replace(task, state=State(*state)) for task, (_, *state) in zip(tasks, first, strict=True)]
+
+
+def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
+    tasks = _agreed(session, stage) if stage.together else stage.check(session)
     left = [task for task in tasks if not task.state.final]
     if not left:
         console.print(f"[green]✓[/green] {stage.about}")

@@ -143,7 +143,16 @@ def _finished(session: Session) -> list[RunConfig]:
 
 def _train_all(session: Session, tasks: list[Task]) -> None:
     replaced = ("redo", "foreign")
-    configs = [replace(task.item, overwrite=task.state.kind in replaced) for task in tasks]
+    # Another host may not see the last trial's files yet; it must train with the same rates all the same.
+    rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
+    configs = [
+        replace(
+            task.item,
+            optim=replace(task.item.optim, peak_lr=rate),
+            overwrite=task.state.kind in replaced,
+        )
+        for task, rate in zip(tasks, rates, strict=True)
+    ]
     for group in groups([session.job(config) for config in configs], session.config.sweep.fused):
         _train_together(session, group)
 
