@@ -26,9 +26,9 @@ from jaxlora.embedded import resolve
 from jaxlora.errors import UserError, run_main
 from jaxlora.models.config import ModelConfig, load_model_config, published_config
 from jaxlora.plan.chips import SLICES, Slice, slice_named
-from jaxlora.plan.fused import plan_members, print_members
+from jaxlora.plan.fused import FusedPlan, plan_members, print_members
 from jaxlora.plan.programs import Workload
-from jaxlora.plan.report import make_plan, print_comparison, print_plan, search
+from jaxlora.plan.report import Plan, make_plan, print_comparison, print_plan, search
 from jaxlora.plan.search import with_mesh
 from jaxlora.sharding import whole_mesh
 
@@ -65,33 +65,48 @@ def main() -> int:
         raise UserError(f"--json: {options.json} exists already; give a new file")
     model = find_model(config.model.path)
     console = Console(stderr=options.json == "-")
-    if options.members is not None:
-        if options.members < 2 or options.json:
-            raise UserError("--members: give 2 or more, without --json")
-        return compare_members(config, model, slices, workload, options.members, options.search, console)
-    plans = []
-    for slice_ in slices:
-        chosen, step = config, None
-        if options.search:
-            chosen, step = search(config, model, slice_, workload, console)
-            if step is None:
-                console.print(
-                    f"{slice_.name}: nothing that was tried fits; the plan is the configuration's own"
-                )
-        plans.append(make_plan(chosen, model, slice_, workload, options.price, step))
-        print_plan(plans[-1], console)
-    if len(plans) > 1:
-        print_comparison(plans, console)
+    if options.members is None:
+        plans, fit = plan_runs(config, model, slices, workload, options.search, options.price, console)
+    elif options.members < 2:
+        raise UserError(f"--members: {options.members} is no group; give 2 or more")
+    else:
+        plans, fit = plan_groups(config, model, slices, workload, options.members, options.search, console)
     if options.json:
         text = json.dumps([plan.to_json() for plan in plans], indent=1) + "\n"
         if options.json == "-":
             sys.stdout.write(text)
         else:
             Path(options.json).write_text(text)
-    return 0 if all(plan.fits for plan in plans) else 1
+    return 0 if fit else 1
 
 
-def compare_members(
+def plan_runs(
+    config: RunConfig,
+    model: ModelConfig,
+    slices: list[Slice],
+    workload: Workload,
+    any_mesh: bool,
+    price: float | None,
+    console: Console,
+) -> tuple[list[Plan], bool]:
+    """Compile and print the plan of each slice; and whether all fit."""
+    plans = []
+    for slice_ in slices:
+        chosen, step = config, None
+        if any_mesh:
+            chosen, step = search(config, model, slice_, workload, console)
+            if step is None:
+                console.print(
+                    f"{slice_.name}: nothing that was tried fits; the plan is the configuration's own"
+                )
+        plans.append(make_plan(chosen, model, slice_, workload, price, step))
+        print_plan(plans[-1], console)
+    if len(plans) > 1:
+        print_comparison(plans, console)
+    return plans, all(plan.fits for plan in plans)
+
+
+def plan_groups(
     config: RunConfig,
     model: ModelConfig,
     slices: list[Slice],
@@ -99,19 +114,19 @@ def compare_members(
     members: int,
     any_mesh: bool,
     console: Console,
-) -> int:
-    """Print for each slice what runs trained together gain; 1 where they do not fit."""
-    fit = True
+) -> tuple[list[FusedPlan], bool]:
+    """Compile and print for each slice what runs trained together gain; and whether all fit."""
+    plans = []
     for slice_ in slices:
         own = with_mesh(config, model, slice_).mesh
         mesh = None if any_mesh else whole_mesh(own, slice_.n_chips)
         plan = plan_members(config, model, slice_, workload, members, console, mesh)
-        fit = fit and plan is not None
         if plan is None:
             console.print(f"{slice_.name}: nothing that was tried fits; give --search, or fewer members")
         else:
-            print_members(slice_, plan, console)
-    return 0 if fit else 1
+            plans.append(plan)
+            print_members(plan, console)
+    return plans, len(plans) == len(slices)
 
 
 def find_model(path: str) -> ModelConfig:

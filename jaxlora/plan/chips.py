@@ -60,6 +60,10 @@ class Slice:
         """
         return self.chip.link_rate * sum(size > 1 for size in self.grid)
 
+    def to_json(self) -> dict[str, Any]:
+        """Its name, number of chips, and name for the compiler."""
+        return {"name": self.name, "chips": self.n_chips, "topology": self.topology}
+
 
 SLICES = {
     name: Slice(name, CHIPS[name.split("-")[0]], grid)

@@ -1,13 +1,14 @@
 """What runs trained together gain on a slice: the step of a group beside the step of one run.
 
 plan = plan_members(config, model, slice_named("v5e-16"), Workload(), 4, console, MeshConfig(1, 16, 1))
-plan.gain, print_members(slice_, plan, console)
+plan.gain, print_members(plan, console)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,7 @@ from jaxlora.plan.report import GIB, search
 class FusedPlan:
     """The training step of one run beside that of several runs in one program, each with its own choice."""
 
+    slice: Slice
     members: int
     lone: Program
     fused: Program
@@ -33,6 +35,16 @@ class FusedPlan:
     def gain(self) -> float:
         """How many times as many tokens a second as lone runs one after another."""
         return self.fused_speed / self.lone_speed
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, those of the two programs of one chip and one step."""
+        return {
+            "slice": self.slice.to_json(),
+            "members": self.members,
+            "gain": self.gain,
+            "one run": self.lone.to_json() | {"tokens_per_second": self.lone_speed},
+            "together": self.fused.to_json() | {"tokens_per_second": self.fused_speed},
+        }
 
 
 def plan_members(
@@ -57,12 +69,12 @@ def plan_members(
         steps.append(step)
     tokens = config.train.batch_rows * workload.row_tokens
     speeds = [n * tokens / step.best.seconds for n, step in zip((1, members), steps, strict=True)]
-    return FusedPlan(members, steps[0], steps[1], speeds[0], speeds[1])
+    return FusedPlan(slice_, members, steps[0], steps[1], speeds[0], speeds[1])
 
 
-def print_members(slice_: Slice, plan: FusedPlan, console: Console) -> None:
+def print_members(plan: FusedPlan, console: Console) -> None:
     """Both steps side by side, and what the group gains."""
-    table = Table("a chip, a step", "one run", f"{plan.members} runs", title=slice_.name)
+    table = Table("a chip, a step", "one run", f"{plan.members} runs", title=plan.slice.name)
     steps = plan.lone, plan.fused
     rows: list[tuple[str, Callable[[Program], str]]] = [
         ("tokens, padding included", lambda p: f"{p.tokens:,}"),
@@ -77,5 +89,5 @@ def print_members(slice_: Slice, plan: FusedPlan, console: Console) -> None:
     table.add_row("tokens/s", f"{plan.lone_speed:,.0f}", f"{plan.fused_speed:,.0f}")
     console.print(table)
     console.print(
-        f"{slice_.name}: {plan.members} runs together, {plan.gain:.2f} times the tokens/s of lone runs"
+        f"{plan.slice.name}: {plan.members} runs together, {plan.gain:.2f} times the tokens/s of lone runs"
     )

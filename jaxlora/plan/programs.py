@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -81,6 +81,13 @@ class Program:
     work: Work
     best: Roofline
     compile_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: bytes, FLOPs and seconds of one chip and one run."""
+        values = asdict(self)
+        values["memory"]["total"] = self.memory.total
+        values["best"] |= {"seconds": self.best.seconds, "bound": self.best.bound}
+        return values
 
 
 class Programs:

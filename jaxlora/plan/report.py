@@ -46,15 +46,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, FLOPs and seconds of one chip and one run of each program."""
         values = asdict(self)
-        values["slice"] = {
-            "name": self.slice.name,
-            "chips": self.slice.n_chips,
-            "topology": self.slice.topology,
-        }
+        values["slice"] = self.slice.to_json()
         values["capacity_bytes"] = self.slice.chip.hbm_bytes
-        for entry, program in zip(values["programs"], self.programs, strict=True):
-            entry["memory"]["total"] = program.memory.total
-            entry["best"] |= {"seconds": program.best.seconds, "bound": program.best.bound}
+        values["programs"] = [program.to_json() for program in self.programs]
         return values
 
 
