@@ -61,7 +61,7 @@ def main() -> None:
         target = adapter_target(config, options.adapter, options.out, *named, with_weights=with_weights)
     check_free(target.out, options.overwrite)
     if options.dry_run:
-        if hosts.is_main():
+        if hosts.is_first():
             print("\n".join(describe(target)))
         return
     show([evaluate_target(target, options.overwrite)])

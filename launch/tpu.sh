@@ -14,7 +14,7 @@ usage: launch/tpu.sh STEP --name NAME --zone ZONE --type TYPE [options] [-- COMM
 Runs COMMAND on every host of a Cloud TPU slice. For example, the whole study on a spot v5e-8:
 
   launch/tpu.sh all --name study --zone us-west4-a --type v5e-8 --queued --spot \
-      --bucket gs://my-bucket -- python launch/train.py --config configs/main.py
+      --bucket gs://my-bucket -- python launch/study.py --config configs/main.py
 
 Add --dry-run to see every cloud command first; then none is run.
 

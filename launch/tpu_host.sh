@@ -36,7 +36,8 @@ setup() { # HOSTS RESULTS REVISION DIRTY
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   uv venv --quiet --allow-existing --python 3.12 ../venv
-  uv pip install --quiet --python ../venv/bin/python --editable '.[tpu]'
+  uv pip install --quiet --python ../venv/bin/python --require-hashes --requirements launch/tpu.lock
+  uv pip install --quiet --python ../venv/bin/python --no-deps --editable .
   if (($1 > 1)); then share_results "$2"; fi
   echo "worker $WORKER: ready"
 }
@@ -46,13 +47,15 @@ share_results() { # RESULTS
   local folder=$HOME_DIR/src/$1
   mkdir -p "$folder"
   if ((WORKER == 0)); then
-    sudo apt-get install -qq -y nfs-kernel-server >/dev/null
-    printf '%s 10.0.0.0/8(rw,sync,no_subtree_check,insecure,all_squash,anonuid=%s,anongid=%s)\n' \
-      "$folder" "$(id -u)" "$(id -g)" | sudo tee /etc/exports.d/jaxlora.exports >/dev/null
+    install_package nfs-kernel-server
+    for network in 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16; do # whatever subnetwork the slice is in
+      printf '%s %s(rw,sync,no_subtree_check,insecure,all_squash,anonuid=%s,anongid=%s)\n' \
+        "$folder" "$network" "$(id -u)" "$(id -g)"
+    done | sudo tee /etc/exports.d/jaxlora.exports >/dev/null
     sudo exportfs -ra
     return
   fi
-  sudo apt-get install -qq -y nfs-common >/dev/null
+  install_package nfs-common
   mountpoint -q "$folder" && return
   for _ in {1..60}; do
     sudo mount -t nfs -o actimeo=1 "${HOST%-w-*}-w-0:$folder" "$folder" && return
@@ -60,6 +63,12 @@ share_results() { # RESULTS
   done
   echo "worker $WORKER: cannot mount the results folder of worker 0" >&2
   return 1
+}
+
+# On a new machine the system's own upgrade may hold the package lock for minutes.
+install_package() { # NAME
+  sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
+  sudo DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -qq -y "$1" >/dev/null
 }
 
 token() {

@@ -177,7 +177,7 @@ class TestItIsUsableByANewcomer:
         assert result.returncode == 0
         for word in ["all", "up", "run", "status", "logs", "stop", "down", "--spot", "--queued", "--dry-run"]:
             assert re.search(rf"^  {word} ", result.stdout, re.MULTILINE), word
-        assert "python launch/train.py --config configs/main.py" in result.stdout
+        assert "python launch/study.py --config configs/main.py" in result.stdout
         assert max(map(len, result.stdout.splitlines())) <= 110
 
     @pytest.mark.parametrize(
@@ -357,12 +357,16 @@ class TestTheCheckoutArrives:
         assert cloud.host_file("src/data/rows.jsonl").read_text() == "kept"
         assert cloud.git("status", "--short").splitlines() == ["M new.txt", "?? forgotten.txt"]
 
-    def test_the_package_is_installed_with_the_tpu_extra_on_every_host(self, cloud: Cloud) -> None:
+    def test_the_locked_versions_and_the_package_are_installed_on_every_host(self, cloud: Cloud) -> None:
         assert cloud.launch("up", "--type=v5e-16").returncode == 0
         for host in range(4):
             lines = (cloud.folder / f"uv-{host}").read_text().splitlines()
             assert lines[0].startswith("venv ")
-            assert lines[1] == "pip install --quiet --python ../venv/bin/python --editable .[tpu]"
+            install = "pip install --quiet --python ../venv/bin/python"
+            assert lines[1:] == [
+                f"{install} --require-hashes --requirements launch/tpu.lock",
+                f"{install} --no-deps --editable .",
+            ]
 
 
 HARD_WORDS = [
@@ -684,11 +688,16 @@ class TestSeveralHosts:
         assert "out 0" in result.stdout.splitlines()
         assert "out 1" not in result.stdout  # the others only speak up when they fail
         assert len(list((cloud.bucket / "study" / "logs").iterdir())) == 4
-        export = (cloud.folder / "sudo-0").read_text().splitlines()[2]
+        lender, borrower = ((cloud.folder / f"sudo-{host}").read_text().splitlines() for host in (0, 3))
         folder = re.escape(str(cloud.host_file("src/results")))
-        assert re.fullmatch(rf"{folder} 10\.0\.0\.0/8\(rw,sync,.*anonuid={os.getuid()}.*\)", export)
-        mount = (cloud.folder / "sudo-3").read_text().splitlines()[1]
-        assert mount.startswith("mount -t nfs -o actimeo=1 t1v-n-fake-w-0:")
+        exports = [
+            line for line in lender if re.match(rf"{folder} .*\(rw,sync,.*anonuid={os.getuid()}", line)
+        ]
+        networks = [line.removeprefix(f"{cloud.host_file('src/results')} ").split("(")[0] for line in exports]
+        assert networks == ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
+        assert lender[0] == "apt-get -o DPkg::Lock::Timeout=600 update -qq"
+        assert lender[1].endswith("install -qq -y nfs-kernel-server")
+        assert borrower[2].startswith("mount -t nfs -o actimeo=1 t1v-n-fake-w-0:")
 
     def test_one_preempted_host_outweighs_the_failures_it_causes(self, cloud: Cloud) -> None:
         cloud.program(
@@ -969,7 +978,7 @@ class TestTheJobSetManifest:
             "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
         }
         policy = documents["JobSet"]["spec"]["failurePolicy"]
-        assert 1 <= policy["maxRestarts"] <= 10
+        assert policy["maxRestarts"] >= 20  # spot nodes go often
         assert policy["rules"] == [
             {"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
         ]
