@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -38,7 +38,7 @@ from jaxlora.lora import get_path, set_path
 from jaxlora.models.parameters import Weight
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import progress_bar
-from jaxlora.sharding import named
+from jaxlora.sharding import base_shardings, named
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -107,10 +107,14 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
             sharding = named(mesh, weight.axes, weight.shape)
             if weight.stacked and spec.scan:
                 shape = (depth, *weight.shape)
-                stacked = jnp.zeros(shape, spec.dtype, device=named(mesh, (None, *weight.axes), shape))
+                whole = named(mesh, (None, *weight.axes), shape)
+                stacked, set_layer = (
+                    jnp.zeros(shape, spec.dtype, device=whole),
+                    _make_set_layer(whole, sharding),
+                )
                 for i in range(depth):
                     # Waiting keeps the queue of layers on the devices short; reading goes on meanwhile.
-                    stacked = jax.block_until_ready(_set_layer(stacked, next(arrays), i))
+                    stacked = jax.block_until_ready(set_layer(stacked, next(arrays), i))
                     advance(1)
                 set_path(frozen, f"{weight.path}.weight", stacked)
             elif weight.stacked:
@@ -122,32 +126,48 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
             else:
                 set_path(frozen, f"{weight.path}.weight", _laid_out(next(arrays), sharding))
                 advance(1)
-    _check_tree(spec, frozen)
+    _check_tree(spec, frozen, mesh)
     return frozen
 
 
-@partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    # As bits: on CPU, XLA would turn a bfloat16 update into a pass over all layers in float32.
-    bits = jnp.dtype(f"uint{8 * stacked.dtype.itemsize}")
-    places, values = (jax.lax.bitcast_convert_type(x, bits) for x in (stacked, layer))
-    updated = jax.lax.dynamic_update_index_in_dim(places, values, i, 0)
-    return jax.lax.bitcast_convert_type(updated, stacked.dtype)
+@cache
+def _make_set_layer(stacked_sharding: NamedSharding, sharding: NamedSharding):
+    """The jitted `(stacked, layer, i) -> stacked` with that layer set; it may come in another sharding."""
+
+    def set_layer(stacked: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+        layer = jax.lax.with_sharding_constraint(layer, sharding)
+        # As bits: on CPU, XLA would turn a bfloat16 update into a pass over all layers in float32.
+        bits = jnp.dtype(f"uint{8 * stacked.dtype.itemsize}")
+        places, values = (jax.lax.bitcast_convert_type(x, bits) for x in (stacked, layer))
+        updated = jax.lax.dynamic_update_index_in_dim(places, values, i, 0)
+        return jax.lax.bitcast_convert_type(updated, stacked.dtype)
+
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=stacked_sharding)
 
 
 def _laid_out(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The array with this sharding; chips exchange their parts where they hold others."""
     if array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
-    return jax.block_until_ready(jax.jit(lambda x: x, out_shardings=sharding)(array))
+    return jax.block_until_ready(_make_move(sharding)(array))
 
 
-def _check_tree(spec: ModelSpec, frozen: Tree) -> None:
-    """The parameter table and the modules must agree on every path, shape and dtype."""
+@cache
+def _make_move(sharding: NamedSharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def _check_tree(spec: ModelSpec, frozen: Tree, mesh: Mesh) -> None:
+    """The parameter table and the modules must agree on every path, shape and dtype; and on the layout."""
     ours = jax.tree.map(lambda x: (x.shape, x.dtype), frozen)
     modules = jax.tree.map(lambda x: (x.shape, x.dtype), spec.abstract_frozen)
     if ours != modules:
         raise AssertionError("the parameter table and the modules disagree")
+    as_asked = jax.tree.map(
+        lambda x, asked: x.sharding.is_equivalent_to(asked, x.ndim), frozen, base_shardings(mesh, spec)
+    )
+    if not all(jax.tree.leaves(as_asked)):
+        raise AssertionError("a weight does not lie on the mesh as the table says")
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor | None, directory: str | Path) -> None:
