@@ -18,7 +18,7 @@ from jaxlora.lora import get_path, init_lora
 from jaxlora.models.attention import segment_offsets
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.sharding import base_shardings, make_mesh, place_batch, place_lora
+from jaxlora.sharding import base_shardings, make_mesh, place_batch, place_lora, token_shards
 from jaxlora.train.fused import group_spec, member_state, stack_batches, stack_members
 from jaxlora.train.schedule import RunPlan, learning_rate, plan_run
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
@@ -288,7 +288,9 @@ class TestOneMemberCannotReachAnother:
 
 
 # The tokens of two lines are split over chips; of eight lines each chip has one.
-@pytest.mark.parametrize(("mesh", "n"), [(MeshConfig(1, 8, 1), 2), (MeshConfig(2, 4, 1), 8)])
+@pytest.mark.parametrize(
+    ("mesh", "n"), [(MeshConfig(1, 8, 1), 2), (MeshConfig(2, 4, 1), 8), (MeshConfig(2, 1, 4), 2)]
+)
 def test_a_mesh_changes_nothing(mesh, n):
     members = [Member(LoraConfig("all_layer"), seed, 1e-4 * (1 + seed)) for seed in range(n)]
     mesh = make_mesh(mesh)
@@ -300,10 +302,14 @@ def test_a_mesh_changes_nothing(mesh, n):
         for step in (1, 2):
             batch = place_batch(mesh, stack_batches([member.batch(step, "packed") for member in members]))
             split = batch["tokens"].sharding.shard_shape(batch["tokens"].shape)
-            assert split[1] == (1 if n == 8 else n)
+            assert split[1] == (n if n % token_shards(mesh) else n // token_shards(mesh))
             rates = jnp.asarray([member.rate(step) for member in members], jnp.float32)
             state, metrics = step_fn(state, frozen, batch, rates)
+            # Each host must find all of them among its own devices.
+            assert all(x.is_fully_replicated for x in metrics.values())
             curve.append([np.asarray(metrics[name]) for name in METRICS])
+        totals = make_eval_step(spec, COMPUTE)(state.lora, frozen, batch)
+        assert all(x.is_fully_replicated for x in totals)
         states = [member_state(state, i, member.spec(True)) for i, member in enumerate(members)]
     for i in (0, 1, n - 1):
         fused = Trained(np.array(curve)[:, :, i], jax.device_get(states[i]))

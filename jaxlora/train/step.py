@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import optax
 from jaxlora.config import OptimConfig, Remat
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.sharding import constrain_lora
+from jaxlora.sharding import constrain, constrain_lora
 from jaxlora.train.loss import head_parts, summed_nll
 
 
@@ -122,7 +122,7 @@ def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute):
         grads, nll = gradients(state.lora, frozen, batch)
         lora, moments, norms = update(state.lora, state.adam, grads, rate)
         metrics = {"nll": nll, "weight": batch_weight(spec, batch)} | norms
-        return constrain_lora(spec, TrainState(lora, moments)), metrics
+        return constrain_lora(spec, TrainState(lora, moments)), _on_every_chip(metrics)
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -139,6 +139,11 @@ def make_eval_step(spec: ModelSpec, compute: Compute):
             return total + batch_nll(spec, lora, frozen, buffer, compute), None
 
         start = jnp.zeros(len(spec.member_scales) or (), jnp.float32)
-        return jax.lax.scan(add, start, batch)[0], batch_weight(spec, batch)
+        return _on_every_chip((jax.lax.scan(add, start, batch)[0], batch_weight(spec, batch)))
 
     return jax.jit(eval_step)
+
+
+def _on_every_chip(results: Any) -> Any:
+    """Left to itself, XLA may split the members of a group over chips, and no host could read them all."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), results)
