@@ -8,6 +8,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,12 +18,18 @@ from safetensors.numpy import load_file
 
 from jaxlora.config import MeshConfig, RunConfig, load_config
 from jaxlora.errors import UserError
+from jaxlora.lora import init_lora
+from jaxlora.models.config import published_config
+from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.plan.chips import slice_named
 from jaxlora.sharding import make_mesh
 from jaxlora.signals import Interrupted, Stop
 from jaxlora.train import loop
-from jaxlora.train.group import groups
+from jaxlora.train.group import groups, members_to_fuse
 from jaxlora.train.job import Job, prepare
 from jaxlora.train.loop import Diverged, train, train_group
+from jaxlora.train.member import load_frozen
+from jaxlora.train.step import init_state, make_train_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
@@ -265,6 +272,60 @@ def test_runs_that_cannot_share_a_step_are_refused(first, tmp_path):
     with pytest.raises(UserError, match="cannot be trained in one program"):
         train_group([one, one])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat", "members"),
+    [
+        (MeshConfig(2, 1, 4), False, 1),  # one run fills the chips
+        (MeshConfig(1, 8, 1), False, 2),  # gathering all weights takes longer than computing with them
+        (MeshConfig(1, 8, 1), True, 8),  # a line for every chip: no keys and values are gathered
+    ],
+)
+def test_as_many_train_together_as_fit_and_are_fastest(first, mesh, remat, members):
+    """The study's step on a v5e-8."""
+    spec = ModelSpec(published_config("qwen3-8b"), first.config.lora)
+    config = replace(first.config, model=replace(first.config.model, remat=remat))
+    config = replace(config, train=replace(config.train, batch_rows=8, buffer_multiple=128))
+    layout = replace(first.train_layout, sizes=(2816,))
+    rows = [SimpleNamespace(n_tokens=340)] * 8
+    job = replace(first, spec=spec, config=config, train_layout=layout, train_rows=rows, mesh=make_mesh(mesh))
+    assert members_to_fuse(job, slice_named("v5e-8")) == members
+    assert members_to_fuse(job, None) == 1
+
+
+def test_a_step_that_is_too_long_for_the_chip_is_found_before_the_first(first):
+    spec, layout = first.spec, replace(first.train_layout, sizes=(64, 128))
+    job = replace(first, train_layout=layout)
+    state = init_state(init_lora(spec, 0), first.config.optim)
+    group = SimpleNamespace(
+        jobs=[job],
+        state=state,
+        rates=lambda _: np.float32(1e-3),
+        batch=lambda _: layout.build(job.train_rows[:1]),
+    )
+    step = make_train_step(spec, first.config.optim, job.compute(layout))
+    shapes = []
+
+    class Watched:
+        def __init__(self, error: str | None = None):
+            self.error = error
+
+        def lower(self, state, frozen, batch, rate):
+            shapes.append(batch["tokens"].shape)
+            if self.error:
+                raise jax.errors.JaxRuntimeError(self.error)
+            return step.lower(state, frozen, batch, rate)
+
+    with jax.set_mesh(job.mesh):
+        frozen = load_frozen(job)
+        loop.check_longest(group, Watched(), frozen, 1)  # the real program takes what it is given
+        assert {shape[2] for shape in shapes} == {128}
+        full = Watched("RESOURCE_EXHAUSTED: Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.")
+        with pytest.raises(UserError, match=r"128 tokens needs 5\.20 GiB more .*max_buffer_tokens=64, which"):
+            loop.check_longest(group, full, frozen, 1)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+            loop.check_longest(group, Watched("INTERNAL: something else"), frozen, 1)
 
 
 def test_runs_are_grouped_by_what_must_not_differ_and_shared_out_evenly(first, tmp_path):

@@ -130,7 +130,7 @@ def test_the_search_tries_every_mesh_and_prefers_speed():
     ("name", "remat", "expected"),
     [
         ("v5e-8", False, MeshConfig(2, 1, 4)),
-        ("v5e-4", False, MeshConfig(1, 4, 1)),  # the only one whose activations should fit
+        ("v5e-4", False, MeshConfig(1, 2, 2)),  # fully split by heads, activations would not fit
         ("v5e-4", True, MeshConfig(1, 1, 4)),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest(name, remat, expect
     assert chosen.mesh == expected
     assert replace(chosen, mesh=config.mesh) == config
     whole = [c for c in candidates(model, LoraConfig(), slice_, 2720, 128) if c.buffers == 1]
-    fitting = [c for c in whole if c.remat == remat and c.memory < 0.8 * slice_.chip.hbm_bytes]
+    fitting = [c for c in whole if c.remat == remat and c.memory < 0.9 * slice_.chip.hbm_bytes]
     best = min(c.best.seconds for c in fitting)
     assert next(c for c in fitting if c.mesh == expected).best.seconds <= 1.05 * best
 
@@ -414,6 +414,29 @@ def test_all_topologies_are_planned_and_compared(repository, compiled, capsys):
     assert len(CHIPS) == 4
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--train-rows", "0"],
+        ["--validation-rows", "many"],
+        ["--row-tokens", "-5"],
+        ["--row-tokens", "nan"],
+        ["--price", "-1"],
+        ["--price", "inf"],
+        ["--members", "0"],
+        ["--members", "2", "--price", "1"],
+        ["--json", "no/such/folder/plan.json"],
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_said_before_anything_is_compiled(repository, monkeypatch, capsys, words):
+    monkeypatch.setattr(Programs, "__init__", lambda *_: pytest.fail("compiled"))
+    assert run_tool(repository, "--topology", "v5e-8", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --")
+    assert "; " in line
+
+
 def test_the_tool_leaves_the_machines_own_devices_alone(repository):
     code = "import os, runpy, sys; sys.argv = ['plan.py', '--help']\n"
     code += "try: runpy.run_path('tools/plan.py', run_name='__main__')\nexcept SystemExit: pass\n"
@@ -428,8 +451,17 @@ def test_the_tool_leaves_the_machines_own_devices_alone(repository):
 # --- the real compiler
 
 
+@pytest.fixture
+def optimized():
+    """Programs as they are really compiled; other tests spare themselves the optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.slow
-def test_the_real_tpu_compiler_takes_all_four_programs():
+def test_the_real_tpu_compiler_takes_all_four_programs(optimized):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
     model = ModelConfig(
         vocab_size=32_768,
@@ -452,10 +484,12 @@ def test_the_real_tpu_compiler_takes_all_four_programs():
     assert prefill.work.kernels
     # nothing larger than the head is gathered outside the loop over layers
     assert train.work.largest_entry_gather <= 2 * 32_768 * 1024 / 2
-    # the weights of all layers, gathered over 4 chips in each of two passes, and little else
+    # the weights of all layers and every token's keys and values, gathered over 4 chips in each of two
+    # passes, the head's once more, and little else
     layer_weights = 4 * (1024 * 128 * (16 + 8 + 8 + 16) + 3 * 1024 * 2048)
-    gathers = 2 * (2 * layer_weights + 32_768 * 1024) / 2 * 3 / 4
-    assert gathers < train.work.ici["all-gather"] < 1.3 * gathers
+    keys_and_values = 4 * train.tokens * 2 * 8 * 128
+    gathers = 2 * (2 * (layer_weights + keys_and_values) + 32_768 * 1024) / 2 * 3 / 4
+    assert gathers < train.work.ici["all-gather"] < 1.02 * gathers
     # products: 4 FLOPs a weight and token, a third pass of 2 but for down_proj, and adapters
     tokens = train.tokens / 4
     weights = (4 * layer_weights + 2 * (layer_weights - 4 * 1024 * 2048) + 4 * 32_768 * 1024) / 2
@@ -474,7 +508,7 @@ def test_the_real_tpu_compiler_takes_all_four_programs():
         ("v4-8", "attention_only", 20 * GIB),
     ],
 )
-def test_the_studys_training_step_fits_with_room(name, condition, most):
+def test_the_studys_training_step_fits_with_room(optimized, name, condition, most):
     """Qwen3-8B as `configs/main.py` trains it. The real compiler: a minute and a half each."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
     model, config = published_config("qwen3-8b"), RunConfig(lora=LoraConfig(condition))

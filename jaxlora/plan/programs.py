@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.config import RunConfig
+from jaxlora.devices import scan_layers
 from jaxlora.errors import UserError
-from jaxlora.generate import PREFILL_ROWS, init_decode, make_decode, make_prefill
+from jaxlora.generate import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
 from jaxlora.lora import init_lora
+from jaxlora.models.attention import pick_backend, pick_decode_backend
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.plan.chips import Slice
@@ -64,10 +66,11 @@ class Memory:
     outputs: int  # that do not take an argument's place
     code: int
     missing: int = 0  # what the compiler could not place
+    held: int = 0  # of others, that stay in memory meanwhile
 
     @property
     def total(self) -> int:
-        return self.arguments + self.temporaries + self.outputs + self.code
+        return self.arguments + self.temporaries + self.outputs + self.code + self.held
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Programs:
         self.model = model
         self.devices = topology_devices(slice_)
         self.mesh = make_mesh(self.config.mesh, self.devices)
-        self.spec = ModelSpec(model, config.lora, config.model.dtype, scan=True)
+        self.spec = ModelSpec(model, config.lora, config.model.dtype, scan_layers(config.model.layers, "tpu"))
+        self.attention = pick_backend(config.model.attention, "tpu", config.model.dtype, self.mesh.size)
 
     @cached_property
     def multiple(self) -> int:
@@ -138,7 +142,7 @@ class Programs:
             state, spec, rates = _of_members(state, members), group_spec([spec] * members), (members,)
         state = _abstract(state, lora_shardings(mesh, spec, state))
         rate = jax.ShapeDtypeStruct(rates, jnp.float32, sharding=replicated(mesh))
-        step = make_train_step(spec, optim, Compute("splash", remat))
+        step = make_train_step(spec, optim, Compute(self.attention, remat))
         batch = self._batch(self.buffers, self.train_tokens, members)
         passes = self.buffers * (1 + (remat is True) + BACKWARD_PASSES)
         arguments = (state, self._base, batch, rate)
@@ -148,7 +152,7 @@ class Programs:
         """One validation batch of typical length, in one buffer."""
         lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
         lora = _abstract(lora, lora_shardings(self.mesh, self.spec, lora))
-        step = make_eval_step(self.spec, Compute("splash"))
+        step = make_eval_step(self.spec, Compute(self.attention))
         tokens = self.validation_tokens
         arguments = (lora, self._base, self._batch(1, tokens))
         return self._compile("validation step", self.mesh, step, arguments, tokens, 1)
@@ -160,20 +164,27 @@ class Programs:
         whole = replicated(self._decode_mesh)
         tokens = jax.ShapeDtypeStruct((rows, self.workload.prompt_tokens), jnp.int32, sharding=whole)
         vector = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
-        step = make_prefill(self._decode_spec, self.model.eos_token_ids, "splash")
+        attention = pick_decode_backend("tpu", self.spec.dtype, self.mesh.size)
+        step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
         arguments: tuple[Any, ...] = (state, {}, base, tokens, vector, vector, vector)
-        return self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 1)
+        return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 1))
 
     def decode_step(self) -> Program:
         """One token for each slot, with the adapter merged into the base and half the cache filled."""
         state, base = self._decode_arguments()
         step = make_decode(self._decode_spec, self.model.eos_token_ids)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
-        window = -(-window // 128) * 128
+        window = -(-window // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
         slots = self.config.eval.batch_rows
-        return self._compile(
-            "decode step", self._decode_mesh, step, (state, {}, base), slots, 0, window=window
+        arguments: tuple[Any, ...] = (state, {}, base)
+        return self._beside_base(
+            self._compile("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
         )
+
+    def _beside_base(self, program: Program) -> Program:
+        """The program with the base that a study keeps for its next run, in the layout of training."""
+        held = sum(map(_chip_bytes, jax.tree.leaves(self._base)))
+        return replace(program, memory=replace(program.memory, held=held))
 
     @cached_property
     def _base(self) -> Any:
@@ -197,7 +208,8 @@ class Programs:
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
-        length = -(-(self.workload.prompt_tokens + settings.max_new_tokens) // 128) * 128
+        length = self.workload.prompt_tokens + settings.max_new_tokens
+        length = -(-length // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
         state = jax.eval_shape(
             lambda: init_decode(spec, settings.batch_rows, length, settings.max_new_tokens)
         )

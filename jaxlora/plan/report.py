@@ -215,6 +215,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
     row("tokens in a buffer or call", lambda p: f"{p.tokens:,}")
     row("arguments, GiB", lambda p: f"{p.memory.arguments / GIB:.2f}")
+    row("held meanwhile, GiB", lambda p: f"{p.memory.held / GIB:.2f}")
     row("temporaries, GiB", lambda p: f"{p.memory.temporaries / GIB:.2f}")
     row("peak, GiB", lambda p: f"{p.memory.total / GIB:.2f}" if not p.memory.missing else "does not fit")
     row(f"of {chip.hbm_bytes / GIB:.0f} GiB", _share(chip.hbm_bytes))

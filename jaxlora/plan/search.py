@@ -14,13 +14,14 @@ from jaxlora.models.parameters import count_parameters, parameter_table
 from jaxlora.models.qwen3 import is_adapted, kept_per_token
 from jaxlora.plan.chips import Slice
 from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
+from jaxlora.train.loss import CHUNK
 
 BF16, FLOAT32 = 2, 4
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)
 TOKEN_BLOCK = 128
 ROW_TOKENS = 340  # mean of the study's rows
 EQUAL = 1.05  # step times of no greater ratio: the estimate cannot tell them apart
-FULL = 0.8  # of a chip's memory: the estimate is good to about a fifth
+FULL = 0.9  # of a chip's memory: the estimate is good to about a tenth
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,8 @@ def estimate(
     sums = (2 + 2 * again + 5) * layers
     ici = gather(weights, mesh.fsdp)
     ici += sums * 2 * gather(stream, mesh.tensor)
-    if members % shards:  # else a chip has whole lines
-        ici += (3 + again) * layers * gather(BF16 * members * length * kv_width, shards)
+    keys_and_values = gather(BF16 * members * length * kv_width, shards) if members % shards else 0
+    ici += (3 + again) * layers * keys_and_values  # of whole lines a chip has its own
     ici += 2 * gather(BF16 * adapter, shards)
 
     kept, saved = _kept_bytes(model, False, mesh.tensor), _kept_bytes(model, remat, mesh.tensor)
@@ -148,9 +149,11 @@ def estimate(
         + 2 * local * layers * kept
         + 7 * FLOAT32 * adapter
     )
-    head_chunk = 2 * FLOAT32 * min(local, 1024) * model.vocab_size / mesh.tensor
+    head_chunk = 2 * FLOAT32 * min(local, CHUNK) * model.vocab_size / mesh.tensor
     memory = BF16 * count_parameters(model) / (mesh.fsdp * mesh.tensor) + 4 * FLOAT32 * adapter
     memory += activations + head_chunk + BF16 * head_weights / mesh.tensor + local * kept
+    memory += keys_and_values * (1 if again else layers)  # kept for the backward pass as they were gathered
+    memory += BF16 * head_weights / mesh.tensor if mesh.fsdp > 1 else 0  # the embedding is gathered, too
     best = roofline(slice_, buffers * flops, buffers * hbm, buffers * ici)
     return Choice(mesh, remat, buffers, length, best, memory)
 

@@ -1,6 +1,6 @@
 """Which runs are trained together, how many at once, and what a group's step takes.
 
-    for group in groups(jobs, size=None):        # as many at once as memory allows
+    for group in groups(jobs, size=None):        # as many at once as should be fastest
         results = train_group(group)
 
 Runs share a group if they differ in nothing but seed, peak learning rate and name: then each is as large as
@@ -17,24 +17,27 @@ from itertools import pairwise
 import jax
 import numpy as np
 
-from jaxlora.config import LoraConfig, OptimConfig, RunConfig, TrainConfig
+from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from jaxlora.data.batches import step_batch, validation_batches
 from jaxlora.data.packing import Batch
 from jaxlora.errors import UserError
+from jaxlora.plan.chips import Slice, slice_of
+from jaxlora.plan.search import FULL, estimate
 from jaxlora.train.fused import group_spec, member_state, stack_batches, stack_members
-from jaxlora.train.job import Job, estimate_memory
+from jaxlora.train.job import Job, token_count
 from jaxlora.train.member import Member
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
-FULL = 0.85  # of a device's memory; the estimate is good to about a fifth
+MOST = 16  # runs in one group, where nobody asks for more
+WORTHWHILE = 1.1  # times the tokens a second of lone runs
 
 
 def groups(jobs: Sequence[Job], size: int | None) -> list[list[Job]]:
-    """The runs in groups of at most `size`, as equal as can be; None: of as many as memory allows."""
+    """The runs in groups of at most `size`, as equal as can be; None: of what `members_to_fuse` says."""
     found: list[list[Job]] = []
     for alike in _alike(jobs):
-        most = members_that_fit(alike[0]) if size is None else size
+        most = members_to_fuse(alike[0], slice_of(jax.devices())) if size is None else size
         parts = math.ceil(len(alike) / most)
         found += [list(part) for part in _split(alike, parts)]
     return found
@@ -55,21 +58,28 @@ def _split(jobs: Sequence[Job], parts: int) -> Iterator[Sequence[Job]]:
     return (jobs[start:end] for start, end in pairwise(ends))
 
 
-def members_that_fit(job: Job) -> int:
-    """How many runs like this one the devices hold at once, by estimate.
+def members_to_fuse(job: Job, slice_: Slice | None) -> int:
+    """How many runs like this one to train at once: what fits and is fastest by the planner's estimate.
 
-    One on a CPU, where memory is not what limits; on a GPU, where a group has not been measured to be
-    faster; and where the devices do not say how much they have.
+    One where a group should gain less than a tenth, because one run fills the chips; and off the table of TPU
+    slices, because on a GPU groups have not been measured to be faster. All hosts find the same number.
     """
-    if jax.default_backend() != "tpu":
+    if slice_ is None:
         return 1
-    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
-    if not min(limits):
-        return 1
-    memory, shape = estimate_memory(job), job.mesh.shape
-    base = memory["base"] / (shape["fsdp"] * shape["tensor"])
-    one = memory["activations"] / job.mesh.size + memory["adapter and optimizer"]
-    return max(1, int((FULL * min(limits) - base) // one))
+    config, train = job.config, job.config.train
+    given = job.spec.config, config.lora, slice_, MeshConfig(**job.mesh.shape), config.model.remat, 1
+    tokens = train.batch_rows * token_count(job.train_rows) / len(job.train_rows)
+
+    def seconds(members: int) -> float:
+        """Of one run's step, in a group of so many."""
+        return estimate(*given, tokens, train.buffer_multiple, members).best.seconds / members
+
+    def fits(members: int) -> bool:
+        longest = estimate(*given, max(job.train_layout.sizes), train.buffer_multiple, members)
+        return longest.memory < FULL * slice_.chip.hbm_bytes
+
+    best = min(filter(fits, range(2, MOST + 1)), key=seconds, default=1)
+    return best if seconds(1) > WORTHWHILE * seconds(best) else 1
 
 
 def check_group(configs: Sequence[RunConfig]) -> None:

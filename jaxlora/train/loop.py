@@ -20,6 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from jaxlora.checkpoints.run_state import RunState
 from jaxlora.data.batches import ahead
 from jaxlora.errors import MachineError, UserError
 from jaxlora.models.qwen3 import Tree
+from jaxlora.plan.programs import out_of_memory
 from jaxlora.records import is_disk_full, read_json
 from jaxlora.sharding import place_batch, place_lora
 from jaxlora.signals import Interrupted, Stop, stop_signals
@@ -171,6 +173,8 @@ def _advance(members: Sequence[Member], until: int, frozen: Tree, stop: Stop) ->
     group = Group(members)
     job, start = members[0].job, members[0].step
     train_step, eval_step = group.programs()
+    if start < until and jax.default_backend() == "tpu":
+        check_longest(group, train_step, frozen, start + 1)
 
     with (
         stop.saving(job.config.train.grace_seconds) as begin_saving,
@@ -221,6 +225,30 @@ def _advance(members: Sequence[Member], until: int, frozen: Tree, stop: Stop) ->
             member.state = group.state_of(member)
             member.stage = "saving"
             member.store.wait()
+
+
+def check_longest(group: Group, train_step: Any, frozen: Tree, step: int) -> None:
+    """Compile the step of the longest buffer: a TPU's compiler knows whether it fits, and a run should not
+    find that out after hours. When its turn comes, its program comes from the cache.
+
+    Raises:
+      UserError: it does not fit; names what would.
+    """
+    job = group.jobs[0]
+    longest = max(max(each.train_layout.sizes) for each in group.jobs)
+    batch = {name: np.zeros((1, *x.shape[1:2], longest), x.dtype) for name, x in group.batch(step).items()}
+    rates = jnp.asarray(group.rates(step))
+    try:
+        train_step.lower(group.state, frozen, place_batch(job.mesh, batch), rates).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if (missing := out_of_memory(str(error))) is None:
+            raise
+        shorter = [size for size in job.train_layout.sizes if size < longest] or [longest // 2]
+        raise UserError(
+            f"a step of {longest:,} tokens needs {missing / 2**30:.2f} GiB more than a chip has; give"
+            f" --config.train.max_buffer_tokens={max(shorter)}, which splits longer ones, or"
+            " --config.model.remat=elementwise"
+        ) from None
 
 
 class StepLog:
