@@ -45,7 +45,7 @@ def setup(config: RunConfig) -> None:
     # JAX would leave a quarter of a GPU unused: decoding and groups of runs fill it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     hosts.start()
-    console.quiet = not hosts.is_main()
+    console.quiet = not hosts.is_first()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if config.model.dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits

@@ -36,7 +36,7 @@ from jax.experimental import multihost_utils
 from jaxlora.errors import MachineError, UserError, on_failure
 
 CONNECT_SECONDS = 600  # hosts of one slice are ready within minutes of each other
-LIMIT_SECONDS = 900  # one host may compile or load while the others wait
+LIMIT_SECONDS = 3600  # one host may compile, or fetch the base, while the others wait
 HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this long
 SHUTDOWN_SECONDS = 60
 _DEVICES = Path("/dev")
@@ -138,8 +138,16 @@ def _connect(where: dict[str, Any]) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and prints: exactly one does, the one that Orbax takes too."""
+    """Whether this process writes files: exactly one does, the one that Orbax takes too."""
     return n_processes() == 1 or jax.process_index() == 0
+
+
+def is_first() -> bool:
+    """Whether this process prints: the first by number, whose output people follow.
+
+    On a TPU slice that is worker 0. It need not be the main one: the runtime numbers the processes, too.
+    """
+    return _state().process_id in (None, 0)
 
 
 def n_processes() -> int:

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from jaxlora import hosts
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.errors import UserError
+from jaxlora.errors import MachineError, UserError
 from jaxlora.models.qwen3 import Tree
 from jaxlora.progress import console
 from jaxlora.records import (
@@ -251,7 +251,11 @@ def _lock(file: Path, run: Path) -> Iterator[IO[str]]:
         except OSError:
             handle.seek(0)
             owner = handle.read().strip() or "another process"
-            raise UserError(f"{run}: {owner} is writing this run; wait for it or stop it") from None
+            text = f"{run}: {owner} is writing this run; wait for it or stop it"
+            if f" on {socket.gethostname()} " in owner:
+                raise UserError(text) from None
+            # A host that has died may hold its lock on a shared folder a while longer: worth another try.
+            raise MachineError(text) from None
         handle.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         handle.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
@@ -278,6 +282,10 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         if overwrite and not same_command:
             path.rename(_deleted(path))
             _clear(path)
+            # A copy of the run elsewhere, such as a bucket's, keeps its files until they are written again:
+            # the old summary must not stand there beside the new run.
+            path.mkdir()
+            write_json_atomic(path / "summary.json", {"status": "unfinished"})
         elif is_finished(path):
             raise UserError(
                 f"{path}: this run is finished; --config.overwrite=true deletes it and starts again"
