@@ -12,6 +12,7 @@ append repair.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -46,22 +47,8 @@ SUMMARY_FIELDS = (
     "dataset",
     "primary_metric",  # {"name": ..., "value": ...}
     "artifact_paths",  # {name: path relative to the run directory}
-    "status",  # "completed" or "failed"
+    "status",  # "completed"; a run that fails leaves `failure.json` instead of a summary
     "token_count",
-)
-PREDICTION_FIELDS = (
-    "example_id",
-    "benchmark_index",
-    "question",
-    "reference_answer",
-    "generated_text",
-    "extracted_answer",
-    "normalized_prediction",
-    "normalized_reference",
-    "correct",
-    "prompt_token_count",
-    "generated_token_count",
-    "stop_reason",
 )
 SPLITS = ("train", "validation", "test")
 
@@ -207,6 +194,12 @@ def read_file(path: Path, limit: int) -> bytes:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_jsonl(path: Path, torn_last_line: str = "drop") -> list[Record]:

@@ -8,8 +8,18 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxlora.evals.gsm8k import Problem, aggregate, score
-from jaxlora.records import append_jsonl, metric_record, summary_record, write_json_atomic, write_jsonl_atomic
+from jaxlora.records import (
+    append_jsonl,
+    metric_record,
+    summary_record,
+    write_json_atomic,
+    write_jsonl_atomic,
+    write_text_atomic,
+)
+from jaxlora.study import figures
 from jaxlora.study.comparison import Evaluation
+from jaxlora.study.report import render_report, write_comparison
+from jaxlora.study.results import load_study
 
 RIGHT, FORMAT, WRONG, NO_BOX, TRUNCATED = "right", "format", "wrong", "no_box", "truncated"
 
@@ -134,3 +144,14 @@ def _write_evaluation(root: Path, condition: str | None, seed: int | None, prefi
         primary_metric={"name": "accuracy", "value": counts["accuracy"]},
     )  # fmt: skip
     write_json_atomic(folder / "summary.json", summary | counts)
+
+
+def make_report(root: Path) -> Path:
+    """Compare, draw and write as the last stages of a study do; the path of `report.html`."""
+    study, folder = load_study(root, "test"), root / "report"
+    comparison = write_comparison(study, folder)
+    planned, _ = figures.plan_figures(study, comparison)
+    figures.draw_figures(planned, folder / "figures", root)
+    for name, text in render_report(study, comparison, folder).items():
+        write_text_atomic(folder / name, text)
+    return folder / "report.html"

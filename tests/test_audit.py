@@ -12,7 +12,7 @@ import pytest
 
 from jaxlora.data.audit import OUTPUTS, audit, choose_rows, find_rendered, quality, token_statistics
 from jaxlora.data.mathml import text_to_html
-from jaxlora.data.render import load_tokenizer, prompt_messages, render_conversation
+from jaxlora.data.render import load_tokenizer, prompt_messages, render_batch
 from jaxlora.errors import UserError
 
 ATTACKS = [
@@ -106,7 +106,8 @@ class TestFigures:
     def test_token_counts_are_those_of_training(self, tokenizer, tmp_path):
         train, validation = plain(30), plain(5, 50)
         reports = run(write(tmp_path / "d", train, validation), tokenizer, tmp_path / "out")
-        counts = [render_conversation(tokenizer, row["messages"], "x").n_tokens for row in train]
+        rendered = render_batch(tokenizer, [(row["row_id"], row["messages"]) for row in train])
+        counts = [row.n_tokens for row in rendered]
         found = reports["tokens"]["train"]["with_system_prompt"]
         assert found["total"] == sum(counts)
         assert found["max"] == max(counts)

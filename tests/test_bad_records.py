@@ -10,7 +10,7 @@ import pytest
 from bad_input import FORBIDDEN_NAME, VALUES, assert_exit_2, attempt, bad_json, refused, tries
 from hypothesis import given
 from hypothesis import strategies as st
-from study_fixtures import build_study
+from study_fixtures import build_study, make_report
 
 from jaxlora.errors import UserError
 from jaxlora.evals.subjects import run_config
@@ -18,7 +18,6 @@ from jaxlora.parity.recording import load_recording, make_settings
 from jaxlora.parity.study import compare_run, table
 from jaxlora.records import read_json
 from jaxlora.run_files import read_manifest, read_metrics, read_summary
-from jaxlora.study import report
 from jaxlora.study.results import load_study
 
 STUDY, RUN, RECORDING = "study results", "run directory", "parity recording"
@@ -44,13 +43,13 @@ def empty_pictures(figures, folder: Path, root: Path) -> None:
 def quick():
     """Reports without pictures and without bootstrap intervals: they read nothing that the rest does not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "draw_figures", empty_pictures)
+        patch.setattr("jaxlora.study.figures.draw_figures", empty_pictures)
         patch.setattr("jaxlora.study.comparison.bootstrap_interval", lambda *_: None)
         yield
 
 
 def use(root: Path) -> None:
-    report.make_report(root, "test", root / "report")
+    make_report(root)
 
 
 def test_the_study_that_is_changed_below_is_right(good):

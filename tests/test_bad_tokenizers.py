@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlora.data import render
-from jaxlora.data.render import load_tokenizer, render_conversation
+from jaxlora.data.render import load_tokenizer, render_batch
 from jaxlora.embedded import embedded_path
+from jaxlora.errors import UserError
 
 BASE = embedded_path("base")
 TOKENIZER = json.loads((BASE / "tokenizer.json").read_bytes())
@@ -32,7 +33,9 @@ def make(folder: Path, **settings: object) -> Path:
 
 
 def use(folder: Path) -> None:
-    row = render_conversation(load_tokenizer(folder), MESSAGES, "a")
+    (row,) = render_batch(load_tokenizer(folder), [("a", MESSAGES)])
+    if isinstance(row, UserError):
+        raise row
     assert 0 < row.prompt_length < len(row.tokens)
 
 

@@ -18,7 +18,7 @@ from bad_input import TEXTS, TRIED, tries
 from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
-from study_fixtures import build_study
+from study_fixtures import build_study, make_report
 from test_bad_records import empty_pictures
 from xla_flags import xla_flags
 
@@ -264,12 +264,12 @@ def write_report(root: Path, mark: str, name: str) -> str:
     broken = root / "test-attention_only-seed-0"
     (broken / "summary.json").unlink()
     (broken / "failure.json").write_text(json.dumps({"error": mark, "stage": mark, "trace": mark}))
-    report.make_report(root, "test", root / "report")
+    make_report(root)
     return (root / "report/report.html").read_text(encoding="utf-8")
 
 
 def test_a_report_of_hostile_texts_has_the_elements_of_a_harmless_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "draw_figures", empty_pictures)
+    monkeypatch.setattr("jaxlora.study.figures.draw_figures", empty_pictures)
     monkeypatch.setattr("jaxlora.study.comparison.bootstrap_interval", lambda *_: None)
     hostile = write_report(tmp_path / "one", HOSTILE, NAME)
     harmless = write_report(tmp_path / "other", QUIET, QUIET)

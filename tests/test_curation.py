@@ -22,7 +22,7 @@ from jaxlora.data.curation import (
     reject_reason,
     row_id,
     row_lines,
-    split_rows,
+    split_by_problem,
 )
 from jaxlora.data.study_dataset import STUDY, differences
 
@@ -272,7 +272,7 @@ def package_split(rows):
     for source in ("gsm8k", "math"):
         indices = [i for i, row in enumerate(rows) if row[0] == source]
         visits.append((indices, [problem_key(rows[i][1]) for i in indices]))
-    return split_rows(visits)
+    return split_by_problem(visits)
 
 
 PROBLEMS = st.tuples(

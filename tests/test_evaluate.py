@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import load_config
 from jaxlora.data.gates import Benchmark, FilePair, check
-from jaxlora.data.render import render_prompt
+from jaxlora.data.render import render_prompts
 from jaxlora.embedded import embedded_path
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import load_problems, rescore
@@ -101,7 +101,7 @@ def transformers_texts(model) -> list[str]:
     """Greedy answers of a PyTorch model to the first problems, one at a time."""
     texts = []
     for problem in load_problems("embedded:data/test.jsonl", PROBLEMS):
-        ids = torch.tensor([render_prompt(TOKENIZER, problem.question)])
+        ids = torch.tensor(render_prompts(TOKENIZER, [problem.question]))
         answer = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
             eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0,
@@ -222,12 +222,17 @@ def test_a_dry_run_writes_nothing_and_counts_the_prompts(evaluate, run, tmp_path
     evaluate("--base", "--dry-run")
     text = capsys.readouterr().out
     problems = load_problems("embedded:data/test.jsonl", PROBLEMS)
-    tokens = sum(len(render_prompt(TOKENIZER, problem.question)) for problem in problems)
+    tokens = sum(map(len, render_prompts(TOKENIZER, [problem.question for problem in problems])))
     assert f"{PROBLEMS} problems" in text
     assert f"{tokens:,} tokens in all" in text
     assert f"at most {NEW_TOKENS} new tokens" in text
     assert problems[0].question in text
     assert not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_refuses_a_mesh_that_the_devices_do_not_make(evaluate):
+    with pytest.raises(UserError, match=r"config\.mesh: .*fsdp=3.* does not fit 8 devices"):
+        evaluate("--base", "--dry-run", **{"mesh.fsdp": 3})
 
 
 def test_the_dry_run_counts_the_studys_prompt_tokens(evaluate, shared, capsys):

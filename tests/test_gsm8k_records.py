@@ -11,7 +11,6 @@ from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
 from jaxlora.records import (
     METRIC_FIELDS,
-    PREDICTION_FIELDS,
     SUMMARY_FIELDS,
     append_jsonl,
     metric_record,
@@ -119,7 +118,6 @@ def test_the_real_benchmark_has_its_1319_problems(shared):
 
 def test_a_prediction_has_the_fields_of_the_study_and_the_numeric_score_beside_them():
     record = score(PROBLEM, r"It is \boxed{ $\$460$ }", 104, 52, "stop")
-    assert set(record) == {*PREDICTION_FIELDS, "correct_numeric"}
     assert record == {
         "example_id": "gsm8k-0003",
         "benchmark_index": 3,

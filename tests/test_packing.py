@@ -13,7 +13,7 @@ from test_model import our_model
 from test_training_parity import random_rows
 
 from jaxlora.config import LoraConfig, OptimConfig
-from jaxlora.data.packing import choose_sizes, pack, pad, split_rows
+from jaxlora.data.packing import choose_sizes, cut_into_buffers, pack, pad
 from jaxlora.data.render import shifted
 from jaxlora.lora import init_lora
 from jaxlora.train.step import Compute, batch_nll, init_state, make_train_step
@@ -52,7 +52,7 @@ def test_sizes_waste_least():
 
 
 def test_rows_are_split_in_order_and_never_cut():
-    assert split_rows([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
+    assert cut_into_buffers([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 
 from jaxlora.data.render import (
     SYSTEM_PROMPT,
+    chat_text,
+    encode_texts,
     load_tokenizer,
     prompt_messages,
     render_batch,
-    render_conversation,
-    render_prompt,
     render_prompts,
     shifted,
 )
@@ -41,6 +41,12 @@ def conversation(answer="It is 4.", question="What is 2 + 2?"):
     return [*prompt_messages(question), {"role": "assistant", "content": answer}]
 
 
+def render_one(tokenizer, messages, row_id="id"):
+    """The row of one conversation, or the `UserError` that says why there is none."""
+    (result,) = render_batch(tokenizer, [(row_id, messages)])
+    return result
+
+
 TRICKY = [
     conversation(),
     conversation("\n\nleading newlines are the template's to strip\n"),
@@ -56,7 +62,7 @@ class TestTokensAreTheTemplatesOwn:
     @pytest.mark.parametrize("messages", TRICKY)
     def test_training_tokens_are_the_templates_text_tokenised_in_one_go(self, tokenizer, messages):
         text = tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)
-        row = render_conversation(tokenizer, messages, "id")
+        row = render_one(tokenizer, messages)
         assert row.tokens.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @pytest.mark.parametrize("messages", TRICKY)
@@ -64,13 +70,13 @@ class TestTokensAreTheTemplatesOwn:
         self, qwen, messages
     ):
         ids = qwen.apply_chat_template(messages, tokenize=True, enable_thinking=False, return_dict=False)
-        row = render_conversation(qwen, messages, "id")
+        row = render_one(qwen, messages)
         assert row.tokens.tolist() == ids
         text = qwen.apply_chat_template(messages, tokenize=False, enable_thinking=False)
         assert qwen.decode(row.tokens, clean_up_tokenization_spaces=False) == text
 
     def test_the_text_is_written_out_here_once(self, qwen):
-        row = render_conversation(qwen, conversation(), "id")
+        row = render_one(qwen, conversation())
         assert qwen.decode(row.tokens) == (
             "<|im_start|>system\nYou are a careful math solver. Solve the problem step by step. Put the final"
             " answer in \\boxed{}.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
@@ -80,7 +86,7 @@ class TestTokensAreTheTemplatesOwn:
     def test_batches_give_the_same_rows_as_one_at_a_time(self, tokenizer):
         batch = render_batch(tokenizer, [(str(i), messages) for i, messages in enumerate(TRICKY)])
         for i, messages in enumerate(TRICKY):
-            alone = render_conversation(tokenizer, messages, str(i))
+            alone = render_one(tokenizer, messages, str(i))
             assert batch[i].row_id == str(i)
             np.testing.assert_array_equal(batch[i].tokens, alone.tokens)
             np.testing.assert_array_equal(batch[i].weights, alone.weights)
@@ -89,7 +95,7 @@ class TestTokensAreTheTemplatesOwn:
 class TestLossMask:
     @pytest.mark.parametrize("messages", TRICKY)
     def test_weights_are_zero_on_the_prompt_and_one_after_it(self, tokenizer, messages):
-        row = render_conversation(tokenizer, messages, "id")
+        row = render_one(tokenizer, messages)
         prefix = tokenizer.apply_chat_template(
             messages[:-1], tokenize=False, enable_thinking=False, add_generation_prompt=True
         )
@@ -100,15 +106,15 @@ class TestLossMask:
         assert row.tokens.dtype == np.int32
 
     def test_end_of_turn_and_its_newline_carry_loss(self, qwen):
-        row = render_conversation(qwen, conversation("4"), "id")
+        row = render_one(qwen, conversation("4"))
         assert qwen.decode(row.tokens[row.weights > 0]) == "4<|im_end|>\n"
 
     def test_of_several_turns_only_the_last_answer_carries_loss(self, tokenizer):
-        row = render_conversation(tokenizer, TRICKY[-1], "id")
+        row = render_one(tokenizer, TRICKY[-1])
         assert tokenizer.decode(row.tokens[row.weights > 0]).split("<")[0].strip() == "6"
 
     def test_shift_aligns_each_input_with_the_next_token_and_its_weight(self, tokenizer):
-        row = render_conversation(tokenizer, conversation(), "id")
+        row = render_one(tokenizer, conversation())
         inputs, targets, weights = shifted(row)
         assert row.n_tokens == len(inputs) == len(targets) == len(weights) == len(row.tokens) - 1
         np.testing.assert_array_equal(inputs[1:], targets[:-1])
@@ -124,12 +130,13 @@ class TestPromptsOfEvaluation:
 
     def test_the_system_prompt_costs_27_tokens_in_every_row(self, qwen, questions):
         with_system = render_prompts(qwen, questions[:200])
-        without = render_prompts(qwen, questions[:200], system_prompt=None)
+        bare = [prompt_messages(question)[1:] for question in questions[:200]]
+        without = encode_texts(qwen, [chat_text(qwen, messages, generation_prompt=True) for messages in bare])
         assert {len(a) - len(b) for a, b in zip(with_system, without, strict=True)} == {27}
 
     def test_the_prompt_is_the_prefix_of_the_training_row(self, tokenizer):
-        row = render_conversation(tokenizer, conversation(question="Q?"), "id")
-        assert render_prompt(tokenizer, "Q?") == row.tokens[: row.prompt_length].tolist()
+        row = render_one(tokenizer, conversation(question="Q?"))
+        assert render_prompts(tokenizer, ["Q?"]) == [row.tokens[: row.prompt_length].tolist()]
 
     def test_the_system_prompt_is_the_studys(self, shared):
         study = json.loads((shared / "reference/study.json").read_text())
@@ -156,13 +163,14 @@ class TestWhatCannotBeTrainedOnIsAnError:
         ],
     )
     def test_conversation(self, tokenizer, messages, reason):
-        with pytest.raises(UserError, match=r".*") as error:
-            render_conversation(tokenizer, messages, "id")
-        assert reason in str(error.value)
+        error = render_one(tokenizer, messages)
+        assert isinstance(error, UserError)
+        assert reason in str(error)
 
     def test_thoughts_in_the_answer_break_the_prefix(self, tokenizer):
-        with pytest.raises(UserError, match="does not begin with the prompt prefix"):
-            render_conversation(tokenizer, conversation("<think>\nhm\n</think>\n\n4"), "id")
+        error = render_one(tokenizer, conversation("<think>\nhm\n</think>\n\n4"))
+        assert isinstance(error, UserError)
+        assert "does not begin with the prompt prefix" in str(error)
 
     @pytest.mark.parametrize(
         ("template", "reason"),
@@ -176,8 +184,9 @@ class TestWhatCannotBeTrainedOnIsAnError:
     def test_templates_that_make_a_useless_mask(self, tokenizer, template, reason):
         other = copy.deepcopy(tokenizer)
         other.chat_template = template
-        with pytest.raises(UserError, match=reason):
-            render_conversation(other, conversation(), "id")
+        error = render_one(other, conversation())
+        assert isinstance(error, UserError)
+        assert reason in str(error)
 
 
 class TestTokenizerLoading:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from jaxlora.data.render import load_tokenizer, prompt_messages, render_conversation
+from jaxlora.data.render import load_tokenizer, prompt_messages, render_batch
 from jaxlora.data.rows import BATCH_ROWS, load_rendered_rows
 from jaxlora.data.sources import locate, read_lines
 from jaxlora.errors import UserError
@@ -55,7 +55,7 @@ class TestGoodRows:
         path = write(tmp_path / "t.jsonl", [row(str(i)) for i in range(BATCH_ROWS + 3)])
         rows, report = load(path, tokenizer)
         assert [r.row_id for r in rows] == [f"id-{i}" for i in range(BATCH_ROWS + 3)]
-        last = render_conversation(tokenizer, row(str(BATCH_ROWS + 2))["messages"], "x")
+        (last,) = render_batch(tokenizer, [("x", row(str(BATCH_ROWS + 2))["messages"])])
         assert rows[-1].tokens.tolist() == last.tokens.tolist()
         assert report.used == report.lines == BATCH_ROWS + 3
         assert report.tokens == sum(len(r.tokens) - 1 for r in rows)
@@ -119,7 +119,8 @@ class TestBadRows:
 
     def test_the_limit_is_the_length_itself(self, tokenizer, tmp_path):
         path = write(tmp_path / "t.jsonl", [row()])
-        length = len(render_conversation(tokenizer, row()["messages"], "x").tokens)
+        (rendered,) = render_batch(tokenizer, [("x", row()["messages"])])
+        length = len(rendered.tokens)
         assert len(load(path, tokenizer, max_length=length)[0]) == 1
         with pytest.raises(UserError, match=f"{length} tokens, longer than the limit of {length - 1}"):
             load(path, tokenizer, max_length=length - 1)

@@ -20,7 +20,6 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import tomllib
 import zipfile
@@ -217,5 +216,4 @@ def canonical(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     run_main(main)

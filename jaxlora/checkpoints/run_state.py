@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 from jaxlora import hosts
 from jaxlora.errors import UserError
 from jaxlora.progress import console
-from jaxlora.records import is_disk_full, read_json, write_json_atomic
+from jaxlora.records import is_disk_full, read_json, sha256_of, write_json_atomic
 from jaxlora.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here
@@ -243,9 +243,8 @@ def hashes(folder: Path) -> dict[str, Any]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != HASHES)
     table = {}
     for path in files:
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        table[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+        name = path.relative_to(folder).as_posix()
+        table[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return {"files": table, "sha256": _digest(table)}
 
 
@@ -266,9 +265,8 @@ def damage(folder: Path) -> str | None:
             size = path.stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
-            with path.open("rb") as handle:
-                if hashlib.file_digest(handle, "sha256").hexdigest() != expected["sha256"]:
-                    return f"{name} is not what was written: its SHA-256 differs"
+            if sha256_of(path) != expected["sha256"]:
+                return f"{name} is not what was written: its SHA-256 differs"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None

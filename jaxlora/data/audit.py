@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from jaxlora.data.curation import is_prompt_wrapper, is_suspicious, last_box, normal_answer
-from jaxlora.data.gates import find_pairs, sha256_of
+from jaxlora.data.gates import find_pairs
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
 from jaxlora.data.review import review_page
 from jaxlora.data.rows import BATCH_ROWS, parse_rendered
 from jaxlora.data.sources import count_lines, locate, read_lines
 from jaxlora.errors import UserError
 from jaxlora.progress import progress_bar
-from jaxlora.records import write_json_atomic, write_jsonl_atomic, write_text_atomic
+from jaxlora.records import sha256_of, write_json_atomic, write_jsonl_atomic, write_text_atomic
 
 OUTPUTS = ("quality.json", "tokens.json", "review.jsonl", "review.html")
 BIN_TOKENS = 64

@@ -1,6 +1,6 @@
 """Batches of a run, in an order that is a pure function of the step, built ahead of use by grain.
 
-    feed = train_batches(rows, plan, train, sizes, first_step=1)
+    feed = train_batches(rows, plan, layout, first_step=1)
     for step, batch in feed: ...            # batch: numpy arrays [buffers, batch, length]
 
 Nothing is shuffled: a step's rows follow from its number alone, so a resumed run reads what the undisturbed

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxlora.data import curation
-from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.errors import UserError
 from jaxlora.progress import progress_bar
-from jaxlora.records import read_json, write_json_atomic
+from jaxlora.records import read_json, sha256_of, write_json_atomic
 
 MANIFEST_NAME = "manifest.json"
 FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")
@@ -95,7 +94,7 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
         spool = _Spool(file, plan.sources)
         counts = _accept_rows(plan, revision, spool)
         accepted = {source: len(rows) for source, rows in spool.rows.items()}
-        split = curation.split_rows([(spool.rows[s], spool.keys[s]) for s in plan.sources])
+        split = curation.split_by_problem([(spool.rows[s], spool.keys[s]) for s in plan.sources])
         by_source, files = {}, {}
         for part, rows in (("train", split.train), ("val", split.validation)):
             by_source[part] = _write_part(folder, part, spool, rows)

@@ -3,7 +3,7 @@ r"""The rules of the dataset: which rows are accepted, how they are identified, 
     reject_reason(problem, solution, expected_answer)      # None, or "missing_box", "boxed_mismatch", ...
     row_id("math", problem, expected_answer)               # 20 hex digits
     canonical_problem("What is\u3000２+3?")                # "what is 2+3?"
-    split_rows([("gsm8k", keys), ("math", keys)], seed)    # which row goes where, and in which order
+    split_by_problem([(rows, keys), (more_rows, more_keys)])     # which row goes where, and in which order
 
 Pure functions of text and of lists; reading and writing files is `jaxlora.data.build`.
 """
@@ -179,14 +179,13 @@ class Split(Generic[Row]):
     validation_groups: int
 
 
-def split_rows(
-    visits: Sequence[tuple[Sequence[Row], Sequence[bytes]]], seed: int = SEED, share: float = VALIDATION_SHARE
-) -> Split[Row]:
+def split_by_problem(visits: Sequence[tuple[Sequence[Row], Sequence[bytes]]]) -> Split[Row]:
     """Split rows so that rows with the same problem stay together.
 
     `visits` holds, for each source in visiting order, its rows in stream order and their problem keys. Groups
     are listed as they are first met, shuffled, and fill validation until it holds at least
-    `round(share x rows)` rows; the rest is train. The same generator then shuffles train, then validation.
+    `round(VALIDATION_SHARE x rows)` rows; the rest is train. The same generator then shuffles train, then
+    validation.
     """
     places: dict[bytes, int] = {}
     groups: list[list[Row]] = []
@@ -200,9 +199,9 @@ def split_rows(
             else:
                 groups[place].append(row)
     places.clear()
-    generator = random.Random(seed)
+    generator = random.Random(SEED)
     generator.shuffle(groups)
-    wanted = round(share * total)
+    wanted = round(VALIDATION_SHARE * total)
     train: list[Row] = []
     validation: list[Row] = []
     validation_groups = 0

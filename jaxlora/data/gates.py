@@ -3,9 +3,10 @@
     report = check([FilePair(train, validation)], Benchmark("openai/gsm8k", questions))
     status = require_gates(train_path, validation_path, None, allow_ungated=False)
 
-`check` writes what it compared, by which rule, with which result and the SHA-256 of every input to
-`contamination.json`. `require_gates` refuses data whose report is missing, stale (a file changed since) or
-failed. All comparisons are between canonical problems: NFKC, lower case, white space collapsed.
+`check` returns what it compared, by which rule, with which result, and the SHA-256 of every input; kept as
+`contamination.json`, it is the report that `require_gates` asks for: data whose report is missing, stale (a
+file changed since) or failed is refused. All comparisons are between canonical problems: NFKC, lower case,
+white space collapsed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, 
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
 from jaxlora.progress import console, progress_bar
-from jaxlora.records import read_object
+from jaxlora.records import read_object, sha256_of
 
 REPORT_NAME = "contamination.json"
 RULES = {
@@ -98,12 +99,6 @@ def find_pairs(folder: Path) -> list[FilePair]:
     if not pairs:
         raise UserError(f"{folder}: holds no train.jsonl and val.jsonl, nor raw/ or rendered/ with them")
     return pairs
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_problem(line: bytes) -> tuple[str, str, str]:

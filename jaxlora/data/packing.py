@@ -45,7 +45,7 @@ def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[in
     return tuple(reversed(sizes))
 
 
-def split_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def cut_into_buffers(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Row indices in order, cut into buffers of at most `max_tokens` (a longer row gets its own)."""
     buffers: list[list[int]] = [[]]
     used = 0
@@ -60,7 +60,7 @@ def split_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 def largest_buffer(lengths: Sequence[int], max_tokens: int) -> int:
     """Tokens of the fullest buffer of these rows: what the step's buffers must hold."""
-    return max(sum(lengths[i] for i in part) for part in split_rows(lengths, max_tokens))
+    return max(sum(lengths[i] for i in part) for part in cut_into_buffers(lengths, max_tokens))
 
 
 def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int) -> Batch:
@@ -68,7 +68,7 @@ def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int) -> 
     each `[buffers, 1, length]` with the smallest of the lengths that holds the fullest buffer.
     """
     lengths = [row.n_tokens for row in rows]
-    parts = split_rows(lengths, max_tokens)
+    parts = cut_into_buffers(lengths, max_tokens)
     length = _smallest(sizes, largest_buffer(lengths, max_tokens))
     batch = _empty(len(parts), 1, length)
     for i, part in enumerate(parts):

@@ -1,8 +1,8 @@
 """The one renderer: from messages to token ids and loss weights.
 
     tokenizer = load_tokenizer("Qwen/Qwen3-8B")
-    row = render_conversation(tokenizer, messages, row_id="a1")     # training
-    prompt = render_prompt(tokenizer, "What is 2 + 3?")              # evaluation
+    (row,) = render_batch(tokenizer, [("a1", messages)])            # training: a RenderedRow or a UserError
+    (prompt,) = render_prompts(tokenizer, ["What is 2 + 3?"])       # evaluation
 
 Training and evaluation both come through here, so they cannot disagree about the template. The text is what
 the tokenizer's own chat template writes with thinking off, and it is tokenised in one go.
@@ -214,34 +214,14 @@ def _row(row_id: str, prefix: list[int], full: list[int]) -> RenderedRow:
     return RenderedRow(row_id, tokens, weights)
 
 
-def render_conversation(tokenizer: Tokenizer, messages: list[Message], row_id: str) -> RenderedRow:
-    """One conversation as tokens and loss weights.
+def prompt_messages(question: str) -> list[Message]:
+    """System and user turn of a question."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
 
-    Raises:
-      UserError: it has no usable answer, or its render does not begin with the prefix, token for token.
+
+def render_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[int]]:
+    """Token ids of the prompts that ask these questions: the prefixes that training rows of them would have.
+
+    They are tokenised together.
     """
-    (result,) = render_batch(tokenizer, [(row_id, messages)])
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
-def prompt_messages(question: str, system_prompt: str | None = SYSTEM_PROMPT) -> list[Message]:
-    """System and user turn of a question; no system turn where `system_prompt` is None."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": question}]
-
-
-def render_prompt(
-    tokenizer: Tokenizer, question: str, system_prompt: str | None = SYSTEM_PROMPT
-) -> list[int]:
-    """Token ids of the prompt that asks `question`: the prefix that a training row with it would have."""
-    return render_prompts(tokenizer, [question], system_prompt)[0]
-
-
-def render_prompts(
-    tokenizer: Tokenizer, questions: Sequence[str], system_prompt: str | None = SYSTEM_PROMPT
-) -> list[list[int]]:
-    """`render_prompt` of many questions, tokenised together."""
-    texts = [chat_text(tokenizer, prompt_messages(question, system_prompt), True) for question in questions]
-    return encode_texts(tokenizer, texts)
+    return encode_texts(tokenizer, [chat_text(tokenizer, prompt_messages(q), True) for q in questions])

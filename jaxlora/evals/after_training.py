@@ -7,11 +7,10 @@ import jax
 from jaxlora import hosts
 from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.checkpoints.peft import WEIGHTS
-from jaxlora.data.gates import sha256_of
 from jaxlora.evals.gsm8k import load_problems
 from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, show, why_redo
 from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.records import read_json
+from jaxlora.records import read_json, sha256_of
 from jaxlora.train.job import Job
 from jaxlora.train.loop import TrainResult
 

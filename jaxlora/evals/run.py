@@ -1,6 +1,6 @@
 """Evaluate a base or an adapter on GSM8K: prompts, greedy decoding, both scores, records on disk.
 
-summary = evaluate(config, subject, frozen, spec, lora, tokenizer, out_dir)
+summary = evaluate(config, subject, spec, lora, frozen, tokenizer, out_dir)
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from rich.table import Table
 
 from jaxlora import hosts
 from jaxlora.config import RunConfig
-from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
 from jaxlora.decode_weights import decode_weights
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
 from jaxlora.generate import generate
-from jaxlora.models.attention import pick_backend
+from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console, progress_bar
-from jaxlora.records import metric_record, read_json, summary_record, write_json_atomic, write_jsonl_atomic
+from jaxlora.records import (
+    metric_record,
+    read_json,
+    sha256_of,
+    summary_record,
+    write_json_atomic,
+    write_jsonl_atomic,
+)
 from jaxlora.train.hparams import write_outcome
 
 
@@ -92,9 +98,8 @@ def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def decode_backend(dtype: str) -> str:
-    """Attention of the decoder: cuDNN on one GPU in bfloat16, else XLA."""
-    backend = pick_backend("auto", jax.default_backend(), dtype, jax.device_count())
-    return backend if backend == "cudnn" else "xla"
+    """Attention of the decoder on this machine's devices."""
+    return pick_decode_backend(jax.default_backend(), dtype, jax.device_count())
 
 
 def evaluate(

@@ -23,13 +23,13 @@ from jaxlora.checkpoints.huggingface import fingerprint, load_base, random_base
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
 from jaxlora.checkpoints.remote import weight_files
 from jaxlora.config import RunConfig, from_dict
-from jaxlora.data.gates import sha256_of
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX, announce
 from jaxlora.errors import UserError
 from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console
+from jaxlora.records import sha256_of
 from jaxlora.run_files import read_manifest
 from jaxlora.sharding import make_mesh, place_lora
 from jaxlora.train.job import load_job_tokenizer, locate_model
@@ -64,7 +64,7 @@ def run_config(config: RunConfig, run: Path) -> RunConfig:
     if manifest.get("config") is None:
         raise UserError(f"{run / 'manifest.json'}: has no config; this is not a run directory")
     own = from_dict(manifest["config"])
-    here = {name: getattr(config.model, name) for name in ("path", "tokenizer", "attention")}
+    here = {name: getattr(config.model, name) for name in ("path", "tokenizer")}
     return replace(
         own, model=replace(own.model, **here), eval=config.eval, mesh=config.mesh, data=config.data
     )
@@ -176,6 +176,7 @@ def describe(target: Target) -> list[str]:
     tokenizer = load_job_tokenizer(config, target.model_dir, target.spec.config)
     problems, prompts = load_prompts(config, tokenizer)
     (stop,) = end_of_turn(tokenizer)
+    mesh = make_mesh(config.mesh)
     adapter = "none: the untouched base"
     if lora is not None:
         adapter = f"{lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {subject.seed}"
@@ -185,6 +186,7 @@ def describe(target: Target) -> list[str]:
         f"subject   {subject.run_id}",
         f"adapter   {adapter}",
         f"base      {config.model.path}, {config.model.dtype}",
+        f"mesh      {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         f"benchmark {config.eval.benchmark}, {len(problems):,} problems",
         f"prompts   {sum(map(len, prompts)):,} tokens in all, longest {max(map(len, prompts))}",
         f"limits    greedy, at most {config.eval.max_new_tokens} new tokens, stop at token {stop}"

@@ -5,7 +5,7 @@ maps to the mesh, and the LoRA group it belongs to. Loading, sharding, adapter p
 and parameter counts all read this table.
 
     for weight in parameter_table(config):
-        print(weight.path, weight.hf_key, weight.shape)   # layers.norm model.layers.{layer}... (D,)
+        print(weight.path, weight.hf_key, weight.shape)   # such as: norm model.norm.weight (4096,)
 """
 
 from __future__ import annotations

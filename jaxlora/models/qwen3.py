@@ -5,7 +5,7 @@ after construction the model is split once into the trainable adapter and the fr
 on everything is a plain pytree:
 
     spec = ModelSpec(model_config, lora_config)
-    lora, frozen = init_lora(spec, seed=0), load_base("path/to/Qwen3-8B", spec)
+    lora, frozen = init_lora(spec, seed=0), load_base("path/to/Qwen3-8B", spec, mesh)
     hidden, _ = spec.bind(lora, frozen)(tokens, positions, attend)
 """
 

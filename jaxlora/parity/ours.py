@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxlora.checkpoints.huggingface import load_base
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import Condition, LoraConfig, MeshConfig, OptimConfig
-from jaxlora.data.packing import Batch, largest_buffer, pack, split_rows
+from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack
 from jaxlora.data.render import RenderedRow
 from jaxlora.decode_weights import decode_weights
 from jaxlora.devices import scan_layers
@@ -92,7 +92,7 @@ class OurTrainer:
         logprob_step, eval_step = _forward_programs(self.spec, self.backend.compute)
         frozen, logprobs, total = self.backend.frozen, [], 0.0
         with jax.set_mesh(self.backend.mesh):
-            for part in split_rows([row.n_tokens for row in rows], BUFFER):  # one buffer at a time
+            for part in cut_into_buffers([row.n_tokens for row in rows], BUFFER):  # one buffer at a time
                 chosen = [rows[i] for i in part]
                 batch = place_batch(self.backend.mesh, self._batch(chosen))
                 values = np.asarray(logprob_step(self.lora, frozen, batch))[0, 0]

@@ -9,7 +9,6 @@ The adapters before and after lie beside the file, in `<stem>-adapters/<case>/`,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.errors import UserError
 from jaxlora.parity.backend import AdamStep, Backend, Pass, Reduction, Trainer
 from jaxlora.progress import progress_bar
-from jaxlora.records import read_json, write_json_atomic, write_text_atomic
+from jaxlora.records import read_json, sha256_of, write_json_atomic, write_text_atomic
 from jaxlora.train.schedule import learning_rate, plan_run
 
 FORMAT = 1
@@ -96,7 +95,7 @@ class Recording:
         folder = self.folder / case.name / which
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder / WEIGHTS}: missing; it belongs to the recording, keep them together")
-        if _sha256(folder / WEIGHTS) != case.adapters[which]:
+        if sha256_of(folder / WEIGHTS) != case.adapters[which]:
             raise UserError(f"{folder / WEIGHTS}: is not the file that was recorded (SHA-256 differs)")
         return folder
 
@@ -190,7 +189,7 @@ def record(
             advance(1)
             answers = trainer.sample(end, prompts_of(used, settings), settings.max_new_tokens, stop_token)
             advance(1)
-            hashes = {which: _sha256(folder / name / which / WEIGHTS) for which in get_args(Which)}
+            hashes = {which: sha256_of(folder / name / which / WEIGHTS) for which in get_args(Which)}
             cases.append(Case(name, condition, lengths, used, before, steps, after, answers, hashes))
     recording = Recording(base, backend.describe(), settings, stop_token, cases, folder)
     for settings_file in folder.glob(f"*/*/{SETTINGS}"):
@@ -331,7 +330,3 @@ def _to_json(recording: Recording) -> str:
 def _forget_path(settings_file: Path, base: str) -> None:
     """A local service writes the path of its base into the adapter's settings; keep the name instead."""
     write_json_atomic(settings_file, read_json(settings_file) | {"base_model_name_or_path": base})
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -55,9 +55,7 @@ class Evaluation:
         return int(self.outcomes(score).sum())
 
 
-def compare(
-    evaluations: Sequence[Evaluation], threshold: float = WINNER_THRESHOLD, resamples: int = RESAMPLES
-) -> dict[str, Any]:
+def compare(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> dict[str, Any]:
     """All tables of the comparison as plain values.
 
     At most one evaluation may be the baseline. What needs an absent baseline or an unpaired seed is null or
@@ -69,13 +67,13 @@ def compare(
     groups = _by_condition(evaluations)
     return {
         "problems": len(evaluations[0].records),
-        "threshold": threshold,
+        "threshold": WINNER_THRESHOLD,
         "confidence": CONFIDENCE,
         "bootstrap_resamples": resamples,
         "baseline": None if baseline is None else _run_row(baseline, None),
         "runs": [_run_row(run, baseline) for group in groups.values() for run in group],
         "conditions": [_condition_row(name, runs, baseline, resamples) for name, runs in groups.items()],
-        "pairs": [_pair_row(groups, first, second, threshold, resamples) for first, second in _pairs(groups)],
+        "pairs": [_pair_row(groups, first, second, resamples) for first, second in _pairs(groups)],
     }
 
 
@@ -189,9 +187,7 @@ def _format_share(runs: list[Evaluation], baseline: Evaluation | None) -> float 
 # --- Two conditions -----------------------------------------------------------------------------------------
 
 
-def _pair_row(
-    groups: dict[str, list[Evaluation]], first: str, second: str, threshold: float, resamples: int
-) -> dict[str, Any]:
+def _pair_row(groups: dict[str, list[Evaluation]], first: str, second: str, resamples: int) -> dict[str, Any]:
     left = {run.seed: run for run in groups[first]}
     right = {run.seed: run for run in groups[second]}
     seeds = [seed for seed in left if seed in right]
@@ -206,7 +202,7 @@ def _pair_row(
         outcomes = [(left[seed].outcomes(score), right[seed].outcomes(score)) for seed in seeds]
         row[score] = {
             "gap": float(gap),
-            "verdict": verdict(gap, first, second, threshold),
+            "verdict": verdict(gap, first, second),
             "by_seed": [
                 {"seed": seed} | _paired_row(*pair, resamples)
                 for seed, pair in zip(seeds, outcomes, strict=True)
@@ -216,9 +212,9 @@ def _pair_row(
     return row
 
 
-def verdict(gap: Fraction, first: str, second: str, threshold: float = WINNER_THRESHOLD) -> str:
-    """The better condition, or "inconclusive" where the difference of means is below the threshold."""
-    if abs(gap) < Fraction(str(threshold)):
+def verdict(gap: Fraction, first: str, second: str) -> str:
+    """The better condition, or "inconclusive" where the difference of means is below WINNER_THRESHOLD."""
+    if abs(gap) < Fraction(str(WINNER_THRESHOLD)):
         return "inconclusive"
     return first if gap > 0 else second
 

@@ -69,8 +69,8 @@ def _mixed(color: str, white: float) -> str:
     return to_hex(tuple(part + (1 - part) * white for part in to_rgb(color)))  # type: ignore[arg-type]
 
 
-def _canvas(table: Table, height: float, width: float = 7.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _canvas(table: Table, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.0, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(table.title)
     return figure, axes
@@ -90,7 +90,7 @@ def _label_height(axes: Axes, text: str) -> None:
 
 
 def _table_looks(table: Table) -> dict[str, dict[str, Any]]:
-    return looks(row["condition"] for row in table.rows if row.get("condition"))
+    return looks(row["setting"] for row in table.rows)
 
 
 def _groups(table: Table, *names: str) -> dict[tuple[Any, ...], list[Record]]:
@@ -127,7 +127,7 @@ def draw_table(table: Table) -> Figure:
 
 def draw_accuracy(table: Table, threshold: float) -> Figure:
     """A dot for every seed and score, a line from the least to the greatest, a tick at the mean."""
-    conditions = _table_looks(table)
+    conditions = looks(row["condition"] for row in table.rows if row["condition"])
     figure, axes = _canvas(table, 1.9 + (0.85 if len(conditions) <= FEW else 0.42) * len(conditions))
     scores = (("accuracy", "strict score", -0.16, True), ("accuracy_numeric", "numeric score", 0.16, False))
     values = [row[name] for row in table.rows for name, *_ in scores]
@@ -216,11 +216,11 @@ def draw_validation(table: Table) -> Figure:
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.9)
     shown = set()
-    for (_, condition), rows in _groups(table, "run_id", "condition").items():
-        label = None if condition in shown else condition
-        shown.add(condition)
+    for (_, setting), rows in _groups(table, "run_id", "setting").items():
+        label = None if setting in shown else setting
+        shown.add(setting)
         steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
-        axes.plot(steps, values, **look[condition], linewidth=1.3, markersize=4, label=label)
+        axes.plot(steps, values, **look[setting], linewidth=1.3, markersize=4, label=label)
         for row in rows:
             if row["selected"]:
                 _ring(axes, row["step"], row["validation_nll"])
@@ -239,20 +239,20 @@ def draw_learning_rates(table: Table) -> Figure:
     """Lowest validation NLL against the learning rate; the selected rates are ringed, failed runs crossed."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.6)
-    for (condition,), rows in _groups(table, "condition").items():
+    for (setting,), rows in _groups(table, "setting").items():
         finished = [row for row in rows if row["validation_nll"] is not None]
         rates, values = (
             [row["learning_rate"] for row in finished],
             [row["validation_nll"] for row in finished],
         )
-        axes.plot(rates, values, **look[condition], linewidth=1.3, markersize=6, label=condition)
+        axes.plot(rates, values, **look[setting], linewidth=1.3, markersize=6, label=setting)
         for row in finished:
             if row["selected"]:
                 _ring(axes, row["learning_rate"], row["validation_nll"])
         for row in rows:
             if row["validation_nll"] is None:
                 mark = axes.get_xaxis_transform()
-                axes.plot(row["learning_rate"], 0.97, "x", color=look[condition]["color"], transform=mark)
+                axes.plot(row["learning_rate"], 0.97, "x", color=look[setting]["color"], transform=mark)
     _ring(axes, [], [], "selected rate")
     if any(row["validation_nll"] is None for row in table.rows):
         axes.plot([], [], "x", color=_INK, label="failed or unfinished (no value)", linestyle="")
@@ -270,10 +270,10 @@ def draw_rate_minimum(table: Table) -> Figure:
     """The lower envelope over learning rates by step; few lines have the rate beside each point."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.6)
-    groups = _groups(table, "condition")
-    for (condition,), rows in groups.items():
+    groups = _groups(table, "setting")
+    for (setting,), rows in groups.items():
         steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
-        axes.plot(steps, values, **look[condition], linewidth=1.3, markersize=5, label=condition)
+        axes.plot(steps, values, **look[setting], linewidth=1.3, markersize=5, label=setting)
         for row in rows if len(groups) <= FEW else ():
             place = (row["step"], row["validation_nll"])
             axes.annotate(tables.rate(row["learning_rate"]), place, (0, 10), **_BESIDE, ha="center")
@@ -289,10 +289,10 @@ def draw_throughput(table: Table) -> Figure:
     look = _table_looks(table)
     figure, axes = _canvas(table, 1.3 + 0.34 * len(table.rows))
     for y, row in enumerate(table.rows):
-        axes.barh(y, row["median"], color=look[row["condition"]]["color"], height=0.6)
+        axes.barh(y, row["median"], color=look[row["setting"]]["color"], height=0.6)
         axes.plot([row["slow"], row["fast"]], [y, y], color=_INK, linewidth=1.4, marker="|", markersize=7)
         axes.annotate(f"{row['median']:,.0f}", (max(row["fast"], row["median"]), y), (6, 0), **_BESIDE)
-    axes.set_yticks(range(len(table.rows)), [f"{row['condition']}, seed {row['seed']}" for row in table.rows])
+    axes.set_yticks(range(len(table.rows)), [f"{row['setting']}, seed {row['seed']}" for row in table.rows])
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.15 * max(row["fast"] for row in table.rows))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -1,6 +1,7 @@
 """Write the study's figures: each a PNG, a PDF, a CSV with its data, and a provenance JSON.
 
-    draw_figures(study, comparison, Path("results/report/figures"))
+    figures, left_out = plan_figures(study, comparison)
+    draw_figures(figures, Path("results/report/figures"), study.directory)
 
 Every figure draws one `Table` and nothing else. Files hold no dates: the same inputs give the same bytes.
 """

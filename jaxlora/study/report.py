@@ -1,11 +1,12 @@
 """The report: one HTML file that works offline, and the same in Markdown.
 
-    make_report(Path("results"), prefix="qwen3-8b", folder=Path("results/report"))
+    study = load_study(Path("results"), prefix="qwen3-8b")
+    comparison = write_comparison(study, folder)               # `folder / "comparison.json"`
+    files = render_report(study, comparison, folder)           # {"report.md": ..., "report.html": ...}
 
-writes `report.html`, `report.md`, `comparison.json` and `figures/`. The HTML file loads nothing: styles,
-script, figures and predictions are inside it. Whatever a model or a data set wrote is shown as text: Jinja
-escapes it, the predictions browser sets `textContent`, and a content security policy allows no script but
-the report's own.
+The HTML file loads nothing: styles, script, figures and predictions are inside it. Whatever a model or a data
+set wrote is shown as text: Jinja escapes it, the predictions browser sets `textContent`, and a content
+security policy allows no script but the report's own.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import jinja2
 from markupsafe import Markup
 
 from jaxlora import __version__
-from jaxlora.data.gates import sha256_of
 from jaxlora.evals.answers import strict_match
-from jaxlora.records import write_json_atomic, write_text_atomic
+from jaxlora.records import sha256_of, write_json_atomic
 from jaxlora.study import findings
-from jaxlora.study.comparison import WINNER_THRESHOLD, compare
-from jaxlora.study.figures import draw_figures, plan_figures
-from jaxlora.study.results import Study, load_study
+from jaxlora.study.comparison import compare
+from jaxlora.study.figures import plan_figures
+from jaxlora.study.results import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
 _AS_TABLE = ("primary_comparison", "accounting")  # shown as a table; their pictures are for slides
@@ -48,37 +48,20 @@ _ARTIFACTS = (
 )
 
 
-def make_report(results: Path, prefix: str, folder: Path, threshold: float = WINNER_THRESHOLD) -> Path:
-    """Compare, draw and write the report of a study; returns the path of `report.html`.
-
-    Raises `UserError` where the results are broken or cannot be compared; what is only absent is reported.
-    """
-    study = load_study(results, prefix)
-    comparison = write_comparison(study, folder, threshold)
-    figures, _ = plan_figures(study, comparison)
-    draw_figures(figures, folder / "figures", study.directory)
-    for name, text in render_report(study, comparison, folder).items():
-        write_text_atomic(folder / name, text)
-    return folder / "report.html"
-
-
-def write_comparison(
-    study: Study, folder: Path, threshold: float = WINNER_THRESHOLD
-) -> dict[str, Any] | None:
+def write_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
     """Compare, and write `comparison.json`; without any evaluation there is none, and none stays behind."""
     if not study.evaluations:
         (folder / "comparison.json").unlink(missing_ok=True)
         return None
-    comparison = compare(study.evaluations, threshold) | {"made_from": comparison_inputs(study, threshold)}
+    comparison = compare(study.evaluations) | {"made_from": comparison_inputs(study)}
     write_json_atomic(folder / "comparison.json", comparison)
     return comparison
 
 
-def comparison_inputs(study: Study, threshold: float = WINNER_THRESHOLD) -> dict[str, Any]:
-    """What a comparison follows from: the threshold, the code, and every model's predictions by SHA-256."""
+def comparison_inputs(study: Study) -> dict[str, Any]:
+    """What a comparison follows from: the code, threshold included, and all predictions, by SHA-256."""
     code = Path(inspect.getfile(compare)).read_bytes() + Path(inspect.getfile(strict_match)).read_bytes()
     return {
-        "threshold": threshold,
         "code_sha256": hashlib.sha256(code).hexdigest(),
         "predictions_sha256": {
             run.run_id: sha256_of(study.directory / run.run_id / "evaluation" / "predictions.jsonl")

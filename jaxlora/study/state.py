@@ -14,11 +14,10 @@ from typing import Any, Literal
 from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.config import RunConfig, to_dict
-from jaxlora.data.gates import sha256_of
 from jaxlora.data.sources import locate
 from jaxlora.errors import UserError
 from jaxlora.models.parameters import count_parameters
-from jaxlora.records import read_json, read_jsonl
+from jaxlora.records import read_json, read_jsonl, sha256_of
 from jaxlora.train.artifacts import is_finished
 from jaxlora.train.job import locate_model
 from jaxlora.train.manifest import differences, identity

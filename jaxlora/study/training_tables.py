@@ -68,7 +68,7 @@ def validation(study: Study) -> Table | str:
     """Validation NLL of every run at every validated step."""
     columns = (
         Column("run_id", "Run"),
-        Column("condition", "Condition"),
+        Column("setting", "Setting"),
         Column("seed", "Seed"),
         Column("step", "Step", whole),
         Column("validation_nll", "Validation NLL", nll),
@@ -77,7 +77,7 @@ def validation(study: Study) -> Table | str:
     rows = tuple(
         {
             "run_id": run.run_id,
-            "condition": run.setting,
+            "setting": run.setting,
             "seed": run.seed,
             "step": step,
             "validation_nll": value,
@@ -101,7 +101,7 @@ def learning_rates(study: Study) -> Table | str:
     if not by_setting:
         return "There are no runs that compare learning rates."
     columns = (
-        Column("condition", "Condition"),
+        Column("setting", "Setting"),
         Column("learning_rate", "Learning rate", rate),
         Column("validation_nll", "Lowest validation NLL", nll),
         Column("status", "Status"),
@@ -113,7 +113,7 @@ def learning_rates(study: Study) -> Table | str:
         chosen = select_learning_rate(lowest) if any(map(_finite, lowest.values())) else None
         rows += [
             {
-                "condition": setting,
+                "setting": setting,
                 "learning_rate": value,
                 "validation_nll": lowest[value] if _finite(lowest[value]) else None,
                 "status": next((run.status for run in runs if run.status != "completed"), "completed"),
@@ -135,7 +135,7 @@ def rate_minimum(study: Study) -> Table | str:
     Where a rate has several seeds, their mean stands for it, at the steps that all of them reached.
     """
     columns = (
-        Column("condition", "Condition"),
+        Column("setting", "Setting"),
         Column("step", "Step", whole),
         Column("validation_nll", "Lowest validation NLL", nll),
         Column("learning_rate", "at learning rate", rate),
@@ -150,7 +150,7 @@ def rate_minimum(study: Study) -> Table | str:
                 by_step.setdefault(step, []).append((fmean(c[step] for c in curves), learning_rate))
         for step, values in sorted(by_step.items()):
             lowest, learning_rate = min(values)
-            row = {"condition": setting, "step": step}
+            row = {"setting": setting, "step": step}
             rows.append(row | {"validation_nll": lowest, "learning_rate": learning_rate})
     if not rows:
         return "No run that compares learning rates has a recorded validation."
@@ -172,7 +172,7 @@ def throughput(study: Study) -> Table | str:
     """Training time and speed of every run: the one table that differs when a study is repeated."""
     columns = (
         Column("run_id", "Run"),
-        Column("condition", "Condition"),
+        Column("setting", "Setting"),
         Column("seed", "Seed"),
         Column("steps", "Steps measured", whole),
         Column("hours", "Hours of steps", "{:.2f}".format),
@@ -197,7 +197,7 @@ def throughput(study: Study) -> Table | str:
             rows.append(
                 {
                     "run_id": run.run_id,
-                    "condition": run.setting,
+                    "setting": run.setting,
                     "seed": run.seed,
                     "steps": len(speeds),
                     "hours": sum(seconds) / 3600 if seconds else None,

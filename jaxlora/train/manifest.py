@@ -26,6 +26,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.data.sources import locate
 from jaxlora.lora import count_trainable
 from jaxlora.models.parameters import count_matrix_parameters, count_parameters
+from jaxlora.records import sha256_of
 from jaxlora.redact import without_secrets
 from jaxlora.train.job import Job, token_count
 
@@ -33,6 +34,7 @@ from jaxlora.train.job import Job, token_count
 _FREE = {
     "results_dir",
     "overwrite",
+    "price",
     "eval",
     "selection",  # what a study makes of the configuration; its runs hold their own values
     "sweep",
@@ -109,7 +111,7 @@ def make_manifest(job: Job) -> dict[str, Any]:
         "dataset": {
             name: {
                 "path": path,
-                "sha256": hashlib.sha256(locate(path).read_bytes()).hexdigest(),
+                "sha256": sha256_of(locate(path)),
                 "tokens_sha256": _tokens_hash(rows),
                 "rows": len(rows),
                 "tokens": token_count(rows),

@@ -28,10 +28,6 @@ class RunPlan:
         start = (step - 1) % self.steps_per_epoch * self.batch_rows
         return range(start, min(start + self.batch_rows, self.n_rows))
 
-    def epoch_of_step(self, step: int) -> int:
-        """Epoch of a step, counted from 1."""
-        return (step - 1) // self.steps_per_epoch + 1
-
 
 def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int) -> RunPlan:
     """The steps of a run over `n_rows` training rows.
