@@ -9,15 +9,16 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-from study_fixtures import FORMAT, HOSTILE, NO_BOX, RIGHT, WRONG, build_study, evaluation
+from study_fixtures import FORMAT, HOSTILE, NO_BOX, RIGHT, WRONG, build_study, evaluation, make_report
 
 from jaxlora.records import read_json, read_jsonl, write_json_atomic
 from jaxlora.study import findings
 from jaxlora.study.comparison import compare
-from jaxlora.study.report import escape_markdown, make_report, script_json
+from jaxlora.study.report import escape_markdown, script_json
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def root(tmp_path):
 
 
 def report(root):
-    path = make_report(root, "test", root / "report")
+    path = make_report(root)
     return path.read_text(encoding="utf-8"), path.with_suffix(".md").read_text(encoding="utf-8")
 
 
@@ -116,12 +117,31 @@ def test_the_share_of_a_gain_that_is_format_is_said(base, adapter, sentence):
     assert ("format" in text) == ("format" in sentence or "25 %" in sentence)
 
 
+def test_the_cost_is_hours_times_devices_times_price():
+    """Two runs of 1.5 and 2.5 hours and an evaluation of half an hour, on 8 chips at 1.20 dollars."""
+    manifest = {"config": {"price": 1.2}, "device": {"count": 8}}
+
+    def cost(*manifests, seconds=1800):
+        study = SimpleNamespace(
+            runs=[SimpleNamespace(manifest=manifest) for manifest in manifests],
+            evaluation_summaries={"a": {"seconds": seconds}},
+        )
+        return dict(findings.measured(study, [{"hours": 1.5}, {"hours": 2.5}]))[
+            "cost of these hours, dollars"
+        ]
+
+    assert cost(manifest, manifest) == f"{4.5 * 8 * 1.2:.2f}"
+    assert cost(manifest, manifest, seconds=None) == "not recorded for every run"
+    for other in ({}, {"config": {"price": 2.0}, "device": {"count": 8}}):
+        assert cost(manifest, other) == "no price was given (--config.price)"
+
+
 def test_it_tells_how_it_was_run_and_what_it_cannot_say(root):
     html, markdown = report(root)
     for text in (html, markdown):
         for fact in ("code.git_sha", "0123abcd", "packages.jax", "0.10.2", "dataset.train.sha256", "ab" * 32):
             assert fact in text
-        assert "not recorded for every run" in text  # the cost
+        assert "not recorded for every run" in text  # the hours of decoding
         assert "attention_only 16, all_layer 32" in text
         assert "A condition has at most 2 seeds" in text
         assert "1e-4, 3e-4, 1e-3 on runs of 50 steps" in text
@@ -292,7 +312,7 @@ def test_the_browser_for_predictions_filters_and_shows_markup_as_text(root, tmp_
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium or Chrome is installed")
-    path = make_report(root, "test", root / "report")
+    path = make_report(root)
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     page = subprocess.run(

@@ -172,12 +172,28 @@ def measured(study: Study, throughput_rows: Sequence[Record]) -> list[tuple[str,
     """Times and cost of the whole study: what differs when it is repeated."""
     hours = [row["hours"] for row in throughput_rows]
     hours += [None] * (len(study.runs) - len(hours))
-    evaluations = [summary.get("seconds") for summary in study.evaluation_summaries.values()]
+    decoding = [
+        seconds and seconds / 3600
+        for seconds in (summary.get("seconds") for summary in study.evaluation_summaries.values())
+    ]
+    rates = {_dollars_an_hour(run.manifest) for run in study.runs}
+    rate = rates.pop() if len(rates) == 1 else None
+    cost = "no price was given (--config.price)"
+    if rate is not None:
+        cost = _added([*hours, *decoding], lambda total: f"{rate * total:,.2f}")
     return [
         ("hours of training steps, all runs", _added(hours, "{:.2f}".format)),
-        ("hours of decoding, all evaluations", _added(evaluations, lambda total: f"{total / 3600:.2f}")),
-        ("cost, all runs", _added([run.summary.get("cost") for run in study.runs], "{:.2f}".format)),
+        ("hours of decoding, all evaluations", _added(decoding, "{:.2f}".format)),
+        ("cost of these hours, dollars", cost),
     ]
+
+
+def _dollars_an_hour(manifest: Record) -> float | None:
+    """Of all devices of a run; None where its configuration gives no price."""
+    price = (manifest.get("config") or {}).get("price")
+    device = manifest.get("device")  # a text, where another program wrote it
+    count = device.get("count") if isinstance(device, dict) else None
+    return None if price is None or count is None else price * count
 
 
 def _added(values: Sequence[Any], show: Callable[[Any], str]) -> str:
