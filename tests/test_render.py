@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -210,3 +211,17 @@ class TestTokenizerLoading:
         bare.save_pretrained(tmp_path)
         with pytest.raises(UserError, match="no chat template"):
             load_tokenizer(tmp_path)
+
+
+def test_the_time_limit_leaves_the_signals_of_others_alone(tokenizer):
+    """The TPU runtime sends SIGPROF to its process a hundred times a second, and has its own handler."""
+    ticks = []
+    before = signal.signal(signal.SIGPROF, lambda *_: ticks.append(1))
+    signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
+    try:
+        while len(ticks) < 5:
+            render_prompts(tokenizer, ["What is 2 + 3?"])
+        assert signal.getitimer(signal.ITIMER_PROF)[1] == pytest.approx(0.001, abs=0.01)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
