@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -40,6 +39,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Condition = Literal["attention_only", "mlp_only", "all_layer"]
 Remat = bool | Literal["elementwise"]
+_NOT_EMPTY = Field(min_length=1)
 
 
 def _doc(text: str, default: Any) -> Any:
@@ -166,13 +166,15 @@ class SelectionConfig:
 class SweepConfig:
     """The runs of a study: every combination of these (`launch/study.py`)."""
 
-    conditions: tuple[Condition, ...] = _doc("adapter placements", ("attention_only", "all_layer"))
-    seeds: tuple[Count, ...] = _doc("seeds of every combination", (0, 1, 2))
-    ranks: tuple[Positive, ...] = _doc("ranks to compare; none: lora.rank", ())
+    conditions: Annotated[tuple[Condition, ...], _NOT_EMPTY] = _doc(
+        "adapter placements", ("attention_only", "all_layer")
+    )
+    seeds: Annotated[tuple[Count, ...], _NOT_EMPTY] = _doc("seeds of every combination", (0, 1, 2))
+    ranks: tuple[Rank, ...] = _doc("ranks to compare; none: lora.rank", ())
     learning_rates: tuple[Rate, ...] = _doc("rates to compare; none: the one that the trials choose", ())
     batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
     fused: Positive | None = _doc(
-        "runs trained at once in one program; none: on TPUs as memory allows, else one", None
+        "runs trained at once in one program; none: on TPUs as many as should be fastest, else one", None
     )
 
 
@@ -182,9 +184,10 @@ class RunConfig:
 
     prefix: str = _doc("run ids are <prefix>-<condition>-seed-<seed>", "qwen3-8b")
     name: str | None = _doc("the run id itself; none: <prefix>-<condition>-seed-<seed>", None)
-    seed: Count = _doc("changes the adapter's initialisation and nothing else", 0)
+    seed: Count = _doc("of the adapter's initialisation and, with model.random_weights, of the base", 0)
     results_dir: str = _doc("where run directories are made", "results")
     overwrite: bool = _doc("delete an existing run directory of this id first", False)
+    price: Rate | None = _doc("dollars of one chip for one hour, for the report's cost", None)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -202,6 +205,28 @@ class RunConfig:
     @property
     def run_dir(self) -> Path:
         return Path(self.results_dir) / self.run_id
+
+
+def check_study(config: RunConfig) -> None:
+    """Refuse what a study would ignore, because its sweep decides it, or what its runs cannot share.
+
+    Raises:
+      UserError: names the field, and the one that a study takes.
+    """
+    if config.name is not None:
+        raise UserError("config.name: a study names its runs itself; give --config.prefix")
+    if config.model.random_weights:
+        raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
+    own, plain, sweep = config.lora.condition, RunConfig(), config.sweep
+    for one, many, given, default, swept in (
+        ("seed", "sweep.seeds", config.seed, plain.seed, sweep.seeds),
+        ("lora.condition", "sweep.conditions", own, plain.lora.condition, sweep.conditions),
+    ):
+        if given != default and swept != (given,):
+            raise UserError(
+                f"config.{one}: {given} is of one run, and a study trains {many} ({_plain(swept)});"
+                f" give --config.{many}={given}"
+            )
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -311,6 +336,8 @@ def _allowed(kind: Any) -> str:
         words = [_allowed(base)]
         for extra in extras:
             for rule in getattr(extra, "metadata", []):
+                if getattr(rule, "min_length", 0):
+                    words[0] = words[0].removesuffix(", or none")
                 for symbol, attribute in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le")):
                     if getattr(rule, attribute, _LARGEST) != _LARGEST:
                         words.append(f"{symbol} {getattr(rule, attribute)}")
@@ -364,7 +391,8 @@ def _one_line(error: ValidationError) -> str:
         name = name.rpartition(".")[0]  # the branch of a union, such as `train_rows.int`
     if name not in kinds:
         return f"config.{name}: unknown field; {_closest(name)}"
-    given, allowed = json.dumps(problem["input"], default=str), _allowed(kinds[name])
+    given = json.dumps(problem["input"], default=str) if problem["input"] not in ([], ()) else "none"
+    allowed = _allowed(kinds[name])
     if problem["type"] == "less_than_equal" and "<=" not in allowed:
         allowed += f", at most {_LARGEST}"
     return f"config.{name}: {given} is not allowed; give {allowed}"
@@ -394,18 +422,20 @@ def _check_combinations(config: RunConfig) -> None:
             any(c in given for c in "/\\") or given.startswith(".") or len(given) > 100
         ):
             raise UserError(f"config.{field}: {given!r} is not allowed; give a plain name without slashes")
+    if "://" in config.results_dir:
+        raise UserError(
+            f"config.results_dir: {config.results_dir!r} is not a folder; give a local or a mounted one"
+            " (launch/tpu.sh copies results to a bucket)"
+        )
     lists = {f"sweep.{name}": getattr(config.sweep, name) for name in _SWEPT}
     for field, values in (lists | {"selection.learning_rates": config.selection.learning_rates}).items():
-        if len(set(values)) < len(values):
-            raise UserError(f"config.{field}: {_plain(values)} names a value twice; give each once")
-    for field in ("sweep.conditions", "sweep.seeds"):
-        if not lists[field]:
-            raise UserError(f"config.{field}: none is not allowed; give at least one")
+        # As run ids write them: of a learning rate seven digits, so that 1e-3 and 0.00100000001 are one.
+        if len({f"{value:e}" if isinstance(value, float) else value for value in values}) < len(values):
+            raise UserError(
+                f"config.{field}: {_plain(values)} names a value twice (run ids hold seven digits); give"
+                " each once"
+            )
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise UserError(
             "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"
         )
-
-
-if __name__ == "__main__":
-    print(field_table(), file=sys.stdout)

@@ -1,14 +1,18 @@
 """Errors that a user can act on, and the one place where they are turned into an exit code.
 
-raise UserError("lora.rank is 0; it must be at least 1")     # -> "error: lora.rank is 0; ...", exit code 2
+raise UserError("lora.rank is 0; it must be at least 1")    # -> "error: lora.rank is 0; ...", exit code 2
+add_number(parser, "--steps", default=24)                   # --steps 0: such a line, from any tool
 """
 
 from __future__ import annotations
 
+import argparse
 import errno
+import math
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from jaxlora.redact import without_secrets
 
@@ -49,6 +53,34 @@ def run_main(main: Callable[[], int | None]) -> None:
             _failed(" ".join(f"{type(error).__name__}: {error}".split()), 1)
         raise
     raise SystemExit(code or 0)
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    option: str,
+    kind: type[int] | type[float] = int,
+    *,
+    zero: bool = False,
+    most: float = 2**31 - 1,
+    **settings: Any,
+) -> None:
+    """Add an option whose value is a number above zero, or with `zero` from zero on, and at most `most`.
+
+    A default is taken as it is. Anything else is a `UserError` when the command line is parsed.
+    """
+
+    def number(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (0 < value <= most or (zero and value == 0)):
+            what = "whole number" if kind is int else "number"
+            limit = f"<= {most:,}" if value > most else ">= 0" if zero else "> 0"
+            raise UserError(f"{option}: {text!r} is not allowed; give a {what} {limit}")
+        return value
+
+    parser.add_argument(option, type=number, **settings)
 
 
 def one_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def run(stop: Stop) -> int:
-    from jaxlora.config import parse_config
+    from jaxlora.config import check_study, parse_config
 
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -39,6 +39,7 @@ def run(stop: Stop) -> int:
     what.add_argument("--status", action="store_true", help="show how far every stage and run is, and stop")
     what.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     config, options = parse_config(parser)
+    check_study(config)
 
     from jaxlora.devices import setup
     from jaxlora.progress import console
@@ -62,7 +63,8 @@ def run(stop: Stop) -> int:
         console.print(str(stopped))
         return stopped.exit_code
     if session.accidents:
-        console.print(f"[red]failed: {', '.join(session.accidents)}; the same command tries again[/red]")
+        text = f"failed: {', '.join(session.accidents)}; the same command tries again"
+        console.print(text, style="red", markup=False)
         return 1
     if options.stage in (None, "report"):
         console.print(f"the report is {session.folder / 'report.html'}", markup=False)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from jaxlora.config import RunConfig, from_dict, load_config, to_dict
+from jaxlora.config import RunConfig, check_study, field_table, from_dict, load_config, to_dict
 from jaxlora.errors import UserError
 
 BAD = {
@@ -24,6 +24,8 @@ BAD = {
     "data.on_bad_row": ("ignore", "error | skip"),
     "model.dtype": ("float16", "bfloat16 | float32"),
     "overwrite": ("maybe", "true | false"),
+    "sweep.ranks": ("100000", "whole number > 0 <= 65536, several with commas, or none"),
+    "results_dir": ("gs://bucket/results", "a local or a mounted one"),
 }
 
 
@@ -37,6 +39,44 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(repository, name):
     assert given in text
     assert allowed in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("name", ["sweep.seeds", "sweep.conditions"])
+@pytest.mark.parametrize("given", ["a", "none"])
+def test_what_is_said_to_be_allowed_is_allowed(repository, name, given):
+    """A sweep has seeds and conditions: no message and no help offers to give none."""
+    with pytest.raises(UserError, match=rf"config\.{name}: \"?{given}\"? is not allowed; give") as error:
+        load_config(repository / "configs/tiny.py", {name: given})
+    assert "or none" not in str(error.value)
+    (line,) = [line for line in field_table().splitlines() if line.split()[0] == name]
+    assert "or none" not in line
+
+
+@pytest.mark.parametrize("field", ["sweep.learning_rates", "selection.learning_rates"])
+def test_rates_that_give_one_run_id_are_refused(repository, field):
+    with pytest.raises(UserError, match=rf"config\.{field}: 0\.001,0\.00100000001 names a value twice"):
+        load_config(repository / "configs/tiny.py", {field: "1e-3,0.00100000001"})
+    assert load_config(repository / "configs/tiny.py", {field: "1e-3,1.000001e-3"})
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "cure"),
+    [
+        ("name", "mine", "give --config.prefix"),
+        ("seed", "3", "give --config.sweep.seeds=3"),
+        ("lora.condition", "mlp_only", "give --config.sweep.conditions=mlp_only"),
+        ("model.random_weights", "true", "share one base"),
+    ],
+)
+def test_a_study_refuses_what_it_would_ignore(repository, field, given, cure):
+    config = load_config(repository / "configs/tiny.py", {field: given})
+    with pytest.raises(UserError, match=rf"config\.{field}: .*{cure}"):
+        check_study(config)
+
+
+def test_a_study_takes_what_its_sweep_says_too(repository):
+    check_study(load_config(repository / "configs/tiny.py"))
+    check_study(load_config(repository / "configs/tiny.py", {"seed": "3", "sweep.seeds": "3"}))
 
 
 @pytest.mark.parametrize("name", ["lora.rnk", "rank", "lora", "lora.rank.x", "optim.learning_rate"])

@@ -329,6 +329,16 @@ def test_published_evaluates_the_base_and_every_adapter_once(tmp_path, tool, cap
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.json*")} == before
 
 
+def test_an_adapter_that_is_missing_is_said_before_the_base_is_evaluated(tmp_path, tool, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("the base was evaluated first")
+
+    monkeypatch.setattr("jaxlora.parity.published.load_target_base", fail)
+    words = ["--adapters", tmp_path / "nope", "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"nope/attention_only/seed-0/step-3169: no such folder"):
+        tool("study", "--published", "--config", "configs/tiny.py", *words)
+
+
 def test_an_adapter_in_the_wrong_folder_is_refused(tmp_path, tool):
     base = tmp_path / "base"
     make_checkpoint(base, vocab_size=1024, num_hidden_layers=1)

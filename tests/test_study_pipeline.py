@@ -32,6 +32,8 @@ from jaxlora.study.pipeline import Session, Stage, Task, run_stages
 from jaxlora.study.planning import plan_table, status_tables
 from jaxlora.study.stages import STAGES, chosen_rates
 from jaxlora.study.state import State
+from jaxlora.train.display import TrainingDisplay
+from jaxlora.train.job import prepare
 from jaxlora.train.manifest import identity
 from jaxlora.train.schedule import learning_rate, plan_run
 
@@ -129,6 +131,55 @@ def test_the_plan_counts_every_run_and_writes_nothing(repository, tmp_path, name
         assert count == (64 if "-seed-" not in run else 75 * epochs), run
     assert int(rows["all"][3].replace(",", "")) == sum(steps.values())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"sweep.batch_rows": 1000}, "-batch-1000-seed-0: config.train.batch_rows: 1000 rows, but"),
+     ({"sweep.batch_rows": "8,1000"}, "-batch-1000-seed-0: config.train.batch_rows: 1000 rows, but"),
+     ({"lora.output_head": "true"}, "config.lora.output_head: this model ties its head"),
+     ({"mesh.fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 does not fit"),
+     ({"model.random_weights": "true"}, "config.model.random_weights: the runs of a study share one base"),
+     ({"seed": 3}, "config.seed: 3 is of one run, and a study trains sweep.seeds (0,1,2)"),
+     ({"data.gate_report": "failed.json"}, "data gates: ")],
+)  # fmt: skip
+def test_the_plan_refuses_a_study_that_must_fail(repository, tmp_path, monkeypatch, fields, message):
+    monkeypatch.chdir(tmp_path)
+    Path("failed.json").write_text("{}")
+    config = embedded(repository, "tiny", tmp_path / "results", **fields)
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan_table(config)
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_plan_does_not_ask_for_the_gates_that_the_study_will_check(repository, tmp_path, capsys):
+    data = repository / "jaxlora/embedded/data"
+    for name in ("train.jsonl", "val.jsonl"):
+        shutil.copy(data / name, tmp_path / name)
+    paths = {"train_path": tmp_path / "train.jsonl", "validation_path": tmp_path / "val.jsonl"}
+    fields = {f"data.{name}": path for name, path in paths.items()}
+    text = text_of(plan_table(embedded(repository, "tiny", tmp_path / "results", **fields)))
+    assert "tiny-all_layer-seed-2" in text
+    assert "UNGATED" not in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypatch):
+    config = embedded(repository, "tiny", Path("x[/red]"), prefix="[red]t")
+    text = text_of(plan_table(config))
+    assert "the study [red]t, in x[/red]" in text
+    assert "│ [red]t-all_layer-seed-2 " in text
+
+    shown = Console(width=200, file=io.StringIO())
+    monkeypatch.setattr("jaxlora.train.display.console", shown)
+    jobs = [prepare(run, with_weights=False) for run in grid.members(config)[:2]]
+    with TrainingDisplay(jobs, first_step=1) as display:
+        display.show(1, [0.5, 0.25], display.rate(100, 2))
+        display.validated(2, {job.config.run_id: {2: 0.5} for job in jobs})
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "[red]t-attention_only-seed-0 and 1 more" in text
+    assert "loss 0.5000 0.2500" in text
+    assert "[red]t-attention_only-seed-1, step 2: validation mean NLL 0.50000 (best so far)" in text
 
 
 # --- A whole study, in seconds ------------------------------------------------------------------------------

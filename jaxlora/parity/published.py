@@ -46,15 +46,22 @@ def evaluate_published(
     Raises:
       UserError: an adapter is missing, or is not of the condition that its folder says.
     """
+    subjects = published_subjects(root)
+    folders = {name: out / name.replace(" ", "-") for name, *_ in subjects}
+    # All targets before the first evaluation: that an adapter is missing is said at once, not after the base.
+    targets = {
+        name: _target(config, folders[name], condition, seed, adapter)
+        for name, condition, seed, adapter in subjects
+        if overwrite or not (folders[name] / "summary.json").is_file()
+    }
     frozen = None
     summaries, points = [], []
-    for name, condition, seed, adapter in published_subjects(root):
-        folder = out / name.replace(" ", "-")
-        if overwrite or not (folder / "summary.json").is_file():
-            target = _target(config, folder, condition, seed, adapter)
+    for name, condition, seed, _ in subjects:
+        folder = folders[name]
+        if name in targets:
             if frozen is None:
-                frozen = load_target_base(target)
-            evaluate_target(target, overwrite, frozen)
+                frozen = load_target_base(targets[name])
+            evaluate_target(targets[name], overwrite, frozen)
         summary = read_json(folder / "summary.json")
         summaries.append(summary)
         points += evaluation_points(folder, condition, name, seed)

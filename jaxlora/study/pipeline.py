@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.markup import escape
 
 from jaxlora import hosts
 from jaxlora.checkpoints.huggingface import load_base
@@ -166,7 +167,7 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
             )
     todo = [task for task in left if task.state.kind != "waiting"]
     if not todo:
-        console.print(f"[yellow]–[/yellow] {stage.about}: waits for {left[0].state.why}")
+        console.print(f"[yellow]–[/yellow] {stage.about}: waits for {escape(left[0].state.why)}")
         return
     console.print(f"[bold]▸ {stage.about}[/bold] ({len(todo)} of {len(tasks)} to do)")
     stage.run(session, todo)

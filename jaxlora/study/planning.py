@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -16,10 +15,10 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.config import RunConfig
-from jaxlora.data.render import RenderedRow
-from jaxlora.data.rows import load_rendered_rows
+from jaxlora.config import RunConfig, check_study
+from jaxlora.data.gates import GateStatus, default_report
 from jaxlora.devices import peak_flops
+from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import load_problems
 from jaxlora.models.parameters import count_matrix_parameters
 from jaxlora.records import read_json
@@ -27,8 +26,7 @@ from jaxlora.study import grid
 from jaxlora.study.pipeline import Session, Task
 from jaxlora.study.results import Study, load_study
 from jaxlora.study.stages import STAGES
-from jaxlora.train.job import load_job_tokenizer, locate_model, token_count
-from jaxlora.train.schedule import plan_run
+from jaxlora.train.job import Job, locate_model, prepare, token_count
 
 # One H100 80GB, Qwen3-8B, rank 8, batches of 8 rows: `tools/bench.py`, see the README.
 H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_276, 32_430, 12_863  # tokens a second
@@ -97,28 +95,43 @@ class PlannedRun:
 
 
 def plan_runs(config: RunConfig) -> list[PlannedRun]:
-    """All trials and runs of the sweep. Reads the rows, so a Hub file is fetched; loads no weights."""
-    folder, model = locate_model(config, with_weights=False)
+    """All trials and runs of the sweep, each prepared as if it began now.
+
+    Reads the rows, so a Hub file is fetched; loads no weights. A learning rate that the trials will choose is
+    the configured one, which changes no count.
+
+    Raises:
+      UserError: what would stop a run, perhaps after hours of others.
+    """
+    check_study(config)
+    config = Session(config).config
+    gates = _gates_to_come(config)
+    planned: list[PlannedRun] = []
+    job = None
+    for run in (*grid.trials(config), *grid.members(config)):
+        try:
+            job = prepare(run, with_weights=False, like=job, gates=gates)
+        except UserError as error:
+            raise UserError(f"{run.run_id}: {error}") from None
+        planned.append(_planned(run, job))
+    return planned
+
+
+def _gates_to_come(config: RunConfig) -> GateStatus | None:
+    """The state after the study's first stage where that writes the report of the data gates; else None."""
     data = config.data
-    load = partial(
-        load_rendered_rows,
-        tokenizer=load_job_tokenizer(config, folder, model),
-        max_length=data.max_length,
-        on_bad_row=data.on_bad_row,
-    )
-    train, _ = load(data.train_path, limit=data.train_rows)
-    validation, _ = load(data.validation_path, limit=data.validation_rows)
-    return [_planned(run, train, validation) for run in (*grid.trials(config), *grid.members(config))]
+    report = Path(data.gate_report) if data.gate_report else default_report(data.train_path)
+    if report is None or not report.is_file() or report.parent == grid.study_dir(config):
+        return GateStatus(True, False, None, None, None, train_sha256="", validation_sha256="")
+    return None
 
 
-def _planned(run: RunConfig, train: list[RenderedRow], validation: list[RenderedRow]) -> PlannedRun:
-    train, validation = train[: run.data.train_rows], validation[: run.data.validation_rows]
-    plan = plan_run(run.optim, run.train, len(train))
+def _planned(run: RunConfig, job: Job) -> PlannedRun:
     return PlannedRun(
         run,
-        plan.total_steps,
-        token_count(train) * run.train.epochs,
-        token_count(validation) * len(plan.validation_steps),
+        job.plan.total_steps,
+        token_count(job.train_rows) * run.train.epochs,
+        token_count(job.validation_rows) * len(job.plan.validation_steps),
     )
 
 
@@ -131,7 +144,8 @@ def plan_table(config: RunConfig) -> Table:
     problems = len(load_problems(config.eval.benchmark, config.eval.problems))
     decoding = evaluations * problems * at.answer_tokens / at.decode / 3600
 
-    table = Table(title=f"the study {config.prefix}, in {config.results_dir}", title_justify="left")
+    title = escape(f"the study {config.prefix}, in {config.results_dir}")
+    table = Table(title=title, title_justify="left")
     table.add_column("run", no_wrap=True)
     for name in ("rate", "steps", "tokens", "validation", "hours"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -141,7 +155,7 @@ def plan_table(config: RunConfig) -> Table:
             "chosen" if grid.selects_rates(config) and not is_trial else grid.rate(run.config.optim.peak_lr)
         )
         counts = (run.steps, run.train_tokens, run.validation_tokens)
-        table.add_row(run.config.run_id, rate, *(f"{n:,}" for n in counts), _hours(run.hours(at)))
+        table.add_row(escape(run.config.run_id), rate, *(f"{n:,}" for n in counts), _hours(run.hours(at)))
     table.add_section()
     table.add_row(f"{evaluations} evaluations of {problems:,}", "", "", "", "", _hours(decoding))
     table.add_section()
@@ -152,7 +166,7 @@ def plan_table(config: RunConfig) -> Table:
     table.add_row("all", "", *(f"{n:,}" for n in sums), _hours(sum(run.hours(at) for run in runs) + decoding))
     table.caption_justify = "left"
     table.caption = (
-        f"Tokens are shifted counts; a chosen rate is the best of the trials. Hours are {at.source}."
+        f"Tokens are shifted counts; a chosen rate is the best of the trials. Hours are {escape(at.source)}."
     )
     if not math.isnan(at.train):
         table.caption += (
@@ -208,4 +222,4 @@ def _run_row(task: Task) -> list[str]:
         score = f"{read_json(folder / 'evaluation' / 'summary.json')['accuracy']:.2%}"
     rate = "" if state.kind == "waiting" else grid.rate(task.item.optim.peak_lr)
     why = "" if state.kind == "waiting" else escape(state.why)  # the stage says it once
-    return [task.name, f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, why]
+    return [escape(task.name), f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, why]

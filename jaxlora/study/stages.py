@@ -176,9 +176,8 @@ def _train_together(session: Session, jobs: Sequence[Job]) -> None:
             text = f"{name} failed: {result}; the study goes on without it"
             console.print(text, style="red", markup=False)
         else:
-            console.print(
-                f"{name}: step {result.step} is selected, validation mean NLL {result.mean_nll:.5f}"
-            )
+            text = f"{name}: step {result.step} is selected, validation mean NLL {result.mean_nll:.5f}"
+            console.print(text, markup=False)
 
 
 # --- Selection and export -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from jaxlora.devices import memory_in_use, peak_flops
 from jaxlora.models.parameters import count_matrix_parameters
@@ -33,8 +32,13 @@ class TrainingDisplay:
         self._peak = peak * self._job.mesh.size if peak else None
         self._validation_seconds: float | None = None
         self._validation_start = 0.0
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[line]}"), console=console)
+        columns = (
+            TextColumn("{task.description}", markup=False),  # run ids may look like markup
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[line]}", markup=False),
+        )
+        self._progress = Progress(*columns, console=console)
         name = self._job.config.run_id
         if len(jobs) > 1:
             name += f" and {len(jobs) - 1} more"
@@ -90,7 +94,7 @@ class TrainingDisplay:
         if speed["model_flops_utilisation"]:
             parts.append(f"{speed['model_flops_utilisation']:.1%} MFU")
         parts.append(f"ETA {self._remaining(step)}")
-        self._progress.update(self._task, completed=step, line=Text(" · ".join(parts)))
+        self._progress.update(self._task, completed=step, line=" · ".join(parts))
 
     def validating(self, batch: int) -> None:
         """Show the progress of a validation."""
@@ -105,7 +109,7 @@ class TrainingDisplay:
         for name, nll in runs.items():
             mark = " (best so far)" if nll[step] <= min(nll.values()) else ""
             who = f"{name}, " if len(self._jobs) > 1 else ""
-            console.print(f"{who}step {step}: validation mean NLL {nll[step]:.5f}{mark}")
+            console.print(f"{who}step {step}: validation mean NLL {nll[step]:.5f}{mark}", markup=False)
         self._times.clear()
 
     def _remaining(self, step: int) -> str:

@@ -113,18 +113,22 @@ def load_job_tokenizer(config: RunConfig, model_dir: Path | None, model: ModelCo
     return tokenizer
 
 
-def prepare(config: RunConfig, with_weights: bool = True, like: Job | None = None) -> Job:
+def prepare(
+    config: RunConfig, with_weights: bool = True, like: Job | None = None, gates: GateStatus | None = None
+) -> Job:
     """Check and count everything; nothing is written and no weights are loaded.
 
     Args:
       with_weights: fetch the weights of a Hub model; without, only its shape (for plans).
       like: a job that may read the same rows with the same tokenizer; if it does, they are not read again.
+      gates: what to take for the state of the data's gates; None: look.
 
     Raises:
       UserError: anything that would stop the run: one line that says what to do.
     """
     data, train = config.data, config.train
-    gates = require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
+    if gates is None:
+        gates = require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
     model_dir, model_config = locate_model(config, with_weights)
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
