@@ -1,7 +1,8 @@
 """Benchmarks: real tokens a second of training and decoding, against ceilings of the same machine.
 
-    result = bench_train(spec, config, lengths, steps=60)       # lengths: [(prompt, total), ...]
-    result = bench_decode(spec, prompt_lengths, answer_lengths, slots=384)
+    lengths = [(72, 340), (95, 410)]    # prompt and total tokens of each row
+    result = bench_train(config, spec, lengths, max_steps=60, validation=True)
+    result = bench_decode(config, spec, prompt_lengths, answer_lengths, backend="xla")
 
 Only real tokens count, never padding. Utilisation counts 4N FLOPs a training token (forward 2N, activation
 gradients 2N; the frozen base needs no weight gradients) and 2N a decoded one, against the maker's peak and

@@ -15,7 +15,7 @@ from jaxlora.data.render import load_tokenizer
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.files import check_files, data_files, write_files
-from jaxlora.errors import UserError, run_main
+from jaxlora.errors import UserError, add_number, run_main
 
 
 def main() -> None:
@@ -27,11 +27,20 @@ def main() -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files in --out")
     parser.add_argument("--check", action="store_true", help="compare with the shipped files, byte for byte")
-    parser.add_argument(
-        "--pretraining", type=int, default=0, metavar="N", help="also write N pretraining texts"
+    add_number(
+        parser,
+        "--pretraining",
+        zero=True,
+        default=0,
+        metavar="N",
+        help="also write N pretraining texts",
     )
-    parser.add_argument(
-        "--pretraining-seed", type=int, default=0, help="seed of the pretraining texts (default 0)"
+    add_number(
+        parser,
+        "--pretraining-seed",
+        zero=True,
+        default=0,
+        help="seed of the pretraining texts (default 0)",
     )
     options = parser.parse_args()
     if not options.check and options.out is None:

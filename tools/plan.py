@@ -23,7 +23,7 @@ from rich.console import Console
 
 from jaxlora.config import RunConfig, parse_config
 from jaxlora.embedded import resolve
-from jaxlora.errors import UserError, run_main
+from jaxlora.errors import UserError, add_number, run_main
 from jaxlora.models.config import ModelConfig, load_model_config, published_config
 from jaxlora.plan.chips import SLICES, Slice, slice_named
 from jaxlora.plan.fused import FusedPlan, plan_members, print_members
@@ -40,9 +40,9 @@ def main() -> int:
     parser.add_argument(
         "--search", action="store_true", help="look for the fastest mesh, remat and buffers that fit"
     )
-    parser.add_argument(
+    add_number(
+        parser,
         "--members",
-        type=int,
         metavar="N",
         help="compare the step of one run with that of N runs together, on the configuration's mesh or, with"
         " --search, each on its fastest",
@@ -50,25 +50,21 @@ def main() -> int:
     parser.add_argument(
         "--json", metavar="FILE", help="write the plans as JSON as well; -: only JSON, on stdout"
     )
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="price of one chip for one hour")
-    parser.add_argument("--train-rows", type=int, default=study.train_rows, help="[%(default)s, the study's]")
-    parser.add_argument("--validation-rows", type=int, default=study.validation_rows, help="[%(default)s]")
-    parser.add_argument(
-        "--row-tokens", type=float, default=study.row_tokens, help="mean tokens a row [%(default)s]"
-    )
+    add_number(parser, "--price", float, metavar="DOLLARS", help="price of one chip for one hour")
+    add_number(parser, "--train-rows", default=study.train_rows, help="[%(default)s, the study's]")
+    add_number(parser, "--validation-rows", default=study.validation_rows, help="[%(default)s]")
+    row_tokens = "mean tokens a row [%(default)s]"
+    add_number(parser, "--row-tokens", float, default=study.row_tokens, help=row_tokens)
     config, options = parse_config(parser)
+    check_options(options)
 
     workload = Workload(options.train_rows, options.validation_rows, options.row_tokens)
     names = list(SLICES) if options.topology == "all" else [options.topology]
     slices = [slice_named(name) for name in names]
-    if options.json and options.json != "-" and Path(options.json).exists():
-        raise UserError(f"--json: {options.json} exists already; give a new file")
     model = find_model(config.model.path)
     console = Console(stderr=options.json == "-")
     if options.members is None:
         plans, fit = plan_runs(config, model, slices, workload, options.search, options.price, console)
-    elif options.members < 2:
-        raise UserError(f"--members: {options.members} is no group; give 2 or more")
     else:
         plans, fit = plan_groups(config, model, slices, workload, options.members, options.search, console)
     if options.json:
@@ -78,6 +74,19 @@ def main() -> int:
         else:
             Path(options.json).write_text(text)
     return 0 if fit else 1
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse before anything is compiled, which takes minutes, what could not be done after it."""
+    if options.json and options.json != "-":
+        if Path(options.json).exists():
+            raise UserError(f"--json: {options.json} exists already; give a new file")
+        if not Path(options.json).parent.is_dir():
+            raise UserError(f"--json: {Path(options.json).parent} is no folder; make it first")
+    if options.members is not None and options.members < 2:
+        raise UserError(f"--members: {options.members} is no group; give 2 or more")
+    if options.members is not None and options.price is not None:
+        raise UserError("--price: the plans of groups have no price; leave out --price or --members")
 
 
 def plan_runs(

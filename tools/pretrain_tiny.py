@@ -1,7 +1,7 @@
 """Pretrain the embedded base: a tiny Qwen3 on generated word problems, all weights trained.
 
-    python tools/pretrain_tiny.py --out /tmp/base                # about four minutes on one H100
-    python tools/pretrain_tiny.py --out /tmp/base --steps 50     # a quick look, on any machine
+    python tools/pretrain_tiny.py --out base                # about four minutes on one H100
+    python tools/pretrain_tiny.py --out base --steps 50     # a quick look, on any machine
 
 Reads the shipped tokenizer, draws the corpus of `jaxlora.embedded.corpus` from seeds, and writes a Hugging
 Face directory in bfloat16: copy its files into `jaxlora/embedded/base`. The same command on the same kind of
@@ -34,7 +34,7 @@ from jaxlora.decode_weights import decode_weights
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.word_problems import conversation, distinct_problems
-from jaxlora.errors import UserError, run_main
+from jaxlora.errors import UserError, add_number, run_main
 from jaxlora.generate import generate
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.config import ModelConfig
@@ -51,14 +51,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--lines", type=int, default=160, help="lines of 256 tokens in one step")
-    parser.add_argument("--texts", type=int, default=1_000_000, help="documents drawn; repeated when used up")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
+    add_number(parser, "--steps", default=5000)
+    add_number(parser, "--lines", default=160, help="lines of 256 tokens in one step")
+    add_number(parser, "--texts", default=1_000_000, help="documents drawn; repeated when used up")
+    add_number(parser, "--rate", float, default=2e-3, help="peak learning rate")
+    add_number(parser, "--hidden", most=8192, default=192)
+    add_number(parser, "--layers", most=1024, default=6)
+    add_number(parser, "--seed", zero=True, default=0)
     options = parser.parse_args()
+    if options.hidden % 64:
+        raise UserError(f"--hidden: {options.hidden} is not a multiple of 64, two heads of 32; give one")
     if options.out.exists():
         raise UserError(f"{options.out}: exists already; give a new folder")
     tokenizer = load_tokenizer(embedded_path("base"))
@@ -77,6 +79,8 @@ def main() -> int:
     )
     console.print(f"{count_parameters(config):,} parameters on {jax.devices()[0].device_kind}")
     tokens, segments = corpus_lines(options.texts, options.seed)
+    if not len(tokens):
+        raise UserError(f"--texts: {options.texts} fill no line of {LENGTH} tokens; give at least 1000")
     console.print(f"{len(tokens):,} lines of {LENGTH} tokens, {(segments > 0).mean():.1%} of them real")
 
     spec = ModelSpec(config, None, "float32", scan=True)
@@ -121,7 +125,7 @@ def _draw_lines(work: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
             line, marks = [], []
         marks = marks + [(marks[-1] if marks else 0) + 1] * len(ids)
         line = line + ids
-    return np.array(tokens, np.int16), np.array(segments, np.int16)
+    return np.array(tokens, np.int16).reshape(-1, LENGTH), np.array(segments, np.int16).reshape(-1, LENGTH)
 
 
 def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, options):
