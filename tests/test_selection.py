@@ -8,7 +8,7 @@ import math
 import pytest
 
 from jaxlora.errors import UserError
-from jaxlora.study.selection import select_checkpoint, select_learning_rate
+from jaxlora.train.selection import select_checkpoint, select_learning_rate
 
 
 @pytest.fixture(scope="module")

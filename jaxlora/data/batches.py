@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import grain.python as grain
 
 from jaxlora.config import TrainConfig
 from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad
 from jaxlora.data.render import RenderedRow
-from jaxlora.train.schedule import RunPlan
+
+if TYPE_CHECKING:
+    from jaxlora.train.schedule import RunPlan
 
 
 @dataclass(frozen=True)

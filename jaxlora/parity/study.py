@@ -25,7 +25,7 @@ from jaxlora.errors import UserError
 from jaxlora.parity import study_figures as study
 from jaxlora.run_files import read_manifest, read_metrics, read_summary
 from jaxlora.study.results import Run
-from jaxlora.study.selection import select_checkpoint
+from jaxlora.train.selection import select_checkpoint
 
 COVERAGE = 0.99
 # A loss before the first update depends on the base and the rows only; bfloat16 moves it in the third digit.

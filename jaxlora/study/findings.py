@@ -10,8 +10,8 @@ from typing import Any
 
 from jaxlora.records import Record
 from jaxlora.study.results import Study, lowest_nll
-from jaxlora.study.selection import select_learning_rate
 from jaxlora.study.tables import interval, percent, points, rate, share, whole
+from jaxlora.train.selection import select_learning_rate
 
 _MAX_LIST = 12  # longer lists, such as the row ids of the data, are counted instead of shown
 

@@ -33,7 +33,7 @@ from jaxlora.records import Record, read_jsonl
 from jaxlora.run_files import check_predictions, read_failure, read_manifest, read_metrics, read_summary
 from jaxlora.study.comparison import Evaluation
 from jaxlora.study.grid import TRIALS, rate_of, setting_key, setting_of, without_rate
-from jaxlora.study.selection import select_checkpoint
+from jaxlora.train.selection import select_checkpoint
 
 
 @dataclass(frozen=True)

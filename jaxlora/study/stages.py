@@ -28,11 +28,11 @@ from jaxlora.signals import Interrupted
 from jaxlora.study import grid, writing
 from jaxlora.study.pipeline import Session, Stage, Task
 from jaxlora.study.results import load_run, lowest_nll
-from jaxlora.study.selection import select_checkpoint, select_learning_rate
 from jaxlora.study.state import State, run_state
 from jaxlora.train.group import groups
 from jaxlora.train.job import Job
 from jaxlora.train.loop import Diverged, train_group
+from jaxlora.train.selection import select_checkpoint, select_learning_rate
 
 _NO_RUN = State("waiting", "a finished run (--stage sweep)")
 

@@ -12,8 +12,8 @@ from statistics import fmean, median
 
 from jaxlora.records import Record
 from jaxlora.study.results import Run, Study, lowest_nll
-from jaxlora.study.selection import select_learning_rate
 from jaxlora.study.tables import ABSENT, Column, Table, nll, percent, rate, whole, yes
+from jaxlora.train.selection import select_learning_rate
 
 
 def _metrics_files(runs: Sequence[Run]) -> tuple[Path, ...]:

@@ -21,9 +21,9 @@ from jaxlora.lora import check_lora, count_trainable, init_lora
 from jaxlora.models.qwen3 import Tree
 from jaxlora.progress import console
 from jaxlora.sharding import lora_shardings, place_lora
-from jaxlora.study.selection import select_checkpoint
 from jaxlora.train.artifacts import RunDirectory
 from jaxlora.train.job import Job
+from jaxlora.train.selection import select_checkpoint
 from jaxlora.train.step import TrainState, init_state
 
 
