@@ -14,7 +14,9 @@ from pathlib import Path
 import kills
 import pytest
 
+from jaxlora.errors import MachineError, UserError
 from jaxlora.records import write_json_atomic
+from jaxlora.train import artifacts
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,16 @@ class TestWhoseDirectoryItIs:
         ends(first)
         lab.compare(first)
 
+    def test_a_lock_that_another_host_holds_is_worth_another_try(self, tmp_path, monkeypatch):
+        """A host that died may hold its lock on a shared folder a while longer."""
+        file, run = tmp_path / "run.lock", tmp_path / "run"
+        with artifacts._lock(file, run):
+            with pytest.raises(UserError, match="is writing this run"), artifacts._lock(file, run):
+                pass
+            monkeypatch.setattr("socket.gethostname", lambda: "another")
+            with pytest.raises(MachineError, match="is writing this run"), artifacts._lock(file, run):
+                pass
+
     def test_the_lock_of_a_killed_process_does_not_stay(self, lab, folder):
         lab.kill_at(folder, "between rewind and first step")
         lab.finish(folder)
@@ -116,6 +128,9 @@ class TestWhoseDirectoryItIs:
     def test_an_overwriting_command_that_was_interrupted_goes_on_instead_of_deleting_again(self, lab, copied):
         overwrite = "--config.overwrite=true"
         lab.kill_at(copied, "half an adapter exported", overwrite)
+        # A copy in a bucket loses nothing by itself, so the summary of the run before must be replaced.
+        summary = copied / "results" / kills.RUN_ID / "summary.json"
+        assert json.loads(summary.read_text()) == {"status": "unfinished"}
         run = lab.start(copied, overwrite)
         assert "resuming" in ends(run)
         lab.compare(run)

@@ -282,10 +282,6 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         if overwrite and not same_command:
             path.rename(_deleted(path))
             _clear(path)
-            # A copy of the run elsewhere, such as a bucket's, keeps its files until they are written again:
-            # the old summary must not stand there beside the new run.
-            path.mkdir()
-            write_json_atomic(path / "summary.json", {"status": "unfinished"})
         elif is_finished(path):
             raise UserError(
                 f"{path}: this run is finished; --config.overwrite=true deletes it and starts again"
@@ -300,6 +296,10 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     path.mkdir(exist_ok=True)
     (path / "failure.json").unlink(missing_ok=True)
     write_json_atomic(path / "manifest.json", manifest)
+    if overwrite:
+        # A copy of the run elsewhere, such as a bucket's, keeps its files until they are written again: the
+        # old summary must not stand there beside the new run.
+        write_json_atomic(path / "summary.json", {"status": "unfinished"})
 
 
 def _resumed_with(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
