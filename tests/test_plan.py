@@ -481,7 +481,7 @@ def test_the_real_tpu_compiler_takes_all_four_programs(optimized):
     assert train.work.kernels["splash_mha_fwd_segmented_residuals"] == 2 * 4  # again in the backward pass
     assert train.work.kernels["splash_mha_dq_segmented_no_residuals"] == 4
     assert validation.work.kernels
-    assert prefill.work.kernels
+    assert not prefill.work.kernels  # the decoder's attention is XLA's
     # nothing larger than the head is gathered outside the loop over layers
     assert train.work.largest_entry_gather <= 2 * 32_768 * 1024 / 2
     # the weights of all layers and every token's keys and values, gathered over 4 chips in each of two

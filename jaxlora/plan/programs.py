@@ -115,6 +115,11 @@ class Programs:
         return max(1, -(-int(tokens) // self.multiple)) * self.multiple
 
     @property
+    def _kernel_passes(self) -> int:
+        """1 where attention is a kernel, whose products the compiled text does not show; else 0."""
+        return int(self.attention == "splash")
+
+    @property
     def _step_tokens(self) -> float:
         return self.config.train.batch_rows * self.workload.row_tokens
 
@@ -144,7 +149,7 @@ class Programs:
         rate = jax.ShapeDtypeStruct(rates, jnp.float32, sharding=replicated(mesh))
         step = make_train_step(spec, optim, Compute(self.attention, remat))
         batch = self._batch(self.buffers, self.train_tokens, members)
-        passes = self.buffers * (1 + (remat is True) + BACKWARD_PASSES)
+        passes = self._kernel_passes * self.buffers * (1 + (remat is True) + BACKWARD_PASSES)
         arguments = (state, self._base, batch, rate)
         return self._compile("train step", mesh, step, arguments, self.train_tokens, passes, members)
 
@@ -155,7 +160,7 @@ class Programs:
         step = make_eval_step(self.spec, Compute(self.attention))
         tokens = self.validation_tokens
         arguments = (lora, self._base, self._batch(1, tokens))
-        return self._compile("validation step", self.mesh, step, arguments, tokens, 1)
+        return self._compile("validation step", self.mesh, step, arguments, tokens, self._kernel_passes)
 
     def prefill(self) -> Program:
         """Reading a batch of prompts, with the adapter merged into the base."""
@@ -167,7 +172,7 @@ class Programs:
         attention = pick_decode_backend("tpu", self.spec.dtype, self.mesh.size)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
         arguments: tuple[Any, ...] = (state, {}, base, tokens, vector, vector, vector)
-        return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 1))
+        return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 0))
 
     def decode_step(self) -> Program:
         """One token for each slot, with the adapter merged into the base and half the cache filled."""
