@@ -213,8 +213,13 @@ def _gates(train: _Rows, validation: _Rows, questions: dict[bytes, list[str]]) -
     return results
 
 
-def default_report(train_path: str) -> Path | None:
-    """Where the report of a local training file is: beside it, or beside its `rendered/` folder."""
+def report_place(train_path: str, given: str | None = None) -> Path | None:
+    """Where the report is: as given, or of a local training file beside it or beside its `rendered/` folder.
+
+    None: of a Hub file, unless it is given.
+    """
+    if given:
+        return Path(given)
     if train_path.startswith(HUB_PREFIX):
         return None
     folder = locate(train_path).parent
@@ -233,7 +238,7 @@ def require_gates(
     """
     train = sha256_of(locate(train_path))
     validation = sha256_of(locate(validation_path))
-    place = Path(report_path) if report_path else default_report(train_path)
+    place = report_place(train_path, report_path)
     report_hash: str | None = None
     gates: dict[str, bool] = {}
     how = f"python tools/check_dataset.py --train {train_path} --validation {validation_path} --benchmark ..."

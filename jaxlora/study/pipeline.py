@@ -24,7 +24,7 @@ from rich.markup import escape
 from jaxlora import hosts
 from jaxlora.checkpoints.huggingface import load_base
 from jaxlora.config import RunConfig
-from jaxlora.data.gates import default_report
+from jaxlora.data.gates import report_place
 from jaxlora.devices import scan_layers
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, load_problems
@@ -110,7 +110,7 @@ class Session:
 
 def gate_report(config: RunConfig) -> str | None:
     """Where the gates' report is: as configured; None, beside the data; or among the study's own files."""
-    beside = default_report(config.data.train_path)
+    beside = report_place(config.data.train_path)
     if config.data.gate_report or (beside is not None and beside.is_file()):
         return config.data.gate_report
     return str(study_dir(config) / "contamination.json")

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.config import RunConfig, check_study
-from jaxlora.data.gates import GateStatus, default_report
+from jaxlora.data.gates import GateStatus, report_place
 from jaxlora.devices import peak_flops
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import load_problems
@@ -120,7 +120,7 @@ def plan_runs(config: RunConfig) -> list[PlannedRun]:
 def _gates_to_come(config: RunConfig) -> GateStatus | None:
     """The state after the study's first stage where that writes the report of the data gates; else None."""
     data = config.data
-    report = Path(data.gate_report) if data.gate_report else default_report(data.train_path)
+    report = report_place(data.train_path, data.gate_report)
     if report is None or not report.is_file() or report.parent == grid.study_dir(config):
         return GateStatus(True, False, None, None, None, train_sha256="", validation_sha256="")
     return None

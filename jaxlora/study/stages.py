@@ -10,14 +10,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jaxlora import hosts
 from jaxlora.checkpoints.export import load_selected, write_adapter
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.config import RunConfig
-from jaxlora.data.gates import Benchmark, FilePair, check, default_report, require_gates
+from jaxlora.data.gates import Benchmark, FilePair, check, report_place, require_gates
 from jaxlora.errors import MachineError, UserError
 from jaxlora.evals.gsm8k import load_problems
 from jaxlora.evals.run import evaluation_inputs, show, why_redo
@@ -41,7 +40,7 @@ _NO_RUN = State("waiting", "a finished run (--stage sweep)")
 
 def _check_gates(session: Session) -> list[Task]:
     data = session.config.data
-    place = Path(data.gate_report) if data.gate_report else default_report(data.train_path)
+    place = report_place(data.train_path, data.gate_report)
     assert place is not None
     if not place.is_file():
         return [Task(str(place), State("missing"), place)]
@@ -145,14 +144,10 @@ def _train_all(session: Session, tasks: list[Task]) -> None:
     replaced = ("redo", "foreign")
     # Another host may not see the last trial's files yet; it must train with the same rates all the same.
     rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
-    configs = [
-        replace(
-            task.item,
-            optim=replace(task.item.optim, peak_lr=rate),
-            overwrite=task.state.kind in replaced,
-        )
-        for task, rate in zip(tasks, rates, strict=True)
-    ]
+    configs = []
+    for task, rate in zip(tasks, rates, strict=True):
+        optim = replace(task.item.optim, peak_lr=rate)
+        configs.append(replace(task.item, optim=optim, overwrite=task.state.kind in replaced))
     for group in groups([session.job(config) for config in configs], session.config.sweep.fused):
         _train_together(session, group)
 
