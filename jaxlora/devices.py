@@ -13,6 +13,7 @@ import jax
 
 from jaxlora import hosts
 from jaxlora.config import RunConfig
+from jaxlora.models.attention import pick_decode_backend
 from jaxlora.progress import console
 
 # Dense bf16 peak in FLOP/s by a part of `device_kind`, from the makers' data sheets.
@@ -64,6 +65,11 @@ def memory_in_use(device: jax.Device) -> int | None:
     """Peak bytes allocated on the device so far, or None where the platform does not say."""
     stats = device.memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def decode_backend(dtype: str) -> str:
+    """Attention of the decoder on this machine's devices."""
+    return pick_decode_backend(jax.default_backend(), dtype, jax.device_count())
 
 
 def scan_layers(layers: str, platform: str) -> bool:

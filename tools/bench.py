@@ -158,7 +158,7 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
     from jaxlora.bench import bench_decode
-    from jaxlora.evals.run import decode_backend
+    from jaxlora.devices import decode_backend
     from jaxlora.models.qwen3 import ModelSpec
 
     name = options.answers or "adapter_generated_tokens"

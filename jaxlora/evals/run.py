@@ -21,10 +21,10 @@ from jaxlora import hosts
 from jaxlora.config import RunConfig
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
 from jaxlora.decode_weights import decode_weights
+from jaxlora.devices import decode_backend
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
 from jaxlora.generate import generate
-from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console, progress_bar
 from jaxlora.records import (
@@ -95,11 +95,6 @@ def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
     if tokenizer.eos_token_id is None:
         raise UserError("config.model.tokenizer: it names no end-of-turn token (eos_token)")
     return (tokenizer.eos_token_id,)
-
-
-def decode_backend(dtype: str) -> str:
-    """Attention of the decoder on this machine's devices."""
-    return pick_decode_backend(jax.default_backend(), dtype, jax.device_count())
 
 
 def evaluate(

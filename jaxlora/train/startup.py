@@ -26,9 +26,9 @@ from jaxlora import hosts
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
 from jaxlora.decode_weights import decode_weights
+from jaxlora.devices import decode_backend
 from jaxlora.errors import UserError
 from jaxlora.generate import PROMPT_MULTIPLE, WINDOW_MULTIPLE, decode_hidden, init_decode, prefill_hidden
-from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.sharding import place_batch, place_lora, token_multiple
 from jaxlora.train.job import Job
@@ -149,8 +149,7 @@ def _by_decoder(
 @partial(jax.jit, static_argnums=0)
 def _decode(spec: ModelSpec, lora: Tree, frozen: Tree, tokens) -> jax.Array:
     """log p of the tokens after the prompt, `[rows, LENGTH - PROMPT + 1]`, of tokens `[rows, LENGTH + 1]`."""
-    model = spec.bind(lora, frozen)
-    backend = pick_decode_backend(jax.default_backend(), spec.dtype, jax.device_count())
+    model, backend = spec.bind(lora, frozen), decode_backend(spec.dtype)
     slots = jnp.arange(len(tokens))
     lengths = jnp.full(len(tokens), PROMPT, jnp.int32)
     prompts = jnp.pad(tokens[:, :PROMPT], ((0, 0), (0, -PROMPT % PROMPT_MULTIPLE)))
