@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.config import RunConfig
+from jaxlora.data.batches import length_multiple
 from jaxlora.devices import scan_layers
 from jaxlora.errors import UserError
 from jaxlora.generate import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
@@ -107,8 +108,7 @@ class Programs:
     @cached_property
     def multiple(self) -> int:
         """Buffer lengths are multiples of this."""
-        mesh = token_multiple(self.mesh)
-        return -(-self.config.train.buffer_multiple // mesh) * mesh
+        return length_multiple(self.config.train, token_multiple(self.mesh))
 
     def buffer(self, tokens: float) -> int:
         """The buffer length that holds so many tokens."""
