@@ -48,9 +48,10 @@ def decode_weights(
     cut = _make_cut(spec, form, home)
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        layer = (
-            cut(frozen["layers"], lora, i) if spec.scan else _layer(spec, form, frozen["layers"][i], lora, i)
-        )
+        if spec.scan:
+            layer = cut(frozen["layers"], lora, i)
+        else:
+            layer = _layer(spec, form, frozen["layers"][i], lora, i)
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in frozen.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}

@@ -108,10 +108,8 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
             if weight.stacked and spec.scan:
                 shape = (depth, *weight.shape)
                 whole = named(mesh, (None, *weight.axes), shape)
-                stacked, set_layer = (
-                    jnp.zeros(shape, spec.dtype, device=whole),
-                    _make_set_layer(whole, sharding),
-                )
+                stacked = jnp.zeros(shape, spec.dtype, device=whole)
+                set_layer = _make_set_layer(whole, sharding)
                 for i in range(depth):
                     # Waiting keeps the queue of layers on the devices short; reading goes on meanwhile.
                     stacked = jax.block_until_ready(set_layer(stacked, next(arrays), i))

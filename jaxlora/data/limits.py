@@ -31,11 +31,10 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"it took more than {seconds:g} s")
 
-    # Not SIGPROF: the TPU runtime sends that one to itself, a hundred times a second.
+    # Not SIGPROF: the TPU runtime sends that one to itself, a hundred times a second. And again and again,
+    # because Jinja's optimizer drops the first.
     handler = signal.signal(signal.SIGVTALRM, late)
-    signal.setitimer(
-        signal.ITIMER_VIRTUAL, seconds, 0.1
-    )  # again and again: Jinja's optimizer drops the first
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.1)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if _MEMORY.exists() and soft == resource.RLIM_INFINITY:
         used = int(_MEMORY.read_text().split()[0]) * resource.getpagesize()
