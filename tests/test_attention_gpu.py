@@ -1,6 +1,6 @@
 """cuDNN attention on packed rows and on a decoder's cache computes what the XLA backend computes.
 
-Needs a GPU: `JAX_PLATFORMS=cuda python -m pytest -n 0 tests/test_attention_gpu.py`.
+Needs a GPU: `JAX_PLATFORMS=cuda python -m pytest tests/test_attention_gpu.py`.
 """
 
 from __future__ import annotations
