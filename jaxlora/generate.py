@@ -194,6 +194,75 @@ def _is_end(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
 
 
+class _Slots:
+    """The host's side of decoding: which prompt is in which slot, and the answers that are done."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], eos_ids: tuple[int, ...], n: int
+    ):
+        self.prompts, self.limits, self.eos_ids = prompts, limits, eos_ids
+        # The prompts that wait, shortest last: they are taken from the end.
+        self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        self.owner = np.full(n, -1)  # the prompt in each slot, until its answer is collected
+        self.held = np.zeros(n, int)  # tokens in each slot's cache, an upper bound
+        self.active = np.zeros(n, bool)
+        self.answers: list[Generation | None] = [None] * len(prompts)
+
+    def to_fill(self, at_once: int) -> np.ndarray:
+        """The free slots to fill now, at most so many; none if it is better to wait.
+
+        Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.
+        """
+        free = np.flatnonzero(~self.active)
+        worthwhile = len(free) >= at_once or len(free) >= len(self.queue) or not self.active.any()
+        return free[:at_once] if self.queue and worthwhile else free[:0]
+
+    def take(self, n: int) -> list[int]:
+        """At most so many of the prompts that wait."""
+        return [self.queue.pop() for _ in range(min(n, len(self.queue)))]
+
+    def prefill_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
+        """What `make_prefill` takes of these prompts and filler rows: tokens, lengths, slots, limits."""
+        longest = max(len(self.prompts[index]) for index in taken)
+        tokens = np.zeros((n_rows, min(size for size in sizes if size >= longest)), np.int32)
+        lengths, limits = np.ones(n_rows, np.int32), np.ones(n_rows, np.int32)
+        places = np.full(n_rows, len(self.owner), np.int32)
+        for i, index in enumerate(taken):
+            prompt = self.prompts[index]
+            tokens[i, : len(prompt)] = prompt
+            lengths[i], places[i], limits[i] = len(prompt), slots[i], self.limits[index]
+        return tokens, lengths, places, limits
+
+    def put(self, taken: list[int], slots: np.ndarray) -> None:
+        """These prompts are in these slots now."""
+        self.owner[slots], self.active[slots] = taken, True
+        self.held[slots] = [len(self.prompts[index]) for index in taken]
+
+    def update(self, state: DecodeState) -> int:
+        """Read which slots go on, and how full they are; the number of those that ended."""
+        before = self.active.sum()
+        self.active, self.held = (np.array(x) for x in whole((state.active, state.lengths)))
+        return int(before - self.active.sum())
+
+    def collect(self, slots: np.ndarray, outputs: jax.Array, counts: jax.Array) -> None:
+        """Keep the answers of those of these slots that have ended; row i of the outputs is of slot i."""
+        ended = [(i, slot) for i, slot in enumerate(slots) if self.owner[slot] >= 0 and not self.active[slot]]
+        if not ended:
+            return
+        tokens, lengths = whole((outputs, counts))
+        for i, slot in ended:
+            ids = tokens[i, : lengths[i]].tolist()
+            stop_reason = "stop" if ids[-1] in self.eos_ids else "length"
+            self.answers[self.owner[slot]] = Generation(ids, stop_reason)
+            self.owner[slot] = -1
+
+    def shrink(self, n: int) -> np.ndarray:
+        """Go on with n slots, which hold all active rows; their numbers so far."""
+        keep = np.argsort(~self.active, stable=True)[:n]
+        self.owner, self.held, self.active = self.owner[keep], self.held[keep], self.active[keep]
+        return keep
+
+
 def generate(
     spec: ModelSpec,
     lora: Tree,
@@ -221,79 +290,32 @@ def generate(
     slots = min(slots, len(prompts))
     if tail_slots is None:
         tail_slots = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
-    limits = [max_new_tokens] * len(prompts) if limits is None else list(limits)
+    limits = [max_new_tokens] * len(prompts) if limits is None else limits
     lengths = [len(prompt) for prompt in prompts]
     sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
     capacity = max(n + m for n, m in zip(lengths, limits, strict=True))
     capacity = max(-(-capacity // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, max(sizes))
     prefill, decode = make_prefill(spec, eos_ids, backend), make_decode(spec, eos_ids, backend)
     state = init_decode(spec, slots, capacity, max_new_tokens)
-    rows_a_call = min(PREFILL_ROWS, slots)
+    rows, rows_a_call = _Slots(prompts, limits, eos_ids, slots), min(PREFILL_ROWS, slots)
 
-    queue = sorted(range(len(prompts)), key=lengths.__getitem__)  # shortest last: taken from the end
-    owner = np.full(slots, -1)  # the prompt in each slot
-    held = np.zeros(slots, int)  # tokens in each slot's cache, an upper bound
-    answers: list[Generation | None] = [None] * len(prompts)
-
-    def collect(index: int, tokens: np.ndarray, count: int) -> None:
-        ids = tokens[:count].tolist()
-        answers[index] = Generation(ids, "stop" if ids[-1] in eos_ids else "length")
-
-    def fill(free: np.ndarray) -> None:
-        """Put the next prompts into these slots, and collect the answers that they held."""
-        nonlocal state
-        taken = [queue.pop() for _ in range(min(len(free), len(queue)))] if queue else []
-        padded = np.zeros(
-            (rows_a_call, min(s for s in sizes if s >= max(map(lengths.__getitem__, taken)))), np.int32
-        )
-        n = np.ones(rows_a_call, np.int32)
-        limit = np.ones(rows_a_call, np.int32)
-        place = np.full(rows_a_call, slots, np.int32)
-        for i, index in enumerate(taken):
-            padded[i, : lengths[index]] = prompts[index]
-            n[i], limit[i], place[i] = lengths[index], limits[index], free[i]
-        state, outputs, counts = prefill(state, lora, frozen, padded, n, place, limit)
-        used = free[: len(taken)]
-        if (owner[used] >= 0).any():
-            outputs, counts = whole((outputs, counts))
-            for i, slot in enumerate(used):
-                if owner[slot] >= 0:
-                    collect(owner[slot], outputs[i], counts[i])
-        owner[used], held[used] = taken, n[: len(taken)]
-
-    active = np.zeros(slots, bool)
-
-    def shrink() -> None:
-        """Keep the rows still active, in `tail_slots` slots, and collect the others' answers."""
-        nonlocal state, owner, held, active
-        outputs, counts = whole((state.output, state.n_new))
-        for slot in np.flatnonzero((owner >= 0) & ~active):
-            collect(owner[slot], outputs[slot], counts[slot])
-        owner = np.where(active, owner, -1)
-        keep = np.argsort(~active, stable=True)[:tail_slots]
-        owner, held, active = owner[keep], held[keep], active[keep]
-        state = take_slots(state, keep)
-
-    while queue or active.any():
-        free = np.flatnonzero(~active)
-        # Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.
-        while queue and (len(free) >= rows_a_call or not active.any() or len(free) >= len(queue)):
-            fill(free[:rows_a_call])
-            active[free[:rows_a_call]] = owner[free[:rows_a_call]] >= 0
-            free = free[rows_a_call:]
-            if not len(free):
-                break
-        needed = int(held[active].max(initial=0)) + STEPS_PER_CALL
+    while rows.queue or rows.active.any():
+        while len(free := rows.to_fill(rows_a_call)):
+            taken = rows.take(len(free))
+            used = free[: len(taken)]
+            new = rows.prefill_rows(taken, used, rows_a_call, sizes)
+            state, outputs, counts = prefill(state, lora, frozen, *new)
+            rows.collect(used, outputs, counts)  # what these slots held before
+            rows.put(taken, used)
+        needed = int(rows.held[rows.active].max(initial=0)) + STEPS_PER_CALL
         window = min(-(-needed // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity)
         state = decode(state, lora, frozen, capacity if backend == "cudnn" else window)
-        before = active.sum()
-        active, held = (np.array(x) for x in whole((state.active, state.lengths)))
-        if progress is not None and before > active.sum():
-            progress(int(before - active.sum()))
-        if not queue and 0 < active.sum() <= tail_slots < len(active):
-            shrink()
-    outputs, counts = whole((state.output, state.n_new))
-    for slot in np.flatnonzero(owner >= 0):
-        collect(owner[slot], outputs[slot], counts[slot])
-    assert all(answer is not None for answer in answers)
-    return answers  # type: ignore[return-value]
+        ended = rows.update(state)
+        if progress is not None and ended:
+            progress(ended)
+        if not rows.queue and 0 < rows.active.sum() <= tail_slots < len(rows.active):
+            rows.collect(np.arange(len(rows.owner)), state.output, state.n_new)
+            state = take_slots(state, rows.shrink(tail_slots))
+    rows.collect(np.arange(len(rows.owner)), state.output, state.n_new)
+    assert all(answer is not None for answer in rows.answers)
+    return rows.answers  # type: ignore[return-value]

@@ -100,6 +100,14 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
         assert not set(tokens[:-1]) & set(eos)
 
 
+def test_progress_counts_every_answer_once(small):
+    spec, lora, frozen = small
+    finished: list[int] = []
+    options = {"eos_ids": (), "max_new_tokens": 20, "slots": 8, "progress": finished.append}
+    generate(spec, lora, frozen, random_prompts(20), limits=[1 + i for i in range(20)], **options)
+    assert sum(finished) == 20
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1)], ids=str)
 @pytest.mark.parametrize("scan", [False, True])
 def test_merged_and_unmerged_adapters_give_the_same_tokens(small, scan, shape):
