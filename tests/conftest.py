@@ -12,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers may share one GPU
 os.environ.setdefault("XLA_FLAGS", xla_flags(devices=8))
+# XLA has a thread a core. Collectives of eight simulated devices that wait for each other on a busy machine
+# would hold them all, and after 40 seconds it ends the process.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
