@@ -12,11 +12,12 @@ against a matrix product measured in the same run.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlora.checkpoints.huggingface import random_base
 from jaxlora.config import RunConfig
@@ -28,7 +29,7 @@ from jaxlora.generate import generate
 from jaxlora.lora import count_trainable, init_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.parameters import count_matrix_parameters
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console, progress_bar
 from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
@@ -102,6 +103,15 @@ def utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> 
     }
 
 
+class StepTime(NamedTuple):
+    """One training step."""
+
+    tokens: int  # real ones
+    buffer: int  # tokens of its buffers, padding included
+    seconds: float  # since the step before was done
+    compiled: bool  # its program was compiled in it
+
+
 def bench_train(
     config: RunConfig,
     spec: ModelSpec,
@@ -114,58 +124,23 @@ def bench_train(
     start = time.perf_counter()
     mesh = make_mesh(config.mesh)
     rows = random_rows(lengths, spec.config.vocab_size)
-    plan = plan_run(config.optim, config.train, len(rows))
-    steps = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
-    last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
-    layout = choose_layout(rows, steps, config.train.batch_rows, config.train, token_multiple(mesh))
-    backend = pick_backend(config.model.attention, jax.default_backend(), spec.dtype, mesh.size)
-    compute = Compute(backend, config.model.remat, config.train.batch_rows if layout.packed else 1)
     frozen = jax.block_until_ready(random_base(spec, 0, mesh))
     weights_seconds = time.perf_counter() - start
-
-    with jax.set_mesh(mesh):
-        state = init_state(place_lora(mesh, spec, init_lora(spec, 0)), config.optim)
-        step_fn = make_train_step(spec, config.optim, compute)
-        durations: list[tuple[int, float, bool]] = []  # tokens, seconds, compiled in it
-        shapes: set[tuple[int, ...]] = set()
-        real = padded = 0
-        waiting: list[tuple[int, Any, bool]] = []
-        first_step_seconds = None
-        with CompileCounter() as compiled, progress_bar("training", last, "steps") as advance:
-            clock = time.perf_counter()
-            for step, batch in train_batches(rows, plan, layout, 1):
-                if step > last:
-                    break
-                fresh = batch["tokens"].shape not in shapes
-                shapes.add(batch["tokens"].shape)
-                if fresh:
-                    console.print(f"step {step}: compiling for {batch['tokens'].shape[-1]} tokens")
-                rate = jnp.float32(learning_rate(step, config.optim, plan))
-                state, metrics = step_fn(state, frozen, place_batch(mesh, batch), rate)
-                tokens = sum(rows[i].n_tokens for i in plan.rows_of_step(step))
-                real, padded = real + tokens, padded + batch["tokens"].size
-                waiting.append((tokens, metrics["nll"], fresh))
-                while len(waiting) > (LATE if step < last else 0):
-                    done, value, was_fresh = waiting.pop(0)
-                    float(value)
-                    now = time.perf_counter()
-                    first_step_seconds = first_step_seconds or now - clock
-                    durations.append((done, now - clock, was_fresh))
-                    clock = now
-                    advance(1)
+    backend = pick_backend(config.model.attention, jax.default_backend(), spec.dtype, mesh.size)
+    measured: dict[str, Any] = {}
+    with jax.set_mesh(mesh), CompileCounter() as compiled:
+        lora, steps = _time_training(config, spec, mesh, rows, frozen, backend, max_steps)
+        compile_seconds = sum(compiled.events)
         # A compilation also delays the steps in flight beside it.
-        skip = {j for i, d in enumerate(durations) if d[2] for j in range(i - LATE, i + LATE + 1)}
-        timed = [d for i, d in enumerate(durations) if i not in skip] or durations
-        train_rate = sum(d[0] for d in timed) / sum(d[1] for d in timed)
-        seconds = np.array([d[1] for d in timed])
-        measured = {}
+        skip = {j for i, step in enumerate(steps) if step.compiled for j in range(i - LATE, i + LATE + 1)}
+        timed = [step for i, step in enumerate(steps) if i not in skip] or steps
+        train_rate = sum(step.tokens for step in timed) / sum(step.seconds for step in timed)
         if validation:
-            eval_rate = _time_validation(config, spec, mesh, rows[:512], state.lora, frozen, backend)
-            measured = {
-                "validation_tokens_per_second": eval_rate,
-                "validation_over_training": eval_rate / train_rate,
-            }
-    n = count_matrix_parameters(spec.config)
+            eval_rate = _time_validation(config, spec, mesh, rows[:512], lora, frozen, backend)
+            measured["validation_tokens_per_second"] = eval_rate
+            measured["validation_over_training"] = eval_rate / train_rate
+    milliseconds = np.array([1e3 * step.seconds for step in timed])
+    buffers = sorted({step.buffer for step in timed})
     memory = memory_in_use(jax.devices()[0])
     return facts | {
         "benchmark": "train",
@@ -173,20 +148,70 @@ def bench_train(
         "attention": backend,
         "layers": "scan" if spec.scan else "unroll",
         "remat": config.model.remat,
-        "steps": len(durations),
+        "steps": len(steps),
         "timed_steps": len(timed),
         "real_tokens_per_second": train_rate,
-        "padding_efficiency": real / padded,
-        "step_ms_median": float(np.median(seconds) * 1e3),
-        "step_ms_p90": float(np.percentile(seconds, 90) * 1e3),
-        **utilisation(train_rate, 4 * n, facts),
-        "compilations": len(shapes),
-        "compile_seconds": sum(compiled.events),
-        "first_step_seconds": first_step_seconds,
+        "padding_efficiency": sum(step.tokens for step in steps) / sum(step.buffer for step in steps),
+        "step_ms_median": float(np.median(milliseconds)),
+        "step_ms_p90": float(np.percentile(milliseconds, 90)),
+        "step_ms_median_by_buffer": {
+            size: float(
+                np.median([ms for ms, step in zip(milliseconds, timed, strict=True) if step.buffer == size])
+            )
+            for size in buffers
+        },
+        **utilisation(train_rate, 4 * count_matrix_parameters(spec.config), facts),
+        "compilations": sum(step.compiled for step in steps),
+        "compile_seconds": compile_seconds,
+        "first_step_seconds": steps[0].seconds,
         "weights_seconds": weights_seconds,
         "peak_memory_gib": memory / 2**30 if memory else None,
         **measured,
     }
+
+
+def _time_training(
+    config: RunConfig,
+    spec: ModelSpec,
+    mesh: Mesh,
+    rows: list[RenderedRow],
+    frozen: Tree,
+    backend: str,
+    max_steps: int | None,
+) -> tuple[Tree, list[StepTime]]:
+    """The first steps of an epoch over these rows, fed and read as training does; the adapter after them."""
+    plan = plan_run(config.optim, config.train, len(rows))
+    parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
+    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, token_multiple(mesh))
+    compute = Compute(backend, config.model.remat, config.train.batch_rows if layout.packed else 1)
+    state = init_state(place_lora(mesh, spec, init_lora(spec, 0)), config.optim)
+    step_fn = make_train_step(spec, config.optim, compute)
+    last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
+    done: list[StepTime] = []
+    waiting: list[tuple[StepTime, jax.Array]] = []
+    shapes: set[tuple[int, ...]] = set()
+    with progress_bar("training", last, "steps") as advance:
+        clock = time.perf_counter()
+        for step, batch in train_batches(rows, plan, layout, 1):
+            if step > last:
+                break
+            shape = batch["tokens"].shape
+            if shape not in shapes:
+                console.print(f"step {step}: compiling for {shape[-1]} tokens")
+            rate = jnp.float32(learning_rate(step, config.optim, plan))
+            state, metrics = step_fn(state, frozen, place_batch(mesh, batch), rate)
+            tokens = sum(rows[i].n_tokens for i in plan.rows_of_step(step))
+            begun = StepTime(tokens, batch["tokens"].size, 0.0, shape not in shapes)
+            waiting.append((begun, metrics["nll"]))
+            shapes.add(shape)
+            while len(waiting) > (LATE if step < last else 0):
+                begun, value = waiting.pop(0)
+                value.block_until_ready()
+                now = time.perf_counter()
+                done.append(begun._replace(seconds=now - clock))
+                clock = now
+                advance(1)
+    return state.lora, done
 
 
 def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
