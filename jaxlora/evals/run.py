@@ -140,6 +140,19 @@ def evaluate(
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
         text = str(tokenizer.decode(ids))
         records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
+    facts = inputs | {"first_prompt": tokenizer.decode(prompts[0]), "stop_token_ids": list(eos_ids)}
+    return hosts.broadcast(_write(out_dir, config.eval.benchmark, subject, records, facts, seconds))
+
+
+def _write(
+    out_dir: Path,
+    dataset: str,
+    subject: Subject,
+    records: list[dict[str, Any]],
+    facts: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Write the scored answers, their totals and the summary, if this is process 0; the summary."""
     totals = aggregate(records)
     identity = {
         "run_id": subject.run_id,
@@ -150,15 +163,13 @@ def evaluate(
     tokens = totals["prompt_tokens"] + totals["generated_tokens"]
     summary = summary_record(
         **identity,
-        dataset=config.eval.benchmark,
+        dataset=dataset,
         primary_metric={"name": "accuracy_strict", "value": totals["accuracy"]},
         artifact_paths={"predictions": "predictions.jsonl", "metrics": "metrics.jsonl"},
         status="completed",
         token_count=tokens,
         **totals,
-        **{key: value for key, value in inputs.items() if key not in identity},
-        first_prompt=tokenizer.decode(prompts[0]),
-        stop_token_ids=list(eos_ids),
+        **{name: value for name, value in facts.items() if name not in identity},
         seconds=seconds,
         generated_tokens_per_second=totals["generated_tokens"] / seconds,
     )
@@ -170,17 +181,18 @@ def evaluate(
         **totals,
         seconds=seconds,
     )
-    if hosts.is_main():
-        write_jsonl_atomic(out_dir / "predictions.jsonl", records)
-        write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
-        summary["predictions_sha256"] = sha256_of(out_dir / "predictions.jsonl")
-        write_json_atomic(out_dir / "summary.json", summary)
-        if (curves := out_dir.parent / "tensorboard").is_dir():  # a run's own evaluation
-            scores = {"strict": totals["accuracy"], "numeric": totals["accuracy_numeric"]}
-            outcome = {f"final/accuracy_{name}": value for name, value in scores.items()}
-            step = (subject.checkpoint or "").removeprefix("step-")
-            write_outcome(curves, outcome, int(step) if step.isdigit() else 0)
-    return hosts.broadcast(summary)
+    if not hosts.is_main():
+        return summary
+    write_jsonl_atomic(out_dir / "predictions.jsonl", records)
+    write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
+    summary["predictions_sha256"] = sha256_of(out_dir / "predictions.jsonl")
+    write_json_atomic(out_dir / "summary.json", summary)
+    if (curves := out_dir.parent / "tensorboard").is_dir():  # a run's own evaluation
+        scores = {"strict": totals["accuracy"], "numeric": totals["accuracy_numeric"]}
+        outcome = {f"final/accuracy_{name}": value for name, value in scores.items()}
+        step = (subject.checkpoint or "").removeprefix("step-")
+        write_outcome(curves, outcome, int(step) if step.isdigit() else 0)
+    return summary
 
 
 def show(summaries: list[dict[str, Any]]) -> None:
