@@ -209,17 +209,13 @@ class _Slots:
         self.answers: list[Generation | None] = [None] * len(prompts)
 
     def to_fill(self, at_once: int) -> np.ndarray:
-        """The free slots to fill now, at most so many; none if it is better to wait.
+        """The free slots to fill now, at most so many and one a prompt; none if it is better to wait.
 
         Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.
         """
         free = np.flatnonzero(~self.active)
         worthwhile = len(free) >= at_once or len(free) >= len(self.queue) or not self.active.any()
-        return free[:at_once] if self.queue and worthwhile else free[:0]
-
-    def take(self, n: int) -> list[int]:
-        """At most so many of the prompts that wait."""
-        return [self.queue.pop() for _ in range(min(n, len(self.queue)))]
+        return free[: min(at_once, len(self.queue))] if worthwhile else free[:0]
 
     def prefill_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
         """What `make_prefill` takes of these prompts and filler rows: tokens, lengths, slots, limits."""
@@ -301,12 +297,11 @@ def generate(
 
     while rows.queue or rows.active.any():
         while len(free := rows.to_fill(rows_a_call)):
-            taken = rows.take(len(free))
-            used = free[: len(taken)]
-            new = rows.prefill_rows(taken, used, rows_a_call, sizes)
+            taken = [rows.queue.pop() for _ in free]
+            new = rows.prefill_rows(taken, free, rows_a_call, sizes)
             state, outputs, counts = prefill(state, lora, frozen, *new)
-            rows.collect(used, outputs, counts)  # what these slots held before
-            rows.put(taken, used)
+            rows.collect(free, outputs, counts)  # what these slots held before
+            rows.put(taken, free)
         needed = int(rows.held[rows.active].max(initial=0)) + STEPS_PER_CALL
         window = min(-(-needed // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity)
         state = decode(state, lora, frozen, capacity if backend == "cudnn" else window)
