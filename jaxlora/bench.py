@@ -128,9 +128,8 @@ def bench_train(
     weights_seconds = time.perf_counter() - start
     backend = pick_backend(config.model.attention, jax.default_backend(), spec.dtype, mesh.size)
     measured: dict[str, Any] = {}
-    with jax.set_mesh(mesh), CompileCounter() as compiled:
-        lora, steps = _time_training(config, spec, mesh, rows, frozen, backend, max_steps)
-        compile_seconds = sum(compiled.events)
+    with jax.set_mesh(mesh):
+        lora, steps, compile_seconds = _time_training(config, spec, mesh, rows, frozen, backend, max_steps)
         # A compilation also delays the steps in flight beside it.
         skip = {j for i, step in enumerate(steps) if step.compiled for j in range(i - LATE, i + LATE + 1)}
         timed = [step for i, step in enumerate(steps) if i not in skip] or steps
@@ -140,7 +139,10 @@ def bench_train(
             measured["validation_tokens_per_second"] = eval_rate
             measured["validation_over_training"] = eval_rate / train_rate
     milliseconds = np.array([1e3 * step.seconds for step in timed])
-    buffers = sorted({step.buffer for step in timed})
+    by_buffer = {
+        size: float(np.median([1e3 * step.seconds for step in timed if step.buffer == size]))
+        for size in sorted({step.buffer for step in timed})
+    }
     memory = memory_in_use(jax.devices()[0])
     return facts | {
         "benchmark": "train",
@@ -154,12 +156,7 @@ def bench_train(
         "padding_efficiency": sum(step.tokens for step in steps) / sum(step.buffer for step in steps),
         "step_ms_median": float(np.median(milliseconds)),
         "step_ms_p90": float(np.percentile(milliseconds, 90)),
-        "step_ms_median_by_buffer": {
-            size: float(
-                np.median([ms for ms, step in zip(milliseconds, timed, strict=True) if step.buffer == size])
-            )
-            for size in buffers
-        },
+        "step_ms_median_by_buffer": by_buffer,
         **utilisation(train_rate, 4 * count_matrix_parameters(spec.config), facts),
         "compilations": sum(step.compiled for step in steps),
         "compile_seconds": compile_seconds,
@@ -178,8 +175,12 @@ def _time_training(
     frozen: Tree,
     backend: str,
     max_steps: int | None,
-) -> tuple[Tree, list[StepTime]]:
-    """The first steps of an epoch over these rows, fed and read as training does; the adapter after them."""
+) -> tuple[Tree, list[StepTime], float]:
+    """The first steps of an epoch over these rows, fed and read as training does.
+
+    Returns:
+      the adapter after them, the steps, and the seconds that compiling took in them.
+    """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
     layout = choose_layout(rows, parts, config.train.batch_rows, config.train, token_multiple(mesh))
@@ -190,7 +191,7 @@ def _time_training(
     done: list[StepTime] = []
     waiting: list[tuple[StepTime, jax.Array]] = []
     shapes: set[tuple[int, ...]] = set()
-    with progress_bar("training", last, "steps") as advance:
+    with CompileCounter() as compiled, progress_bar("training", last, "steps") as advance:
         clock = time.perf_counter()
         for step, batch in train_batches(rows, plan, layout, 1):
             if step > last:
@@ -206,12 +207,12 @@ def _time_training(
             shapes.add(shape)
             while len(waiting) > (LATE if step < last else 0):
                 begun, value = waiting.pop(0)
-                value.block_until_ready()
+                float(value)
                 now = time.perf_counter()
                 done.append(begun._replace(seconds=now - clock))
                 clock = now
                 advance(1)
-    return state.lora, done
+    return state.lora, done, sum(compiled.events)
 
 
 def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
