@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -72,23 +72,37 @@ class Linear(nnx.Module):
         self.axes, self.stacked, self.scales = weight.axes, bool(stack), scales
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        pair = () if self.lora_a is None or self.lora_b is None else (self.lora_a, self.lora_b)
-        adapter = [matrix[...] for matrix in pair]
-        y = gather_again(self.product, in_loop=self.stacked)(x, self.weight[...], *adapter)
-        return checkpoint_name(y, PRODUCT)
+        return joint_products(x, self)[0]
 
-    def product(self, x, weight, *adapter):
-        y = jnp.einsum("...i,oi->...o", x, gathered(weight, self.axes))
-        if adapter:
-            # One adapter alone is a group of one: the compiler drops an axis of length one.
-            a, b = (z.astype(x.dtype).reshape(-1, *z.shape[-2:]) for z in adapter)
-            a, b = gathered(a, (None, None, self.axes[1])), gathered(b, (None, self.axes[0], None))
-            # Members first, as products in batches have them: the other order costs a transpose a product.
-            own = x.reshape(-1, len(a), *x.shape[1:]).swapaxes(0, 1)
-            low = checkpoint_name(jnp.einsum("m...i,mri->m...r", own, a), PRODUCT)
-            low *= jnp.asarray(self.scales, x.dtype).reshape(-1, *(1,) * (low.ndim - 1))
-            y = y + jnp.einsum("m...r,mor->m...o", low, b).swapaxes(0, 1).reshape(y.shape)
-        return y
+
+def joint_products(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+    """The products of several projections with one input; all of them are adapted, or none is.
+
+    Their adapters read the input together: one product with all A, and one for its gradient.
+    """
+    arrays = [[p[...] for p in (one.weight, one.lora_a, one.lora_b) if p is not None] for one in linears]
+    function = partial(_products, [one.axes for one in linears], linears[0].scales)
+    ys = gather_again(function, in_loop=linears[0].stacked)(x, arrays)
+    return [checkpoint_name(y, PRODUCT) for y in ys]
+
+
+def _products(axes, scales, x, arrays):
+    weights, *adapters = zip(*arrays, strict=True)
+    ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
+    if not adapters:
+        return ys
+    # One adapter alone is a group of one: the compiler drops an axis of length one.
+    all_a, all_b = ([z.astype(x.dtype).reshape(-1, *z.shape[-2:]) for z in matrices] for matrices in adapters)
+    all_a = [gathered(a, (None, None, own[1])) for a, own in zip(all_a, axes, strict=True)]
+    all_b = [gathered(b, (None, own[0], None)) for b, own in zip(all_b, axes, strict=True)]
+    # Members first, as products in batches have them: the other order costs a transpose a product.
+    own_lines = x.reshape(-1, len(all_a[0]), *x.shape[1:]).swapaxes(0, 1)
+    low = jnp.einsum("m...i,mri->m...r", own_lines, jnp.concatenate(all_a, axis=1))
+    low = checkpoint_name(low, PRODUCT)
+    low *= jnp.asarray(scales, x.dtype).reshape(-1, *(1,) * (low.ndim - 1))
+    lows = jnp.split(low, len(ys), axis=-1)
+    deltas = [jnp.einsum("m...r,mor->m...o", *pair) for pair in zip(lows, all_b, strict=True)]
+    return [y + delta.swapaxes(0, 1).reshape(y.shape) for y, delta in zip(ys, deltas, strict=True)]
 
 
 class Attention(nnx.Module):
@@ -114,7 +128,7 @@ class Attention(nnx.Module):
 
         if self.joined:
             return jnp.split(heads(self.qkv_proj(x)), [self.heads, self.heads + self.kv_heads], axis=-2)
-        return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        return map(heads, joint_products(x, self.q_proj, self.k_proj, self.v_proj))
 
     def __call__(self, x, rotary, attend: Attend, cache):
         q, k, v = self.project(x)
@@ -139,7 +153,7 @@ class MLP(nnx.Module):
         if self.joined:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+            gate, up = joint_products(x, self.gate_proj, self.up_proj)
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
