@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -72,13 +73,24 @@ def decode_backend(dtype: str) -> str:
     return pick_decode_backend(jax.default_backend(), dtype, jax.device_count())
 
 
-def compiler_options() -> dict[str, bool] | None:
+def compiler_options() -> dict[str, Any] | None:
     """What training and validation steps are compiled with on this machine's devices; None: as JAX does.
 
-    On GPUs without Triton products, 2% faster: where XLA tries one, it splits off the norm before it, and
-    computes that once for each product (see `tools/bench.md`).
+    For GPUs (measured in `tools/bench.md`):
+
+    - The loop over chunks of answers runs inside the CUDA graph of the step. Left outside, it lets the host
+      decide when to stop, and the GPU waits for the host to launch the whole backward pass: 7% of a step.
+    - No Triton products: where XLA tries one, it splits off the norm before it, and computes that once for
+      each product. 2%.
+    - cuBLAS picks its own kernels: they are faster than those that XLA finds by trying, by 1%.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+    if jax.default_backend() != "gpu":
+        return None
+    return {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE",
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_autotune_level": 0,
+    }
 
 
 def scan_layers(layers: str, platform: str) -> bool:
