@@ -12,6 +12,7 @@ against a matrix product measured in the same run.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,8 @@ from jax.sharding import Mesh
 
 from jaxlora.checkpoints.huggingface import random_base
 from jaxlora.config import RunConfig
-from jaxlora.data.batches import choose_layout, ranges, train_batches
+from jaxlora.data.batches import choose_layout, ranges, step_batch, train_batches
+from jaxlora.data.packing import Batch
 from jaxlora.data.render import RenderedRow
 from jaxlora.decode_weights import decode_weights
 from jaxlora.devices import memory_in_use, peak_flops
@@ -79,6 +81,11 @@ class CompileCounter:
             self.events.append(duration_secs)
 
 
+def warm_up_runs() -> int:
+    """How often a program runs before it is timed: a GPU's second run makes its CUDA graph."""
+    return 2 if jax.default_backend() == "gpu" else 1
+
+
 def device_facts() -> dict[str, Any]:
     """What was measured on what."""
     import jaxlib
@@ -103,13 +110,15 @@ def utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> 
     }
 
 
-class StepTime(NamedTuple):
-    """One training step."""
+class Timing(NamedTuple):
+    """Steps of an epoch, timed after every buffer length has been compiled."""
 
     tokens: int  # real ones
-    buffer: int  # tokens of its buffers, padding included
-    seconds: float  # since the step before was done
-    compiled: bool  # its program was compiled in it
+    buffer_tokens: int  # padding included
+    seconds: list[float]  # between one step's metrics and the next, as the host reads them
+    first_step_seconds: float  # from tracing to the first metrics
+    compilations: int
+    compile_seconds: float
 
 
 def bench_train(
@@ -129,20 +138,13 @@ def bench_train(
     backend = pick_backend(config.model.attention, jax.default_backend(), spec.dtype, mesh.size)
     measured: dict[str, Any] = {}
     with jax.set_mesh(mesh):
-        lora, steps, compile_seconds = _time_training(config, spec, mesh, rows, frozen, backend, max_steps)
-        # A compilation also delays the steps in flight beside it.
-        skip = {j for i, step in enumerate(steps) if step.compiled for j in range(i - LATE, i + LATE + 1)}
-        timed = [step for i, step in enumerate(steps) if i not in skip] or steps
-        train_rate = sum(step.tokens for step in timed) / sum(step.seconds for step in timed)
+        lora, timing = _time_training(config, spec, mesh, rows, frozen, backend, max_steps)
+        train_rate = timing.tokens / sum(timing.seconds)
         if validation:
             eval_rate = _time_validation(config, spec, mesh, rows[:512], lora, frozen, backend)
             measured["validation_tokens_per_second"] = eval_rate
             measured["validation_over_training"] = eval_rate / train_rate
-    milliseconds = np.array([1e3 * step.seconds for step in timed])
-    by_buffer = {
-        size: float(np.median([1e3 * step.seconds for step in timed if step.buffer == size]))
-        for size in sorted({step.buffer for step in timed})
-    }
+    milliseconds = 1e3 * np.array(timing.seconds)
     memory = memory_in_use(jax.devices()[0])
     return facts | {
         "benchmark": "train",
@@ -150,17 +152,15 @@ def bench_train(
         "attention": backend,
         "layers": "scan" if spec.scan else "unroll",
         "remat": config.model.remat,
-        "steps": len(steps),
-        "timed_steps": len(timed),
+        "steps": len(timing.seconds),
         "real_tokens_per_second": train_rate,
-        "padding_efficiency": sum(step.tokens for step in steps) / sum(step.buffer for step in steps),
+        "padding_efficiency": timing.tokens / timing.buffer_tokens,
         "step_ms_median": float(np.median(milliseconds)),
         "step_ms_p90": float(np.percentile(milliseconds, 90)),
-        "step_ms_median_by_buffer": by_buffer,
         **utilisation(train_rate, 4 * count_matrix_parameters(spec.config), facts),
-        "compilations": sum(step.compiled for step in steps),
-        "compile_seconds": compile_seconds,
-        "first_step_seconds": steps[0].seconds,
+        "compilations": timing.compilations,
+        "compile_seconds": timing.compile_seconds,
+        "first_step_seconds": timing.first_step_seconds,
         "weights_seconds": weights_seconds,
         "peak_memory_gib": memory / 2**30 if memory else None,
         **measured,
@@ -175,11 +175,11 @@ def _time_training(
     frozen: Tree,
     backend: str,
     max_steps: int | None,
-) -> tuple[Tree, list[StepTime], float]:
-    """The first steps of an epoch over these rows, fed and read as training does.
+) -> tuple[Tree, Timing]:
+    """Compile for each buffer length, then time the first steps of an epoch, fed and read as training does.
 
     Returns:
-      the adapter after them, the steps, and the seconds that compiling took in them.
+      the adapter after them, and their times.
     """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
@@ -188,31 +188,42 @@ def _time_training(
     state = init_state(place_lora(mesh, spec, init_lora(spec, 0)), config.optim)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
-    done: list[StepTime] = []
-    waiting: list[tuple[StepTime, jax.Array]] = []
-    shapes: set[tuple[int, ...]] = set()
-    with CompileCounter() as compiled, progress_bar("training", last, "steps") as advance:
+    rate = partial(learning_rate, optim=config.optim, plan=plan)
+
+    shapes: dict[tuple[int, ...], Batch] = {}
+    for step in range(1, last + 1):
+        batch = step_batch(rows, plan, layout, step)
+        shapes.setdefault(batch["tokens"].shape, batch)
+    firsts = []
+    with CompileCounter() as compiled:
+        for shape, batch in shapes.items():
+            console.print(f"compiling for {shape[-1]} tokens")
+            for _ in range(warm_up_runs()):
+                start = time.perf_counter()
+                state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
+                float(metrics["nll"])
+                firsts.append(time.perf_counter() - start)
+
+    tokens = buffer_tokens = 0
+    seconds: list[float] = []
+    waiting: list[jax.Array] = []
+    with CompileCounter() as compiled_again, progress_bar("training", last, "steps") as advance:
         clock = time.perf_counter()
         for step, batch in train_batches(rows, plan, layout, 1):
             if step > last:
                 break
-            shape = batch["tokens"].shape
-            if shape not in shapes:
-                console.print(f"step {step}: compiling for {shape[-1]} tokens")
-            rate = jnp.float32(learning_rate(step, config.optim, plan))
-            state, metrics = step_fn(state, frozen, place_batch(mesh, batch), rate)
-            tokens = sum(rows[i].n_tokens for i in plan.rows_of_step(step))
-            begun = StepTime(tokens, batch["tokens"].size, 0.0, shape not in shapes)
-            waiting.append((begun, metrics["nll"]))
-            shapes.add(shape)
+            state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
+            tokens += sum(rows[i].n_tokens for i in plan.rows_of_step(step))
+            buffer_tokens += batch["tokens"].size
+            waiting.append(metrics["nll"])
             while len(waiting) > (LATE if step < last else 0):
-                begun, value = waiting.pop(0)
-                float(value)
-                now = time.perf_counter()
-                done.append(begun._replace(seconds=now - clock))
-                clock = now
+                float(waiting.pop(0))
+                seconds.append(time.perf_counter() - clock)
+                clock += seconds[-1]
                 advance(1)
-    return state.lora, done, sum(compiled.events)
+    compilations = len(shapes) + len(compiled_again.events)
+    timing = Timing(tokens, buffer_tokens, seconds, firsts[0], compilations, sum(compiled.events))
+    return state.lora, timing
 
 
 def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
@@ -224,7 +235,8 @@ def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
     compute = Compute(backend, False, config.train.validation_batch_rows if layout.packed else 1)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
-    jax.block_until_ready([step(lora, frozen, batch) for batch in placed])
+    for _ in range(warm_up_runs()):
+        jax.block_until_ready([step(lora, frozen, batch) for batch in placed])
     start = time.perf_counter()
     jax.block_until_ready([step(lora, frozen, batch) for batch in placed])
     return sum(row.n_tokens for row in rows) / (time.perf_counter() - start)

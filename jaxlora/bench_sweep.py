@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlora.bench import device_facts, random_rows, utilisation
+from jaxlora.bench import device_facts, random_rows, utilisation, warm_up_runs
 from jaxlora.checkpoints.huggingface import random_base
 from jaxlora.config import Condition, Remat, RunConfig
 from jaxlora.data.batches import choose_layout
@@ -139,12 +139,13 @@ def bench_sweep(
 def _time(
     step_fn, mesh, state: TrainState, frozen: Tree, batches: list[Batch], rate: jax.Array
 ) -> tuple[float, float]:
-    """Seconds until each shape of batch has been compiled and run, and seconds of all steps after that."""
+    """Seconds until each shape of batch has been compiled and warmed up, and of all steps after that."""
     placed = [place_batch(mesh, batch) for batch in batches]
     shapes = {batch["tokens"].shape: batch for batch in placed}
     start = time.perf_counter()
     for batch in shapes.values():
-        state, metrics = step_fn(state, frozen, batch, rate)
+        for _ in range(warm_up_runs()):
+            state, metrics = step_fn(state, frozen, batch, rate)
     jax.block_until_ready(metrics)
     compiled = time.perf_counter()
     for batch in placed:
