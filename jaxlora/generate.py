@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.data.packing import choose_sizes
+from jaxlora.data.packing import choose_sizes, round_up
 from jaxlora.hosts import whole
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Qwen3, Tree
@@ -290,7 +290,7 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
     capacity = max(n + m for n, m in zip(lengths, limits, strict=True))
-    capacity = max(-(-capacity // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, max(sizes))
+    capacity = max(round_up(capacity, WINDOW_MULTIPLE), max(sizes))
     prefill, decode = make_prefill(spec, eos_ids, backend), make_decode(spec, eos_ids, backend)
     state = init_decode(spec, slots, capacity, max_new_tokens)
     rows, rows_a_call = _Slots(prompts, limits, eos_ids, slots), min(PREFILL_ROWS, slots)
@@ -303,7 +303,7 @@ def generate(
             rows.collect(free, outputs, counts)  # what these slots held before
             rows.put(taken, free)
         needed = int(rows.held[rows.active].max(initial=0)) + STEPS_PER_CALL
-        window = min(-(-needed // WINDOW_MULTIPLE) * WINDOW_MULTIPLE, capacity)
+        window = min(round_up(needed, WINDOW_MULTIPLE), capacity)
         state = decode(state, lora, frozen, capacity if backend == "cudnn" else window)
         ended = rows.update(state)
         if progress is not None and ended:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import grain.python as grain
 
 from jaxlora.config import TrainConfig
-from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad
+from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up
 from jaxlora.data.render import RenderedRow
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def choose_layout(
       batches: row numbers of each batch.
       multiple: what the device mesh asks of a buffer's length; `buffer_multiple` is rounded up to it.
     """
-    multiple = length_multiple(train, multiple)
+    multiple = round_up(train.buffer_multiple, multiple)
     if train.layout == "padded":
         totals = [max(rows[i].n_tokens for i in batch) for batch in batches]
     else:
@@ -56,11 +56,6 @@ def choose_layout(
         totals = [largest_buffer(part, train.max_buffer_tokens) for part in lengths]
     sizes = choose_sizes(totals, train.buffer_sizes, multiple)
     return Layout(train.layout == "packed", sizes, batch_rows, train.max_buffer_tokens)
-
-
-def length_multiple(train: TrainConfig, multiple: int) -> int:
-    """What buffer lengths are multiples of: `buffer_multiple`, rounded up to what the device mesh asks."""
-    return -(-train.buffer_multiple // multiple) * multiple
 
 
 def train_batches(

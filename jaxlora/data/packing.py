@@ -19,13 +19,18 @@ from jaxlora.data.render import RenderedRow, shifted
 Batch = dict[str, np.ndarray]
 
 
+def round_up(number: int, multiple: int) -> int:
+    """The first multiple that is no less than the number."""
+    return -(-number // multiple) * multiple
+
+
 def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[int, ...]:
     """At most `n_sizes` buffer lengths, multiples of `multiple`, that pad these totals least.
 
     Each total goes into the smallest length that holds it. Exact dynamic programme over the distinct
     rounded-up totals.
     """
-    rounded = [-(-total // multiple) * multiple for total in totals]
+    rounded = [round_up(total, multiple) for total in totals]
     levels, counts = np.unique(rounded, return_counts=True)
     n = len(levels)
     before = np.concatenate([[0], np.cumsum(counts)])

@@ -6,6 +6,7 @@ trainer = backend.load(Path("adapter"))          # start from a given adapter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from jaxlora.checkpoints.huggingface import load_base
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import Condition, LoraConfig, MeshConfig, OptimConfig
-from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack
+from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.decode_weights import decode_weights
 from jaxlora.devices import scan_layers
@@ -154,9 +155,9 @@ class OurTrainer:
 
     def _batch(self, rows: Sequence[RenderedRow]) -> Batch:
         assert len(rows) <= MAX_ROWS, f"{len(rows)} rows in one pass; at most {MAX_ROWS}"
-        multiple = np.lcm(BUFFER, token_multiple(self.backend.mesh))
+        multiple = math.lcm(BUFFER, token_multiple(self.backend.mesh))
         longest = largest_buffer([row.n_tokens for row in rows], BUFFER)
-        return pack(rows, (int(-(-longest // multiple) * multiple),), BUFFER)
+        return pack(rows, (round_up(longest, multiple),), BUFFER)
 
 
 @cache

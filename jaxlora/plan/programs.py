@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.config import RunConfig
-from jaxlora.data.batches import length_multiple
+from jaxlora.data.packing import round_up
 from jaxlora.devices import scan_layers
 from jaxlora.errors import UserError
 from jaxlora.generate import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
@@ -108,11 +108,11 @@ class Programs:
     @cached_property
     def multiple(self) -> int:
         """Buffer lengths are multiples of this."""
-        return length_multiple(self.config.train, token_multiple(self.mesh))
+        return round_up(self.config.train.buffer_multiple, token_multiple(self.mesh))
 
     def buffer(self, tokens: float) -> int:
         """The buffer length that holds so many tokens."""
-        return max(1, -(-int(tokens) // self.multiple)) * self.multiple
+        return max(self.multiple, round_up(int(tokens), self.multiple))
 
     @property
     def _kernel_passes(self) -> int:
@@ -179,7 +179,7 @@ class Programs:
         state, base = self._decode_arguments()
         step = make_decode(self._decode_spec, self.model.eos_token_ids)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
-        window = -(-window // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+        window = round_up(window, WINDOW_MULTIPLE)
         slots = self.config.eval.batch_rows
         arguments: tuple[Any, ...] = (state, {}, base)
         return self._beside_base(
@@ -214,7 +214,7 @@ class Programs:
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
         length = self.workload.prompt_tokens + settings.max_new_tokens
-        length = -(-length // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+        length = round_up(length, WINDOW_MULTIPLE)
         state = jax.eval_shape(
             lambda: init_decode(spec, settings.batch_rows, length, settings.max_new_tokens)
         )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import hosts
-from jaxlora.data.packing import pack
+from jaxlora.data.packing import pack, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.decode_weights import decode_weights
 from jaxlora.devices import decode_backend
@@ -124,7 +124,7 @@ def _by_trainer(job: Job, spec: ModelSpec, frozen: Tree, rows: list[RenderedRow]
     """Log-probability of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, by the step of validation."""
     multiple = token_multiple(job.mesh)
     n_tokens = sum(row.n_tokens for row in rows)
-    batch = pack(rows, (-(-n_tokens // multiple) * multiple,), n_tokens)
+    batch = pack(rows, (round_up(n_tokens, multiple),), n_tokens)
     step = make_eval_step(spec, replace(job.compute(job.validation_layout), max_segments=len(rows)))
     values = []
     for segment in range(1, len(rows) + 1):  # the program sums: one token has a weight at a time
