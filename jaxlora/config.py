@@ -416,12 +416,14 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     _check_texts(to_dict(config))
-    for field in ("prefix", "name"):
+    for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix and its settings
         given = getattr(config, field)
-        if given is not None and (
-            any(c in given for c in "/\\") or given.startswith(".") or len(given) > 100
-        ):
+        if given is None:
+            continue
+        if any(c in given for c in "/\\") or given.startswith("."):
             raise UserError(f"config.{field}: {given!r} is not allowed; give a plain name without slashes")
+        if len(given) > longest:
+            raise UserError(f"config.{field}: {len(given)} characters are too many; give at most {longest}")
     if "://" in config.results_dir:
         raise UserError(
             f"config.results_dir: {config.results_dir!r} is not a folder; give a local or a mounted one"

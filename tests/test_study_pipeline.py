@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams import metadata
 from xla_flags import xla_flags
 
-from jaxlora.config import RunConfig, load_config
+from jaxlora.config import RunConfig, from_dict, load_config, to_dict
 from jaxlora.errors import UserError
 from jaxlora.records import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from jaxlora.study import grid
@@ -84,6 +84,15 @@ def test_the_ids_of_other_grids_say_what_differs_and_are_read_back(repository):
     (batches,) = grid.members(replace(config, sweep=replace(config.sweep, conditions=("all_layer",), ranks=(),
                                       learning_rates=(), batch_rows=(512,))))  # fmt: skip
     assert (batches.run_id, batches.train.batch_rows) == ("qwen3-8b-ranks-all_layer-batch-512-seed-0", 512)
+
+
+def test_the_longest_prefix_gives_names_that_are_allowed(repository):
+    overrides = {"prefix": "p" * 100, "sweep.batch_rows": "128", "sweep.seeds": "2147483647"}
+    for run in grid.members(load_config(repository / "configs/rank_sweep.py", overrides)):
+        assert len(run.run_id) > 150
+        assert from_dict(to_dict(run)) == run  # as an evaluation reads it from a run's files
+    with pytest.raises(UserError, match=r"config\.prefix: 101 characters"):
+        load_config(repository / "configs/main.py", {"prefix": "p" * 101})
 
 
 def test_settings_are_ordered_by_number():

@@ -14,6 +14,7 @@ carry loss. In a conversation of several turns only the last assistant turn carr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       UserError: there is none, it cannot be read, or it has no chat template.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # to install PyTorch, which nothing needs
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
 
