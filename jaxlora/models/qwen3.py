@@ -86,23 +86,31 @@ def joint_products(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     return [checkpoint_name(y, PRODUCT) for y in ys]
 
 
-def _products(axes, scales, x, arrays):
+def _products(axes, scales, x, arrays) -> list[jax.Array]:
+    """W x, plus (alpha / r) B A x where adapted, of each projection; its arrays are [W] or [W, A, B]."""
     weights, *adapters = zip(*arrays, strict=True)
     ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
     if not adapters:
         return ys
-    # One adapter alone is a group of one: the compiler drops an axis of length one.
-    all_a, all_b = ([z.astype(x.dtype).reshape(-1, *z.shape[-2:]) for z in matrices] for matrices in adapters)
-    all_a = [gathered(a, (None, None, own[1])) for a, own in zip(all_a, axes, strict=True)]
-    all_b = [gathered(b, (None, own[0], None)) for b, own in zip(all_b, axes, strict=True)]
+    return [y + delta for y, delta in zip(ys, _deltas(axes, scales, x, *adapters), strict=True)]
+
+
+def _deltas(axes, scales, x, all_a, all_b) -> list[jax.Array]:
+    """(alpha / r) B A x of each projection."""
+
+    def ready(matrix, *own):
+        # One adapter alone is a group of one: the compiler drops an axis of length one.
+        return gathered(matrix.astype(x.dtype).reshape(-1, *matrix.shape[-2:]), (None, *own))
+
+    a = [ready(a, None, in_axis) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
+    b = [ready(b, out_axis, None) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
     # Members first, as products in batches have them: the other order costs a transpose a product.
-    own_lines = x.reshape(-1, len(all_a[0]), *x.shape[1:]).swapaxes(0, 1)
-    low = jnp.einsum("m...i,mri->m...r", own_lines, jnp.concatenate(all_a, axis=1))
-    low = checkpoint_name(low, PRODUCT)
-    low *= jnp.asarray(scales, x.dtype).reshape(-1, *(1,) * (low.ndim - 1))
-    lows = jnp.split(low, len(ys), axis=-1)
-    deltas = [jnp.einsum("m...r,mor->m...o", *pair) for pair in zip(lows, all_b, strict=True)]
-    return [y + delta.swapaxes(0, 1).reshape(y.shape) for y, delta in zip(ys, deltas, strict=True)]
+    of_member = x.reshape(-1, len(a[0]), *x.shape[1:]).swapaxes(0, 1)
+    low = jnp.einsum("m...i,mri->m...r", of_member, jnp.concatenate(a, axis=1))
+    low = checkpoint_name(low, PRODUCT) * jnp.asarray(scales, x.dtype).reshape(-1, *(1,) * (low.ndim - 1))
+    lows = jnp.split(low, len(b), axis=-1)
+    deltas = [jnp.einsum("m...r,mor->m...o", *pair) for pair in zip(lows, b, strict=True)]
+    return [delta.swapaxes(0, 1).reshape(*x.shape[:-1], -1) for delta in deltas]
 
 
 class Attention(nnx.Module):
