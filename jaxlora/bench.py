@@ -194,15 +194,15 @@ def _time_training(
     for step in range(1, last + 1):
         batch = step_batch(rows, plan, layout, step)
         shapes.setdefault(batch["tokens"].shape, batch)
-    firsts = []
+    first_step_seconds = 0.0
     with CompileCounter() as compiled:
+        start = time.perf_counter()
         for shape, batch in shapes.items():
             console.print(f"compiling for {shape[-1]} tokens")
             for _ in range(warm_up_runs()):
-                start = time.perf_counter()
                 state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
                 float(metrics["nll"])
-                firsts.append(time.perf_counter() - start)
+                first_step_seconds = first_step_seconds or time.perf_counter() - start
 
     tokens = buffer_tokens = 0
     seconds: list[float] = []
@@ -222,7 +222,7 @@ def _time_training(
                 clock += seconds[-1]
                 advance(1)
     compilations = len(shapes) + len(compiled_again.events)
-    timing = Timing(tokens, buffer_tokens, seconds, firsts[0], compilations, sum(compiled.events))
+    timing = Timing(tokens, buffer_tokens, seconds, first_step_seconds, compilations, sum(compiled.events))
     return state.lora, timing
 
 

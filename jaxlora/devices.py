@@ -79,7 +79,7 @@ def compiler_options() -> dict[str, Any] | None:
     For GPUs (measured in `tools/bench.md`):
 
     - The loop over chunks of answers runs inside the CUDA graph of the step. Left outside, it lets the host
-      decide when to stop, and the GPU waits for the host to launch the whole backward pass: 7% of a step.
+      decide when to stop, and the GPU waits for the host to launch the whole backward pass: 6% of a step.
     - No Triton products: where XLA tries one, it splits off the norm before it, and computes that once for
       each product. 2%.
     - cuBLAS picks its own kernels: they are faster than those that XLA finds by trying, by 1%.
