@@ -73,24 +73,29 @@ def decode_backend(dtype: str) -> str:
     return pick_decode_backend(jax.default_backend(), dtype, jax.device_count())
 
 
-def compiler_options() -> dict[str, Any] | None:
-    """What training and validation steps are compiled with on this machine's devices; None: as JAX does.
+def decoder_options() -> dict[str, Any] | None:
+    """What prefill and decoding are compiled with on this machine's devices; None: as JAX does.
 
     For GPUs (measured in `tools/bench.md`):
 
-    - The loop over chunks of answers runs inside the CUDA graph of the step. Left outside, it lets the host
-      decide when to stop, and the GPU waits for the host to launch the whole backward pass: 6% of a step.
     - No Triton products: where XLA tries one, it splits off the norm before it, and computes that once for
-      each product. 2%.
+      each product. 2% of a training step.
     - cuBLAS picks its own kernels: they are faster than those that XLA finds by trying, by 1%.
     """
     if jax.default_backend() != "gpu":
         return None
-    return {
-        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE",
-        "xla_gpu_enable_triton_gemm": False,
-        "xla_gpu_autotune_level": 0,
-    }
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+
+
+def step_options() -> dict[str, Any] | None:
+    """What training and validation steps are compiled with: as the decoder, and on a GPU one thing more.
+
+    The loop over chunks of answers runs inside the CUDA graph of the step. Left outside, it lets the host
+    decide when to stop, and the GPU waits for the host to launch the whole backward pass: 6% of a step.
+    """
+    options = decoder_options()
+    graphs = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE"
+    return None if options is None else options | {"xla_gpu_enable_command_buffer": graphs}
 
 
 def scan_layers(layers: str, platform: str) -> bool:

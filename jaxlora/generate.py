@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.data.packing import choose_sizes, round_up
+from jaxlora.devices import decoder_options
 from jaxlora.hosts import whole
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Qwen3, Tree
@@ -103,14 +104,15 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
         )
         return state, *old
 
-    return jax.jit(prefill, donate_argnums=0)
+    return jax.jit(prefill, donate_argnums=0, compiler_options=decoder_options())
 
 
 @lru_cache(maxsize=8)
 def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla", steps: int = STEPS_PER_CALL):
     """The jitted `(state, lora, frozen, window) -> state`: up to `steps` tokens for every active slot.
 
-    `window` (static) is how much of the cache is read: at least the longest active row after the call.
+    `window` (static) is how much of the cache is read: at least the longest active row after the call. Steps
+    without an active slot change nothing; stopping early would make the host read a condition in each.
     """
 
     def step(lora: Tree, frozen: Tree, window: int, state: DecodeState) -> DecodeState:
@@ -131,14 +133,10 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla",
         )
 
     def decode(state: DecodeState, lora: Tree, frozen: Tree, window: int) -> DecodeState:
-        def more(carry):
-            i, state = carry
-            return (i < steps) & state.active.any()
-
         body = partial(step, lora, frozen, window)
-        return jax.lax.while_loop(more, lambda c: (c[0] + 1, body(c[1])), (0, state))[1]
+        return jax.lax.fori_loop(0, steps, lambda _, state: body(state), state)
 
-    return jax.jit(decode, static_argnums=3, donate_argnums=0)
+    return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 
 
 def prefill_hidden(model: Qwen3, cache, tokens, lengths, slots, backend: str):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from bad_input import assert_exit_2
 
-from jaxlora.devices import compiler_options
+from jaxlora.devices import step_options
 from jaxlora.errors import UserError
 
 SMALL = ["--model", "embedded:base", "--num-layers", "1", "--dtype", "float32"]
@@ -167,8 +167,8 @@ def test_word_problems_refuse_a_bad_number_and_write_nothing(repository, tmp_pat
 
 
 def test_the_compiler_knows_the_options_that_gpus_get(monkeypatch):
-    assert compiler_options() is None
+    assert step_options() is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    options = compiler_options()
+    options = step_options()
     assert options
     assert jax.jit(jnp.negative, compiler_options=options)(1.0) == -1  # an unknown one is an error

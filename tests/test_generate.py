@@ -16,10 +16,11 @@ from test_model import CONFIGURATIONS, our_model
 from jaxlora.checkpoints.huggingface import random_base
 from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.decode_weights import decode_weights
-from jaxlora.generate import generate
+from jaxlora.generate import generate, init_decode, make_decode
 from jaxlora.lora import init_lora, merge_lora
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.plan.hlo import count_work
 from jaxlora.sharding import base_shardings, make_mesh
 
 
@@ -98,6 +99,14 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
         assert len(tokens) <= limits[i]
         assert (tokens[-1] in eos) == (reason == "stop")
         assert not set(tokens[:-1]) & set(eos)
+
+
+def test_the_host_reads_no_condition_between_tokens(small):
+    spec, lora, frozen = small
+    compiled = make_decode(spec, ()).lower(init_decode(spec, 4, 128, 8), lora, frozen, 128).compile()
+    work = count_work(compiled.as_text())
+    assert "while" in compiled.as_text()
+    assert work.dynamic_loops == 0
 
 
 def test_progress_counts_every_answer_once(small):

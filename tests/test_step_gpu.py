@@ -30,7 +30,7 @@ def test_a_graph_with_the_loop_over_answers_in_it_changes_nothing(tmp_path, monk
     monkeypatch.setattr(loss, "CHUNK", 32)  # several chunks a buffer
 
     def run(options):
-        monkeypatch.setattr(step, "compiler_options", lambda: options)
+        monkeypatch.setattr(step, "step_options", lambda: options)
         step._train_step.cache_clear()
         compiled = (
             make_train_step(spec, OptimConfig(), Compute())
@@ -45,7 +45,7 @@ def test_a_graph_with_the_loop_over_answers_in_it_changes_nothing(tmp_path, monk
         return metrics
 
     with jax.default_matmul_precision("highest"):
-        options = step.compiler_options()
+        options = step.step_options()
         ours, expected = run(options), run(options | {"xla_gpu_enable_command_buffer": ""})
     step._train_step.cache_clear()
     for one, other in zip(ours, expected, strict=True):

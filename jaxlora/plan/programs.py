@@ -177,7 +177,7 @@ class Programs:
     def decode_step(self) -> Program:
         """One token for each slot, with the adapter merged into the base and half the cache filled."""
         state, base = self._decode_arguments()
-        step = make_decode(self._decode_spec, self.model.eos_token_ids)
+        step = make_decode(self._decode_spec, self.model.eos_token_ids, steps=1)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
         window = round_up(window, WINDOW_MULTIPLE)
         slots = self.config.eval.batch_rows

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlora.config import OptimConfig, Remat
-from jaxlora.devices import compiler_options
+from jaxlora.devices import step_options
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.sharding import constrain, constrain_lora
@@ -125,7 +125,7 @@ def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute):
         metrics = {"nll": nll, "weight": batch_weight(spec, batch)} | norms
         return constrain_lora(spec, TrainState(lora, moments)), _on_every_chip(metrics)
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(train_step, donate_argnums=0, compiler_options=step_options())
 
 
 @lru_cache(maxsize=8)
@@ -142,7 +142,7 @@ def make_eval_step(spec: ModelSpec, compute: Compute):
         start = jnp.zeros(len(spec.member_scales) or (), jnp.float32)
         return _on_every_chip((jax.lax.scan(add, start, batch)[0], batch_weight(spec, batch)))
 
-    return jax.jit(eval_step, compiler_options=compiler_options())
+    return jax.jit(eval_step, compiler_options=step_options())
 
 
 def _on_every_chip(results: Any) -> Any:
