@@ -62,7 +62,7 @@ def members_to_fuse(job: Job, slice_: Slice | None) -> int:
     """How many runs like this one to train at once: what fits and is fastest by the planner's estimate.
 
     One where a group should gain less than a tenth, because one run fills the chips; and off the table of TPU
-    slices, because on a GPU a pair gains 3% (see `tools/bench.md`). All hosts find the same number.
+    slices, because on a GPU a pair gains 2% (see `tools/bench.md`). All hosts find the same number.
     """
     if slice_ is None:
         return 1
