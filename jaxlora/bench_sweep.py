@@ -11,10 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxlora.bench import device_facts, random_rows, utilisation, warm_up_runs
 from jaxlora.checkpoints.huggingface import random_base
@@ -44,6 +45,18 @@ class Variant:
     remat: Remat = False
 
 
+class Setting(NamedTuple):
+    """What all measurements share."""
+
+    config: RunConfig
+    mesh: Mesh
+    frozen: Tree
+    batches: list[Batch]  # of a lone run, one a step
+    tokens: int  # real ones in them
+    flops: int  # a real token
+    facts: dict[str, Any]
+
+
 def bench_sweep(
     config: RunConfig,
     shape: ModelConfig,
@@ -64,75 +77,88 @@ def bench_sweep(
     mesh = make_mesh(config.mesh)
     rows = random_rows(lengths, shape.vocab_size)
     plan = plan_run(config.optim, config.train, len(rows))
-    steps = min(steps, plan.steps_per_epoch)
-    parts = [plan.rows_of_step(step) for step in range(1, steps + 1)]
+    parts = [plan.rows_of_step(step) for step in range(1, min(steps, plan.steps_per_epoch) + 1)]
     layout = choose_layout(rows, parts, plan.batch_rows, config.train, token_multiple(mesh))
     batches = [layout.build([rows[i] for i in part]) for part in parts]
     tokens = sum(rows[i].n_tokens for part in parts for i in part)
     scan = scan_layers(config.model.layers, jax.default_backend())
     backend = pick_backend(config.model.attention, jax.default_backend(), config.model.dtype, mesh.size)
     compute = Compute(backend, config.model.remat, plan.batch_rows if layout.packed else 1)
+    conditions = MIX if mix else (config.lora.condition,)
+    specs = [
+        ModelSpec(shape, replace(config.lora, condition=condition), config.model.dtype, scan)
+        for condition in conditions
+    ]
+    frozen = jax.block_until_ready(random_base(replace(specs[0], lora=None), 0, mesh))
+    setting = Setting(config, mesh, frozen, batches, tokens, 4 * count_matrix_parameters(shape), facts)
 
-    def spec_of(member: int) -> ModelSpec:
-        condition = MIX[member % len(MIX)] if mix else config.lora.condition
-        return ModelSpec(shape, replace(config.lora, condition=condition), config.model.dtype, scan)
-
-    frozen = jax.block_until_ready(random_base(replace(spec_of(0), lora=None), 0, mesh))
-    flops = 4 * count_matrix_parameters(shape)
-
-    def measure(members: Sequence[ModelSpec], how: Compute) -> dict[str, Any]:
-        states = [init_state(init_lora(member, i), config.optim) for i, member in enumerate(members)]
-        if len(members) == 1:
-            spec, state, rate, data = members[0], states[0], jnp.float32(1e-4), batches
-        else:
-            spec, state = group_spec(members), stack_members(states, members)
-            rate = jnp.full(len(members), 1e-4, jnp.float32)
-            data = [stack_batches([batch] * len(members)) for batch in batches]
-        del states
-        state = place_lora(mesh, spec, state)
-        compiling, seconds = _time(make_train_step(spec, config.optim, how), mesh, state, frozen, data, rate)
-        rate_ = len(members) * tokens / seconds
-        peak = memory_in_use(jax.local_devices()[0])
-        return {
-            "seconds": seconds,
-            "step_ms": seconds / steps * 1e3,
-            "real_tokens_per_second": rate_,
-            **utilisation(rate_, flops, facts),
-            "compile_seconds": compiling,
-            "peak_memory_gib": peak / 2**30 if peak else None,  # so far in this process
-        }
-
-    results: list[dict[str, Any]] = []
     with jax.set_mesh(mesh):
-        lone = {}
-        for spec in dict.fromkeys(spec_of(i) for i in range(2)):
-            assert spec.lora is not None
-            lone[spec] = measure([spec], compute)
-            _say(f"alone, {spec.lora.condition}", lone[spec])
-        for variant in sorted(variants, key=lambda v: v.members):
-            members = [spec_of(i) for i in range(variant.members)]
-            result: dict[str, Any] = {"members": variant.members, "remat": variant.remat}
-            try:
-                result |= measure(members, replace(compute, remat=variant.remat))
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                result["out_of_memory"] = str(error).splitlines()[0][:200]
-            else:
-                result["over_lone_runs"] = sum(lone[m]["seconds"] for m in members) / result["seconds"]
-            _say(f"{variant.members} members, remat {str(variant.remat).lower()}", result)
-            results.append(result)
+        lone = []
+        for condition, spec in zip(conditions, specs, strict=True):
+            lone.append({"condition": condition} | measure(setting, [spec], compute))
+            _say(f"alone, {condition}", lone[-1])
+        fused = [
+            measure_group(setting, specs, lone, variant, compute)
+            for variant in sorted(variants, key=lambda v: v.members)
+        ]
     return facts | {
         "benchmark": "sweep",
         "attention": backend,
         "layers": "scan" if scan else "unroll",
-        "steps": steps,
+        "steps": len(parts),
         "batch_rows": plan.batch_rows,
         "real_tokens_of_a_member": tokens,
         "buffer_lengths": sorted({batch["tokens"].shape[-1] for batch in batches}),
         "padding_efficiency": tokens / sum(batch["tokens"].size for batch in batches),
-        "lone": [{"condition": spec.lora.condition} | r for spec, r in lone.items() if spec.lora],
-        "fused": results,
+        "lone": lone,
+        "fused": fused,
+    }
+
+
+def measure_group(
+    setting: Setting,
+    specs: Sequence[ModelSpec],
+    lone: Sequence[dict[str, Any]],
+    variant: Variant,
+    compute: Compute,
+) -> dict[str, Any]:
+    """A group whose members take these specs in turn, beside their lone runs; or that it does not fit."""
+    turns = [i % len(specs) for i in range(variant.members)]
+    result: dict[str, Any] = {"members": variant.members, "remat": variant.remat}
+    try:
+        result |= measure(setting, [specs[i] for i in turns], replace(compute, remat=variant.remat))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result["out_of_memory"] = str(error).splitlines()[0][:200]
+    else:
+        result["over_lone_runs"] = sum(lone[i]["seconds"] for i in turns) / result["seconds"]
+    _say(f"{variant.members} members, remat {str(variant.remat).lower()}", result)
+    return result
+
+
+def measure(setting: Setting, members: Sequence[ModelSpec], compute: Compute) -> dict[str, Any]:
+    """The steps of one run, or of several together."""
+    config, mesh, batches = setting.config, setting.mesh, setting.batches
+    states = [init_state(init_lora(member, i), config.optim) for i, member in enumerate(members)]
+    spec, state, rate = members[0], states[0], jnp.float32(1e-4)
+    if len(members) > 1:
+        spec, state = group_spec(members), stack_members(states, members)
+        rate = jnp.full(len(members), 1e-4, jnp.float32)
+        batches = [stack_batches([batch] * len(members)) for batch in batches]
+    del states
+    state = place_lora(mesh, spec, state)
+    step_fn = make_train_step(spec, config.optim, compute)
+    compiling, seconds = _time(step_fn, mesh, state, setting.frozen, batches, rate)
+    tokens_per_second = len(members) * setting.tokens / seconds
+    peak = memory_in_use(jax.local_devices()[0])
+    return {
+        "seconds": seconds,
+        "step_ms": seconds / len(batches) * 1e3,
+        "real_tokens_per_second": tokens_per_second,
+        **utilisation(tokens_per_second, setting.flops, setting.facts),
+        "compile_seconds": compiling,
+        "peak_memory_gib": peak / 2**30 if peak else None,  # so far in this process
     }
 
 
