@@ -1,11 +1,16 @@
-"""Files of a folder that came from elsewhere, such as a model's or an adapter's: no name leads out of it.
+"""Folders: reading files of one that came from elsewhere, and making one whole or not at all.
 
-file_in("path/to/Qwen3-8B", "model-00001-of-00005.safetensors")
+file_in("path/to/Qwen3-8B", "model-00001-of-00005.safetensors")   # no name leads out of the folder
+with new_folder(Path("adapter")) as folder:                       # named so when all is written
+    (folder / "adapter_config.json").write_text(text)
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jaxlora.errors import UserError
@@ -31,3 +36,28 @@ def file_in(folder: str | Path, name: str) -> Path:
     if not any(real.is_relative_to(place) for place in places):
         raise UserError(f"{path}: is a link out of its folder, which is not followed; copy the file instead")
     return path
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which becomes `out` at the end; after an error nothing has changed."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        put_in_place(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Rename a finished folder to `out`; an older one is removed only after the new one stands."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    out.rename(old)
+    folder.rename(out)
+    shutil.rmtree(old)

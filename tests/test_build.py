@@ -172,7 +172,7 @@ class TestAllOrNothing:
         source = write_jsonl(tmp_path / "rows.jsonl", ROWS)
         code = (
             "import os, signal, sys; from pathlib import Path; import jaxlora.data.build as b\n"
-            "b._put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "b.put_in_place = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
             "b.build(b.BuildPlan(sys.argv[1], None, Path(sys.argv[2])))"
         )
         command = [sys.executable, "-c", code, source, str(tmp_path / "out")]

@@ -33,7 +33,7 @@ from jaxlora.checkpoints.tensors import (
 )
 from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.errors import UserError
-from jaxlora.folders import file_in
+from jaxlora.folders import file_in, new_folder
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.parameters import Weight
 from jaxlora.models.qwen3 import ModelSpec, Tree
@@ -186,15 +186,32 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor | None, directory: s
 def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Path) -> None:
     """Write a full checkpoint in shards with an index, with the source's config and tokenizer files.
 
+    The folder appears whole or not at all.
+
     Raises:
       UserError: the folder exists already.
     """
     folder = Path(out)
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new folder")
-    partial_folder = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
+    shards = _shards(spec, frozen)
+    weight_map: dict[str, str] = {}
+    with new_folder(folder) as staging:
+        for i, tensors in enumerate(shards):
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file(tensors, staging / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        total = sum(array.nbytes for tensors in shards for array in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for file in Path(source).iterdir():
+            wanted = file.suffix in TOKENIZER_SUFFIXES and "safetensors" not in file.name
+            if wanted and file.is_file():
+                shutil.copy(file_in(source, file.name), staging / file.name)
+
+
+def _shards(spec: ModelSpec, frozen: Tree) -> list[dict[str, np.ndarray]]:
+    """The weights by Hugging Face key, in groups of the size of a file."""
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
     for key, array in _tensors(spec, frozen):
@@ -203,19 +220,7 @@ def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Pa
             size = 0
         shards[-1][key] = array
         size += array.nbytes
-    weight_map: dict[str, str] = {}
-    for i, tensors in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, partial_folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-    total = sum(array.nbytes for tensors in shards for array in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file in Path(source).iterdir():
-        wanted = file.suffix in TOKENIZER_SUFFIXES and "safetensors" not in file.name
-        if wanted and file.is_file():
-            shutil.copy(file_in(source, file.name), partial_folder / file.name)
-    partial_folder.rename(folder)
+    return shards
 
 
 def _tensors(spec: ModelSpec, frozen: Tree) -> Iterator[tuple[str, np.ndarray]]:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -28,7 +26,7 @@ from safetensors.numpy import save_file
 from jaxlora import hosts
 from jaxlora.config import Condition, LoraConfig
 from jaxlora.errors import UserError
-from jaxlora.folders import file_in
+from jaxlora.folders import file_in, new_folder
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import Weight
@@ -106,22 +104,10 @@ def export_adapter(
     if clash := own.keys() & (extra or {}).keys():
         raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
 
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    with new_folder(folder) as staging:
         save_file(tensors, staging / WEIGHTS)
         write_json_atomic(staging / SETTINGS, _settings(spec, base_name))
         write_json_atomic(staging / METADATA, own | (extra or {}))
-        if folder.exists():
-            replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-            folder.rename(replaced)
-            staging.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def import_adapter(directory: str | Path, config: ModelConfig) -> tuple[LoraConfig, Tree, dict[str, Any]]:

@@ -26,6 +26,7 @@ from jaxlora.data import curation
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.errors import UserError
+from jaxlora.folders import put_in_place
 from jaxlora.progress import progress_bar
 from jaxlora.records import read_json, sha256_of, write_json_atomic
 
@@ -84,7 +85,7 @@ def build(plan: BuildPlan) -> dict[str, Any]:
         raise UserError(f"{plan.out} is a file; choose another --out")
     with _disk_errors(out), _work_folder(out) as folder:
         manifest = _build_into(folder, plan)
-        _put_in_place(folder, out)
+        _publish(folder, out)
     return manifest
 
 
@@ -232,20 +233,13 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _put_in_place(folder: Path, out: Path) -> None:
-    """Make the finished folder the dataset; an older one is removed only after the new one stands."""
+def _publish(folder: Path, out: Path) -> None:
+    """Make the finished folder the dataset, once it is on the disk."""
     for path in (*(folder / name for name in FILES), folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    folder.rename(out)
-    shutil.rmtree(old)
+    put_in_place(folder, out)
 
 
 @contextmanager
