@@ -53,11 +53,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def put_in_place(folder: Path, out: Path) -> None:
     """Rename a finished folder to `out`; an older one is removed only after the new one stands."""
-    if not out.exists():
-        folder.rename(out)
-        return
     old = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
     folder.rename(out)
-    shutil.rmtree(old)
+    if old.exists():  # also what a process left that was killed between the two names
+        shutil.rmtree(old)

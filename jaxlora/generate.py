@@ -133,8 +133,7 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla",
         )
 
     def decode(state: DecodeState, lora: Tree, frozen: Tree, window: int) -> DecodeState:
-        body = partial(step, lora, frozen, window)
-        return jax.lax.fori_loop(0, steps, lambda _, state: body(state), state)
+        return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, frozen, window, state), state)
 
     return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 

@@ -23,6 +23,15 @@ def test_a_folder_appears_at_the_end_and_leaves_nothing_beside_it(tmp_path, olde
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_the_older_folder_of_a_killed_process_goes_once_the_new_one_stands(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / ".out.replaced").mkdir()
+    with new_folder(out) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
 def test_after_an_error_nothing_has_changed(tmp_path, older, stop):
