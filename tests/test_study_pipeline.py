@@ -29,7 +29,7 @@ from jaxlora.errors import UserError
 from jaxlora.records import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from jaxlora.study import grid
 from jaxlora.study.pipeline import Session, Stage, Task, run_stages
-from jaxlora.study.planning import plan_table, status_tables
+from jaxlora.study.planning import H100_DECODE, H100_TRAIN, H100_VALIDATION, plan_table, status_tables
 from jaxlora.study.stages import STAGES, chosen_rates
 from jaxlora.study.state import State
 from jaxlora.train.display import TrainingDisplay
@@ -171,6 +171,15 @@ def test_the_plan_does_not_ask_for_the_gates_that_the_study_will_check(repositor
     assert "tiny-all_layer-seed-2" in text
     assert "UNGATED" not in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_the_plan_rests_on_the_speeds_that_the_readme_states(repository):
+    table = (repository / "README.md").read_text().split("## Speed")[1]
+    cells = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    first = {row[1].strip(): row[2].strip() for row in cells}
+    assert first["training, all_layer"] == f"{H100_TRAIN:,}"
+    assert first["validation, all_layer"] == f"{H100_VALIDATION:,}"
+    assert first["decoding the GSM8K workload, 384 slots, generated tokens"] == f"{H100_DECODE:,}"
 
 
 def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypatch):

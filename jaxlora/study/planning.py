@@ -29,7 +29,7 @@ from jaxlora.study.stages import STAGES
 from jaxlora.train.job import Job, locate_model, prepare, token_count
 
 # One H100 80GB, Qwen3-8B, rank 8, batches of 8 rows: `tools/bench.py`, see the README.
-H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_276, 32_430, 12_863  # tokens a second
+H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_604, 34_939, 13_421  # tokens a second
 H100_FLOPS, H100_PARAMETERS = 989e12, 7.568e9
 LARGEST_FACTOR = 100  # a model much smaller is not bound by its products: the comparison would say nothing
 ANSWER_TOKENS = 200  # an answer of the study is 172 (adapters) to 283 (base) tokens long
