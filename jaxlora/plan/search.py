@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import count_parameters, parameter_table
+from jaxlora.models.parameters import Weight, count_parameters, parameter_table
 from jaxlora.models.qwen3 import is_adapted, kept_per_token
 from jaxlora.plan.chips import Slice
 from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
@@ -105,60 +105,130 @@ def estimate(
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
-    The base is bfloat16. Weights are gathered over `fsdp` in the forward and the backward pass. Activations
-    are summed over `tensor` after o_proj and down_proj, and in the backward pass for each of the five
-    projections that read the residual stream. Keys and values are gathered over the token shards.
+    The base is bfloat16.
     """
-    shards = mesh.data * mesh.fsdp
-    block = math.lcm(TOKEN_BLOCK * shards, multiple)
+    block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp, multiple)
     length = math.ceil(tokens / buffers / block) * block
-    local = members * length / shards
-    again = remat is True  # products and attention are computed once more
-    table = parameter_table(model)
-    layers = model.num_hidden_layers
-    layer_weights = layers * sum(math.prod(w.shape) for w in table if w.stacked and len(w.shape) == 2)
-    head_weights = model.vocab_size * model.hidden_size
-    adapter = members * sum(
-        lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in table if is_adapted(w, lora)
+    share = _Share(model, lora, mesh, remat, members, length)
+    best = roofline(
+        slice_, buffers * _flops(share), buffers * _hbm_bytes(share), buffers * _interconnect_bytes(share)
     )
-    kv_width = 2 * model.num_key_value_heads * model.head_dim // mesh.tensor
-
-    products = (2 + again) * 2 * layer_weights + 2 * 2 * head_weights
-    flops = local * products / mesh.tensor
-    passes = 1 + again + BACKWARD_PASSES
-    flops += attention_flops(model, local, keys_seen(length, members, shards), passes) / mesh.tensor
-
-    def gather(size: float, ways: int) -> float:
-        return size * (ways - 1) / ways
-
-    weights = BF16 * (2 * layer_weights + head_weights) / mesh.tensor
-    stream = BF16 * local * model.hidden_size
-    sums = (2 + 2 * again + 5) * layers
-    ici = gather(weights, mesh.fsdp)
-    ici += sums * 2 * gather(stream, mesh.tensor)
-    keys_and_values = gather(BF16 * members * length * kv_width, shards) if members % shards else 0
-    ici += (3 + again) * layers * keys_and_values  # of whole lines a chip has its own
-    ici += 2 * gather(BF16 * adapter, shards)
-
-    kept, saved = _kept_bytes(model, False, mesh.tensor), _kept_bytes(model, remat, mesh.tensor)
-    activations = local * layers * saved
-    # A gathered weight is written and read; each kept activation is written once and read once.
-    hbm = (
-        weights * (2 if mesh.fsdp > 1 else 1)
-        + 2 * activations
-        + 2 * local * layers * kept
-        + 7 * FLOAT32 * adapter
-    )
-    head_chunk = 2 * FLOAT32 * min(local, CHUNK) * model.vocab_size / mesh.tensor
-    memory = BF16 * count_parameters(model) / (mesh.fsdp * mesh.tensor) + 4 * FLOAT32 * adapter
-    memory += activations + head_chunk + BF16 * head_weights / mesh.tensor + local * kept
-    memory += keys_and_values * (1 if again else layers)  # kept for the backward pass as they were gathered
-    memory += BF16 * head_weights / mesh.tensor if mesh.fsdp > 1 else 0  # the embedding is gathered, too
-    best = roofline(slice_, buffers * flops, buffers * hbm, buffers * ici)
-    return Choice(mesh, remat, buffers, length, best, memory)
+    return Choice(mesh, remat, buffers, length, best, _memory(share))
 
 
-def _kept_bytes(model: ModelConfig, remat: Remat, tensor: int) -> float:
-    """Bytes that one chip keeps of one token in one layer."""
-    whole, split = kept_per_token(model, remat)
-    return BF16 * (whole + split / tensor)
+@dataclass(frozen=True)
+class _Share:
+    """One chip's share of the work on one buffer. Weights are counted on all chips together."""
+
+    model: ModelConfig
+    lora: LoraConfig
+    mesh: MeshConfig
+    remat: Remat
+    members: int
+    length: int  # tokens of the buffer
+
+    @property
+    def shards(self) -> int:
+        """Over how many chips tokens are split."""
+        return self.mesh.data * self.mesh.fsdp
+
+    @property
+    def tokens(self) -> float:
+        return self.members * self.length / self.shards
+
+    @property
+    def again(self) -> bool:
+        """Whether products and attention are computed once more."""
+        return self.remat is True
+
+    @property
+    def layer_weights(self) -> int:
+        layers = self.model.num_hidden_layers
+        return layers * sum(math.prod(w.shape) for w in self._weights if w.stacked and len(w.shape) == 2)
+
+    @property
+    def head_weights(self) -> int:
+        return self.model.vocab_size * self.model.hidden_size
+
+    @property
+    def adapter_weights(self) -> int:
+        layers, adapted = self.model.num_hidden_layers, [w for w in self._weights if is_adapted(w, self.lora)]
+        return self.members * sum(
+            self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted
+        )
+
+    @property
+    def _weights(self) -> list[Weight]:
+        return parameter_table(self.model)
+
+    @property
+    def gathered_keys(self) -> float:
+        """Bytes of keys and values that a layer gathers from the other token shards; none of whole lines."""
+        width = 2 * self.model.num_key_value_heads * self.model.head_dim // self.mesh.tensor
+        size = BF16 * self.members * self.length * width
+        return _gathered(size, self.shards) if self.members % self.shards else 0
+
+    def kept(self, remat: Remat) -> float:
+        """Bytes that one chip keeps of one token in one layer."""
+        whole, split = kept_per_token(self.model, remat)
+        return BF16 * (whole + split / self.mesh.tensor)
+
+    @property
+    def activations(self) -> float:
+        """Bytes of what the backward pass finds kept."""
+        return self.tokens * self.model.num_hidden_layers * self.kept(self.remat)
+
+
+def _gathered(size: float, ways: int) -> float:
+    """Bytes that a chip receives to gather `size` bytes which lie on so many chips."""
+    return size * (ways - 1) / ways
+
+
+def _flops(share: _Share) -> float:
+    """Products: layers forward, backward and perhaps again, the head forward and backward; attention."""
+    products = (2 + share.again) * 2 * share.layer_weights + 2 * 2 * share.head_weights
+    passes = 1 + share.again + BACKWARD_PASSES
+    keys = keys_seen(share.length, share.members, share.shards)
+    attention = attention_flops(share.model, share.tokens, keys, passes)
+    return share.tokens * products / share.mesh.tensor + attention / share.mesh.tensor
+
+
+def _read_weights(share: _Share) -> float:
+    """Bytes of the weights that one chip multiplies with: layers twice, the head once."""
+    return BF16 * (2 * share.layer_weights + share.head_weights) / share.mesh.tensor
+
+
+def _interconnect_bytes(share: _Share) -> float:
+    """What one chip exchanges.
+
+    Weights are gathered over `fsdp` in the forward and the backward pass. Activations are summed over
+    `tensor` after o_proj and down_proj, and in the backward pass for each of the five projections that read
+    the residual stream. Keys and values are gathered over the token shards, the adapters' gradients summed.
+    """
+    stream = BF16 * share.tokens * share.model.hidden_size
+    sums = (2 + 2 * share.again + 5) * share.model.num_hidden_layers
+    size = _gathered(_read_weights(share), share.mesh.fsdp)
+    size += sums * 2 * _gathered(stream, share.mesh.tensor)
+    size += (3 + share.again) * share.model.num_hidden_layers * share.gathered_keys
+    return size + 2 * _gathered(BF16 * share.adapter_weights, share.shards)
+
+
+def _hbm_bytes(share: _Share) -> float:
+    """What one chip reads and writes: a gathered weight and each kept activation are written and read."""
+    kept = share.tokens * share.model.num_hidden_layers * share.kept(False)
+    weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
+    return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.adapter_weights
+
+
+def _memory(share: _Share) -> float:
+    """Bytes on one chip at the peak, the backward pass."""
+    model, mesh = share.model, share.mesh
+    head = BF16 * share.head_weights / mesh.tensor
+    size = BF16 * count_parameters(model) / (mesh.fsdp * mesh.tensor)
+    size += 4 * FLOAT32 * share.adapter_weights  # weights, gradients and two moments
+    size += share.activations
+    size += 2 * FLOAT32 * min(share.tokens, CHUNK) * model.vocab_size / mesh.tensor  # logits and gradient
+    size += head + share.tokens * share.kept(False)  # the head, and one layer whole
+    # Gathered keys and values are kept for the backward pass.
+    size += share.gathered_keys * (1 if share.again else model.num_hidden_layers)
+    return size + (head if mesh.fsdp > 1 else 0)  # the embedding is gathered, too
