@@ -15,19 +15,11 @@ import jax
 from jaxlora import hosts
 from jaxlora.config import RunConfig
 from jaxlora.models.attention import pick_decode_backend
+from jaxlora.plan.chips import chip_of
 from jaxlora.progress import console
 
-# Dense bf16 peak in FLOP/s by a part of `device_kind`, from the makers' data sheets.
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "v6": 918e12,
-    "v5p": 459e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v4": 275e12,
-}
+# Dense bf16 peak of GPUs in FLOP/s by a part of `device_kind`, from the maker's data sheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -56,10 +48,9 @@ def setup(config: RunConfig) -> None:
 
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bf16 peak of one device in FLOP/s, or None where it is not known (a CPU)."""
-    for name, rate in _PEAK_FLOPS.items():
-        if name.lower() in device.device_kind.lower():
-            return rate
-    return None
+    if (chip := chip_of(device.device_kind)) is not None:
+        return chip.flops
+    return next((rate for name, rate in _PEAK_FLOPS.items() if name in device.device_kind), None)
 
 
 def memory_in_use(device: jax.Device) -> int | None:

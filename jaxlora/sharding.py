@@ -81,9 +81,7 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
 
 def decode_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     """The same devices for decoding: split by heads as far as they allow, else by slots."""
-    tensor = mesh.size
-    while config.num_key_value_heads % tensor:
-        tensor //= 2
+    tensor = math.gcd(mesh.size, config.num_key_value_heads)
     devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
+from jaxlora.devices import peak_flops
 from jaxlora.errors import UserError
 from jaxlora.models.config import ModelConfig, published_config
 from jaxlora.models.parameters import count_parameters
@@ -66,6 +67,15 @@ def test_devices_are_recognised_as_their_slice():
     found = slice_of(devices)
     assert (found.chip, found.n_chips, found.ici_rate) == (CHIPS["v5e"], 8, slice_named("v5e-8").ici_rate)
     assert slice_of(jax.devices()) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12),
+     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)],
+)  # fmt: skip
+def test_peak_rates_are_found_by_the_names_that_jax_gives(kind, rate):
+    assert peak_flops(SimpleNamespace(device_kind=kind)) == rate
 
 
 # --- the roofline, by hand
@@ -175,6 +185,14 @@ def test_decoding_never_gathers_weights():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 8}
     fewer_heads = replace(model, num_key_value_heads=4)
     assert dict(decode_mesh(mesh, fewer_heads).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+
+
+@pytest.mark.parametrize(("n", "tensor"), [(1, 1), (2, 2), (3, 1), (4, 4), (5, 1), (6, 2), (7, 1), (8, 8)])
+def test_any_number_of_devices_decodes_split_by_heads_as_far_as_they_allow(n, tensor):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:n])
+    decoding = decode_mesh(mesh, published_config("qwen3-8b"))
+    assert dict(decoding.shape) == {"data": n // tensor, "fsdp": 1, "tensor": tensor}
+    assert set(decoding.devices.flat) == set(mesh.devices.flat)
 
 
 # --- counting compiled programs

@@ -86,14 +86,19 @@ SLICES = {
 _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None where it is no TPU of the table."""
+    return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else None
+
+
 def slice_of(devices: Sequence[Any]) -> Slice | None:
     """The slice that these JAX devices make up; None where they are no TPU of the table."""
-    kind = _KINDS.get(devices[0].device_kind)
-    if kind is None:
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
         return None
     coordinates = [device.coords for device in devices]
     grid = tuple(max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True))
-    return Slice(f"{len(devices)} {kind} chips", CHIPS[kind], grid)
+    return Slice(f"{len(devices)} {chip.name} chips", chip, grid)
 
 
 def slice_named(name: str) -> Slice:
