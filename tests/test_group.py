@@ -322,7 +322,11 @@ def test_a_step_that_is_too_long_for_the_chip_is_found_before_the_first(first):
         loop.check_longest(group, Watched(), frozen, 1)  # the real program takes what it is given
         assert {shape[2] for shape in shapes} == {128}
         full = Watched("RESOURCE_EXHAUSTED: Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.")
-        with pytest.raises(UserError, match=r"128 tokens needs 5\.20 GiB more .*max_buffer_tokens=64, which"):
+        assert not layout.packed
+        with pytest.raises(UserError, match=r"512 tokens needs 5\.20 GiB more .*layout=packed or"):
+            loop.check_longest(group, full, frozen, 1)
+        group.jobs = [replace(job, train_layout=replace(layout, packed=True))]
+        with pytest.raises(UserError, match=r"5\.20 GiB more .*max_buffer_tokens=64, which"):
             loop.check_longest(group, full, frozen, 1)
         with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
             loop.check_longest(group, Watched("INTERNAL: something else"), frozen, 1)

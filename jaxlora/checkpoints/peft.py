@@ -16,10 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -81,7 +79,7 @@ def export_adapter(
     for weight in spec.adapted:
         pair = get_path(lora, weight.path)
         for part in PARTS:
-            array = _on_host(pair[part])
+            array = hosts.whole(pair[part])
             if not np.isfinite(array).all():
                 raise UserError(f"adapter: {weight.path}.{part} holds NaN or infinity; it is not written")
             for name, layer in _names(weight, part, spec.config):
@@ -150,13 +148,6 @@ def import_adapter(directory: str | Path, config: ModelConfig) -> tuple[LoraConf
         raise UserError(f"{file}: not a readable safetensors file: {error}") from None
     check_lora(spec, lora)
     return lora_config, lora, _read_metadata(folder, settings, lora_config)
-
-
-def _on_host(array: Any) -> np.ndarray:
-    """The whole array, also where its parts lie on several hosts."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _names(weight: Weight, part: str, config: ModelConfig) -> Iterator[tuple[str, int | None]]:

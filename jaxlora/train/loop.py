@@ -244,10 +244,12 @@ def check_longest(group: Group, train_step: Any, frozen: Tree, step: int) -> Non
         if (missing := out_of_memory(str(error))) is None:
             raise
         shorter = [size for size in job.train_layout.sizes if size < longest] or [longest // 2]
+        split = f"max_buffer_tokens={max(shorter)}, which splits longer ones,"
+        if not job.train_layout.packed:  # padded rows are never split
+            split = "layout=packed"
         raise UserError(
-            f"a step of {longest:,} tokens needs {missing / 2**30:.2f} GiB more than a chip has; give"
-            f" --config.train.max_buffer_tokens={max(shorter)}, which splits longer ones, or"
-            " --config.model.remat=elementwise"
+            f"a step of {batch['tokens'].size:,} tokens needs {missing / 2**30:.2f} GiB more than a chip has;"
+            f" give --config.train.{split} or --config.model.remat=elementwise"
         ) from None
 
 
