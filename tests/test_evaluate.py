@@ -21,13 +21,15 @@ from jaxlora.data.render import render_prompts
 from jaxlora.embedded import embedded_path
 from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import load_problems, rescore
-from jaxlora.evals.subjects import fetch_adapter
+from jaxlora.evals.run import evaluation_inputs, load_prompts
+from jaxlora.evals.subjects import base_target, fetch_adapter
 from jaxlora.lora import init_lora
 from jaxlora.models.config import load_model_config
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.records import read_json, write_json_atomic
-from jaxlora.train.job import prepare
+from jaxlora.train.job import load_job_tokenizer, prepare
 from jaxlora.train.loop import train
+from jaxlora.train.manifest import make_manifest
 
 PROBLEMS, NEW_TOKENS = 4, 12
 TOKENIZER = AutoTokenizer.from_pretrained(str(embedded_path("base")))
@@ -228,6 +230,32 @@ def test_a_dry_run_writes_nothing_and_counts_the_prompts(evaluate, run, tmp_path
     assert f"at most {NEW_TOKENS} new tokens" in text
     assert problems[0].question in text
     assert not (tmp_path / "results").exists()
+
+
+def test_a_base_drawn_at_random_is_known_by_its_seed_and_not_by_the_files_beside_it(base, tmp_path):
+    configs = [
+        load_config("configs/tiny.py", options(base, tmp_path, **{"model.random_weights": "true", "seed": n}))
+        for n in (0, 1)
+    ]
+    first, second = (base_target(config).subject.base_fingerprint for config in configs)
+    assert first.startswith("random-0-")
+    assert second.startswith("random-1-")
+    assert make_manifest(prepare(configs[1]))["base"]["fingerprint"] == second
+
+
+def test_another_chat_template_makes_an_evaluation_another_one(base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    settings = read_json(other / "tokenizer_config.json")
+    template = settings["chat_template"] + "{{ ' ' }}"
+    write_json_atomic(other / "tokenizer_config.json", settings | {"chat_template": template})
+    inputs = []
+    for folder in (base, other):
+        target = base_target(load_config("configs/tiny.py", options(folder, tmp_path)))
+        tokenizer = load_job_tokenizer(target.config, target.model_dir, target.spec.config)
+        inputs.append(
+            evaluation_inputs(target.config, target.subject, *load_prompts(target.config, tokenizer))
+        )
+    assert [name for name in inputs[0] if inputs[0][name] != inputs[1][name]] == ["prompts_sha256"]
 
 
 def test_a_dry_run_refuses_a_mesh_that_the_devices_do_not_make(evaluate):

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from transformers import Qwen3ForCausalLM
 
 from jaxlora.checkpoints import huggingface
-from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import ModelSource, RunConfig, to_dict
 from jaxlora.models.config import load_model_config
 from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.train.job import base_fingerprint
 
 
 def make_run(folder, base, placement, seed=4, **model):
@@ -33,7 +33,7 @@ def make_run(folder, base, placement, seed=4, **model):
     export_adapter(
         folder / "selected", spec, lora, str(base), seed=seed, extra={"run_id": run_id, "step": 30}
     )
-    print_hash = "random-4" if model.get("random_weights") else fingerprint(base)
+    print_hash = base_fingerprint(config, base, spec.config)
     write(
         folder / "manifest.json",
         {"run_id": run_id, "config": to_dict(config), "base": {"fingerprint": print_hash}},

@@ -1,8 +1,11 @@
-"""A base in a bucket trains as the same base on the disk: only its small files are copied."""
+"""Bases that are fetched: in a bucket only small files are copied; from the Hub all, and never half of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import runpy
+import shutil
+import sys
 
 import fsspec
 import jax
@@ -16,8 +19,10 @@ from jaxlora.config import MeshConfig, load_config
 from jaxlora.embedded import embedded_path
 from jaxlora.errors import UserError
 from jaxlora.sharding import make_mesh
-from jaxlora.train.job import prepare
+from jaxlora.train.job import locate_model, prepare
 from jaxlora.train.member import load_frozen
+
+# --- In a bucket --------------------------------------------------------------------------------------------
 
 ADDRESS = "memory://bucket/models/tiny"
 
@@ -96,3 +101,84 @@ def test_what_is_not_there_is_one_line(repository, local, address, message):
     with pytest.raises(UserError, match=message) as caught:
         job_on(repository, address)
     assert "\n" not in str(caught.value)
+
+
+def test_the_preview_takes_the_tokenizer_of_a_base_in_a_bucket(repository, local, monkeypatch, capsys):
+    words = ["--config", "configs/tiny.py", "--rows", "1", f"--config.model.path={ADDRESS}"]
+    monkeypatch.setattr(sys, "argv", ["preview.py", *words])
+    runpy.run_path(str(repository / "tools/preview.py"))["main"]()
+    assert "answer: loss" in capsys.readouterr().out
+
+
+# --- On the Hub ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(local, tmp_path, monkeypatch):
+    """A stand-in for the Hub's client, with the cache folder that it keeps and what it was asked."""
+    cached, asked = tmp_path / "cached", []
+    cached.mkdir()
+
+    def snapshot_download(name, *, allow_patterns, local_files_only=False):
+        asked.append((name, local_files_only))
+        if not local_files_only:
+            for pattern in allow_patterns:
+                for file in local.glob(pattern):
+                    shutil.copy(file, cached / file.name)
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return cached, asked
+
+
+def hub_config(repository, **fields):
+    return load_config(repository / "configs" / "tiny.py", {"model.path": "someone/model"} | fields)
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "tokenizer_config.json", "*-00002-*", "*.safetensors", "*"]
+)
+def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(repository, local, hub, missing):
+    """Fetching a tokenizer, or stopping a download, leaves a folder of the model with files missing."""
+    cached, asked = hub
+    gone = set(local.glob(missing))
+    assert gone
+    for file in set(local.iterdir()) - gone:
+        shutil.copy(file, cached / file.name)
+    folder, _ = locate_model(hub_config(repository))
+    assert (folder, asked) == (cached, [("someone/model", True), ("someone/model", False)])
+    assert fingerprint(folder) == fingerprint(local)
+    assert locate_model(hub_config(repository))[0] == cached
+    assert asked[2:] == [("someone/model", True)]
+
+
+def test_a_plan_needs_no_weights_and_a_tokenizer_elsewhere_no_tokenizer(repository, local, hub):
+    cached, asked = hub
+    shutil.copy(local / "config.json", cached)
+    locate_model(hub_config(repository, **{"model.tokenizer": "embedded:base"}), with_weights=False)
+    assert asked == [("someone/model", True)]
+    locate_model(hub_config(repository), with_weights=False)
+    assert not list(cached.glob("*.safetensors"))
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_fetched(repository, local, hub):
+    """As Transformers 5 writes it."""
+    (local / "chat_template.jinja").write_text("{{ messages }}")
+    folder, _ = locate_model(hub_config(repository), with_weights=False)
+    assert (folder / "chat_template.jinja").is_file()
+
+
+def test_a_part_of_a_model_without_a_network_is_one_line(repository, tmp_path, monkeypatch):
+    """With the Hub's own client: without a network it gives whatever its cache holds."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--someone--model/refs").mkdir(parents=True)
+    (tmp_path / "models--someone--model/refs/main").write_text("0" * 40)
+    snapshot = tmp_path / "models--someone--model/snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_path("base") / name, snapshot / name)
+    with pytest.raises(
+        UserError, match=r"'someone/model' was fetched in part only: .* needs config\.json, tok"
+    ):
+        locate_model(hub_config(repository))

@@ -419,7 +419,7 @@ def test_an_adapter_whose_bytes_changed_is_exported_and_evaluated_again(session)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("checkpoint", "step-2000"), ("base_fingerprint", "0" * 64), ("benchmark_sha256", "0" * 64),
-     ("max_new_tokens", 512), ("seed", 5), ("status", "failed")],
+     ("prompts_sha256", "0" * 64),     ("max_new_tokens", 512), ("seed", 5), ("status", "failed")],
 )  # fmt: skip
 def test_an_evaluation_of_something_else_is_redone(session, field, value):
     run, other = (f"tiny-{condition}-seed-0" for condition in CONDITIONS)

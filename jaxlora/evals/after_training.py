@@ -5,13 +5,11 @@ from __future__ import annotations
 import jax
 
 from jaxlora import hosts
-from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.checkpoints.peft import WEIGHTS
-from jaxlora.evals.gsm8k import load_problems
-from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, show, why_redo
+from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, load_prompts, show, why_redo
 from jaxlora.models.qwen3 import ModelSpec
 from jaxlora.records import read_json, sha256_of
-from jaxlora.train.job import Job
+from jaxlora.train.job import Job, base_fingerprint
 from jaxlora.train.loop import TrainResult
 
 
@@ -19,7 +17,7 @@ def evaluate_base_and_adapter(job: Job, result: TrainResult) -> None:
     """Evaluate both with the weights that training used; a base already evaluated is read, not run again."""
     config = job.config
     base_dir = config.run_dir.parent / f"{config.prefix}-base" / "evaluation"
-    origin = fingerprint(job.model_dir) if job.model_dir else f"random-{config.seed}"
+    origin = base_fingerprint(config, job.model_dir, job.spec.config)
     adapter_file = config.run_dir / "selected" / WEIGHTS
     adapter = Subject(
         config.run_id,
@@ -32,8 +30,8 @@ def evaluate_base_and_adapter(job: Job, result: TrainResult) -> None:
     plain = ModelSpec(job.spec.config, None, job.spec.dtype, job.spec.scan)
     with jax.set_mesh(job.mesh):
         subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
-        problems = load_problems(config.eval.benchmark, config.eval.problems)
-        done = why_redo(base_dir, evaluation_inputs(config, subject, problems)) is None
+        inputs = evaluation_inputs(config, subject, *load_prompts(config, job.tokenizer))
+        done = why_redo(base_dir, inputs) is None
         if hosts.broadcast(done):  # hosts may see a shared folder change at different times
             base = read_json(base_dir / "summary.json")
         else:

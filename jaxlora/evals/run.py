@@ -50,15 +50,19 @@ class Subject:
     base_fingerprint: str | None = None
 
 
-def evaluation_inputs(config: RunConfig, subject: Subject, problems: list[Problem]) -> dict[str, Any]:
+def evaluation_inputs(
+    config: RunConfig, subject: Subject, problems: list[Problem], prompts: list[list[int]]
+) -> dict[str, Any]:
     """What the answers follow from, as the summary records it: another value means other answers.
 
-    The benchmark is known by the SHA-256 of its questions and references, not by its name.
+    The benchmark is known by the SHA-256 of its questions and references, not by its name; tokenizer and
+    chat template by that of the prompts' ids.
     """
     texts = [[problem.question, problem.reference_answer] for problem in problems]
     return {
         **dataclasses.asdict(subject),
         "benchmark_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "dtype": config.model.dtype,
         "max_new_tokens": config.eval.max_new_tokens,
         "merged": config.eval.merge_adapter if subject.condition else None,
@@ -117,7 +121,7 @@ def evaluate(
       The summary.
     """
     problems, prompts = load_prompts(config, tokenizer)
-    inputs = evaluation_inputs(config, subject, problems)
+    inputs = evaluation_inputs(config, subject, problems, prompts)
     eos_ids = end_of_turn(tokenizer)
     start = time.monotonic()
     spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, merge=config.eval.merge_adapter)

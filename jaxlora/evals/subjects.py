@@ -19,7 +19,7 @@ import jax
 
 from jaxlora import hosts
 from jaxlora.checkpoints.export import load_selected
-from jaxlora.checkpoints.huggingface import fingerprint, load_base, random_base
+from jaxlora.checkpoints.huggingface import load_base, random_base
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
 from jaxlora.checkpoints.remote import weight_files
 from jaxlora.config import RunConfig, from_dict
@@ -27,12 +27,13 @@ from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX, announce
 from jaxlora.errors import UserError
 from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.progress import console
 from jaxlora.records import sha256_of
 from jaxlora.run_files import read_manifest
 from jaxlora.sharding import make_mesh, place_lora
-from jaxlora.train.job import load_job_tokenizer, locate_model
+from jaxlora.train.job import base_fingerprint, load_job_tokenizer, locate_model
 
 FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
 
@@ -54,7 +55,7 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
     model_dir, model = locate_model(config, with_weights)
     name = f"{config.prefix}-base"
     spec = ModelSpec(model, None, config.model.dtype, scan=False)
-    subject = Subject(name, base_fingerprint=_fingerprint(config, model_dir, with_weights))
+    subject = Subject(name, base_fingerprint=_fingerprint(config, model_dir, model, with_weights))
     return Target(config, subject, model_dir, spec, {}, Path(config.results_dir) / name / "evaluation")
 
 
@@ -80,11 +81,11 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
       UserError: the run is unfinished or contradicts itself, its data was not gated, or the base is another.
     """
     config = run_config(config, run)
-    model_dir, _ = locate_model(config, with_weights)
+    model_dir, model = locate_model(config, with_weights)
     manifest = read_manifest(run)
     _check_gates(run, manifest, config.data.allow_ungated)
     recorded = (manifest.get("base") or {}).get("fingerprint")
-    found = _fingerprint(config, model_dir, with_weights, recorded)
+    found = _fingerprint(config, model_dir, model, with_weights, recorded)
     if recorded != found:
         trained = (manifest.get("base") or {}).get("path")
         raise UserError(
@@ -135,7 +136,7 @@ def adapter_target(
         seed,
         checkpoint,
         adapter_sha256=sha256_of(folder / WEIGHTS),
-        base_fingerprint=_fingerprint(config, model_dir, with_weights),
+        base_fingerprint=_fingerprint(config, model_dir, model, with_weights),
     )
     return Target(replace(config, lora=lora_config, seed=seed), subject, model_dir, spec, lora, out)
 
@@ -253,12 +254,13 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
 
 
 def _fingerprint(
-    config: RunConfig, model_dir: Path | None, with_weights: bool, recorded: str | None = None
+    config: RunConfig,
+    model_dir: Path | None,
+    model: ModelConfig,
+    with_weights: bool,
+    recorded: str | None = None,
 ) -> str | None:
     """What a run on this base records in its manifest; `recorded` where the weights are not here yet."""
-    if model_dir is None:
-        return f"random-{config.seed}"
-    absent = not config.model.random_weights and not weight_files(model_dir)
-    if absent and not with_weights:  # a plan; the weights are compared when they are fetched
-        return recorded
-    return fingerprint(model_dir)
+    if model_dir is None or config.model.random_weights or with_weights or weight_files(model_dir):
+        return base_fingerprint(config, model_dir, model)
+    return recorded  # a plan; the weights are compared when they are fetched

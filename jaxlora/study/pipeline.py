@@ -27,7 +27,8 @@ from jaxlora.config import RunConfig
 from jaxlora.data.gates import report_place
 from jaxlora.devices import scan_layers
 from jaxlora.errors import UserError
-from jaxlora.evals.gsm8k import Problem, load_problems
+from jaxlora.evals.gsm8k import Problem
+from jaxlora.evals.run import load_prompts
 from jaxlora.models.qwen3 import ModelSpec, Tree
 from jaxlora.plan.chips import slice_of
 from jaxlora.plan.search import with_mesh
@@ -37,7 +38,7 @@ from jaxlora.signals import Stop
 from jaxlora.study.grid import study_dir
 from jaxlora.study.results import Study, load_study
 from jaxlora.study.state import Inputs, State, read_inputs
-from jaxlora.train.job import Job, locate_model, prepare
+from jaxlora.train.job import Job, load_job_tokenizer, locate_model, prepare
 
 LOOK_SECONDS = 120  # an NFS client may go by what it knew of a folder for a minute
 
@@ -80,8 +81,10 @@ class Session:
         return read_inputs(self.config)
 
     @cached_property
-    def problems(self) -> list[Problem]:
-        return load_problems(self.config.eval.benchmark, self.config.eval.problems)
+    def prompts(self) -> tuple[list[Problem], list[list[int]]]:
+        """The benchmark's problems and their prompts as token ids."""
+        tokenizer = load_job_tokenizer(self.config, *locate_model(self.config, with_weights=False))
+        return load_prompts(self.config, tokenizer)
 
     @cached_property
     def scan(self) -> bool:

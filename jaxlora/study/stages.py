@@ -74,7 +74,7 @@ def _run_gates(session: Session, tasks: list[Task]) -> None:
 
 
 def _evaluation_task(session: Session, target: Target) -> Task:
-    why = why_redo(target.out, evaluation_inputs(target.config, target.subject, session.problems))
+    why = why_redo(target.out, evaluation_inputs(target.config, target.subject, *session.prompts))
     state = State("done") if why is None else State("missing") if why == "missing" else State("redo", why)
     return Task(target.subject.run_id, state, target)
 

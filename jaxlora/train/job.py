@@ -7,6 +7,7 @@ print(describe(job))           # the plan: parameters, steps, tokens, memory
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,13 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
+from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.checkpoints.remote import is_remote, mirror
-from jaxlora.config import RunConfig
+from jaxlora.checkpoints.tensors import open_tensors
+from jaxlora.config import DataConfig, ModelSource, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges
 from jaxlora.data.gates import GateStatus, require_gates
-from jaxlora.data.render import RenderedRow, Tokenizer, load_tokenizer
+from jaxlora.data.render import TOKENIZER_SUFFIXES, RenderedRow, Tokenizer, load_tokenizer
 from jaxlora.data.rows import RowReport, load_rendered_rows
 from jaxlora.devices import scan_layers
 from jaxlora.embedded import resolve
@@ -77,27 +80,56 @@ def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | N
             return None, published_config(source.path)
     folder = mirror(source.path) if is_remote(source.path) else resolve(source.path)
     if not folder.is_dir():
-        folder = _fetch(source.path, with_weights and not source.random_weights)
+        folder = _fetch(source, with_weights and not source.random_weights)
     return folder, load_model_config(folder)
 
 
-def _fetch(name: str, with_weights: bool) -> Path:
+def _fetch(source: ModelSource, with_weights: bool) -> Path:
+    """The local folder of a Hub model: from the Hub's own cache if all of it is there, else fetched."""
     from huggingface_hub import snapshot_download
 
+    name = source.path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B"
         )
-    fetch = partial(snapshot_download, name, allow_patterns=["*.json"] + ["*.safetensors"] * with_weights)
+    patterns = [f"*{suffix}" for suffix in sorted(TOKENIZER_SUFFIXES)] + ["*.safetensors"] * with_weights
+    is_whole = partial(_is_whole, with_weights=with_weights, with_tokenizer=source.tokenizer is None)
+    fetch = partial(snapshot_download, name, allow_patterns=patterns)
+    with contextlib.suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
+        folder = Path(fetch(local_files_only=True))
+        if is_whole(folder):
+            return folder
+    console.print(f"fetching {name} from the Hugging Face Hub (kept in its local cache)")
     try:
-        return Path(fetch(local_files_only=True))
-    except Exception:  # not in the local cache yet: the Hub client raises several kinds
-        console.print(f"fetching {name} from the Hugging Face Hub (kept in its local cache)")
-    try:
-        return Path(fetch())
+        folder = Path(fetch())
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"config.model.path: {name!r} cannot be fetched: {reason}") from None
+    if not is_whole(folder):  # the client falls back to its cache where there is no network
+        wanted = "config.json, tokenizer and safetensors" if with_weights else "config.json and tokenizer"
+        raise UserError(f"config.model.path: {name!r} was fetched in part only: {folder} needs {wanted}")
+    return folder
+
+
+def _is_whole(folder: Path, with_weights: bool, with_tokenizer: bool) -> bool:
+    """Whether a folder of the Hub's cache has what is asked for. It may not: whoever fetched a tokenizer
+    alone has left a folder of that model with nothing else in it.
+    """
+    names = ["config.json"] + ["tokenizer_config.json"] * with_tokenizer
+    if not all((folder / name).is_file() for name in names):
+        return False
+    try:
+        return not with_weights or bool(open_tensors(folder))
+    except UserError:  # files are missing
+        return False
+
+
+def base_fingerprint(config: RunConfig, model_dir: Path | None, model: ModelConfig) -> str:
+    """Tells one base from another: by its files or, where it is drawn at random, by seed and shape."""
+    if model_dir is None or config.model.random_weights:
+        return f"random-{config.seed}-{hashlib.sha256(repr(model).encode()).hexdigest()[:16]}"
+    return fingerprint(model_dir)
 
 
 def load_job_tokenizer(config: RunConfig, model_dir: Path | None, model: ModelConfig) -> Tokenizer:
@@ -133,15 +165,10 @@ def prepare(
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
     tokenizer = like.tokenizer if like else load_job_tokenizer(config, model_dir, model_config)
-    load = partial(
-        load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row
-    )
     if like is not None:
-        train_rows, validation_rows = like.train_rows, like.validation_rows
-        train_report, validation_report = like.reports
+        train_rows, validation_rows, reports = like.train_rows, like.validation_rows, like.reports
     else:
-        train_rows, train_report = load(data.train_path, limit=data.train_rows)
-        validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
+        train_rows, validation_rows, reports = _load_rows(data, tokenizer)
     if train.batch_rows > len(train_rows):
         raise UserError(
             f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
@@ -168,12 +195,24 @@ def prepare(
         mesh=mesh,
         train_rows=train_rows,
         validation_rows=validation_rows,
-        reports=(train_report, validation_report),
+        reports=reports,
         gates=gates,
         plan=plan,
         train_layout=choose_layout(train_rows, steps, train.batch_rows, train, multiple),
         validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, multiple),
     )
+
+
+def _load_rows(
+    data: DataConfig, tokenizer: Tokenizer
+) -> tuple[list[RenderedRow], list[RenderedRow], tuple[RowReport, RowReport]]:
+    """Training rows, validation rows, and what was skipped in each."""
+    load = partial(
+        load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row
+    )
+    train_rows, train_report = load(data.train_path, limit=data.train_rows)
+    validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
+    return train_rows, validation_rows, (train_report, validation_report)
 
 
 def token_count(rows: list[RenderedRow]) -> int:

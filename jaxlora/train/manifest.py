@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlora.checkpoints.huggingface import fingerprint
 from jaxlora.config import to_dict
 from jaxlora.data.render import RenderedRow
 from jaxlora.data.sources import locate
@@ -28,7 +27,7 @@ from jaxlora.lora import count_trainable
 from jaxlora.models.parameters import count_matrix_parameters, count_parameters
 from jaxlora.records import sha256_of
 from jaxlora.redact import without_secrets
-from jaxlora.train.job import Job, token_count
+from jaxlora.train.job import Job, base_fingerprint, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
 _FREE = {
@@ -91,7 +90,7 @@ def make_manifest(job: Job) -> dict[str, Any]:
         "config": to_dict(config),
         "base": {
             "path": config.model.path,
-            "fingerprint": fingerprint(job.model_dir) if job.model_dir else f"random-{config.seed}",
+            "fingerprint": base_fingerprint(config, job.model_dir, job.spec.config),
             "parameters": count_parameters(job.spec.config),
             "matrix_parameters": count_matrix_parameters(job.spec.config),
         },
