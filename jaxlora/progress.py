@@ -6,13 +6,25 @@ with progress_bar("loading", total=399, unit="tensors") as advance:
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+LOG_WIDTH = 140  # columns of a file or a pipe, which has none of its own: tables stay whole
+
+
+def make_console(stderr: bool) -> Console:
+    """A console as wide as its terminal, or `COLUMNS`, or `LOG_WIDTH` where there is neither."""
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if is_terminal or "COLUMNS" in os.environ else LOG_WIDTH
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+console = make_console(stderr=True)
 
 
 @contextmanager

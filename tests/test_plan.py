@@ -424,11 +424,16 @@ def test_groups_are_compared_with_lone_runs(repository, tmp_path, monkeypatch, c
     assert "v5e-16: nothing that was tried fits; give --search, or fewer members" in capsys.readouterr().out
 
 
-def test_all_topologies_are_planned_and_compared(repository, compiled, capsys):
+def test_all_topologies_are_planned_and_compared(repository, compiled, capsys, monkeypatch):
     compiled(1 * GIB)
     assert run_tool(repository, "--topology", "all") == 0
     out = capsys.readouterr().out
     assert all(f"{name}: fits" in out for name in SLICES)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_tool(repository, "--topology", "all", "--price", "1.2") == 0
+    comparison = capsys.readouterr().out.split("mesh data,")[1]
+    assert all(f"\n{name} " in comparison for name in SLICES)
+    assert "…" not in comparison
     assert len(CHIPS) == 4
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -29,7 +30,15 @@ from jaxlora.errors import UserError
 from jaxlora.records import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from jaxlora.study import grid
 from jaxlora.study.pipeline import Session, Stage, Task, run_stages
-from jaxlora.study.planning import H100_DECODE, H100_TRAIN, H100_VALIDATION, plan_table, status_tables
+from jaxlora.study.planning import (
+    H100_DECODE,
+    H100_TRAIN,
+    H100_VALIDATION,
+    Speeds,
+    _source,
+    plan_table,
+    status_tables,
+)
 from jaxlora.study.stages import STAGES, chosen_rates
 from jaxlora.study.state import State
 from jaxlora.train.display import TrainingDisplay
@@ -117,8 +126,8 @@ def embedded(repository: Path, name: str, results: Path, **fields: object) -> Ru
     return load_config(repository / f"configs/{name}.py", {k: str(v) for k, v in (values | fields).items()})
 
 
-def text_of(*tables: Table) -> str:
-    console = Console(width=200, file=io.StringIO())
+def text_of(*tables: Table, width: int = 200) -> str:
+    console = Console(width=width, file=io.StringIO())
     console.print(*tables)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
@@ -129,17 +138,31 @@ def text_of(*tables: Table) -> str:
 def test_the_plan_counts_every_run_and_writes_nothing(repository, tmp_path, name, runs, evaluations):
     config = embedded(repository, name, tmp_path / "results", **{"data.train_rows": 600})
     text = text_of(plan_table(config))
-    assert len(re.findall(rf"{config.prefix}-\w+-", text)) == runs
+    assert f"its runs are {config.prefix}-..." in " ".join(text.split())
+    assert len(re.findall(r"│ (?:attention_only|all_layer)-", text)) == runs
     assert f"{evaluations} evaluations of " in text
     rows = {line.split("│")[1].strip(): line.split("│") for line in text.splitlines() if line.startswith("│")}
-    steps = {
-        run: int(cells[3].replace(",", "")) for run, cells in rows.items() if run.startswith(config.prefix)
-    }
+    steps = {run: int(cells[3].replace(",", "")) for run, cells in rows.items() if run.startswith(CONDITIONS)}
     epochs = config.train.epochs
     for run, count in steps.items():
         assert count == (64 if "-seed-" not in run else 75 * epochs), run
     assert int(rows["all"][3].replace(",", "")) == sum(steps.values())
     assert list(tmp_path.iterdir()) == []
+    assert "…" not in text_of(plan_table(config), width=80)
+
+
+def test_a_plan_says_what_it_rests_on_and_never_nan(repository, tmp_path, monkeypatch):
+    config = embedded(repository, "tiny", tmp_path / "results")
+    some = Speeds(500.0, 1200.0, math.nan, 170.0, _source(1, 0, "not known"))
+    monkeypatch.setattr("jaxlora.study.planning.speeds", lambda *_: some)
+    text = " ".join(text_of(plan_table(config)).split())
+    assert "measured in 1 run here, validation in the same proportion as on one H100; decoding not" in text
+    assert "They rest on 500 tokens/s of training, 1,200 tokens/s of validation, and 170 tokens an" in text
+    assert not re.search(r"\bnan\b", text)
+    assert _source(0, 0, "for one H100") == "for one H100"
+    assert (
+        _source(0, 7, "for one H100") == "training for one H100; decoding as measured in 7 evaluations here"
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +191,7 @@ def test_the_plan_does_not_ask_for_the_gates_that_the_study_will_check(repositor
     paths = {"train_path": tmp_path / "train.jsonl", "validation_path": tmp_path / "val.jsonl"}
     fields = {f"data.{name}": path for name, path in paths.items()}
     text = text_of(plan_table(embedded(repository, "tiny", tmp_path / "results", **fields)))
-    assert "tiny-all_layer-seed-2" in text
+    assert "│ all_layer-seed-2 " in text
     assert "UNGATED" not in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
@@ -185,8 +208,7 @@ def test_the_plan_rests_on_the_speeds_that_the_readme_states(repository):
 def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypatch):
     config = embedded(repository, "tiny", Path("x[/red]"), prefix="[red]t")
     text = text_of(plan_table(config))
-    assert "the study [red]t, in x[/red]" in text
-    assert "│ [red]t-all_layer-seed-2 " in text
+    assert "the study [red]t, in x[/red]; its runs are [red]t-..." in text
 
     shown = Console(width=200, file=io.StringIO())
     monkeypatch.setattr("jaxlora.train.display.console", shown)
@@ -351,6 +373,7 @@ def test_the_status_of_a_finished_study_is_done_everywhere(session):
     text = text_of(*status_tables(session))
     assert text.count("│ done") == len(STAGES) + 4 + 2
     assert not re.search("missing|waiting|failed|unfinished", text)
+    assert "…" not in text_of(*status_tables(session), width=80)
 
 
 def test_the_command_offers_the_stages_that_there_are(repository):

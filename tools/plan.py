@@ -30,6 +30,7 @@ from jaxlora.plan.fused import FusedPlan, plan_members, print_members
 from jaxlora.plan.programs import Workload
 from jaxlora.plan.report import Plan, make_plan, print_comparison, print_plan, search
 from jaxlora.plan.search import with_mesh
+from jaxlora.progress import make_console
 from jaxlora.sharding import whole_mesh
 
 
@@ -62,7 +63,7 @@ def main() -> int:
     names = list(SLICES) if options.topology == "all" else [options.topology]
     slices = [slice_named(name) for name in names]
     model = find_model(config.model.path)
-    console = Console(stderr=options.json == "-")
+    console = make_console(stderr=options.json == "-")
     if options.members is None:
         plans, fit = plan_runs(config, model, slices, workload, options.search, options.price, console)
     else:

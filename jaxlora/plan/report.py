@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -264,20 +265,27 @@ def summary_line(plan: Plan) -> str:
 
 def print_comparison(plans: list[Plan], console: Console) -> None:
     """One line a slice."""
-    columns = ["slice", "chips", "mesh data, fsdp, tensor", "peak GiB", "of", "step ms", "bound", "tokens/s"]
-    table = Table(*columns, "h a run", "h a sweep", "$ a sweep")
+    priced = any(plan.sweep is not None and plan.sweep.dollars is not None for plan in plans)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns
+    for name in ("slice", "mesh data,\nfsdp,\ntensor", "peak GiB", "step\nms", "bound", "tokens/s"):
+        table.add_column(name, justify="left" if name in ("slice", "bound") else "right")
+    for name in ("h a\nrun", "h a\nsweep", "$ a\nsweep") if priced else ("h a\nrun", "h a\nsweep"):
+        table.add_column(name, justify="right")
     for plan in plans:
         train = plan.programs[0]
         mesh = ", ".join(str(size) for size in plan.mesh.values())
         peak = max(p.memory.total + p.memory.missing for p in plan.programs)
-        cells = [plan.slice.name, str(plan.slice.n_chips), mesh, f"{peak / GIB:.1f}"]
-        cells.append(f"{plan.slice.chip.hbm_bytes / GIB:.0f}")
+        cells = [
+            plan.slice.name,
+            mesh,
+            f"{peak / GIB:.1f} of {plan.slice.chip.hbm_bytes / GIB:.0f}",
+        ]
         if plan.run is None or plan.sweep is None:
-            cells += ["does not fit"] + [""] * 5
+            cells += ["", "does not fit"]
         else:
-            price = "" if plan.sweep.dollars is None else f"{plan.sweep.dollars:,.0f}"
+            price = [] if plan.sweep.dollars is None else [f"{plan.sweep.dollars:,.0f}"]
             cells += [f"{train.best.seconds * 1e3:.0f}", train.best.bound, f"{plan.tokens_per_second:,.0f}"]
-            cells += [f"{plan.run.hours:.2f}", f"{plan.sweep.hours:.2f}", price]
+            cells += [f"{plan.run.hours:.2f}", f"{plan.sweep.hours:.2f}", *price]
         table.add_row(*cells)
     console.print(table)
     for plan in plans:

@@ -55,10 +55,10 @@ def speeds(config: RunConfig, study: Study | None) -> Speeds:
     if factor < LARGEST_FACTOR:
         train, validation, decode = (factor * rate for rate in (H100_TRAIN, H100_VALIDATION, H100_DECODE))
         what = f"{count} x {device.device_kind}" if peak else "one H100, not for this machine"
-        source = [f"for {what}, from what Qwen3-8B reaches on one H100"]
+        assumed = f"for {what}, from what Qwen3-8B reaches on one H100"
     else:
         train = validation = decode = math.nan
-        source = ["not known before a run is measured; the model is too small to be compared with Qwen3-8B"]
+        assumed = "not known before it is measured; the model is too small to be compared with Qwen3-8B"
     length = float(min(ANSWER_TOKENS, config.eval.max_new_tokens))
     runs = [] if study is None else [*study.runs, *study.trials]
     rates = [
@@ -72,13 +72,23 @@ def speeds(config: RunConfig, study: Study | None) -> Speeds:
     ]
     if rates:
         train, validation = fmean(rates), fmean(rates) * H100_VALIDATION / H100_TRAIN
-        source = [f"training as measured in {len(rates)} runs here"]
     answers = [] if study is None else list(study.evaluation_summaries.values())
-    if answers and all("generated_tokens_per_second" in summary for summary in answers):
+    answers = [summary for summary in answers if "generated_tokens_per_second" in summary]
+    if answers:
         decode = fmean(summary["generated_tokens_per_second"] for summary in answers)
         length = fmean(summary["generated_tokens"] / summary["total"] for summary in answers)
-        source.append(f"decoding as measured in {len(answers)} evaluations here")
-    return Speeds(train, validation, decode, length, "; ".join(source))
+    return Speeds(train, validation, decode, length, _source(len(rates), len(answers), assumed))
+
+
+def _source(runs: int, evaluations: int, assumed: str) -> str:
+    """Where speeds come from that were measured in so many runs and evaluations, and assumed otherwise."""
+    if not runs and not evaluations:
+        return assumed
+    training = (
+        f"as measured in {runs} run{'s' * (runs != 1)} here, validation in the same proportion as on one H100"
+    )
+    decoding = f"as measured in {evaluations} evaluation{'s' * (evaluations != 1)} here"
+    return f"training {training if runs else assumed}; decoding {decoding if evaluations else assumed}"
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,9 @@ def plan_table(config: RunConfig) -> Table:
     problems = len(load_problems(config.eval.benchmark, config.eval.problems))
     decoding = evaluations * problems * at.answer_tokens / at.decode / 3600
 
-    title = escape(f"the study {config.prefix}, in {config.results_dir}")
+    title = escape(f"the study {config.prefix}, in {config.results_dir}; its runs are {config.prefix}-...")
     table = Table(title=title, title_justify="left")
-    table.add_column("run", no_wrap=True)
+    table.add_column("run", overflow="fold")
     for name in ("rate", "steps", "tokens", "validation", "hours"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
@@ -155,7 +165,9 @@ def plan_table(config: RunConfig) -> Table:
             "chosen" if grid.selects_rates(config) and not is_trial else grid.rate(run.config.optim.peak_lr)
         )
         counts = (run.steps, run.train_tokens, run.validation_tokens)
-        table.add_row(escape(run.config.run_id), rate, *(f"{n:,}" for n in counts), _hours(run.hours(at)))
+        table.add_row(
+            _name(config, run.config.run_id), rate, *(f"{n:,}" for n in counts), _hours(run.hours(at))
+        )
     table.add_section()
     table.add_row(f"{evaluations} evaluations of {problems:,}", "", "", "", "", _hours(decoding))
     table.add_section()
@@ -168,13 +180,19 @@ def plan_table(config: RunConfig) -> Table:
     table.caption = (
         f"Tokens are shifted counts; a chosen rate is the best of the trials. Hours are {escape(at.source)}."
     )
-    if not math.isnan(at.train):
+    rates = {"training": at.train, "validation": at.validation, "decoding": at.decode}
+    known = [f"{rate:,.0f} tokens/s of {name}" for name, rate in rates.items() if not math.isnan(rate)]
+    if known:
         table.caption += (
-            f" They rest on {at.train:,.0f} tokens/s of training, {at.validation:,.0f} of validation,"
-            f" {at.decode:,.0f} of decoding and {at.answer_tokens:.0f} tokens an answer; compilation and"
+            f" They rest on {', '.join(known)}, and {at.answer_tokens:.0f} tokens an answer; compilation and"
             " loading are not counted."
         )
     return table
+
+
+def _name(config: RunConfig, run_id: str) -> str:
+    """A run's name after its study's, which would be the same in each row."""
+    return escape(run_id.removeprefix(f"{config.prefix}-"))
 
 
 def _hours(value: float) -> str:
@@ -190,11 +208,13 @@ def status_tables(session: Session) -> list[Table]:
     """How far every stage is, and every run."""
     stages = Table(title="stages", title_justify="left")
     for name in ("stage", "state", "why"):
-        stages.add_column(name, no_wrap=name != "why")
-    runs = Table(title="runs, with the selected step's validation NLL and strict score", title_justify="left")
+        stages.add_column(name, no_wrap=name != "why", overflow="fold")
+    config = session.config
+    title = escape(f"runs {config.prefix}-..., with the selected step's validation NLL and strict score")
+    runs = Table(title=title, title_justify="left")
     for name in ("run", "state", "rate", "step", "NLL", "strict", "why"):
-        left = name in ("run", "state", "why")
-        runs.add_column(name, no_wrap=name != "why", justify="left" if left else "right")
+        left, may_fold = name in ("run", "state", "why"), name in ("run", "why")
+        runs.add_column(name, no_wrap=not may_fold, overflow="fold", justify="left" if left else "right")
     for stage in STAGES:
         tasks = stage.check(session)
         done = sum(task.state.kind == "done" for task in tasks)
@@ -206,12 +226,12 @@ def status_tables(session: Session) -> list[Table]:
         stages.add_row(stage.name, f"[{colour}]{text}[/{colour}]", escape(why))
         if stage.name in ("learning-rates", "sweep"):
             for task in tasks:
-                runs.add_row(*_run_row(task))
+                runs.add_row(*_run_row(config, task))
             runs.add_section()
     return [stages, runs]
 
 
-def _run_row(task: Task) -> list[str]:
+def _run_row(config: RunConfig, task: Task) -> list[str]:
     state, folder = task.state, task.item.run_dir
     colour = _COLOURS.get(state.kind, "default")
     step = nll = score = ""
@@ -222,4 +242,4 @@ def _run_row(task: Task) -> list[str]:
         score = f"{read_json(folder / 'evaluation' / 'summary.json')['accuracy']:.2%}"
     rate = "" if state.kind == "waiting" else grid.rate(task.item.optim.peak_lr)
     why = "" if state.kind == "waiting" else escape(state.why)  # the stage says it once
-    return [escape(task.name), f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, why]
+    return [_name(config, task.name), f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, why]
