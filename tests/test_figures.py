@@ -10,6 +10,7 @@ import json
 
 import matplotlib
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from study_fixtures import build_study
 
@@ -163,6 +164,23 @@ def test_every_seed_is_shown_with_its_own_value(study, comparison):
     for row in table.rows:
         if row["condition"]:
             assert {row["accuracy"], row["accuracy_numeric"]} <= drawn
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scores", [[0.0], [0.9], [0.9, 0.901], [0.9, 0.92], [0.3, 0.9]])
+def test_the_ruler_of_accuracies_is_inside_however_close_they_are(study, comparison, scores):
+    table = tables.accuracy(study, comparison)
+    rows = [
+        row | dict.fromkeys(("accuracy", "accuracy_numeric"), scores[i % len(scores)])
+        for i, row in enumerate(table.rows)
+    ]
+    figure = drawings.draw_accuracy(dataclasses.replace(table, rows=tuple(rows)), 0.01)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    (axes,) = figure.axes
+    (label,) = (text for text in axes.texts if "difference" in text.get_text())
+    inside, own = axes.get_window_extent(renderer), label.get_window_extent(renderer)
+    assert inside.x0 < own.x0 < own.x1 < inside.x1
 
 
 def test_to_csv_quotes_what_needs_it():

@@ -152,8 +152,9 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
                 axes.axvline(
                     row[name], color=_INK, linestyle=line, linewidth=1.2, label=f"untouched base, {label}"
                 )
-    low, high = min(values), max(values)
-    room = max(high - low, 2 * threshold) * 0.12
+    high = max(*values, 2 * threshold)
+    low = min(*values, high - 2 * threshold)  # room for the ruler, also where all scores are alike
+    room = (high - low) * 0.12
     axes.set_xlim(low - room, high + room)
     axes.plot([], [], "o", color=_INK, label="one seed, strict score")
     axes.plot([], [], "o", color=_INK, markerfacecolor="white", label="one seed, numeric score")
