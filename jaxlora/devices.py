@@ -59,9 +59,9 @@ def memory_in_use(device: jax.Device) -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-def decode_backend(dtype: str) -> str:
+def decode_backend(dtype: str, asked: str = "auto") -> str:
     """Attention of the decoder on this machine's devices."""
-    return pick_decode_backend(jax.default_backend(), dtype, jax.device_count())
+    return pick_decode_backend(asked, jax.default_backend(), dtype, jax.device_count())
 
 
 def decoder_options() -> dict[str, Any] | None:

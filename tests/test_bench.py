@@ -28,6 +28,7 @@ def bench(repository, monkeypatch, capsys):
         assert module.main() == 0
         printed = capsys.readouterr()
         assert f"benchmark {words[0]}" in " ".join(printed.err.split())
+        assert "{'" not in printed.err
         return json.loads(printed.out)
 
     return run
@@ -81,6 +82,8 @@ def test_a_sweep_measures_its_groups_against_lone_runs(bench, tmp_path):
         ["decode", "--prompts", "-3"],
         ["decode", "--answers", "base_generated_tokens"],
         ["decode", "--attention", "xla", "--prompts", "1.5"],
+        ["decode", *SMALL, "--attention", "cudnn"],
+        ["decode", *SMALL[:-2], "--attention", "splash"],
         ["sweep", "--batch-rows", "0"],
         ["sweep", "--members", "2", "0"],
         ["sweep", "--rows", "no/such.json"],

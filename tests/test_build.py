@@ -313,3 +313,22 @@ class TestCommand:
         assert done.returncode == 2
         assert done.stderr.strip().startswith("error: ")
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_the_converter_writes_both_formats_alike_and_needs_a_folder_that_is_there(repository, tmp_path, name):
+    answer = "2 + 3 = <<2+3=5>>5 apples.\n#### 5"
+    source = write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "How many?", "answer": answer}])
+
+    def run(out):
+        command = [sys.executable, "tools/gsm8k_to_openmath.py", source, "--out", str(out)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=repository)
+
+    refused = run(tmp_path / "nowhere" / name)
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+    assert run(tmp_path / name).returncode == 0
+    if name.endswith(".parquet"):
+        rows = pyarrow.parquet.read_table(tmp_path / name).to_pylist()
+    else:
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+    assert rows == [convert({"question": "How many?", "answer": answer})]

@@ -212,6 +212,13 @@ class TestMerged:
         base.rename(tmp_path / "moved")
         assert export(*words, "--base", tmp_path / "moved")[0] == 0
 
+    def test_one_folder_cannot_be_both(self, base, tmp_path, export):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        same = ("--out", tmp_path / "x", "--merged", tmp_path / "run" / ".." / "x")
+        code, _, errors = export("--run", tmp_path / "run", *same, "--overwrite")
+        assert (code, "give two folders" in errors) == (2, True)
+        assert not (tmp_path / "x").exists()
+
     def test_a_base_of_random_weights_cannot_be_merged_with(self, base, tmp_path, export):
         make_run(tmp_path / "run", base, PLACEMENTS["attention_only"], random_weights=True)
         code, _, errors = export(

@@ -292,6 +292,15 @@ def test_compare_exits_with_1_where_something_differs(tiny, monkeypatch, capsys,
     assert ("FAIL" in output) == bool(code)
 
 
+def test_a_base_that_is_not_there_is_asked_for_by_the_option_that_names_it(tiny, monkeypatch):
+    folder, _, _ = tiny
+    main = runpy.run_path("tools/tinker_parity.py")["main"]
+    words = ["compare", str(folder / "recording.json"), "--base", "nowhere"]
+    monkeypatch.setattr(sys, "argv", ["tinker_parity.py", *words])
+    with pytest.raises(UserError, match="--base: no directory 'nowhere'"):
+        main()
+
+
 def test_the_table_shows_difference_bar_and_verdict(capsys):
     from rich.console import Console
 

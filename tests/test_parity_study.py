@@ -265,6 +265,13 @@ def test_study_prints_the_verdict_and_exits_with_it(tmp_path, tool, capsys, corr
     assert output.strip().splitlines()[-1].startswith("agrees" if code == 0 else "does not agree")
 
 
+def test_an_abbreviated_option_is_not_taken_for_another_command(tool, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tool("study", "--pub")
+    assert stopped.value.code == 2
+    assert "--published is required" in capsys.readouterr().err
+
+
 # --- The published adapters ---------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -130,7 +129,10 @@ def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
     """The model's shape, cut to so many layers."""
     from jaxlora.train.job import locate_model
 
-    shape = locate_model(config, with_weights=False)[1]
+    try:
+        shape = locate_model(config, with_weights=False)[1]
+    except UserError as error:
+        raise UserError(str(error).replace("config.model.path", "--model")) from None
     if num_layers is None:
         return shape
     if num_layers > shape.num_hidden_layers:
@@ -164,7 +166,7 @@ def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfi
     name = options.answers or "adapter_generated_tokens"
     prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
     n = options.prompts or len(prompts)
-    backend = decode_backend(options.dtype) if options.attention == "auto" else options.attention
+    backend = decode_backend(options.dtype, options.attention)
     spec = ModelSpec(shape, config.lora, config.model.dtype, scan=False)
     return bench_decode(config, spec, prompts[:n], answers[:n], backend)
 
@@ -246,14 +248,17 @@ def _is_length(value: Any) -> bool:
 
 def show(result: dict) -> None:
     """The result as a table on the terminal."""
-    from rich.console import Console
     from rich.table import Table
+
+    from jaxlora.progress import console
 
     table = Table(show_header=False, box=None)
     for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            continue  # the groups of a sweep, each shown when it was measured
         text = f"{value:,.4g}" if isinstance(value, float) and value < 1e4 else value
         table.add_row(name.replace("_", " "), f"{text:,.0f}" if isinstance(text, float) else str(text))
-    Console(file=sys.stderr).print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
     options = parser.parse_args()
 
+    if options.merged and options.merged.resolve() == options.out.resolve():
+        raise UserError(f"--merged {options.merged}: is --out, too; give two folders")
     for folder in (options.merged, None if options.overwrite else options.out):
         if folder is not None and folder.exists():
             raise UserError(f"{folder}: exists already; give a new folder")

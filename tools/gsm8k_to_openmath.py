@@ -79,13 +79,14 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, str]], advance) -> None:
     import pyarrow.parquet
 
     writer = None
-    while group := list(islice(rows, PARQUET_GROUP_ROWS)):
-        table = pyarrow.Table.from_pylist(group)
-        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-        advance(len(group))
-    if writer:
-        writer.close()
+    with path.open("wb") as file:
+        while group := list(islice(rows, PARQUET_GROUP_ROWS)):
+            table = pyarrow.Table.from_pylist(group)
+            writer = writer or pyarrow.parquet.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+            advance(len(group))
+        if writer:
+            writer.close()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from jaxlora.errors import UserError, run_main
-from jaxlora.progress import console
+from jaxlora.progress import make_console
 
 
 def install_server(words: list[str]) -> int:
@@ -109,11 +109,15 @@ def compare(words: list[str]) -> int:
 
     recording = load_recording(options.recording)
     source = ModelSource(path=options.base or recording.base)
-    model_dir, _ = locate_model(RunConfig(model=source))
+    try:
+        model_dir, _ = locate_model(RunConfig(model=source))
+    except UserError as error:
+        raise UserError(str(error).replace("config.model.path", "--base")) from None
     assert model_dir is not None
     checks = replay(recording, model_dir, options.dtype)
     trainer = ", ".join(f"{name} {value}" for name, value in recording.trainer.items())
-    _print(table(checks, f"{options.recording.name} ({trainer}) replayed in {options.dtype}"))
+    title = f"{options.recording.name} ({trainer}) replayed in {options.dtype}"
+    make_console(stderr=False).print(table(checks, title))
     failed = [check for check in checks if not check.passed]
     print(f"{len(checks) - len(failed)} of {len(checks)} checks pass")
     return 1 if failed else 0
@@ -127,7 +131,10 @@ def study(words: list[str]) -> int:
         "--run", type=Path, metavar="DIR", help="a finished run: training, or a trial of a rate"
     )
     subject.add_argument(
-        "--published", action="store_true", help="evaluate the six published adapters and the base"
+        "--published",
+        action="store_true",
+        help="evaluate the six published adapters and the base; needs --config and --out: see"
+        " `study --published --help`",
     )
     if "--published" not in words:
         options = parser.parse_args(words)
@@ -157,21 +164,18 @@ def study(words: list[str]) -> int:
 def _report(points, title: str) -> int:
     from jaxlora.parity.study import agrees, table, verdict
 
-    _print(table(points, title))
+    make_console(stderr=False).print(table(points, title))
     print(verdict(points))
     return 0 if agrees(points) else 1
-
-
-def _print(table) -> None:
-    from rich.console import Console
-
-    Console(width=None if console.is_terminal else 140).print(table)
 
 
 def _parser(name: str, command) -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(
-        f"tinker_parity.py {name}", description=command.__doc__, formatter_class=formatter
+        f"tinker_parity.py {name}",
+        description=command.__doc__,
+        formatter_class=formatter,
+        allow_abbrev=False,  # `study` looks for --published itself
     )
 
 

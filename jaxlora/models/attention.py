@@ -34,9 +34,9 @@ def pick_backend(backend: str, platform: str, dtype: str = "bfloat16", n_devices
     return backend
 
 
-def pick_decode_backend(platform: str, dtype: str, n_devices: int) -> str:
+def pick_decode_backend(backend: str, platform: str, dtype: str, n_devices: int) -> str:
     """Attention of the decoder, whose kernels are cuDNN's (one GPU in bfloat16) or XLA's."""
-    backend = pick_backend("auto", platform, dtype, n_devices)
+    backend = pick_backend(backend, platform, dtype, n_devices)
     return backend if backend == "cudnn" else "xla"
 
 
