@@ -94,11 +94,11 @@ def _fetch(source: ModelSource, with_weights: bool) -> Path:
             f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B"
         )
     patterns = [f"*{suffix}" for suffix in sorted(TOKENIZER_SUFFIXES)] + ["*.safetensors"] * with_weights
-    is_whole = partial(_is_whole, with_weights=with_weights, with_tokenizer=source.tokenizer is None)
+    missing = partial(_missing, with_weights=with_weights, with_tokenizer=source.tokenizer is None)
     fetch = partial(snapshot_download, name, allow_patterns=patterns)
     with contextlib.suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
         folder = Path(fetch(local_files_only=True))
-        if is_whole(folder):
+        if not missing(folder):
             return folder
     console.print(f"fetching {name} from the Hugging Face Hub (kept in its local cache)")
     try:
@@ -106,23 +106,25 @@ def _fetch(source: ModelSource, with_weights: bool) -> Path:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"config.model.path: {name!r} cannot be fetched: {reason}") from None
-    if not is_whole(folder):  # the client falls back to its cache where there is no network
-        wanted = "config.json, tokenizer and safetensors" if with_weights else "config.json and tokenizer"
-        raise UserError(f"config.model.path: {name!r} was fetched in part only: {folder} needs {wanted}")
+    if reason := missing(folder):  # the client falls back to its cache where there is no network
+        raise UserError(f"config.model.path: {name!r} was not fetched whole: {reason}")
     return folder
 
 
-def _is_whole(folder: Path, with_weights: bool, with_tokenizer: bool) -> bool:
-    """Whether a folder of the Hub's cache has what is asked for. It may not: whoever fetched a tokenizer
-    alone has left a folder of that model with nothing else in it.
+def _missing(folder: Path, with_weights: bool, with_tokenizer: bool) -> str:
+    """What is missing of a model in a folder of the Hub's cache, in words; empty if nothing is.
+
+    Whoever fetched a tokenizer alone has left a folder of that model with nothing else in it.
     """
-    names = ["config.json"] + ["tokenizer_config.json"] * with_tokenizer
-    if not all((folder / name).is_file() for name in names):
-        return False
+    for name in ["config.json"] + ["tokenizer_config.json"] * with_tokenizer:
+        if not (folder / name).is_file():
+            return f"{folder / name}: missing"
     try:
-        return not with_weights or bool(open_tensors(folder))
-    except UserError:  # files are missing
-        return False
+        if with_weights:
+            open_tensors(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def base_fingerprint(config: RunConfig, model_dir: Path | None, model: ModelConfig) -> str:
