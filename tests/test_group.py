@@ -326,7 +326,7 @@ def test_a_step_that_is_too_long_for_the_chip_is_found_before_the_first(first):
         with pytest.raises(UserError, match=r"512 tokens needs 5\.20 GiB more .*layout=packed or"):
             loop.check_longest(group, full, frozen, 1)
         group.jobs = [replace(job, train_layout=replace(layout, packed=True))]
-        with pytest.raises(UserError, match=r"5\.20 GiB more .*max_buffer_tokens=64, which"):
+        with pytest.raises(UserError, match=r"512 tokens needs 5\.20 GiB more .*max_buffer_tokens=64, which"):
             loop.check_longest(group, full, frozen, 1)
         with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
             loop.check_longest(group, Watched("INTERNAL: something else"), frozen, 1)

@@ -209,6 +209,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
     config = embedded(repository, "tiny", Path("x[/red]"), prefix="[red]t")
     text = text_of(plan_table(config))
     assert "the study [red]t, in x[/red]; its runs are [red]t-..." in text
+    assert "│ all_layer-seed-2 " in text
 
     shown = Console(width=200, file=io.StringIO())
     monkeypatch.setattr("jaxlora.train.display.console", shown)
@@ -442,7 +443,7 @@ def test_an_adapter_whose_bytes_changed_is_exported_and_evaluated_again(session)
 @pytest.mark.parametrize(
     ("field", "value"),
     [("checkpoint", "step-2000"), ("base_fingerprint", "0" * 64), ("benchmark_sha256", "0" * 64),
-     ("prompts_sha256", "0" * 64),     ("max_new_tokens", 512), ("seed", 5), ("status", "failed")],
+     ("prompts_sha256", "0" * 64), ("max_new_tokens", 512), ("seed", 5), ("status", "failed")],
 )  # fmt: skip
 def test_an_evaluation_of_something_else_is_redone(session, field, value):
     run, other = (f"tiny-{condition}-seed-0" for condition in CONDITIONS)

@@ -204,10 +204,7 @@ def show(summaries: list[dict[str, Any]]) -> None:
     problems = " and ".join(sorted({str(s["total"]) for s in summaries}))
     table = Table(title=f"greedy answers to {problems} problems", title_justify="left")
     for name in ("", "strict", "numeric", "no box", "cut off", "tokens/s"):
-        if name:
-            table.add_column(name, justify="right", no_wrap=True)
-        else:
-            table.add_column(name, overflow="fold")
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     for s in summaries:
         table.add_row(
             escape(s["run_id"]),

@@ -275,11 +275,7 @@ def print_comparison(plans: list[Plan], console: Console) -> None:
         train = plan.programs[0]
         mesh = ", ".join(str(size) for size in plan.mesh.values())
         peak = max(p.memory.total + p.memory.missing for p in plan.programs)
-        cells = [
-            plan.slice.name,
-            mesh,
-            f"{peak / GIB:.1f} of {plan.slice.chip.hbm_bytes / GIB:.0f}",
-        ]
+        cells = [plan.slice.name, mesh, f"{peak / GIB:.1f} of {plan.slice.chip.hbm_bytes / GIB:.0f}"]
         if plan.run is None or plan.sweep is None:
             cells += ["", "does not fit"]
         else:

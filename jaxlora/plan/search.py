@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import Weight, count_parameters, parameter_table
+from jaxlora.models.parameters import count_parameters, parameter_table
 from jaxlora.models.qwen3 import is_adapted, kept_per_token
 from jaxlora.plan.chips import Slice
 from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
@@ -141,25 +142,22 @@ class _Share:
         """Whether products and attention are computed once more."""
         return self.remat is True
 
-    @property
+    @cached_property
     def layer_weights(self) -> int:
-        layers = self.model.num_hidden_layers
-        return layers * sum(math.prod(w.shape) for w in self._weights if w.stacked and len(w.shape) == 2)
+        matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) == 2]
+        return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in matrices)
 
     @property
     def head_weights(self) -> int:
         return self.model.vocab_size * self.model.hidden_size
 
-    @property
+    @cached_property
     def adapter_weights(self) -> int:
-        layers, adapted = self.model.num_hidden_layers, [w for w in self._weights if is_adapted(w, self.lora)]
+        layers = self.model.num_hidden_layers
+        adapted = [w for w in parameter_table(self.model) if is_adapted(w, self.lora)]
         return self.members * sum(
             self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted
         )
-
-    @property
-    def _weights(self) -> list[Weight]:
-        return parameter_table(self.model)
 
     @property
     def gathered_keys(self) -> float:
