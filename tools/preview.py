@@ -16,10 +16,9 @@ from rich.markup import escape
 from rich.text import Text
 
 from jaxlora.config import parse_config
-from jaxlora.data.render import RenderedRow, Tokenizer
+from jaxlora.data.render import RenderedRow, Tokenizer, load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
 from jaxlora.errors import UserError, run_main
-from jaxlora.train.job import load_job_tokenizer, locate_model
 
 MASKED, LEARNED, CONTROL = "grey62", "green", "bold magenta"
 
@@ -33,7 +32,7 @@ def main() -> None:
         raise UserError(f"--rows is {options.rows}; it must be at least 1")
     data = config.data
     path = data.validation_path if options.validation else data.train_path
-    tokenizer = load_job_tokenizer(config, *locate_model(config, with_weights=False))
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     rows, report = load_rendered_rows(
         path, tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row, limit=options.rows
     )

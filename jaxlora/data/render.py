@@ -69,7 +69,7 @@ def shifted(row: RenderedRow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a local directory, of `embedded:NAME`, or of a Hub model, with its chat template.
+    """The tokenizer of a local directory, `embedded:NAME`, a bucket or a Hub model, with its chat template.
 
     No code of the model's repository is run, and no link out of its folder is followed.
 
@@ -80,8 +80,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
 
+    from jaxlora.checkpoints.remote import is_remote, mirror
+
     name = str(path)
-    folder = resolve(name)
+    folder = mirror(name) if is_remote(name) else resolve(name)
     is_local = folder.is_dir()
     if not is_local:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
