@@ -119,7 +119,7 @@ def hub(local, tmp_path, monkeypatch):
     cached, asked = tmp_path / "cached", []
     cached.mkdir()
 
-    def snapshot_download(name, *, allow_patterns, local_files_only=False):
+    def snapshot_download(name, *, allow_patterns, revision=None, local_files_only=False):
         asked.append((name, local_files_only))
         if not local_files_only:
             for pattern in allow_patterns:
@@ -178,5 +178,5 @@ def test_a_part_of_a_model_without_a_network_is_one_line(repository, tmp_path, m
     snapshot.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_path("base") / name, snapshot / name)
-    with pytest.raises(UserError, match=r"'someone/model' was not fetched whole: .*config\.json: missing"):
+    with pytest.raises(UserError, match=r"'someone/model': was not fetched whole: .*config\.json: missing"):
         locate_model(hub_config(repository))

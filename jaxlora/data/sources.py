@@ -1,4 +1,4 @@
-"""Where data comes from: a local file, a file in a Hub dataset, or a split of a Hub dataset.
+"""Where data comes from: a local file, a Hub dataset's file or split, the folder of a Hub model.
 
     locate("rendered/train.jsonl")                                      # a local file, as it is
     locate("hf://sumitdotml/lora-and-friends-dataset/rendered/train.jsonl")   # fetched once, then cached
@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,41 @@ def _fetch_from_hub(address: str) -> Path:
         Exception
     ) as error:  # the Hub client raises many kinds: network, authorisation, missing file, offline
         raise UserError(f"{address}: cannot be fetched: {_first_line(error)}") from None
+
+
+def fetch_folder(
+    named: str,
+    repository: str,
+    patterns: Sequence[str],
+    missing: Callable[[Path], str],
+    revision: str | None = None,
+) -> Path:
+    """The Hub's own cache folder of a model repository, fetched (announced) unless all is there already.
+
+    Args:
+      named: what the user gave, as errors name it.
+      patterns: of the files to fetch.
+      missing: what a folder lacks, in words; empty if nothing. The cache may hold a part only: whoever
+        fetched a tokenizer alone has left a folder with nothing else in it.
+
+    Raises:
+      UserError: the Hub does not give it, or not all of it.
+    """
+    from huggingface_hub import snapshot_download
+
+    fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=list(patterns))
+    with suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
+        folder = Path(fetch(local_files_only=True))
+        if not missing(folder):
+            return folder
+    announce(f"fetching {repository} from the Hugging Face Hub (kept in its local cache)")
+    try:
+        folder = Path(fetch())
+    except Exception as error:
+        raise UserError(f"{named}: cannot be fetched: {_first_line(error)}") from None
+    if reason := missing(folder):  # without a network the client gives whatever its cache holds
+        raise UserError(f"{named}: was not fetched whole: {reason}")
+    return folder
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

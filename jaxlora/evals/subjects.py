@@ -9,9 +9,7 @@ belongs to another base, is an error: it never falls back to the base.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
 from jaxlora.checkpoints.remote import weight_files
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
-from jaxlora.data.sources import HUB_PREFIX, announce
+from jaxlora.data.sources import HUB_PREFIX, fetch_folder
 from jaxlora.errors import UserError
 from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
 from jaxlora.models.config import ModelConfig
@@ -147,28 +145,18 @@ def fetch_adapter(address: str) -> Path:
     Raises:
       UserError: the address is not one, or the Hub does not give it.
     """
-    from huggingface_hub import snapshot_download
-
     parts = address.removeprefix(HUB_PREFIX).strip("/").split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(f"{address}: not an adapter on the Hub; write hf://OWNER/NAME/PATH")
     owner, name, inner = parts[0], parts[1], parts[2] if len(parts) == 3 else ""
     name, _, revision = name.partition("@")
     wanted = [str(Path(inner) / file) for file in (WEIGHTS, SETTINGS, METADATA)]
-    fetch = partial(snapshot_download, f"{owner}/{name}", revision=revision or None, allow_patterns=wanted)
-    with suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
-        folder = Path(fetch(local_files_only=True)) / inner
-        if (folder / WEIGHTS).is_file():
-            return folder
-    announce(f"fetching {address} from the Hugging Face Hub (kept in its local cache)")
-    try:
-        folder = Path(fetch()) / inner
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{address}: cannot be fetched: {reason}") from None
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{address}: the repository holds no {WEIGHTS} there; name the adapter's folder")
-    return folder
+
+    def missing(folder: Path) -> str:
+        found = (folder / inner / WEIGHTS).is_file()
+        return "" if found else f"the repository holds no {WEIGHTS} there; name the adapter's folder"
+
+    return fetch_folder(address, f"{owner}/{name}", wanted, missing, revision or None) / inner
 
 
 def describe(target: Target) -> list[str]:

@@ -24,6 +24,7 @@ from jaxlora.data.batches import Layout, choose_layout, ranges
 from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import TOKENIZER_SUFFIXES, RenderedRow, Tokenizer, load_tokenizer
 from jaxlora.data.rows import RowReport, load_rendered_rows
+from jaxlora.data.sources import fetch_folder
 from jaxlora.devices import scan_layers
 from jaxlora.embedded import resolve
 from jaxlora.errors import UserError
@@ -34,7 +35,6 @@ from jaxlora.models.parameters import count_parameters
 from jaxlora.models.qwen3 import ModelSpec, kept_per_token
 from jaxlora.plan.chips import slice_of
 from jaxlora.plan.search import with_mesh
-from jaxlora.progress import console
 from jaxlora.sharding import make_mesh, token_multiple
 from jaxlora.train.loss import CHUNK
 from jaxlora.train.schedule import RunPlan, plan_run
@@ -85,9 +85,7 @@ def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | N
 
 
 def _fetch(source: ModelSource, with_weights: bool) -> Path:
-    """The local folder of a Hub model: from the Hub's own cache if all of it is there, else fetched."""
-    from huggingface_hub import snapshot_download
-
+    """The local folder of a Hub model."""
     name = source.path
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
@@ -95,27 +93,11 @@ def _fetch(source: ModelSource, with_weights: bool) -> Path:
         )
     patterns = [f"*{suffix}" for suffix in sorted(TOKENIZER_SUFFIXES)] + ["*.safetensors"] * with_weights
     missing = partial(_missing, with_weights=with_weights, with_tokenizer=source.tokenizer is None)
-    fetch = partial(snapshot_download, name, allow_patterns=patterns)
-    with contextlib.suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
-        folder = Path(fetch(local_files_only=True))
-        if not missing(folder):
-            return folder
-    console.print(f"fetching {name} from the Hugging Face Hub (kept in its local cache)")
-    try:
-        folder = Path(fetch())
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"config.model.path: {name!r} cannot be fetched: {reason}") from None
-    if reason := missing(folder):  # the client falls back to its cache where there is no network
-        raise UserError(f"config.model.path: {name!r} was not fetched whole: {reason}")
-    return folder
+    return fetch_folder(f"config.model.path: {name!r}", name, patterns, missing)
 
 
 def _missing(folder: Path, with_weights: bool, with_tokenizer: bool) -> str:
-    """What is missing of a model in a folder of the Hub's cache, in words; empty if nothing is.
-
-    Whoever fetched a tokenizer alone has left a folder of that model with nothing else in it.
-    """
+    """What is missing of a model in a folder, in words; empty if nothing is."""
     for name in ["config.json"] + ["tokenizer_config.json"] * with_tokenizer:
         if not (folder / name).is_file():
             return f"{folder / name}: missing"
