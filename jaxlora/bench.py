@@ -20,19 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.checkpoints.huggingface import random_base
+from jaxlora.checkpoints.base import random_base
 from jaxlora.config import RunConfig
 from jaxlora.data.batches import choose_layout, ranges, step_batch, train_batches
 from jaxlora.data.packing import Batch
 from jaxlora.data.render import RenderedRow
-from jaxlora.decode_weights import decode_weights
-from jaxlora.devices import memory_in_use, peak_flops
-from jaxlora.generate import generate
+from jaxlora.generate.decode import generate
+from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import count_trainable, init_lora
 from jaxlora.models.attention import pick_backend
-from jaxlora.models.parameters import count_matrix_parameters
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.progress import console, progress_bar
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.table import count_matrix_parameters
+from jaxlora.runtime.devices import memory_in_use, peak_flops
+from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxlora.bench import device_facts, random_rows, utilisation, warm_up_runs
-from jaxlora.checkpoints.huggingface import random_base
+from jaxlora.checkpoints.base import random_base
 from jaxlora.config import Condition, Remat, RunConfig
 from jaxlora.data.batches import choose_layout
 from jaxlora.data.packing import Batch
-from jaxlora.devices import memory_in_use, scan_layers
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import count_matrix_parameters
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.progress import console
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import ModelConfig
+from jaxlora.models.table import count_matrix_parameters
+from jaxlora.runtime.devices import memory_in_use, scan_layers
+from jaxlora.runtime.progress import console
 from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
 from jaxlora.train.fused import group_spec, stack_batches, stack_members
 from jaxlora.train.schedule import plan_run

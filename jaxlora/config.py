@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from jaxlora.errors import UserError
-from jaxlora.redact import holds_secret
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.redaction import holds_secret
 
 # Strict about names and about infinities; lenient about "8" for 8, because overrides arrive as text.
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -130,7 +130,7 @@ class TrainConfig:
 class MeshConfig:
     """Axes of the device mesh; one of them may be -1: all that is left.
 
-    Where none is given, the mesh is chosen for a TPU slice (`jaxlora.plan.search.with_mesh`), and elsewhere
+    Where none is given, the mesh is chosen for a TPU slice (`jaxlora.estimate.with_mesh`), and elsewhere
     fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
     """
 

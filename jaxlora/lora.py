@@ -16,9 +16,9 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from jaxlora.errors import UserError
-from jaxlora.models.parameters import Weight
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.table import Weight
+from jaxlora.runtime.errors import UserError
 
 
 def init_lora(spec: ModelSpec, seed: int) -> Tree:

@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.config import MeshConfig
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxlora.models.config import ModelConfig
-    from jaxlora.models.qwen3 import ModelSpec
+    from jaxlora.models.decoder import ModelSpec
+    from jaxlora.models.spec import ModelConfig
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
 RULES: dict[str, tuple[str, ...]] = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime.errors import UserError, run_main
 
 
 def main() -> None:
@@ -35,8 +35,6 @@ def main() -> None:
     if options.adapter is not None and options.out is None:
         raise UserError("--adapter needs --out: the folder to write its records to")
 
-    from jaxlora import hosts
-    from jaxlora.devices import setup
     from jaxlora.evals.run import show
     from jaxlora.evals.subjects import (
         adapter_target,
@@ -47,6 +45,8 @@ def main() -> None:
         run_config,
         run_target,
     )
+    from jaxlora.runtime import hosts
+    from jaxlora.runtime.devices import setup
 
     with_weights = not options.dry_run
     if options.run is not None:

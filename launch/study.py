@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 
-from jaxlora.errors import run_main
-from jaxlora.signals import Interrupted, Stop, stop_signals
+from jaxlora.runtime.errors import run_main
+from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
 
 STAGE_NAMES = (
     *("gates", "baseline", "learning-rates", "sweep", "selection", "export"),
@@ -41,8 +41,8 @@ def run(stop: Stop) -> int:
     config, options = parse_config(parser)
     check_study(config)
 
-    from jaxlora.devices import setup
-    from jaxlora.progress import console
+    from jaxlora.runtime.devices import setup
+    from jaxlora.runtime.progress import console
 
     setup(config)
     from jaxlora.study.pipeline import Session, run_stages

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from jaxlora.errors import run_main
-from jaxlora.signals import Interrupted, Stop, stop_signals
+from jaxlora.runtime.errors import run_main
+from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
 
 
 def main() -> int:
@@ -27,8 +27,8 @@ def run(stop: Stop) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     config, options = parse_config(parser)
 
-    from jaxlora.devices import setup
-    from jaxlora.progress import console
+    from jaxlora.runtime.devices import setup
+    from jaxlora.runtime.progress import console
 
     setup(config)
     from jaxlora.train.job import describe, prepare

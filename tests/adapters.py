@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import segment_attention
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import load_model_config
 from jaxlora.sharding import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 160, (2, 24))

@@ -26,7 +26,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from jaxlora.errors import UserError, one_line
+from jaxlora.runtime.errors import UserError, one_line
 
 SECONDS = 30  # for one input; a reader that is not done by then hangs
 TRIED: Counter[str] = Counter()  # inputs by kind, in this process

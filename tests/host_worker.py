@@ -12,9 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxlora import hosts
 from jaxlora.config import MeshConfig
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import UserError, run_main
 from jaxlora.sharding import make_mesh, named
 
 
@@ -47,7 +47,7 @@ def load(folder: Path) -> None:
     from safetensors.numpy import load_file
 
     from jaxlora.checkpoints import tensors
-    from jaxlora.checkpoints.huggingface import load_base
+    from jaxlora.checkpoints.base import load_base
 
     spec = _spec(folder)
     n_read = 0
@@ -73,7 +73,7 @@ def load(folder: Path) -> None:
 
 def draw(folder: Path) -> None:
     """A random base as several hosts draw it, compared with drawing all of it here."""
-    from jaxlora.checkpoints.huggingface import random_base
+    from jaxlora.checkpoints.base import random_base
 
     spec = _spec(folder)
     bases = []
@@ -84,8 +84,8 @@ def draw(folder: Path) -> None:
 
 
 def _spec(folder: Path):
-    from jaxlora.models.config import load_model_config
-    from jaxlora.models.qwen3 import ModelSpec
+    from jaxlora.models.decoder import ModelSpec
+    from jaxlora.models.spec import load_model_config
 
     return ModelSpec(load_model_config(folder), None, "float32", scan=True)
 

@@ -29,10 +29,10 @@ TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory
 # phase: module, class or None, function; the phase lasts while the function runs, on whichever thread
 PHASES = {
     "loading": ("jaxlora.train.job", None, "prepare"),
-    "taking over": ("jaxlora.train.artifacts", None, "_take_over"),
+    "taking over": ("jaxlora.train.run_directory", None, "_take_over"),
     "restoring": ("jaxlora.checkpoints.run_state", "RunState", "restore"),
-    "rewinding": ("jaxlora.train.artifacts", "RunDirectory", "start_records"),
-    "metrics": ("jaxlora.train.artifacts", "RunDirectory", "record"),
+    "rewinding": ("jaxlora.train.run_directory", "RunDirectory", "start_records"),
+    "metrics": ("jaxlora.train.run_directory", "RunDirectory", "record"),
     "validation": ("jaxlora.train.loop", None, "validate"),
     "saving": ("jaxlora.checkpoints.run_state", "RunState", "save"),
     "writing a checkpoint": ("jaxlora.checkpoints.run_state", "RunState", "_finish"),
@@ -40,8 +40,8 @@ PHASES = {
     "publishing": ("jaxlora.checkpoints.run_state", "RunState", "_publish"),
     "pruning": ("jaxlora.checkpoints.run_state", "RunState", "_prune"),
     "training": ("jaxlora.train.loop", None, "_advance"),
-    "export": ("jaxlora.train.artifacts", "RunDirectory", "export_selected"),
-    "summary": ("jaxlora.train.artifacts", "RunDirectory", "finish"),
+    "export": ("jaxlora.train.run_directory", "RunDirectory", "export_selected"),
+    "summary": ("jaxlora.train.run_directory", "RunDirectory", "finish"),
 }
 # phases within others: the innermost names the kill
 INNER = ["metrics", "hashing", "publishing", "pruning", "saving", "validation", "writing a checkpoint"]
@@ -209,7 +209,7 @@ def _child(words: list[str], cache: str, log: str, phases: str, moment: str | No
     sys.argv = ["train.py", *words]
     with open(phases, "r+b") as file:
         _announce_phases(mmap.mmap(file.fileno(), len(PHASES)))
-    _wrap("jaxlora.devices", None, "setup", _keep_every_program)
+    _wrap("jaxlora.runtime.devices", None, "setup", _keep_every_program)
     if moment is not None:
         MOMENTS[moment](_countdown(nth))
     specification = importlib.util.spec_from_file_location("launch_train", REPOSITORY / "launch" / "train.py")
@@ -299,7 +299,7 @@ def _part_of_a_line(share: float) -> Callable:
                 die()
             return original(path, record)
 
-        _wrap("jaxlora.train.artifacts", None, "append_jsonl", around)
+        _wrap("jaxlora.train.run_directory", None, "append_jsonl", around)
 
     return install
 
@@ -354,7 +354,7 @@ def _half_exported(now: Iterator[bool]) -> None:
     _wrap("jaxlora.checkpoints.peft", None, "save_file", around)
 
 
-STATE, FILES, LOOP = "jaxlora.checkpoints.run_state", "jaxlora.train.artifacts", "jaxlora.train.loop"
+STATE, FILES, LOOP = "jaxlora.checkpoints.run_state", "jaxlora.train.run_directory", "jaxlora.train.loop"
 MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
     "half a manifest": _half_json(FILES, "manifest.json"),
     "manifest written, nothing else": _after(FILES, None, "_take_over"),

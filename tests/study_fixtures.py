@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxlora.evals.gsm8k import Problem, aggregate, score
-from jaxlora.records import (
+from jaxlora.runtime.files import (
     append_jsonl,
     metric_record,
     summary_record,

@@ -13,7 +13,7 @@ import pytest
 from jaxlora.data.audit import OUTPUTS, audit, choose_rows, find_rendered, quality, token_statistics
 from jaxlora.data.mathml import text_to_html
 from jaxlora.data.render import load_tokenizer, prompt_messages, render_batch
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 ATTACKS = [
     "<script>alert(1)</script>",

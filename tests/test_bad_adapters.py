@@ -27,8 +27,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.embedded import embedded_path
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import ModelConfig
 from jaxlora.parity.tinker_service import unpack_adapter
 
 MODEL = ModelConfig(

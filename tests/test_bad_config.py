@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlora.config import RunConfig, field_table, from_dict, load_config, to_dict
-from jaxlora.models.config import ModelConfig, load_model_config, model_config_from_dict
-from jaxlora.models.parameters import count_parameters
+from jaxlora.models.spec import ModelConfig, load_model_config, model_config_from_dict
+from jaxlora.models.table import count_parameters
 
 FIELDS = [line.split()[0] for line in field_table().splitlines()]
 CONFIG, OVERRIDE, SHAPE = "configuration file", "configuration override", "config.json of a model"

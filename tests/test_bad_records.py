@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_fixtures import build_study, make_report
 
-from jaxlora.errors import UserError
 from jaxlora.evals.subjects import run_config
 from jaxlora.parity.recording import load_recording, make_settings
 from jaxlora.parity.study import compare_run, table
-from jaxlora.records import read_json
-from jaxlora.run_files import read_manifest, read_metrics, read_summary
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json
+from jaxlora.runtime.records import read_manifest, read_metrics, read_summary
 from jaxlora.study.results import load_study
 
 STUDY, RUN, RECORDING = "study results", "run directory", "parity recording"

@@ -20,7 +20,7 @@ from jaxlora.data.sources import MAX_LINE_BYTES, parse_object
 from jaxlora.embedded import embedded_path
 from jaxlora.evals.answers import extract_boxed, numeric_match, strict_match
 from jaxlora.evals.gsm8k import aggregate, count, load_problems, rescore
-from jaxlora.records import read_jsonl
+from jaxlora.runtime.files import read_jsonl
 
 ROW = {
     "row_id": "a1",

@@ -25,9 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from jaxlora.checkpoints.huggingface import fingerprint, save_merged
+from jaxlora.checkpoints.base import fingerprint, save_merged
 from jaxlora.checkpoints.tensors import StoredTensor, open_tensors, read_header
-from jaxlora.folders import file_in
+from jaxlora.runtime.folders import file_in
 
 HEADER, INDEX, LINK = "safetensors header", "safetensors index", "link or name out of a folder"
 GOOD = {
@@ -219,7 +219,7 @@ class TestLinks:
         base = tmp_path / "base"
         base.mkdir()
         (base / "notes.txt").symlink_to(outside / "notes.txt")
-        monkeypatch.setattr("jaxlora.checkpoints.huggingface._tensors", lambda spec, frozen: iter(()))
+        monkeypatch.setattr("jaxlora.checkpoints.base._tensors", lambda spec, frozen: iter(()))
         refused(LINK, save_merged, tmp_path / "merged", None, {}, base)
         assert not (tmp_path / "merged").exists()
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jaxlora.data import render
 from jaxlora.data.render import load_tokenizer, render_batch
 from jaxlora.embedded import embedded_path
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 BASE = embedded_path("base")
 TOKENIZER = json.loads((BASE / "tokenizer.json").read_bytes())

@@ -29,9 +29,9 @@ from jaxlora.data.review import review_page
 from jaxlora.data.rows import load_rendered_rows
 from jaxlora.parity.backend import Pass
 from jaxlora.parity.recording import Settings, record
-from jaxlora.redact import holds_secret, without_secrets
+from jaxlora.runtime.redaction import holds_secret, without_secrets
 from jaxlora.study import report
-from jaxlora.train.artifacts import RunDirectory
+from jaxlora.train.run_directory import RunDirectory
 
 # --- Code ---------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from bad_input import assert_exit_2
 
-from jaxlora.devices import step_options
-from jaxlora.errors import UserError
+from jaxlora.runtime.devices import step_options
+from jaxlora.runtime.errors import UserError
 
 SMALL = ["--model", "embedded:base", "--num-layers", "1", "--dtype", "float32"]
 

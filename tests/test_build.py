@@ -14,7 +14,7 @@ import pytest
 
 from jaxlora.data.build import FILES, BuildPlan, build
 from jaxlora.data.gsm8k_source import convert
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 
 def source_row(i, source="math", problem=None, solution=None, answer="6"):
@@ -202,7 +202,8 @@ class TestAllOrNothing:
         code = (
             "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-            "from pathlib import Path; import jaxlora.data.build as b; from jaxlora.errors import run_main\n"
+            "from pathlib import Path; import jaxlora.data.build as b\n"
+            "from jaxlora.runtime.errors import run_main\n"
             "run_main(lambda: b.build(b.BuildPlan(sys.argv[1], None, Path(sys.argv[2]))) and None)"
         )
         command = [sys.executable, "-c", code, source, str(tmp_path / "out")]

@@ -24,7 +24,7 @@ import pytest
 import jaxlora.checkpoints.run_state as module
 from jaxlora.checkpoints.run_state import RunState, damage
 from jaxlora.config import OptimConfig
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 from jaxlora.train.step import init_state
 
 IDENTITY = {"seed": 0, "lora.rank": 8, "base": "abc", "dataset.train.sha256": "def"}
@@ -288,12 +288,12 @@ class TestDiskFull:
 
 
 class TestBeingAskedToStop:
-    """`jaxlora.signals`, in processes of its own."""
+    """`jaxlora.runtime.signals`, in processes of its own."""
 
     def ends(self, body: str, *signals: tuple[float, int]) -> tuple[int, str, float]:
         """Run `body` with an open `stop`, send signals after these seconds; exit code, errors, seconds."""
         script = (
-            "import hashlib, time\nfrom jaxlora.signals import stop_signals\n"
+            "import hashlib, time\nfrom jaxlora.runtime.signals import stop_signals\n"
             "with stop_signals() as stop:\n    print('ready', flush=True)\n" + textwrap.indent(body, "    ")
         )
         process = subprocess.Popen(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from study_fixtures import FORMAT, NO_BOX, RIGHT, TRUNCATED, WRONG, evaluation
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 from jaxlora.study.comparison import bootstrap_interval, compare, mcnemar_p, verdict
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxlora.config import RunConfig, check_study, field_table, from_dict, load_config, to_dict
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 BAD = {
     "lora.rank": ("0", "whole number > 0"),

@@ -34,7 +34,7 @@ from jaxlora.embedded.word_problems import (
     problem,
     split_of,
 )
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 TOKENIZER = AutoTokenizer.from_pretrained(str(embedded_path("base")))

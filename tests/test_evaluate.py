@@ -19,14 +19,14 @@ from jaxlora.config import load_config
 from jaxlora.data.gates import Benchmark, FilePair, check
 from jaxlora.data.render import render_prompts
 from jaxlora.embedded import embedded_path
-from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import load_problems, rescore
 from jaxlora.evals.run import evaluation_inputs, load_prompts
 from jaxlora.evals.subjects import base_target, fetch_adapter
 from jaxlora.lora import init_lora
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.records import read_json, write_json_atomic
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import load_model_config
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json, write_json_atomic
 from jaxlora.train.job import load_job_tokenizer, prepare
 from jaxlora.train.loop import train
 from jaxlora.train.manifest import make_manifest

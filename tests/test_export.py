@@ -18,8 +18,8 @@ from transformers import Qwen3ForCausalLM
 from jaxlora.checkpoints import huggingface
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import ModelSource, RunConfig, to_dict
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import load_model_config
 from jaxlora.train.job import base_fingerprint
 
 

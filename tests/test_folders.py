@@ -7,7 +7,7 @@ from hf_models import make_checkpoint
 from test_model import our_model
 
 from jaxlora.checkpoints import huggingface
-from jaxlora.folders import new_folder
+from jaxlora.runtime.folders import new_folder
 
 
 @pytest.mark.parametrize("older", [False, True])

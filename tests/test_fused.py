@@ -16,8 +16,8 @@ from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxlora.data.packing import Batch, pack, pad
 from jaxlora.lora import get_path, init_lora, lora_shapes
 from jaxlora.models.attention import segment_offsets
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec, Tree, _products
+from jaxlora.models.decoder import ModelSpec, Tree, _products
+from jaxlora.models.spec import ModelConfig
 from jaxlora.sharding import base_shardings, make_mesh, place_batch, place_lora, token_shards
 from jaxlora.train.fused import group_spec, member_state, stack_batches, stack_members
 from jaxlora.train.schedule import RunPlan, learning_rate, plan_run

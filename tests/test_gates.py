@@ -10,8 +10,8 @@ import pytest
 
 from jaxlora.data.build import BuildPlan, build
 from jaxlora.data.gates import RULES, Benchmark, FilePair, check, find_pairs, require_gates
-from jaxlora.errors import UserError
-from jaxlora.records import write_json_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import write_json_atomic
 
 QUESTION = "A farmer has 12 cows and 3 ﬁelds. How many cows per field?"
 BENCHMARK = Benchmark("test questions", [("gsm8k-0000", "Another one?"), ("gsm8k-0001", QUESTION)])

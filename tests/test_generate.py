@@ -13,13 +13,13 @@ import torch
 from hf_models import make_checkpoint
 from test_model import CONFIGURATIONS, our_model
 
-from jaxlora.checkpoints.huggingface import random_base
+from jaxlora.checkpoints.base import random_base
 from jaxlora.config import LoraConfig, MeshConfig
-from jaxlora.decode_weights import decode_weights
-from jaxlora.generate import generate, init_decode, make_decode
+from jaxlora.generate.decode import generate, init_decode, make_decode
+from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import init_lora, merge_lora
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import count_work
 from jaxlora.sharding import base_shardings, make_mesh
 

@@ -17,13 +17,13 @@ from hf_models import make_checkpoint
 from safetensors.numpy import load_file
 
 from jaxlora.config import MeshConfig, RunConfig, load_config
-from jaxlora.errors import UserError
 from jaxlora.lora import init_lora
-from jaxlora.models.config import published_config
-from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.plan.chips import slice_named
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import published_config
+from jaxlora.runtime.chips import slice_named
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.signals import Interrupted, Stop
 from jaxlora.sharding import make_mesh
-from jaxlora.signals import Interrupted, Stop
 from jaxlora.train import loop
 from jaxlora.train.group import groups, members_to_fuse
 from jaxlora.train.job import Job, prepare

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
-from jaxlora.records import (
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import (
     METRIC_FIELDS,
     SUMMARY_FIELDS,
     append_jsonl,

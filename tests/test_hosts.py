@@ -15,9 +15,9 @@ from hf_models import make_checkpoint
 from host_processes import kill, logs, run_hosts, start_hosts, wait, wait_for
 from safetensors.numpy import load_file
 
-from jaxlora import hosts
-from jaxlora.errors import UserError
-from jaxlora.records import read_jsonl
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_jsonl
 
 TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
 TIMES |= {"generated_tokens_per_second"}

@@ -20,10 +20,10 @@ from hf_models import make_checkpoint
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
-from jaxlora.errors import UserError
 from jaxlora.lora import check_lora, count_trainable, get_path, init_lora, lora_shapes, merge_lora
-from jaxlora.models.config import ModelConfig, published_config
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import ModelConfig, published_config
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 from jaxlora.train.step import Compute, init_state, make_train_step
 
@@ -167,8 +167,8 @@ class TestSeeds:
             import hashlib, jax, numpy as np
             from jaxlora.config import LoraConfig
             from jaxlora.lora import init_lora
-            from jaxlora.models.config import ModelConfig
-            from jaxlora.models.qwen3 import ModelSpec
+            from jaxlora.models.spec import ModelConfig
+            from jaxlora.models.decoder import ModelSpec
             assert len(jax.devices()) == 1
             config = ModelConfig(**{dataclasses.asdict(SHAPE)})
             spec = ModelSpec(config, LoraConfig(output_head=True), "float32")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hf_models import make_checkpoint
 
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.config import MeshConfig
 from jaxlora.models.attention import segment_attention
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import load_model_config
 from jaxlora.sharding import make_mesh
 
 CONFIGURATIONS = {

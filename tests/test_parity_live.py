@@ -17,13 +17,13 @@ from tinker_recording import SETTINGS, TOKENIZER, embedded_rows, local_service, 
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import RenderedRow, prompt_messages
 from jaxlora.data.rows import load_rendered_rows
-from jaxlora.errors import UserError
 from jaxlora.parity.backend import AdamStep
 from jaxlora.parity.comparing import compare
 from jaxlora.parity.ours import OurBackend
 from jaxlora.parity.recording import choose_rows, prompts_of, record
 from jaxlora.parity.server import server_python
 from jaxlora.parity.tinker_service import TinkerBackend
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 
 pytestmark = pytest.mark.slow

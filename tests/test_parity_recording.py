@@ -20,7 +20,6 @@ from hf_models import make_checkpoint
 
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import RenderedRow, shifted
-from jaxlora.errors import UserError
 from jaxlora.parity.backend import AdamStep, Pass, reduced
 from jaxlora.parity.comparing import BARS, Check, compare, judge, largest, relative, replay, table
 from jaxlora.parity.ours import OurBackend
@@ -33,6 +32,7 @@ from jaxlora.parity.recording import (
     make_settings,
     record,
 )
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tinker"

@@ -18,10 +18,9 @@ from transformers import AutoTokenizer
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import LoraConfig
 from jaxlora.embedded import embedded_path
-from jaxlora.errors import UserError
 from jaxlora.lora import init_lora
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import load_model_config
 from jaxlora.parity import study_figures as study
 from jaxlora.parity.published import published_subjects
 from jaxlora.parity.study import (
@@ -33,7 +32,8 @@ from jaxlora.parity.study import (
     together_half_width,
     verdict,
 )
-from jaxlora.records import append_jsonl, metric_record, read_json, summary_record, write_json_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import append_jsonl, metric_record, read_json, summary_record, write_json_atomic
 
 
 def test_the_figures_are_the_studys_own(shared):

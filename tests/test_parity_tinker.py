@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlora.checkpoints.peft import import_adapter
 from jaxlora.data.render import RenderedRow
-from jaxlora.errors import UserError
-from jaxlora.models.config import load_model_config
+from jaxlora.models.spec import load_model_config
 from jaxlora.parity.backend import AdamStep
 from jaxlora.parity.server import PINS, server_python
 from jaxlora.parity.tinker_service import TinkerBackend, switches, unpack_adapter
+from jaxlora.runtime.errors import UserError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tinker"
 KEY, URL = "tml-very-secret-key", "https://service.example:8443/tinker"

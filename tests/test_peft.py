@@ -20,10 +20,10 @@ from transformers import Qwen3ForCausalLM
 from jaxlora.checkpoints import peft as peft_module
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import LoraConfig, MeshConfig
-from jaxlora.errors import UserError
 from jaxlora.lora import get_path, lora_shapes, set_path
-from jaxlora.models.config import load_model_config, published_config
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import load_model_config, published_config
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import SHARD_LORA_FROM_RANK, make_mesh, place_lora
 
 BAR = 1e-4  # relative error of float32 logits

@@ -16,16 +16,16 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
-from jaxlora.devices import peak_flops
-from jaxlora.errors import UserError
-from jaxlora.models.config import ModelConfig, published_config
-from jaxlora.models.parameters import count_parameters
+from jaxlora.estimate import REMATS, candidates, estimate, factors, with_mesh
+from jaxlora.models.spec import ModelConfig, published_config
+from jaxlora.models.table import count_parameters
 from jaxlora.plan import report
-from jaxlora.plan.chips import CHIPS, SLICES, slice_named, slice_of
 from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory
-from jaxlora.plan.roofline import attention_flops, roofline, run_cost
-from jaxlora.plan.search import REMATS, candidates, estimate, factors, with_mesh
+from jaxlora.roofline import attention_flops, roofline, run_cost
+from jaxlora.runtime.chips import CHIPS, SLICES, slice_named, slice_of
+from jaxlora.runtime.devices import peak_flops
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import decode_mesh, make_mesh, whole_mesh
 
 GIB = 2**30

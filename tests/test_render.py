@@ -19,7 +19,7 @@ from jaxlora.data.render import (
     render_prompts,
     shifted,
 )
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 from study_fixtures import FORMAT, HOSTILE, NO_BOX, RIGHT, WRONG, build_study, evaluation, make_report
 
-from jaxlora.records import read_json, read_jsonl, write_json_atomic
+from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic
 from jaxlora.study import findings
 from jaxlora.study.comparison import compare
 from jaxlora.study.report import escape_markdown, script_json

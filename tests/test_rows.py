@@ -9,7 +9,7 @@ import pytest
 from jaxlora.data.render import load_tokenizer, prompt_messages, render_batch
 from jaxlora.data.rows import BATCH_ROWS, load_rendered_rows
 from jaxlora.data.sources import locate, read_lines
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from pathlib import Path
 import kills
 import pytest
 
-from jaxlora.errors import MachineError, UserError
-from jaxlora.records import write_json_atomic
-from jaxlora.train import artifacts
+from jaxlora.runtime.errors import MachineError, UserError
+from jaxlora.runtime.files import write_json_atomic
+from jaxlora.train import run_directory as artifacts
 
 
 @pytest.fixture(scope="module")

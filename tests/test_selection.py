@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 from jaxlora.train.selection import select_checkpoint, select_learning_rate
 
 

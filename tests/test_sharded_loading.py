@@ -18,12 +18,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxlora.checkpoints import tensors
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.checkpoints.tensors import open_tensors, read_header
 from jaxlora.config import MeshConfig
-from jaxlora.errors import UserError
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import base_shardings, make_mesh, named, replicated
 
 SMALL = ModelConfig(
@@ -256,9 +256,9 @@ LARGE = ModelConfig(
 LOAD = """
 import resource, sys, time
 import jax
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.config import MeshConfig
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
 from jaxlora.sharding import make_mesh
 sys.path.insert(0, {tests!r})
 from test_sharded_loading import LARGE

@@ -13,11 +13,11 @@ import pytest
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack, pad
 from jaxlora.data.render import RenderedRow
-from jaxlora.errors import UserError
-from jaxlora.generate import generate
+from jaxlora.generate.decode import generate
 from jaxlora.lora import init_lora
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     base_shardings,
     make_mesh,

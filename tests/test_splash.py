@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlora.config import MeshConfig
-from jaxlora.errors import UserError
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.splash import splash_attention
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlora import generate
 from jaxlora.config import MeshConfig, load_config
-from jaxlora.errors import UserError
+from jaxlora.generate import decode as generate
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 from jaxlora.train import startup
 from jaxlora.train.job import prepare

@@ -26,8 +26,8 @@ from tensorboard.plugins.hparams import metadata
 from xla_flags import xla_flags
 
 from jaxlora.config import RunConfig, from_dict, load_config, to_dict
-from jaxlora.errors import UserError
-from jaxlora.records import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from jaxlora.study import grid
 from jaxlora.study.pipeline import Session, Stage, Task, run_stages
 from jaxlora.study.planning import (
@@ -399,7 +399,9 @@ def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatc
     views = [[run("a")], [run("a")], [run("a"), run("b")]]
     done = []
     stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), together=True)
-    monkeypatch.setattr("jaxlora.hosts.broadcast", lambda _: [["a", "done", ""], ["b", "missing", ""]])
+    monkeypatch.setattr(
+        "jaxlora.runtime.hosts.broadcast", lambda _: [["a", "done", ""], ["b", "missing", ""]]
+    )
     monkeypatch.setattr("time.sleep", lambda _: None)
     run_stages(session, [stage])
     assert (done, views) == ([run("b")], [])
@@ -413,7 +415,7 @@ def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatc
 
 def test_all_hosts_train_with_the_rates_that_process_0_has_chosen(session, monkeypatch):
     trained = []
-    monkeypatch.setattr("jaxlora.hosts.broadcast", lambda rates: [2e-3 for _ in rates])
+    monkeypatch.setattr("jaxlora.runtime.hosts.broadcast", lambda rates: [2e-3 for _ in rates])
     monkeypatch.setattr("jaxlora.study.stages.groups", lambda jobs, _: [jobs])
     monkeypatch.setattr(
         "jaxlora.study.stages._train_together", lambda _, jobs: trained.extend(job.config for job in jobs)

@@ -8,8 +8,8 @@ import shutil
 import pytest
 from study_fixtures import RATES, SELECTED, build_study
 
-from jaxlora.errors import UserError
-from jaxlora.records import append_jsonl, read_json, write_json_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import append_jsonl, read_json, write_json_atomic
 from jaxlora.study import tables, training_tables
 from jaxlora.study.comparison import compare
 from jaxlora.study.results import load_study

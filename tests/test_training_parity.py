@@ -11,13 +11,13 @@ from hf_models import make_checkpoint
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow, shifted
 from jaxlora.lora import get_path, init_lora
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import load_model_config
 from jaxlora.sharding import make_mesh
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_train_step

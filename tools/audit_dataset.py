@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxlora.data.audit import audit, find_rendered
 from jaxlora.data.render import load_tokenizer
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime.errors import UserError, run_main
 
 BAR_WIDTH = 40
 

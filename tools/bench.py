@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jaxlora.config import Condition, Remat, RunConfig, from_dict
-from jaxlora.errors import UserError, add_number, run_main
-from jaxlora.models.config import ModelConfig
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime.errors import UserError, add_number, run_main
 
 CONDITIONS = get_args(Condition)
 REMATS: dict[str, Remat] = {"none": False, "elementwise": "elementwise", "layers": True}
@@ -31,7 +31,7 @@ REMATS: dict[str, Remat] = {"none": False, "elementwise": "elementwise", "layers
 def main() -> int:
     options = parse()
     config = configuration(options)
-    from jaxlora.devices import setup
+    from jaxlora.runtime.devices import setup
 
     setup(config)
     measure = {"train": run_train, "decode": run_decode, "sweep": run_sweep}[options.what]
@@ -149,8 +149,8 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
     import jax
 
     from jaxlora.bench import bench_train
-    from jaxlora.devices import scan_layers
-    from jaxlora.models.qwen3 import ModelSpec
+    from jaxlora.models.decoder import ModelSpec
+    from jaxlora.runtime.devices import scan_layers
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
     scan = scan_layers(config.model.layers, jax.default_backend())
@@ -160,8 +160,8 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
     from jaxlora.bench import bench_decode
-    from jaxlora.devices import decode_backend
-    from jaxlora.models.qwen3 import ModelSpec
+    from jaxlora.models.decoder import ModelSpec
+    from jaxlora.runtime.devices import decode_backend
 
     name = options.answers or "adapter_generated_tokens"
     prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
@@ -234,7 +234,7 @@ def read_answers(path: Path, name: str) -> tuple[list[int], list[int]]:
 
 
 def _list_of(path: Path, name: str) -> list[Any]:
-    from jaxlora.records import read_object
+    from jaxlora.runtime.files import read_object
 
     values = read_object(path)
     if not isinstance(values.get(name), list) or not values[name]:
@@ -250,7 +250,7 @@ def show(result: dict) -> None:
     """The result as a table on the terminal."""
     from rich.table import Table
 
-    from jaxlora.progress import console
+    from jaxlora.runtime.progress import console
 
     table = Table(show_header=False, box=None)
     for name, value in result.items():

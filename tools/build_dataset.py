@@ -19,8 +19,8 @@ from jaxlora.data.build import BuildPlan, build, verify
 from jaxlora.data.curation import SOURCES
 from jaxlora.data.sources import is_file_source
 from jaxlora.data.study_dataset import SOURCE, SPLIT, differences
-from jaxlora.errors import UserError, run_main
-from jaxlora.progress import console
+from jaxlora.runtime.errors import UserError, run_main
+from jaxlora.runtime.progress import console
 
 
 def main() -> int:

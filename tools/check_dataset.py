@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 from jaxlora.data.gates import REPORT_NAME, Benchmark, FilePair, check, find_pairs
-from jaxlora.errors import UserError, run_main
 from jaxlora.evals.gsm8k import load_problems
-from jaxlora.progress import console
-from jaxlora.records import write_json_atomic
+from jaxlora.runtime.errors import UserError, run_main
+from jaxlora.runtime.files import write_json_atomic
+from jaxlora.runtime.progress import console
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
 
 from jaxlora.checkpoints.export import adapter_bytes, load_selected, merged_bytes, write_adapter, write_merged
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime.errors import UserError, run_main
 
 
 def main() -> None:

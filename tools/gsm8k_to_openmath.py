@@ -18,8 +18,8 @@ from pathlib import Path
 
 from jaxlora.data.gsm8k_source import convert
 from jaxlora.data.sources import locate, parse_object, read_lines
-from jaxlora.errors import UserError, run_main
-from jaxlora.progress import progress_bar
+from jaxlora.runtime.errors import UserError, run_main
+from jaxlora.runtime.progress import progress_bar
 
 PARQUET_GROUP_ROWS = 10_000
 

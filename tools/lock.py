@@ -30,7 +30,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion, Version
 
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {"requirements.lock": "test", "launch/tpu.lock": "tpu", "launch/cuda.lock": "cuda"}  # file -> extra

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.files import check_files, write_files
 from jaxlora.embedded.tokenizer import tokenizer_files
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime.errors import UserError, run_main
 
 
 def main() -> None:

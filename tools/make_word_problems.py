@@ -15,7 +15,7 @@ from jaxlora.data.render import load_tokenizer
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.files import check_files, data_files, write_files
-from jaxlora.errors import UserError, add_number, run_main
+from jaxlora.runtime.errors import UserError, add_number, run_main
 
 
 def main() -> None:

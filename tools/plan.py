@@ -23,14 +23,14 @@ from rich.console import Console
 
 from jaxlora.config import RunConfig, parse_config
 from jaxlora.embedded import resolve
-from jaxlora.errors import UserError, add_number, run_main
-from jaxlora.models.config import ModelConfig, load_model_config, published_config
-from jaxlora.plan.chips import SLICES, Slice, slice_named
+from jaxlora.estimate import with_mesh
+from jaxlora.models.spec import ModelConfig, load_model_config, published_config
 from jaxlora.plan.fused import FusedPlan, plan_members, print_members
 from jaxlora.plan.programs import Workload
 from jaxlora.plan.report import Plan, make_plan, print_comparison, print_plan, search
-from jaxlora.plan.search import with_mesh
-from jaxlora.progress import make_console
+from jaxlora.runtime.chips import SLICES, Slice, slice_named
+from jaxlora.runtime.errors import UserError, add_number, run_main
+from jaxlora.runtime.progress import make_console
 from jaxlora.sharding import whole_mesh
 
 

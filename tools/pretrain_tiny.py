@@ -27,20 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlora.checkpoints.huggingface import random_base, save_merged
+from jaxlora.checkpoints.base import random_base, save_merged
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import load_tokenizer
-from jaxlora.decode_weights import decode_weights
 from jaxlora.embedded import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.word_problems import conversation, distinct_problems
-from jaxlora.errors import UserError, add_number, run_main
-from jaxlora.generate import generate
+from jaxlora.generate.decode import generate
+from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import segment_attention
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import count_parameters
-from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.progress import console, progress_bar
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.spec import ModelConfig
+from jaxlora.models.table import count_parameters
+from jaxlora.runtime.errors import UserError, add_number, run_main
+from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import make_mesh
 
 LENGTH = 256  # tokens of one line; documents lie in it end to end

@@ -18,7 +18,7 @@ from rich.text import Text
 from jaxlora.config import parse_config
 from jaxlora.data.render import RenderedRow, Tokenizer, load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
-from jaxlora.errors import UserError, run_main
+from jaxlora.runtime.errors import UserError, run_main
 
 MASKED, LEARNED, CONTROL = "grey62", "green", "bold magenta"
 

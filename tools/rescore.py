@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from jaxlora.errors import run_main
 from jaxlora.evals.gsm8k import count, rescore
+from jaxlora.runtime.errors import run_main
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxlora.errors import UserError, run_main
-from jaxlora.progress import make_console
+from jaxlora.runtime.errors import UserError, run_main
+from jaxlora.runtime.progress import make_console
 
 
 def install_server(words: list[str]) -> int:
@@ -153,8 +153,8 @@ def study(words: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="evaluate again what is in --out already")
     config, options = parse_config(parser, words)
-    from jaxlora.devices import setup
     from jaxlora.parity.published import evaluate_published
+    from jaxlora.runtime.devices import setup
 
     setup(config)
     points = evaluate_published(config, options.out, options.adapters, options.overwrite)

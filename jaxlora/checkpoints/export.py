@@ -13,18 +13,18 @@ from typing import Any
 
 import jax
 
-from jaxlora.checkpoints.huggingface import fingerprint, load_base, save_merged
+from jaxlora.checkpoints.base import fingerprint, load_base, save_merged
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
-from jaxlora.checkpoints.remote import weight_files
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
-from jaxlora.errors import UserError
 from jaxlora.lora import count_trainable, merge_lora
-from jaxlora.models.config import load_model_config
-from jaxlora.models.parameters import count_parameters
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.progress import console
-from jaxlora.run_files import read_manifest, read_summary
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import load_model_config
+from jaxlora.models.table import count_parameters
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
+from jaxlora.runtime.records import read_manifest, read_summary
+from jaxlora.runtime.remote import weight_files
 from jaxlora.sharding import make_mesh
 from jaxlora.train.job import locate_model
 

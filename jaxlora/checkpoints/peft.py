@@ -21,15 +21,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxlora import hosts
 from jaxlora.config import Condition, LoraConfig
-from jaxlora.errors import UserError
-from jaxlora.folders import file_in, new_folder
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import Weight
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.records import read_object, write_json_atomic
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import ModelConfig
+from jaxlora.models.table import Weight
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_object, write_json_atomic
+from jaxlora.runtime.folders import file_in, new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's

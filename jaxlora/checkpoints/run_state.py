@@ -34,10 +34,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxlora import hosts
-from jaxlora.errors import UserError
-from jaxlora.progress import console
-from jaxlora.records import is_disk_full, read_json, sha256_of, write_json_atomic
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import is_disk_full, read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.progress import console
 from jaxlora.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.checkpoints.remote import file_system, is_remote, weights_of
-from jaxlora.errors import UserError
-from jaxlora.folders import file_in
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.folders import file_in
+from jaxlora.runtime.remote import file_system, is_remote, weights_of
 
 READERS = 8  # threads; a bucket needs several requests in flight, a disk at least two
 AHEAD_BYTES = 256 * 2**20  # read ahead of placement, on one host

@@ -24,9 +24,9 @@ from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts,
 from jaxlora.data.review import review_page
 from jaxlora.data.rows import BATCH_ROWS, parse_rendered
 from jaxlora.data.sources import count_lines, locate, read_lines
-from jaxlora.errors import UserError
-from jaxlora.progress import progress_bar
-from jaxlora.records import sha256_of, write_json_atomic, write_jsonl_atomic, write_text_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import sha256_of, write_json_atomic, write_jsonl_atomic, write_text_atomic
+from jaxlora.runtime.progress import progress_bar
 
 OUTPUTS = ("quality.json", "tokens.json", "review.jsonl", "review.html")
 BIN_TOKENS = 64

@@ -25,10 +25,10 @@ from typing import IO, Any
 from jaxlora.data import curation
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
-from jaxlora.errors import UserError
-from jaxlora.folders import put_in_place
-from jaxlora.progress import progress_bar
-from jaxlora.records import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.folders import put_in_place
+from jaxlora.runtime.progress import progress_bar
 
 MANIFEST_NAME = "manifest.json"
 FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")

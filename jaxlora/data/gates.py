@@ -23,9 +23,9 @@ from jaxlora.data.curation import problem_key
 from jaxlora.data.rows import parse_rendered
 from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, read_lines
 from jaxlora.embedded import resolve
-from jaxlora.errors import UserError
-from jaxlora.progress import console, progress_bar
-from jaxlora.records import read_object, sha256_of
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_object, sha256_of
+from jaxlora.runtime.progress import console, progress_bar
 
 REPORT_NAME = "contamination.json"
 RULES = {

@@ -25,8 +25,8 @@ import numpy as np
 from jaxlora.data.limits import bounded
 from jaxlora.data.sources import announce, is_text
 from jaxlora.embedded import resolve
-from jaxlora.errors import UserError
-from jaxlora.folders import file_in
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.folders import file_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -80,7 +80,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
 
-    from jaxlora.checkpoints.remote import is_remote, mirror
+    from jaxlora.runtime.remote import is_remote, mirror
 
     name = str(path)
     folder = mirror(name) if is_remote(name) else resolve(name)

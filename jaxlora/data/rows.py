@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from jaxlora.data.render import RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import count_lines, locate, parse_object, read_lines
-from jaxlora.errors import UserError
-from jaxlora.progress import progress_bar
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import progress_bar
 
 BATCH_ROWS = 512  # rows tokenised together
 SHOWN_LINES = 5  # skipped lines named in the printed report

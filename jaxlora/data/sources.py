@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.embedded import resolve
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 HUB_PREFIX = "hf://"
 PARQUET_BATCH_ROWS = 1024

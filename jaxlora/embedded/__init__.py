@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 PREFIX = "embedded:"
 

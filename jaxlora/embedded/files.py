@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.embedded.word_problems import benchmark_row, distinct_problems, rendered_row
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 SEEDS = {"train": 1, "val": 2, "test": 3}
 ROWS = {"train": 1200, "val": 160, "test": 200}

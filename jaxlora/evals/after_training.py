@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 
-from jaxlora import hosts
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, load_prompts, show, why_redo
-from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.records import read_json, sha256_of
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.runtime import hosts
+from jaxlora.runtime.files import read_json, sha256_of
 from jaxlora.train.job import Job, base_fingerprint
 from jaxlora.train.loop import TrainResult
 

@@ -17,17 +17,16 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora import hosts
 from jaxlora.config import RunConfig
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
-from jaxlora.decode_weights import decode_weights
-from jaxlora.devices import decode_backend
-from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
-from jaxlora.generate import generate
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.progress import console, progress_bar
-from jaxlora.records import (
+from jaxlora.generate.decode import generate
+from jaxlora.generate.weights import decode_weights
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.runtime import hosts
+from jaxlora.runtime.devices import decode_backend
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import (
     metric_record,
     read_json,
     sha256_of,
@@ -35,6 +34,7 @@ from jaxlora.records import (
     write_json_atomic,
     write_jsonl_atomic,
 )
+from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.train.hparams import write_outcome
 
 

@@ -15,21 +15,21 @@ from typing import Any
 
 import jax
 
-from jaxlora import hosts
+from jaxlora.checkpoints.base import load_base, random_base
 from jaxlora.checkpoints.export import load_selected
-from jaxlora.checkpoints.huggingface import load_base, random_base
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
-from jaxlora.checkpoints.remote import weight_files
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX, fetch_folder
-from jaxlora.errors import UserError
 from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.progress import console
-from jaxlora.records import sha256_of
-from jaxlora.run_files import read_manifest
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.progress import console
+from jaxlora.runtime.records import read_manifest
+from jaxlora.runtime.remote import weight_files
 from jaxlora.sharding import make_mesh, place_lora
 from jaxlora.train.job import base_fingerprint, load_job_tokenizer, locate_model
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxlora.errors import UserError
 from jaxlora.models.splash import splash_attention
+from jaxlora.runtime.errors import UserError
 
 
 def pick_backend(backend: str, platform: str, dtype: str = "bfloat16", n_devices: int = 1) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import spec_for
 
 BLOCK = 128  # the kernel's blocks are multiples of this many tokens

@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from jaxlora.config import Condition
-from jaxlora.errors import UserError
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import Tree
+from jaxlora.models.decoder import Tree
+from jaxlora.models.spec import load_model_config
 from jaxlora.parity.backend import Pass, Reduction
 from jaxlora.parity.ours import OurBackend, OurTrainer
 from jaxlora.parity.recording import Case, Recording, prompts_of, run_steps
-from jaxlora.progress import progress_bar
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import progress_bar
 
 
 @dataclass(frozen=True)

@@ -17,21 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.checkpoints.peft import export_adapter, import_adapter
 from jaxlora.config import Condition, LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
 from jaxlora.data.render import RenderedRow
-from jaxlora.decode_weights import decode_weights
-from jaxlora.devices import scan_layers
-from jaxlora.generate import generate
+from jaxlora.generate.decode import generate
+from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend, segment_attention
-from jaxlora.models.config import load_model_config
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.head import head_parts, token_nll
+from jaxlora.models.spec import load_model_config
 from jaxlora.parity.backend import AdamStep, Pass, Reduction, reduced
+from jaxlora.runtime.devices import scan_layers
 from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
-from jaxlora.train.loss import head_parts, token_nll
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 
 CHUNK = 128  # positions whose float32 logits are held at once

@@ -15,8 +15,8 @@ from jaxlora.evals.run import show
 from jaxlora.evals.subjects import Target, adapter_target, base_target, evaluate_target, load_target_base
 from jaxlora.parity import study_figures as study
 from jaxlora.parity.study import Point, evaluation_points
-from jaxlora.progress import console
-from jaxlora.records import read_json
+from jaxlora.runtime.files import read_json
+from jaxlora.runtime.progress import console
 
 
 def published_subjects(root: str) -> list[tuple[str, str | None, int | None, str | None]]:

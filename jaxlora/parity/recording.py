@@ -22,10 +22,10 @@ from pydantic.dataclasses import dataclass as checked
 from jaxlora.checkpoints.peft import SETTINGS, WEIGHTS
 from jaxlora.config import Condition, Count, OptimConfig, Rate, TrainConfig
 from jaxlora.data.render import RenderedRow
-from jaxlora.errors import UserError
 from jaxlora.parity.backend import AdamStep, Backend, Pass, Reduction, Trainer
-from jaxlora.progress import progress_bar
-from jaxlora.records import read_json, sha256_of, write_json_atomic, write_text_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic, write_text_atomic
+from jaxlora.runtime.progress import progress_bar
 from jaxlora.train.schedule import learning_rate, plan_run
 
 FORMAT = 1

@@ -13,8 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from jaxlora.errors import UserError
-from jaxlora.progress import console
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
 
 # skyrl-tx 0.3.0 has one A matrix for each projection, as PEFT has; later releases tie those of q, k and v.
 # It speaks JSON only, as the SDK does up to 0.24.1. Its own `jax` extra would bring CUDA along.

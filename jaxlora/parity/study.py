@@ -21,9 +21,9 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
-from jaxlora.errors import UserError
 from jaxlora.parity import study_figures as study
-from jaxlora.run_files import read_manifest, read_metrics, read_summary
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.records import read_manifest, read_metrics, read_summary
 from jaxlora.study.results import Run
 from jaxlora.train.selection import select_checkpoint
 

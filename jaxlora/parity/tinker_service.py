@@ -24,9 +24,9 @@ import numpy as np
 
 from jaxlora.config import Condition
 from jaxlora.data.render import RenderedRow, shifted
-from jaxlora.errors import UserError
-from jaxlora.models.parameters import GROUPS
+from jaxlora.models.table import GROUPS
 from jaxlora.parity.backend import AdamStep, Pass
+from jaxlora.runtime.errors import UserError
 
 T = TypeVar("T")
 MAX_ARCHIVE_BYTES = 2 * 10**9

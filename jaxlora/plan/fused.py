@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlora.config import MeshConfig, RunConfig
-from jaxlora.models.config import ModelConfig
-from jaxlora.plan.chips import Slice
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Workload
 from jaxlora.plan.report import GIB, search
+from jaxlora.runtime.chips import Slice
 
 
 @dataclass(frozen=True)

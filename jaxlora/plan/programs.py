@@ -21,17 +21,18 @@ import jax.numpy as jnp
 
 from jaxlora.config import RunConfig
 from jaxlora.data.packing import round_up
-from jaxlora.devices import scan_layers
-from jaxlora.errors import UserError
-from jaxlora.generate import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
+from jaxlora.estimate import ROW_TOKENS, with_mesh
+from jaxlora.generate.decode import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend, pick_decode_backend
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.qwen3 import ModelSpec
-from jaxlora.plan.chips import Slice
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.head import CHUNK
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import Work, count_work
-from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
-from jaxlora.plan.search import ROW_TOKENS, with_mesh
+from jaxlora.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
+from jaxlora.runtime.chips import Slice
+from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     base_shardings,
     decode_mesh,
@@ -44,7 +45,6 @@ from jaxlora.sharding import (
     token_shards,
 )
 from jaxlora.train.fused import group_spec
-from jaxlora.train.loss import CHUNK
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 
 

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlora.config import MeshConfig, Remat, RunConfig
-from jaxlora.models.config import ModelConfig
-from jaxlora.plan.chips import SLICES, Slice
+from jaxlora.estimate import FULL, Choice, candidates
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Programs, Workload
-from jaxlora.plan.roofline import RunCost, run_cost
-from jaxlora.plan.search import FULL, Choice, candidates
-from jaxlora.progress import progress_bar
+from jaxlora.roofline import RunCost, run_cost
+from jaxlora.runtime.chips import SLICES, Slice
+from jaxlora.runtime.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
 GIB = 2**30

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import aggregate
-from jaxlora.records import Record
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import Record
 from jaxlora.study.grid import condition_of, setting_key
 
 WINNER_THRESHOLD = 0.01  # a smaller difference of condition means is "inconclusive"; fixed before the runs

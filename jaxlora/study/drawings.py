@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxlora.records import Record
+from jaxlora.runtime.files import Record
 from jaxlora.study import tables
 from jaxlora.study.grid import condition_of, setting_key
 from jaxlora.study.tables import Table

@@ -19,8 +19,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from jaxlora.progress import progress_bar
-from jaxlora.records import Record, read_json, write_json_atomic, write_text_atomic
+from jaxlora.runtime.files import Record, read_json, write_json_atomic, write_text_atomic
+from jaxlora.runtime.progress import progress_bar
 from jaxlora.study import drawings, tables, training_tables
 from jaxlora.study.results import Study
 from jaxlora.study.tables import Table

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxlora.records import Record
+from jaxlora.runtime.files import Record
 from jaxlora.study.results import Study, lowest_nll
 from jaxlora.study.tables import interval, percent, points, rate, share, whole
 from jaxlora.train.selection import select_learning_rate

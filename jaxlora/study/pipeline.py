@@ -21,20 +21,20 @@ from typing import Any
 import jax
 from rich.markup import escape
 
-from jaxlora import hosts
-from jaxlora.checkpoints.huggingface import load_base
+from jaxlora.checkpoints.base import load_base
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import report_place
-from jaxlora.devices import scan_layers
-from jaxlora.errors import UserError
+from jaxlora.estimate import with_mesh
 from jaxlora.evals.gsm8k import Problem
 from jaxlora.evals.run import load_prompts
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.plan.chips import slice_of
-from jaxlora.plan.search import with_mesh
-from jaxlora.progress import console
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.runtime import hosts
+from jaxlora.runtime.chips import slice_of
+from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
+from jaxlora.runtime.signals import Stop
 from jaxlora.sharding import make_mesh
-from jaxlora.signals import Stop
 from jaxlora.study.grid import study_dir
 from jaxlora.study.results import Study, load_study
 from jaxlora.study.state import Inputs, State, read_inputs

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from jaxlora.config import RunConfig, check_study
 from jaxlora.data.gates import GateStatus, report_place
-from jaxlora.devices import peak_flops
-from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import load_problems
-from jaxlora.models.parameters import count_matrix_parameters
-from jaxlora.records import read_json
+from jaxlora.models.table import count_matrix_parameters
+from jaxlora.runtime.devices import peak_flops
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json
 from jaxlora.study import grid
 from jaxlora.study.pipeline import Session, Task
 from jaxlora.study.results import Study, load_study

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from jaxlora import __version__
 from jaxlora.evals.answers import strict_match
-from jaxlora.records import sha256_of, write_json_atomic
+from jaxlora.runtime.files import sha256_of, write_json_atomic
 from jaxlora.study import findings
 from jaxlora.study.comparison import compare
 from jaxlora.study.figures import plan_figures

@@ -4,7 +4,7 @@
     study.runs[0].validation_nll()        # {1000: 0.3469, 2000: 0.3411, ...}
     study.absent                          # what a report should have and this directory does not, in words
 
-Expected layout, each run with the files that `jaxlora.records` describes:
+Expected layout, each run with the files that `jaxlora.runtime.files` describes:
 
     <results>/<prefix>-<condition>-seed-<seed>/            manifest.json metrics.jsonl summary.json
     <results>/<prefix>-<condition>-seed-<seed>/evaluation/ predictions.jsonl metrics.jsonl summary.json
@@ -27,10 +27,10 @@ from statistics import fmean
 from typing import Any
 
 from jaxlora.embedded import PREFIX as EMBEDDED
-from jaxlora.errors import UserError
 from jaxlora.evals.gsm8k import rescore
-from jaxlora.records import Record, read_jsonl
-from jaxlora.run_files import check_predictions, read_failure, read_manifest, read_metrics, read_summary
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import Record, read_jsonl
+from jaxlora.runtime.records import check_predictions, read_failure, read_manifest, read_metrics, read_summary
 from jaxlora.study.comparison import Evaluation
 from jaxlora.study.grid import TRIALS, rate_of, setting_key, setting_of, without_rate
 from jaxlora.train.selection import select_checkpoint

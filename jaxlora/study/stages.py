@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxlora import hosts
 from jaxlora.checkpoints.export import load_selected, write_adapter
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import Benchmark, FilePair, check, report_place, require_gates
-from jaxlora.errors import MachineError, UserError
 from jaxlora.evals.gsm8k import load_problems
 from jaxlora.evals.run import evaluation_inputs, show, why_redo
 from jaxlora.evals.subjects import Target, base_target, evaluate_target, run_target
-from jaxlora.progress import console
-from jaxlora.records import read_json, sha256_of, write_json_atomic
-from jaxlora.signals import Interrupted
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import MachineError, UserError
+from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.progress import console
+from jaxlora.runtime.signals import Interrupted
 from jaxlora.study import grid, writing
 from jaxlora.study.pipeline import Session, Stage, Task
 from jaxlora.study.results import load_run, lowest_nll

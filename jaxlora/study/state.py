@@ -11,16 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxlora.checkpoints.huggingface import fingerprint
+from jaxlora.checkpoints.base import fingerprint
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.sources import locate
-from jaxlora.errors import UserError
-from jaxlora.models.parameters import count_parameters
-from jaxlora.records import read_json, read_jsonl, sha256_of
-from jaxlora.train.artifacts import is_finished
+from jaxlora.models.table import count_parameters
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json, read_jsonl, sha256_of
 from jaxlora.train.job import locate_model
 from jaxlora.train.manifest import differences, identity
+from jaxlora.train.run_directory import is_finished
 
 Kind = Literal["done", "missing", "unfinished", "failed", "redo", "foreign", "waiting"]
 DIVERGED = "Diverged"  # the error of a loss that is not finite: every repetition would end in it

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlora.records import Record
+from jaxlora.runtime.files import Record
 from jaxlora.study.grid import rate as rate
 from jaxlora.study.results import Study
 

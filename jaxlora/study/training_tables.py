@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from jaxlora.records import Record
+from jaxlora.runtime.files import Record
 from jaxlora.study.results import Run, Study, lowest_nll
 from jaxlora.study.tables import ABSENT, Column, Table, nll, percent, rate, whole, yes
 from jaxlora.train.selection import select_learning_rate

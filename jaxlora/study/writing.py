@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxlora.records import read_json, write_text_atomic
+from jaxlora.runtime.files import read_json, write_text_atomic
 from jaxlora.study.figures import draw_figures, is_current, plan_figures
 from jaxlora.study.pipeline import Session, Task
 from jaxlora.study.report import comparison_inputs, render_report, write_comparison

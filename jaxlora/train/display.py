@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jaxlora.devices import memory_in_use, peak_flops
-from jaxlora.models.parameters import count_matrix_parameters
-from jaxlora.progress import console
+from jaxlora.models.table import count_matrix_parameters
+from jaxlora.runtime.devices import memory_in_use, peak_flops
+from jaxlora.runtime.progress import console
 from jaxlora.train.job import Job, token_count
 
 WINDOW = 50  # steps over which speed is averaged

@@ -32,8 +32,8 @@ import optax
 from jaxlora.config import Condition, LoraConfig
 from jaxlora.data.packing import Batch
 from jaxlora.lora import get_path, lora_shapes, set_path
-from jaxlora.models.parameters import GROUPS
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.table import GROUPS
 from jaxlora.sharding import constrain_lora
 from jaxlora.train.step import TrainState
 

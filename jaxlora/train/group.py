@@ -20,9 +20,9 @@ import numpy as np
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
 from jaxlora.data.batches import step_batch, validation_batches
 from jaxlora.data.packing import Batch
-from jaxlora.errors import UserError
-from jaxlora.plan.chips import Slice, slice_of
-from jaxlora.plan.search import FULL, estimate
+from jaxlora.estimate import FULL, estimate
+from jaxlora.runtime.chips import Slice, slice_of
+from jaxlora.runtime.errors import UserError
 from jaxlora.train.fused import group_spec, member_state, stack_batches, stack_members
 from jaxlora.train.job import Job, token_count
 from jaxlora.train.member import Member

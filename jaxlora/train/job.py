@@ -16,8 +16,7 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.checkpoints.huggingface import fingerprint
-from jaxlora.checkpoints.remote import is_remote, mirror
+from jaxlora.checkpoints.base import fingerprint
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import DataConfig, ModelSource, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges
@@ -25,18 +24,19 @@ from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import TOKENIZER_SUFFIXES, RenderedRow, Tokenizer, load_tokenizer
 from jaxlora.data.rows import RowReport, load_rendered_rows
 from jaxlora.data.sources import fetch_folder
-from jaxlora.devices import scan_layers
 from jaxlora.embedded import resolve
-from jaxlora.errors import UserError
+from jaxlora.estimate import with_mesh
 from jaxlora.lora import count_trainable
 from jaxlora.models.attention import pick_backend
-from jaxlora.models.config import ModelConfig, load_model_config, published_config
-from jaxlora.models.parameters import count_parameters
-from jaxlora.models.qwen3 import ModelSpec, kept_per_token
-from jaxlora.plan.chips import slice_of
-from jaxlora.plan.search import with_mesh
+from jaxlora.models.decoder import ModelSpec, kept_per_token
+from jaxlora.models.head import CHUNK
+from jaxlora.models.spec import ModelConfig, load_model_config, published_config
+from jaxlora.models.table import count_parameters
+from jaxlora.runtime.chips import slice_of
+from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.remote import is_remote, mirror
 from jaxlora.sharding import make_mesh, token_multiple
-from jaxlora.train.loss import CHUNK
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute
 
@@ -66,7 +66,7 @@ class Job:
 
 def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | None, ModelConfig]:
     """The model's directory and shape; a Hub name is fetched (announced) and then cached. Of a model in a
-    bucket (`gs://bucket/folder`) only the small files are copied, see `jaxlora.checkpoints.remote`.
+    bucket (`gs://bucket/folder`) only the small files are copied, see `jaxlora.runtime.remote`.
 
     Args:
       with_weights: fetch the weights too; without, only config.json (for plans).

@@ -26,22 +26,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import hosts
 from jaxlora.checkpoints.peft import import_adapter
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.data.batches import ahead
-from jaxlora.errors import MachineError, UserError
-from jaxlora.models.qwen3 import Tree
+from jaxlora.models.decoder import Tree
 from jaxlora.plan.programs import out_of_memory
-from jaxlora.records import is_disk_full, read_json
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import MachineError, UserError
+from jaxlora.runtime.files import is_disk_full, read_json
+from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
 from jaxlora.sharding import place_batch, place_lora
-from jaxlora.signals import Interrupted, Stop, stop_signals
-from jaxlora.train.artifacts import RunDirectory, is_finished
 from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.group import Group, check_group
 from jaxlora.train.job import Job
 from jaxlora.train.manifest import identity, make_manifest
 from jaxlora.train.member import Diverged, Member, TrainResult, load_frozen
+from jaxlora.train.run_directory import RunDirectory, is_finished
 from jaxlora.train.startup import check_start
 
 LATE = 2  # steps between dispatch and reading the metrics

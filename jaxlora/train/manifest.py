@@ -24,9 +24,9 @@ from jaxlora.config import to_dict
 from jaxlora.data.render import RenderedRow
 from jaxlora.data.sources import locate
 from jaxlora.lora import count_trainable
-from jaxlora.models.parameters import count_matrix_parameters, count_parameters
-from jaxlora.records import sha256_of
-from jaxlora.redact import without_secrets
+from jaxlora.models.table import count_matrix_parameters, count_parameters
+from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.redaction import without_secrets
 from jaxlora.train.job import Job, base_fingerprint, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.

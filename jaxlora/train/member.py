@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxlora.checkpoints.huggingface import load_base, random_base
+from jaxlora.checkpoints.base import load_base, random_base
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.errors import UserError
 from jaxlora.lora import check_lora, count_trainable, init_lora
-from jaxlora.models.qwen3 import Tree
-from jaxlora.progress import console
+from jaxlora.models.decoder import Tree
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
 from jaxlora.sharding import lora_shardings, place_lora
-from jaxlora.train.artifacts import RunDirectory
 from jaxlora.train.job import Job
+from jaxlora.train.run_directory import RunDirectory
 from jaxlora.train.selection import select_checkpoint
 from jaxlora.train.step import TrainState, init_state
 

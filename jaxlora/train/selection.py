@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 
 def select_learning_rate(nll_by_rate: Mapping[float, float | None]) -> float:

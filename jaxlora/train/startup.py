@@ -22,14 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import hosts
 from jaxlora.data.packing import pack, round_up
 from jaxlora.data.render import RenderedRow
-from jaxlora.decode_weights import decode_weights
-from jaxlora.devices import decode_backend
-from jaxlora.errors import UserError
-from jaxlora.generate import PROMPT_MULTIPLE, WINDOW_MULTIPLE, decode_hidden, init_decode, prefill_hidden
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.generate.decode import (
+    PROMPT_MULTIPLE,
+    WINDOW_MULTIPLE,
+    decode_hidden,
+    init_decode,
+    prefill_hidden,
+)
+from jaxlora.generate.weights import decode_weights
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.runtime import hosts
+from jaxlora.runtime.devices import decode_backend
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_batch, place_lora, token_multiple
 from jaxlora.train.job import Job
 from jaxlora.train.step import make_eval_step

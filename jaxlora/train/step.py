@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxlora.config import OptimConfig, Remat
-from jaxlora.devices import step_options
 from jaxlora.models.attention import segment_attention
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.head import head_parts, summed_nll
+from jaxlora.runtime.devices import step_options
 from jaxlora.sharding import constrain, constrain_lora
-from jaxlora.train.loss import head_parts, summed_nll
 
 
 class TrainState(NamedTuple):
@@ -49,7 +49,7 @@ class Compute:
     """How a step is computed; none of it changes a result."""
 
     backend: str = "xla"  # of attention
-    remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.qwen3.Qwen3`
+    remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Qwen3`
     max_segments: int = 1  # most rows in one line of a buffer
 
 

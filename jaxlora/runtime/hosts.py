@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlora.errors import MachineError, UserError, on_failure
+from jaxlora.runtime.errors import MachineError, UserError, on_failure
 
 CONNECT_SECONDS = 600  # hosts of one slice are ready within minutes of each other
 LIMIT_SECONDS = 3600  # one host may compile, or fetch the base, while the others wait

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 
 def file_in(folder: str | Path, name: str) -> Path:

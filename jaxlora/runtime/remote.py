@@ -16,10 +16,10 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from jaxlora.data.render import TOKENIZER_SUFFIXES
-from jaxlora.errors import UserError
-from jaxlora.folders import file_in
-from jaxlora.progress import console
-from jaxlora.records import write_bytes_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import write_bytes_atomic
+from jaxlora.runtime.folders import file_in
+from jaxlora.runtime.progress import console
 
 SMALL_BYTES = 200 * 2**20  # a tokenizer has 10 to 30 MiB
 

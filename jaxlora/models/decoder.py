@@ -23,8 +23,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import GROUPS, Weight, parameter_table
+from jaxlora.models.spec import ModelConfig
+from jaxlora.models.table import GROUPS, Weight, parameter_table
 from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]

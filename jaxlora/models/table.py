@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from jaxlora.config import Condition
-from jaxlora.models.config import ModelConfig
+from jaxlora.models.spec import ModelConfig
 
 GROUPS: dict[Condition, tuple[str, ...]] = {
     "attention_only": ("attention",),
@@ -54,7 +54,7 @@ def parameter_table(config: ModelConfig, joined: bool = False) -> list[Weight]:
     """All weights of a dense Qwen3, in the order of the forward pass.
 
     Args:
-      joined: the form of `jaxlora.decode_weights`, with the matrices of `JOINED` one above the other.
+      joined: the form of `jaxlora.generate.weights`, with the matrices of `JOINED` one above the other.
     """
     hidden, vocab, ffn = config.hidden_size, config.vocab_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim

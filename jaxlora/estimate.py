@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
-from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import count_parameters, parameter_table
-from jaxlora.models.qwen3 import is_adapted, kept_per_token
-from jaxlora.plan.chips import Slice
-from jaxlora.plan.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
-from jaxlora.train.loss import CHUNK
+from jaxlora.models.decoder import is_adapted, kept_per_token
+from jaxlora.models.head import CHUNK
+from jaxlora.models.spec import ModelConfig
+from jaxlora.models.table import count_parameters, parameter_table
+from jaxlora.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
+from jaxlora.runtime.chips import Slice
 
 BF16, FLOAT32 = 2, 4
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)

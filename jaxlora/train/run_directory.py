@@ -26,12 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from jaxlora import hosts
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.errors import MachineError, UserError
-from jaxlora.models.qwen3 import Tree
-from jaxlora.progress import console
-from jaxlora.records import (
+from jaxlora.models.decoder import Tree
+from jaxlora.runtime import hosts
+from jaxlora.runtime.errors import MachineError, UserError
+from jaxlora.runtime.files import (
     append_jsonl,
     cut_jsonl,
     is_disk_full,
@@ -42,7 +41,8 @@ from jaxlora.records import (
     write_json_atomic,
     write_text_atomic,
 )
-from jaxlora.redact import without_secrets
+from jaxlora.runtime.progress import console
+from jaxlora.runtime.redaction import without_secrets
 from jaxlora.train.display import draw_validation
 from jaxlora.train.hparams import settings_of, write_outcome, write_settings
 from jaxlora.train.job import Job, token_count

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 Record = dict[str, Any]
 MAX_JSON_BYTES = 256 * 2**20  # larger files are not ours; they are refused before they are read

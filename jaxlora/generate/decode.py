@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.data.packing import choose_sizes, round_up
-from jaxlora.devices import decoder_options
-from jaxlora.hosts import whole
 from jaxlora.models.attention import decode_attention, segment_attention
-from jaxlora.models.qwen3 import ModelSpec, Qwen3, Tree
+from jaxlora.models.decoder import ModelSpec, Qwen3, Tree
+from jaxlora.runtime.devices import decoder_options
+from jaxlora.runtime.hosts import whole
 from jaxlora.sharding import constrain_decode
 
 STEPS_PER_CALL = 16

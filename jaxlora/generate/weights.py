@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config import MeshConfig
 from jaxlora.lora import get_path, merged_weight, set_path
-from jaxlora.models.parameters import JOINED
-from jaxlora.models.qwen3 import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.table import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
 

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from jaxlora.redact import without_secrets
+from jaxlora.runtime.redaction import without_secrets
 
 LONGEST = 1000  # characters of the line that a user is shown
 # A path that cannot be used is a mistake of whoever named it; other errors of a disk may pass.
@@ -34,7 +34,7 @@ class MachineError(Exception):
     exit_code = 1
 
 
-# Called with the message and the exit code before a failed process ends (jaxlora.hosts tells the others).
+# Called with the message and the exit code before a failed process ends (hosts.py tells the other hosts).
 on_failure: list[Callable[[str, int], None]] = []
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from jaxlora.errors import on_failure
+from jaxlora.runtime.errors import on_failure
 
 PREEMPTED = 75  # stopped by SIGTERM: start the same command again
 INTERRUPTED = 130  # stopped by Ctrl-C

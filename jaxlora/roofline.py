@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxlora.models.config import ModelConfig
-from jaxlora.plan.chips import Slice
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime.chips import Slice
 
 
 @dataclass(frozen=True)

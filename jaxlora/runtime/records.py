@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Required
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from jaxlora.errors import UserError
-from jaxlora.records import Record, read_numbered_jsonl, read_object
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import Record, read_numbered_jsonl, read_object
 
 _OPEN = ConfigDict(extra="allow", strict=True)
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]

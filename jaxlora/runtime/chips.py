@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlora.errors import UserError
+from jaxlora.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

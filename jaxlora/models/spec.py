@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from jaxlora.errors import UserError
-from jaxlora.records import read_json
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json
 
 MAX_BYTES = 10**7  # of config.json
 Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]

@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
-from jaxlora.checkpoints.remote import weight_files
 from jaxlora.checkpoints.tensors import (
     HEADER_LIMIT,
     StoredTensor,
@@ -32,12 +31,13 @@ from jaxlora.checkpoints.tensors import (
     stream,
 )
 from jaxlora.data.render import TOKENIZER_SUFFIXES
-from jaxlora.errors import UserError
-from jaxlora.folders import file_in, new_folder
 from jaxlora.lora import get_path, set_path
-from jaxlora.models.parameters import Weight
-from jaxlora.models.qwen3 import ModelSpec, Tree
-from jaxlora.progress import progress_bar
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.table import Weight
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.folders import file_in, new_folder
+from jaxlora.runtime.progress import progress_bar
+from jaxlora.runtime.remote import weight_files
 from jaxlora.sharding import base_shardings, named
 
 _SHARD_BYTES = 5 * 10**9

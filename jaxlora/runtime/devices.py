@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from jaxlora import hosts
 from jaxlora.config import RunConfig
 from jaxlora.models.attention import pick_decode_backend
-from jaxlora.plan.chips import chip_of
-from jaxlora.progress import console
+from jaxlora.runtime import hosts
+from jaxlora.runtime.chips import chip_of
+from jaxlora.runtime.progress import console
 
 # Dense bf16 peak of GPUs in FLOP/s by a part of `device_kind`, from the maker's data sheets.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}

@@ -1,0 +1,1 @@
+"""The machine around the program: errors, hosts, signals, files, progress, devices."""
