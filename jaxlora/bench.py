@@ -30,10 +30,10 @@ from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import count_trainable, init_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.table import count_matrix_parameters
+from jaxlora.models.families import count_matrix_parameters
 from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
+from jaxlora.sharding import make_mesh, place_batch, place_trained, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
 
@@ -185,7 +185,7 @@ def _time_training(
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
     layout = choose_layout(rows, parts, config.train.batch_rows, config.train, token_multiple(mesh))
     compute = Compute(backend, config.model.remat, config.train.batch_rows if layout.packed else 1)
-    state = init_state(place_lora(mesh, spec, init_lora(spec, 0)), config.optim)
+    state = init_state(place_trained(mesh, spec, init_lora(spec, 0)), config.optim)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
     rate = partial(learning_rate, optim=config.optim, plan=plan)

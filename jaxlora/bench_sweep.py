@@ -25,11 +25,11 @@ from jaxlora.data.packing import Batch
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
-from jaxlora.models.table import count_matrix_parameters
 from jaxlora.runtime.devices import memory_in_use, scan_layers
 from jaxlora.runtime.progress import console
-from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
+from jaxlora.sharding import make_mesh, place_batch, place_trained, token_multiple
 from jaxlora.train.fused import group_spec, stack_batches, stack_members
 from jaxlora.train.schedule import plan_run
 from jaxlora.train.step import Compute, TrainState, init_state, make_train_step
@@ -86,7 +86,7 @@ def bench_sweep(
     compute = Compute(backend, config.model.remat, plan.batch_rows if layout.packed else 1)
     conditions = MIX if mix else (config.lora.condition,)
     specs = [
-        ModelSpec(shape, replace(config.lora, condition=condition), config.model.dtype, scan)
+        ModelSpec(shape, replace(config.lora, targets=condition), config.model.dtype, scan)
         for condition in conditions
     ]
     frozen = jax.block_until_ready(random_base(replace(specs[0], lora=None), 0, mesh))
@@ -147,7 +147,7 @@ def measure(setting: Setting, members: Sequence[ModelSpec], compute: Compute) ->
         rate = jnp.full(len(members), 1e-4, jnp.float32)
         batches = [stack_batches([batch] * len(members)) for batch in batches]
     del states
-    state = place_lora(mesh, spec, state)
+    state = place_trained(mesh, spec, state)
     step_fn = make_train_step(spec, config.optim, compute)
     compiling, seconds = _time(step_fn, mesh, state, setting.frozen, batches, rate)
     tokens_per_second = len(members) * setting.tokens / seconds

@@ -1,24 +1,19 @@
-"""The one typed configuration of a run, and its command line.
+"""The schema of a run's configuration: every field with its type, default and meaning.
 
-A configuration is a Python file whose `get_config()` returns a `RunConfig`; every field can be overridden:
-
-    python launch/train.py --config configs/tiny.py --config.lora.rank=16 --config.seed=1
-
-Types and allowed values are declared beside each field and checked by pydantic before anything else
-happens; a mistake becomes one line that names the field, what was given and what is allowed.
-"""
+A configuration is a Python file whose `get_config()` returns a `RunConfig` (`jaxlora.cli` reads it and
+applies `--config.FIELD=VALUE`). Types and allowed values are declared beside each field and checked by
+pydantic before anything else happens; a mistake becomes one line that names the field, what was given and
+what is allowed."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import runpy
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from jaxlora.runtime.errors import UserError
@@ -35,9 +30,22 @@ Epochs = Annotated[int, Field(gt=0, le=10_000)]
 Length = Annotated[int, Field(gt=0, le=1 << 24)]  # of text in tokens
 Axis = Annotated[int, Field(ge=-1, le=1 << 20)]
 Rate = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Condition = Literal["attention_only", "mlp_only", "all_layer"]
+Condition = Literal["attention_only", "mlp_only", "all_layer"]  # the placements that have a name
+
+
+def _target_list(value: Any) -> Any:
+    """Module names as one comma list without spaces; a list or tuple of them is taken, too."""
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        value = ",".join(value)
+    return ",".join(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
+Targets = Annotated[
+    str, BeforeValidator(_target_list), Field(pattern=r"^[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*$", max_length=500)
+]
 Remat = bool | Literal["elementwise"]
 _NOT_EMPTY = Field(min_length=1)
 
@@ -71,10 +79,26 @@ class ModelSource:
 class LoraConfig:
     """Which projections get an adapter, and its size."""
 
-    condition: Condition = _doc("adapter placement", "all_layer")
+    targets: Targets = _doc(
+        "a named placement (attention_only, mlp_only, all_layer) or modules such as q_proj,v_proj",
+        "all_layer",
+    )
     rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Rate = _doc("the update is scaled by alpha / rank", 32.0)
     output_head: bool = _doc("adapt the output head as well (needs an untied head)", False)
+    start: str | None = _doc(
+        "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
+    )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that are named one by one; none where a placement has a name."""
+        return () if self.targets in get_args(Condition) else tuple(self.targets.split(","))
+
+    @property
+    def condition(self) -> str:
+        """The placement in names of runs and in records, such as `all_layer` or `q_proj+v_proj`."""
+        return self.targets.replace(",", "+")
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -88,6 +112,8 @@ class OptimConfig:
     b1: Decay = _doc("decay of the first moment", 0.9)
     b2: Decay = _doc("decay of the second moment", 0.95)
     eps: Rate = _doc("added outside the square root, after bias correction", 1e-12)
+    weight_decay: NotNegative = _doc("decoupled (AdamW), of everything that is trained; 0: none", 0.0)
+    clip_norm: Rate | None = _doc("scale gradients down to this global norm; none: never", None)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -108,8 +134,9 @@ class DataConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class TrainConfig:
-    """Steps, batches, validation and checkpoints."""
+    """What is trained, steps, batches, validation and checkpoints."""
 
+    what: Literal["lora", "full"] = _doc("adapters over a frozen base, or all weights", "lora")
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
     epochs: Epochs = _doc("passes over the rows, in file order", 2)
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
@@ -173,17 +200,14 @@ class SweepConfig:
     ranks: tuple[Rank, ...] = _doc("ranks to compare; none: lora.rank", ())
     learning_rates: tuple[Rate, ...] = _doc("rates to compare; none: the one that the trials choose", ())
     batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
-    fused: Positive | None = _doc(
-        "runs trained at once in one program; none: on TPUs as many as should be fastest, else one", None
-    )
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
-    """One training run: one condition, one seed. A study makes its runs from one of these."""
+    """One training run: one placement, one seed. A study makes its runs from one of these."""
 
-    prefix: str = _doc("run ids are <prefix>-<condition>-seed-<seed>", "qwen3-8b")
-    name: str | None = _doc("the run id itself; none: <prefix>-<condition>-seed-<seed>", None)
+    prefix: str = _doc("run ids are <prefix>-<placement>-seed-<seed>", "qwen3-8b")
+    name: str | None = _doc("the run id itself; none: <prefix>-<placement>-seed-<seed>", None)
     seed: Count = _doc("of the adapter's initialisation and, with model.random_weights, of the base", 0)
     results_dir: str = _doc("where run directories are made", "results")
     overwrite: bool = _doc("delete an existing run directory of this id first", False)
@@ -199,8 +223,13 @@ class RunConfig:
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
 
     @property
+    def condition(self) -> str:
+        """What is trained, as records name it: the adapter's placement, or `full`."""
+        return "full" if self.train.what == "full" else self.lora.condition
+
+    @property
     def run_id(self) -> str:
-        return self.name or f"{self.prefix}-{self.lora.condition}-seed-{self.seed}"
+        return self.name or f"{self.prefix}-{self.condition}-seed-{self.seed}"
 
     @property
     def run_dir(self) -> Path:
@@ -224,9 +253,25 @@ def check_study(config: RunConfig) -> None:
     ):
         if given != default and swept != (given,):
             raise UserError(
-                f"config.{one}: {given} is of one run, and a study trains {many} ({_plain(swept)});"
+                f"config.{one}: {given} is of one run, and a study trains {many} ({plain(swept)});"
                 f" give --config.{many}={given}"
             )
+
+
+# Fields by the name that they had in earlier versions, whose runs and commands stay valid.
+RENAMED = {"lora.condition": "lora.targets"}
+_RETIRED = ("sweep.fused",)
+
+
+def _with_todays_names(values: dict[str, Any]) -> dict[str, Any]:
+    values = {name: dict(group) if isinstance(group, dict) else group for name, group in values.items()}
+    for old, new in (*RENAMED.items(), *((name, None) for name in _RETIRED)):
+        group, _, leaf = old.partition(".")
+        if isinstance(values.get(group), dict) and leaf in values[group]:
+            value = values[group].pop(leaf)
+            if new is not None:
+                values[group].setdefault(new.partition(".")[2], value)
+    return values
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -241,99 +286,37 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
       UserError: an unknown field, a wrong type or an impossible value; one line.
     """
     try:
-        config = TypeAdapter(RunConfig).validate_python(values)
+        config = TypeAdapter(RunConfig).validate_python(_with_todays_names(values))
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     _check_combinations(config)
     return config
 
 
-def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
-    """Run `get_config()` of a Python file and apply overrides such as `{"lora.rank": "16"}`.
-
-    Raises:
-      UserError: the file is missing, has no `get_config`, or a value is not allowed.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config: no file {str(path)!r}; give a Python file such as configs/tiny.py")
-    try:
-        namespace = runpy.run_path(str(file))
-    except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: cannot be run as Python: {type(error).__name__}: {error}") from None
-    if not callable(namespace.get("get_config")):
-        raise UserError(f"{path}: defines no get_config(); it must return a jaxlora.config.RunConfig")
-    try:
-        config = namespace["get_config"]()
-    except ValidationError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from None
-    if not isinstance(config, RunConfig):
-        raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
-    values = to_dict(config)
-    for name, text in (overrides or {}).items():
-        _set(values, name, text)
-    return from_dict(values)
-
-
-def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None):
-    """Parse an entry point's own options together with `--config FILE` and `--config.FIELD=VALUE`.
-
-    Returns `(config, options)`: a `RunConfig`, and argparse's namespace of the parser's own options.
-    """
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "fields of the configuration, each settable as --config.FIELD=VALUE:\n" + field_table()
-    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
-    options, rest = parser.parse_known_args(argv)
-    overrides: dict[str, str] = {}
-    words = iter(rest)
-    for word in words:
-        if not word.startswith("--config."):
-            raise UserError(f"unknown option {word!r}; see --help")
-        name, equals, value = word.removeprefix("--config.").partition("=")
-        if not equals:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise UserError(f"{word} needs a value: {word}=VALUE")
-        overrides[name] = value
-    return load_config(options.config, overrides), options
-
-
-def field_table() -> str:
-    """One line a field: name, allowed values, default and meaning; for `--help`."""
-    lines = []
-    for name, kind, default, text in _fields(RunConfig, ""):
-        lines.append(f"  {name:<30} {text} [{_allowed(kind)}; default {_plain(default)}]")
-    return "\n".join(lines)
-
-
-def _fields(cls: type, prefix: str):
+def fields(cls: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """Name, type, default and meaning of every field, in order."""
     hints = get_type_hints(cls, include_extras=True)
     for name, info in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
         if dataclasses.is_dataclass(hints[name]):
-            yield from _fields(hints[name], f"{prefix}{name}.")
+            yield from fields(hints[name], f"{prefix}{name}.")
         else:
             yield prefix + name, hints[name], info.default, info.description or ""
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A value as the command line takes it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
 
 
-def _allowed(kind: Any) -> str:
+def allowed(kind: Any) -> str:
     """What a field takes, in words: `whole number > 0`, `a | b`, `text or none`."""
     if kind is type(None):
         return "none"
     if get_origin(kind) is Annotated:
         base, *extras = get_args(kind)
-        words = [_allowed(base)]
+        words = [allowed(base)]
         for extra in extras:
             for rule in getattr(extra, "metadata", []):
                 if getattr(rule, "min_length", 0):
@@ -345,42 +328,27 @@ def _allowed(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return f"{_allowed(get_args(kind)[0])}, several with commas, or none"
+        return f"{allowed(get_args(kind)[0])}, several with commas, or none"
     if args := get_args(kind):
-        return " or ".join(_allowed(a) for a in args)
+        return " or ".join(allowed(a) for a in args)
     names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _set(values: dict[str, Any], name: str, text: str) -> None:
-    *groups, leaf = name.split(".")
-    place = values
-    for group in groups:
-        inner = place.get(group)
-        if not isinstance(inner, dict):
-            raise UserError(f"config.{name}: unknown field; {_closest(name)}")
-        place = inner
-    if leaf not in place or isinstance(place[leaf], dict):
-        raise UserError(f"config.{name}: unknown field; {_closest(name)}")
-    none = text.lower() == "none"
-    if isinstance(place[leaf], list):
-        place[leaf] = [] if none else text.split(",")
-    else:
-        place[leaf] = None if none else text
-
-
-def _closest(name: str) -> str:
+def closest(name: str) -> str:
+    """Advice for a field that does not exist."""
     import difflib
 
-    names = [field for field, *_ in _fields(RunConfig, "")]
+    names = [field for field, *_ in fields()]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else "see --help for all fields"
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError) -> str:
+    """A validation error as one line: the field, what was given, what is allowed."""
     problem = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
-    kinds = {field: kind for field, kind, *_ in _fields(RunConfig, "")}
+    kinds = {field: kind for field, kind, *_ in fields()}
     # A group built on its own, as in LoraConfig(rank=0), names its fields without the group.
     groups = {
         kind.__name__: field for field, kind in get_type_hints(RunConfig).items() if isinstance(kind, type)
@@ -390,12 +358,12 @@ def _one_line(error: ValidationError) -> str:
     while name not in kinds and "." in name and name.rpartition(".")[0] in kinds:
         name = name.rpartition(".")[0]  # the branch of a union, such as `train_rows.int`
     if name not in kinds:
-        return f"config.{name}: unknown field; {_closest(name)}"
+        return f"config.{name}: unknown field; {closest(name)}"
     given = json.dumps(problem["input"], default=str) if problem["input"] not in ([], ()) else "none"
-    allowed = _allowed(kinds[name])
-    if problem["type"] == "less_than_equal" and "<=" not in allowed:
-        allowed += f", at most {_LARGEST}"
-    return f"config.{name}: {given} is not allowed; give {allowed}"
+    text = allowed(kinds[name])
+    if problem["type"] == "less_than_equal" and "<=" not in text:
+        text += f", at most {_LARGEST}"
+    return f"config.{name}: {given} is not allowed; give {text}"
 
 
 _SWEPT = ("conditions", "seeds", "ranks", "learning_rates", "batch_rows")
@@ -434,7 +402,7 @@ def _check_combinations(config: RunConfig) -> None:
         # As run ids write them: of a learning rate seven digits, so that 1e-3 and 0.00100000001 are one.
         if len({f"{value:e}" if isinstance(value, float) else value for value in values}) < len(values):
             raise UserError(
-                f"config.{field}: {_plain(values)} names a value twice (run ids hold seven digits); give"
+                f"config.{field}: {plain(values)} names a value twice (run ids hold seven digits); give"
                 " each once"
             )
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:

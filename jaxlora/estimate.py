@@ -11,9 +11,9 @@ from functools import cached_property
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import is_adapted, kept_per_token
+from jaxlora.models.families import count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig
-from jaxlora.models.table import count_parameters, parameter_table
 from jaxlora.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
 from jaxlora.runtime.chips import Slice
 

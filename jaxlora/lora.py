@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 import zlib
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxlora.config import Condition
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.table import Weight
+from jaxlora.models.families import count_parameters
+from jaxlora.models.spec import Weight
 from jaxlora.runtime.errors import UserError
 
 
@@ -28,12 +31,9 @@ def init_lora(spec: ModelSpec, seed: int) -> Tree:
     another weight's numbers; nor do the kind and number of devices and the compiler's options.
 
     Raises:
-      UserError: no weight is adapted.
+      UserError: no weight is adapted, or a target is not a module of this model.
     """
-    if spec.lora is None or not spec.adapted:
-        raise UserError(
-            "config.lora: no projection would be adapted; check lora.condition and lora.output_head"
-        )
+    check_targets(spec)
     lora: Tree = {}
     for weight in spec.adapted:
         a_shape, b_shape = lora_shapes(spec, weight)
@@ -45,6 +45,27 @@ def init_lora(spec: ModelSpec, seed: int) -> Tree:
     return lora
 
 
+def check_targets(spec: ModelSpec) -> None:
+    """Refuse a placement that this model cannot have.
+
+    Raises:
+      UserError: names the field and what is allowed.
+    """
+    lora = spec.lora
+    if lora is None:
+        raise UserError("config.lora: no projection would be adapted; give lora.targets")
+    known = [weight.name for weight in spec.table if weight.lora_group]
+    if lora.output_head and "lm_head" not in known:
+        raise UserError("config.lora.output_head: this model ties its head to the embedding; give false")
+    if odd := [name for name in lora.modules if name not in known]:
+        names = ", ".join((*get_args(Condition), *known))
+        raise UserError(f"config.lora.targets: this model has no {', '.join(odd)}; it has {names}")
+    if not spec.adapted:
+        raise UserError(
+            "config.lora: no projection would be adapted; check lora.targets and lora.output_head"
+        )
+
+
 def lora_shapes(spec: ModelSpec, weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of A `[layers?, r, in]` and B `[layers?, out, r]` of one weight."""
     assert spec.lora is not None
@@ -54,8 +75,10 @@ def lora_shapes(spec: ModelSpec, weight: Weight) -> tuple[tuple[int, ...], tuple
 
 
 def count_trainable(spec: ModelSpec) -> int:
-    """Number of trainable parameters: r (d_in + d_out) for each adapted matrix."""
-    return sum(math.prod(shape) for weight in spec.adapted for shape in lora_shapes(spec, weight))
+    """Number of trained parameters: r (d_in + d_out) for each adapted matrix, or all weights."""
+    if spec.full:
+        return count_parameters(spec.config)
+    return sum(rank * sum(weight.shape) for weight in spec.adapted for rank in spec.ranks(weight))
 
 
 def check_lora(spec: ModelSpec, lora: Tree) -> None:
@@ -79,20 +102,26 @@ def check_lora(spec: ModelSpec, lora: Tree) -> None:
         raise UserError(f"adapter: unexpected {', '.join(sorted(found)[:3])}")
 
 
-def merge_lora(spec: ModelSpec, lora: Tree, frozen: Tree) -> Tree:
-    """The base with W + (alpha / r) B A in place of W: the sum in float32, cast once to the base's dtype.
+def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None) -> Tree:
+    """Weights with W + (alpha / r) B A in place of W: the sum in float32, cast once to the weights' dtype.
 
-    Arrays of unadapted weights are shared with `frozen`; the adapted ones are new.
+    Arrays of unadapted weights are shared with `tree`; the adapted ones are new.
+
+    Args:
+      tree: the base, or, with `layer`, the subtree of that layer of an unrolled or sliced base.
+      layer: its number; None: `tree` is the whole base in the spec's form of the layers.
     """
-    merged = jax.tree.map(lambda x: x, frozen)
+    merged = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
     for weight in spec.adapted:
-        if spec.scan or not weight.stacked:
+        if layer is not None and weight.stacked:
+            module = get_path(merged, weight.path.removeprefix("layers."))
+        elif layer is None and (spec.scan or not weight.stacked) and weight.path.partition(".")[0] in merged:
             module = get_path(merged, weight.path)
-            module["weight"] = merged_weight(spec, lora, weight, module["weight"])
         else:
-            for i in range(spec.config.num_hidden_layers):
-                module = get_path(merged["layers"][i], weight.path.removeprefix("layers."))
-                module["weight"] = merged_weight(spec, lora, weight, module["weight"], i)
+            continue
+        module["weight"] = merged_weight(spec, lora, weight, module["weight"], layer)
+    if layer is None and not spec.scan and "layers" in merged:
+        merged["layers"] = {i: merge_lora(spec, lora, own, i) for i, own in merged["layers"].items()}
     return merged
 
 
@@ -100,10 +129,11 @@ def merged_weight(
     spec: ModelSpec, lora: Tree, weight: Weight, array: jax.Array, layer: int | None = None
 ) -> jax.Array:
     """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None)."""
-    assert spec.lora is not None
     pair = get_path(lora, weight.path)
     a, b = (pair[name] if layer is None else pair[name][layer] for name in ("lora_a", "lora_b"))
-    return _merged(array, a, b, spec.lora.alpha / spec.lora.rank)
+    scales = jnp.asarray(spec.scales(weight), jnp.float32)
+    whole = scales[:, None, None] if weight.stacked else scales[0]
+    return _merged(array, a, b, whole if layer is None else scales[layer])
 
 
 @jax.jit

@@ -6,7 +6,7 @@ never split: each layer's weights are gathered over `fsdp` just before they are 
 
     mesh = make_mesh(MeshConfig(fsdp=8))
     with jax.set_mesh(mesh):
-        state = place_lora(mesh, spec, init_state(lora, optim))
+        state = place_trained(mesh, spec, init_state(lora, optim))
         state, metrics = step(state, frozen, place_batch(mesh, batch), rate)
 """
 
@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from jaxlora.config import MeshConfig
 from jaxlora.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from jaxlora.models.decoder import ModelSpec
-    from jaxlora.models.spec import ModelConfig
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
 RULES: dict[str, tuple[str, ...]] = {
@@ -79,9 +76,9 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
     return MeshConfig(*shape)
 
 
-def decode_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
-    """The same devices for decoding: split by heads as far as they allow, else by slots."""
-    tensor = math.gcd(mesh.size, config.num_key_value_heads)
+def decode_mesh(mesh: Mesh, kv_heads: int) -> Mesh:
+    """The same devices for decoding: split by key-value heads as far as they allow, else by slots."""
+    tensor = math.gcd(mesh.size, kv_heads)
     devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
@@ -130,34 +127,31 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     return {name: _place(x, named(mesh, (None, "batch", "length"), x.shape)) for name, x in batch.items()}
 
 
-def base_shardings(mesh: Mesh, spec: ModelSpec) -> Any:
-    """The sharding of each weight of the base, in the form of `spec.abstract_frozen`."""
-    axes = {weight.path: weight.axes for weight in spec.table}
+def base_shardings(mesh: Mesh, spec: Any) -> Any:
+    """The sharding of each weight of the base, in the form of `spec.abstract_base` (a `ModelSpec`)."""
+    axes = _weight_axes(spec)
 
     def sharding(path, leaf) -> NamedSharding:
-        names = [key.key for key in path[:-1] if isinstance(key.key, str)]  # without the number of the layer
-        own = axes[".".join(names)]
+        own = axes[_module(path)]
         return named(mesh, (None,) * (leaf.ndim - len(own)) + own, leaf.shape)
 
-    return jax.tree.map_with_path(sharding, spec.abstract_frozen)
+    return jax.tree.map_with_path(sharding, spec.abstract_base)
 
 
-def place_lora(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
-    """An adapter, or its training state, onto the mesh by `lora_shardings`."""
-    return jax.tree.map(_place, tree, lora_shardings(mesh, spec, tree))
+def place_trained(mesh: Mesh, spec: Any, tree: Any) -> Any:
+    """What is trained, or its optimizer state, onto the mesh by `trained_shardings`."""
+    return jax.tree.map(_place, tree, trained_shardings(mesh, spec, tree))
 
 
-def lora_shardings(mesh: Mesh, spec: ModelSpec, tree: Any) -> Any:
-    """The sharding of each leaf of an adapter, its gradients or its optimizer state.
+def trained_shardings(mesh: Mesh, spec: Any, tree: Any) -> Any:
+    """The sharding of each leaf of what a `ModelSpec` trains, of its gradients, or of any optimizer's state.
 
-    Whole on every device below rank `SHARD_LORA_FROM_RANK`, split over `fsdp` along the long axis from
-    there on. Leaves that are no LoRA matrix, such as Adam's step counter, are replicated.
+    A leaf lies as the array whose path it ends in. An adapter is whole on every device below rank
+    `SHARD_LORA_FROM_RANK`, split over `fsdp` along the long axis from there on; a trained weight lies as the
+    base's does. Leaves that belong to no array, such as Adam's step counter, are replicated.
     """
-
-    def sharding(path, leaf) -> NamedSharding:
-        return named(mesh, _lora_axes(spec, path, leaf), np.shape(leaf))
-
-    return jax.tree.map_with_path(sharding, tree)
+    axes = _trained_axes(spec)
+    return jax.tree.map_with_path(lambda path, x: named(mesh, axes(path, x), np.shape(x)), tree)
 
 
 def decode_shardings(mesh: Mesh, state: Any) -> Any:
@@ -178,9 +172,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec_for(mesh, axes, x.shape))
 
 
-def constrain_lora(spec: ModelSpec, tree: Any) -> Any:
-    """`lora_shardings` as constraints inside a jitted function; outside a mesh, the tree itself."""
-    return jax.tree.map_with_path(lambda path, x: constrain(x, *_lora_axes(spec, path, x)), tree)
+def constrain_trained(spec: Any, tree: Any) -> Any:
+    """`trained_shardings` as constraints inside a jitted function; outside a mesh, the tree itself."""
+    axes = _trained_axes(spec)
+    return jax.tree.map_with_path(lambda path, x: constrain(x, *axes(path, x)), tree)
 
 
 def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -228,12 +223,30 @@ def _ways(mesh: Any, names: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _lora_axes(spec: ModelSpec, path, leaf) -> tuple[str | None, ...]:
-    axes: list[str | None] = [None] * np.ndim(leaf)
-    name = getattr(path[-1], "key", None) if path else None
-    if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK and name in LORA_AXES:
-        axes[-2:] = LORA_AXES[name]
-    return tuple(axes)
+def _weight_axes(spec: Any) -> dict[str, tuple[str | None, ...]]:
+    return {weight.path: weight.axes for weight in spec.table}
+
+
+def _module(path: Any) -> str:
+    """The dotted path of an array's module, without the numbers of layers and what is outside the tree."""
+    names = [key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str)]
+    return ".".join(names[:-1])
+
+
+def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
+    """Logical axes of a leaf of what is trained, from its path."""
+    weights = _weight_axes(spec) if spec.full else {}
+    split_lora = spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK
+
+    def axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
+        own: tuple[str | None, ...] = ()
+        if split_lora and path and getattr(path[-1], "key", None) in LORA_AXES:
+            own = LORA_AXES[path[-1].key]
+        elif spec.full:
+            own = weights.get(_module(path), ())
+        return (None,) * (np.ndim(leaf) - len(own)) + own
+
+    return axes
 
 
 def _decode_axes(leaf: Any) -> tuple[str | None, ...]:

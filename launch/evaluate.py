@@ -17,7 +17,7 @@ from jaxlora.runtime.errors import UserError, run_main
 
 
 def main() -> None:
-    from jaxlora.config import parse_config
+    from jaxlora.cli import parse_config
 
     parser = argparse.ArgumentParser(description=__doc__)
     subject = parser.add_mutually_exclusive_group(required=True)

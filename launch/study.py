@@ -27,7 +27,8 @@ def main() -> int:
 
 
 def run(stop: Stop) -> int:
-    from jaxlora.config import check_study, parse_config
+    from jaxlora.cli import parse_config
+    from jaxlora.config import check_study
 
     parser = argparse.ArgumentParser(
         description=__doc__,

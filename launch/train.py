@@ -1,7 +1,7 @@
-"""Fine-tune one condition and one seed, as a Python configuration file says.
+"""Fine-tune with one placement (or whole) and one seed, as a Python configuration file says.
 
 python launch/train.py --config configs/tiny.py
-python launch/train.py --config configs/main.py --config.lora.condition=attention_only --config.seed=1
+python launch/train.py --config configs/main.py --config.lora.targets=attention_only --config.seed=1
 
 The same command resumes a run that was stopped. Exit codes: 0 done, 2 a mistake in what was given, 75 stopped
 by SIGTERM, 130 stopped by Ctrl-C, 1 anything else.
@@ -21,7 +21,7 @@ def main() -> int:
 
 
 def run(stop: Stop) -> int:
-    from jaxlora.config import parse_config
+    from jaxlora.cli import parse_config
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
@@ -47,9 +47,9 @@ def run(stop: Stop) -> int:
         return stopped.exit_code
     console.print(f"selected step {result.step}: validation mean NLL {result.mean_nll:.5f}")
     if config.eval.after_training:
-        from jaxlora.evals.after_training import evaluate_base_and_adapter
+        from jaxlora.evals.after_training import evaluate_base_and_selected
 
-        evaluate_base_and_adapter(job, result)
+        evaluate_base_and_selected(job, result)
     where = f"everything is in {config.run_dir}; curves: tensorboard --logdir {config.results_dir}"
     console.print(where, markup=False)
     return 0

@@ -14,14 +14,14 @@ from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.sharding import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 160, (2, 24))
 
 # every placement, with and without the output head
 PLACEMENTS = {
-    f"{condition}{' and head' if head else ''}": LoraConfig(condition=condition, output_head=head)
+    f"{condition}{' and head' if head else ''}": LoraConfig(targets=condition, output_head=head)
     for condition in ("attention_only", "mlp_only", "all_layer")
     for head in (False, True)
 }

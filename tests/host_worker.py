@@ -85,7 +85,7 @@ def draw(folder: Path) -> None:
 
 def _spec(folder: Path):
     from jaxlora.models.decoder import ModelSpec
-    from jaxlora.models.spec import load_model_config
+    from jaxlora.models.families import load_model_config
 
     return ModelSpec(load_model_config(folder), None, "float32", scan=True)
 

@@ -25,8 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxlora.checkpoints.peft import export_adapter, import_adapter
-from jaxlora.embedded import embedded_path
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.peft import export_adapter
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import ModelConfig
 from jaxlora.parity.tinker_service import unpack_adapter
@@ -54,7 +55,7 @@ def adapter(good, tmp_path) -> Path:
 
 def use(folder: Path) -> None:
     """Whatever is taken is a whole, finite adapter of the right shapes, with metadata of the right types."""
-    lora_config, lora, metadata = import_adapter(folder, MODEL)
+    lora_config, lora, metadata, _ = read_adapter(folder, MODEL)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(lora))
     assert lora_config.rank > 0
     assert metadata["seed"] is None or isinstance(metadata["seed"], int)
@@ -227,7 +228,7 @@ class TestTensors:
     )
     def test_an_adapter_of_another_base_is_refused(self, adapter, change):
         values = {name: getattr(MODEL, name) for name in MODEL.__pydantic_fields__} | change
-        refused(TENSORS, import_adapter, adapter, ModelConfig(**values))
+        refused(TENSORS, read_adapter, adapter, ModelConfig(**values))
 
     @pytest.mark.parametrize(
         "names", [["adapter_model.bin"], ["adapter_model.pt"], ["adapter_model.safetensors.index.json"]]

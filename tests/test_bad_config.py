@@ -20,9 +20,10 @@ from bad_input import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.config import RunConfig, field_table, from_dict, load_config, to_dict
-from jaxlora.models.spec import ModelConfig, load_model_config, model_config_from_dict
-from jaxlora.models.table import count_parameters
+from jaxlora.cli import field_table, load_config
+from jaxlora.config import RunConfig, from_dict, to_dict
+from jaxlora.models.families import count_parameters, load_model_config, model_config_from_dict
+from jaxlora.models.spec import ModelConfig
 
 FIELDS = [line.split()[0] for line in field_table().splitlines()]
 CONFIG, OVERRIDE, SHAPE = "configuration file", "configuration override", "config.json of a model"

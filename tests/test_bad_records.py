@@ -113,7 +113,7 @@ class TestRuns:
         )
     )
     def test_a_changed_manifest_gives_a_configuration_or_one_line(self, repository, tmp_path, content):
-        from jaxlora.config import load_config
+        from jaxlora.cli import load_config
 
         (tmp_path / "manifest.json").write_bytes(content)
         attempt(RUN, run_config, load_config(repository / "configs/tiny.py"), tmp_path)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxlora.data import render
 from jaxlora.data.render import load_tokenizer, render_batch
-from jaxlora.embedded import embedded_path
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.runtime.errors import UserError
 
 BASE = embedded_path("base")

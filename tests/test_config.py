@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from jaxlora.config import RunConfig, check_study, field_table, from_dict, load_config, to_dict
+from jaxlora.cli import field_table, load_config
+from jaxlora.config import RunConfig, check_study, from_dict, to_dict
 from jaxlora.runtime.errors import UserError
 
 BAD = {

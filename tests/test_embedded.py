@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jaxlora.data.render import SYSTEM_PROMPT
-from jaxlora.embedded import embedded_path, resolve
+from jaxlora.runtime.remote import embedded_path, resolve
 from jaxlora.embedded.corpus import pretraining_documents, pretraining_texts
 from jaxlora.embedded.files import (
     ROWS,

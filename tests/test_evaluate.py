@@ -15,16 +15,16 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.config import load_config
+from jaxlora.cli import load_config
 from jaxlora.data.gates import Benchmark, FilePair, check
 from jaxlora.data.render import render_prompts
-from jaxlora.embedded import embedded_path
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.evals.gsm8k import load_problems, rescore
 from jaxlora.evals.run import evaluation_inputs, load_prompts
 from jaxlora.evals.subjects import base_target, fetch_adapter
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, write_json_atomic
 from jaxlora.train.job import load_job_tokenizer, prepare

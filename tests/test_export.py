@@ -16,10 +16,11 @@ from safetensors.numpy import load_file
 from transformers import Qwen3ForCausalLM
 
 from jaxlora.checkpoints import huggingface
-from jaxlora.checkpoints.peft import export_adapter, import_adapter
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import ModelSource, RunConfig, to_dict
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.train.job import base_fingerprint
 
 
@@ -227,4 +228,4 @@ class TestMerged:
         assert code == 2
         assert "nothing to merge with" in errors
         assert export("--run", tmp_path / "run", "--out", tmp_path / "out")[0] == 0
-        assert import_adapter(tmp_path / "out", load_model_config(base))[2]["seed"] == 4
+        assert read_adapter(tmp_path / "out", load_model_config(base))[2]["seed"] == 4

@@ -22,7 +22,8 @@ from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
 from jaxlora.lora import check_lora, count_trainable, get_path, init_lora, lora_shapes, merge_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import ModelConfig, published_config
+from jaxlora.models.families import published_config
+from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 from jaxlora.train.step import Compute, init_state, make_train_step
@@ -42,7 +43,7 @@ MLP = {f"layers.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def spec_of(condition="all_layer", output_head=False, config=SHAPE, **lora) -> ModelSpec:
-    return ModelSpec(config, LoraConfig(condition=condition, output_head=output_head, **lora), "float32")
+    return ModelSpec(config, LoraConfig(targets=condition, output_head=output_head, **lora), "float32")
 
 
 def digest(lora) -> str:

@@ -13,7 +13,7 @@ from jaxlora.checkpoints.base import load_base
 from jaxlora.config import MeshConfig
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.sharding import make_mesh
 
 CONFIGURATIONS = {

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import LoraConfig
-from jaxlora.embedded import embedded_path
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.parity import study_figures as study
 from jaxlora.parity.published import published_subjects
 from jaxlora.parity.study import (
@@ -306,7 +306,7 @@ def test_published_evaluates_the_base_and_every_adapter_once(tmp_path, tool, cap
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_path("base") / name, base / name)
     for condition in study.CONDITIONS:
-        spec = ModelSpec(load_model_config(base), LoraConfig(condition=condition), "float32")
+        spec = ModelSpec(load_model_config(base), LoraConfig(targets=condition), "float32")
         for seed in study.SEEDS:
             folder = tmp_path / "adapters" / condition / f"seed-{seed}" / "step-3169"
             export_adapter(folder, spec, init_lora(spec, seed), "Qwen/Qwen3-8B")
@@ -351,7 +351,7 @@ def test_an_adapter_in_the_wrong_folder_is_refused(tmp_path, tool):
     make_checkpoint(base, vocab_size=1024, num_hidden_layers=1)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_path("base") / name, base / name)
-    spec = ModelSpec(load_model_config(base), LoraConfig(condition="all_layer"), "float32")
+    spec = ModelSpec(load_model_config(base), LoraConfig(targets="all_layer"), "float32")
     folder = tmp_path / "adapters" / "attention_only" / "seed-0" / "step-3169"
     export_adapter(folder, spec, init_lora(spec, 0), "Qwen/Qwen3-8B")
     write_evaluation(tmp_path / "out" / "base", None, None, 1115, 31)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxlora.checkpoints.peft import import_adapter
+from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.data.render import RenderedRow
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.parity.backend import AdamStep
 from jaxlora.parity.server import PINS, server_python
 from jaxlora.parity.tinker_service import TinkerBackend, switches, unpack_adapter
@@ -199,7 +199,7 @@ def test_a_recorded_archive_of_tinker_is_imported(tmp_path, mode):
     source = FIXTURE / "recording-adapters" / "all_layer-equal" / "end"
     content = archive({f"./{file.name}": file.read_bytes() for file in source.iterdir()}, mode)
     unpack_adapter(content, tmp_path)
-    lora, tree, metadata = import_adapter(tmp_path, load_model_config(FIXTURE / "base"))
+    lora, tree, metadata, _ = read_adapter(tmp_path, load_model_config(FIXTURE / "base"))
     assert (lora.condition, lora.rank, lora.alpha) == ("all_layer", 8, 32.0)
     assert metadata["seed"] is None
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -217,7 +217,7 @@ def test_tinkers_name_of_the_output_head_is_understood(tmp_path):
         f"base_model.model.model.unembed_tokens.lora_{p}.weight": x for p, x in (("A", head_a), ("B", head_b))
     }
     save_file(load_file(file) | names, file)
-    lora, tree, _ = import_adapter(tmp_path / "a", config)
+    lora, tree, _, _ = read_adapter(tmp_path / "a", config)
     assert (lora.condition, lora.output_head) == ("all_layer", True)
     assert np.array_equal(tree["lm_head"]["lora_b"], head_b)
 

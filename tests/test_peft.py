@@ -18,13 +18,14 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from jaxlora.checkpoints import peft as peft_module
-from jaxlora.checkpoints.peft import export_adapter, import_adapter
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.lora import get_path, lora_shapes, set_path
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config, published_config
+from jaxlora.models.families import load_model_config, published_config
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import SHARD_LORA_FROM_RANK, make_mesh, place_lora
+from jaxlora.sharding import SHARD_LORA_FROM_RANK, make_mesh, place_trained
 
 BAR = 1e-4  # relative error of float32 logits
 
@@ -72,7 +73,7 @@ class TestFormat:
         [("attention_only", 30_709_160, 288), ("all_layer", 87_360_552, 504)],
     )
     def test_qwen3_8b_files_have_the_studys_exact_sizes(self, tmp_path, condition, size, tensors):
-        spec = ModelSpec(published_config("qwen3-8b"), LoraConfig(condition=condition))
+        spec = ModelSpec(published_config("qwen3-8b"), LoraConfig(targets=condition))
         lora: dict = {}
         for weight in spec.adapted:
             a, b = (np.zeros(shape, np.float32) for shape in lora_shapes(spec, weight))
@@ -117,7 +118,7 @@ class TestFormat:
 
     def test_export_and_import_return_every_bit(self, base, adapter):
         config = load_model_config(base)
-        lora_config, lora, metadata = import_adapter(adapter, config)
+        lora_config, lora, metadata, _ = read_adapter(adapter, config)
         assert lora_config == PLACEMENTS["all_layer and head"]
         assert_same_tree(lora, trained_lora(ModelSpec(config, lora_config, "float32")))
         assert metadata == {
@@ -137,10 +138,10 @@ class TestWriting:
         export_adapter(out, spec, trained_lora(spec) if lora is None else lora, "base", **options)
 
     def test_an_adapter_spread_over_devices_is_written_whole(self, base, tmp_path):
-        lora_config = LoraConfig(condition="attention_only", rank=SHARD_LORA_FROM_RANK)
+        lora_config = LoraConfig(targets="attention_only", rank=SHARD_LORA_FROM_RANK)
         spec = ModelSpec(load_model_config(base), lora_config, "float32")
         lora = trained_lora(spec)
-        spread = place_lora(make_mesh(MeshConfig(data=1, fsdp=8, tensor=1)), spec, lora)
+        spread = place_trained(make_mesh(MeshConfig(data=1, fsdp=8, tensor=1)), spec, lora)
         assert not spread["layers"]["self_attn"]["q_proj"]["lora_a"].is_fully_replicated
         export_adapter(tmp_path / "spread", spec, spread, "base")
         export_adapter(tmp_path / "whole", spec, lora, "base")
@@ -204,7 +205,7 @@ class TestPeftLoadsOurs:
         assert relative_error(plain, theirs) > 100 * BAR  # the adapter does something
 
     def test_alpha_and_rank_reach_peft(self, base, tmp_path):
-        spec, frozen = load(base, LoraConfig(condition="mlp_only", rank=3, alpha=7.5))
+        spec, frozen = load(base, LoraConfig(targets="mlp_only", rank=3, alpha=7.5))
         lora = trained_lora(spec)
         export_adapter(tmp_path / "adapter", spec, lora, str(base))
         model = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
@@ -229,22 +230,22 @@ class TestWeLoadPefts:
     @pytest.mark.parametrize(
         ("targets", "placement", "settings"),
         [
-            (ATTENTION, LoraConfig(condition="attention_only"), {}),
-            (MLP, LoraConfig(condition="mlp_only", rank=4, alpha=6.5), {"r": 4, "lora_alpha": 6.5}),
+            (ATTENTION, LoraConfig(targets="attention_only"), {}),
+            (MLP, LoraConfig(targets="mlp_only", rank=4, alpha=6.5), {"r": 4, "lora_alpha": 6.5}),
             (
                 "all-linear",
-                LoraConfig(condition="all_layer"),
+                LoraConfig(targets="all_layer"),
                 {"task_type": "CAUSAL_LM", "lora_dropout": 0.1},
             ),
-            ([*ATTENTION, *MLP, "lm_head"], LoraConfig(condition="all_layer", output_head=True), {}),
-            (r".*self_attn\.[qkvo]_proj", LoraConfig(condition="attention_only"), {}),
-            (ATTENTION, LoraConfig(condition="attention_only", alpha=32 * 8**0.5), {"use_rslora": True}),
+            ([*ATTENTION, *MLP, "lm_head"], LoraConfig(targets="all_layer", output_head=True), {}),
+            (r".*self_attn\.[qkvo]_proj", LoraConfig(targets="attention_only"), {}),
+            (ATTENTION, LoraConfig(targets="attention_only", alpha=32 * 8**0.5), {"use_rslora": True}),
         ],
         ids=["attention", "mlp", "all-linear", "head", "pattern", "rslora"],
     )
     def test_logits_are_equal(self, base, tmp_path, targets, placement, settings):
         theirs = peft_adapter(base, tmp_path / "adapter", targets, **settings)
-        lora_config, lora, metadata = import_adapter(tmp_path / "adapter", load_model_config(base))
+        lora_config, lora, metadata, _ = read_adapter(tmp_path / "adapter", load_model_config(base))
         assert lora_config == placement
         assert (metadata["condition"], metadata["seed"]) == (placement.condition, None)
         assert metadata["base_model"] == str(base)
@@ -255,7 +256,7 @@ class TestWeLoadPefts:
     def test_half_precision_becomes_float32_exactly(self, base, adapter, dtype):
         change_tensors(adapter, lambda tensors: {key: array.astype(dtype) for key, array in tensors.items()})
         config = load_model_config(base)
-        lora_config, lora, _ = import_adapter(adapter, config)
+        lora_config, lora, _, _ = read_adapter(adapter, config)
         exact = trained_lora(ModelSpec(config, lora_config, "float32"))
         rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), exact)
         assert {x.dtype for x in jax.tree.leaves(lora)} == {np.dtype("float32")}
@@ -269,11 +270,11 @@ class TestWeLoadPefts:
             return prefix + key.removeprefix("base_model.model.")
 
         config = load_model_config(base)
-        _, ours, _ = import_adapter(adapter, config)
+        _, ours, _, _ = read_adapter(adapter, config)
         change_tensors(adapter, lambda tensors: {rename(key): array for key, array in tensors.items()})
         change_settings(adapter, target_modules=targets)
         (adapter / "jaxlora.json").unlink()
-        lora_config, lora, metadata = import_adapter(adapter, config)
+        lora_config, lora, metadata, _ = read_adapter(adapter, config)
         assert lora_config == PLACEMENTS["all_layer and head"]
         assert metadata["seed"] is None
         assert_same_tree(lora, ours)
@@ -326,7 +327,7 @@ class TestRefusals:
         change_settings(adapter, **settings)
         (name,) = settings
         with pytest.raises(UserError, match=name) as error:
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
         assert "\n" not in str(error.value)
         assert str(adapter) in str(error.value)
 
@@ -357,26 +358,26 @@ class TestRefusals:
     def test_tensors_that_do_not_fit(self, base, adapter, change, message):
         change_tensors(adapter, change)
         with pytest.raises(UserError, match=message) as error:
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
         assert "\n" not in str(error.value)
 
     def test_another_rank_in_all_tensors(self, base, adapter):
         change_settings(adapter, r=4)
         with pytest.raises(UserError, match=r"r and config\.json ask for"):
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
 
     def test_an_adapter_of_another_base(self, adapter):
         with pytest.raises(UserError, match="tensors are missing"):
-            import_adapter(adapter, published_config("qwen3-8b"))
+            read_adapter(adapter, published_config("qwen3-8b"))
         with pytest.raises(UserError, match="ties its head"):
-            import_adapter(adapter, published_config("qwen3-0.6b"))
+            read_adapter(adapter, published_config("qwen3-0.6b"))
 
     @pytest.mark.parametrize("metadata", [{"condition": "mlp_only"}, {"rank": 4}, {"alpha": 1}, {"seed": -1}])
     def test_metadata_that_contradicts_the_tensors(self, base, adapter, metadata):
         file = adapter / "jaxlora.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | metadata))
         with pytest.raises(UserError, match=next(iter(metadata))):
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "jaxlora.json"])
     @pytest.mark.parametrize(
@@ -385,7 +386,7 @@ class TestRefusals:
     def test_broken_files(self, base, adapter, name, content):
         (adapter / name).write_bytes(content)
         with pytest.raises(UserError, match=name) as error:
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
         assert len(str(error.value)) < 500
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -394,12 +395,12 @@ class TestRefusals:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match=name):
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
         file.unlink()
         with pytest.raises(UserError, match=f"{name}: missing"):
-            import_adapter(adapter, load_model_config(base))
+            read_adapter(adapter, load_model_config(base))
         with pytest.raises(UserError, match="no such folder"):
-            import_adapter(adapter / "elsewhere", load_model_config(base))
+            read_adapter(adapter / "elsewhere", load_model_config(base))
 
 
 def test_import_gives_the_tree_of_the_placement_for_every_placement(base, tmp_path):
@@ -408,7 +409,7 @@ def test_import_gives_the_tree_of_the_placement_for_every_placement(base, tmp_pa
         spec = ModelSpec(config, placement, "float32")
         lora = trained_lora(spec, seed=i)
         export_adapter(tmp_path / str(i), spec, lora, "base", seed=i)
-        found, again, metadata = import_adapter(tmp_path / str(i), config)
+        found, again, metadata, _ = read_adapter(tmp_path / str(i), config)
         assert (found, metadata["seed"]) == (placement, i)
         assert_same_tree(again, lora)
         assert get_path(again, spec.adapted[0].path)["lora_a"].shape == lora_shapes(spec, spec.adapted[0])[0]

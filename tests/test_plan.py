@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
 from jaxlora.estimate import REMATS, candidates, estimate, factors, with_mesh
-from jaxlora.models.spec import ModelConfig, published_config
-from jaxlora.models.table import count_parameters
+from jaxlora.models.families import count_parameters, published_config
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory

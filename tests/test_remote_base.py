@@ -12,15 +12,16 @@ import jax
 import numpy as np
 import pytest
 from hf_models import make_checkpoint
+from jaxlora.train.member import load_frozen
 
 from jaxlora.checkpoints.base import fingerprint
-from jaxlora.config import MeshConfig, load_config
-from jaxlora.embedded import embedded_path
+from jaxlora.cli import load_config
+from jaxlora.config import MeshConfig
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.remote import mirror, mirrors, weights_of
 from jaxlora.sharding import make_mesh
 from jaxlora.train.job import locate_model, prepare
-from jaxlora.train.member import load_frozen
 
 # --- In a bucket --------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from jaxlora.sharding import (
     base_shardings,
     make_mesh,
     place_batch,
-    place_lora,
+    place_trained,
     spec_for,
     token_multiple,
     token_shards,
@@ -69,7 +69,7 @@ def host_weights(spec: ModelSpec):
         return (is_norm + 0.15 * rng.normal(size=x.shape)).astype(x.dtype)
 
     lora = jax.eval_shape(lambda: init_lora(spec, seed=0))
-    return jax.tree.map_with_path(draw, spec.abstract_frozen), jax.tree.map_with_path(draw, lora)
+    return jax.tree.map_with_path(draw, spec.abstract_base), jax.tree.map_with_path(draw, lora)
 
 
 def placed_base(mesh, spec: ModelSpec, frozen):
@@ -93,7 +93,7 @@ def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed")
     host_frozen, lora = host_weights(spec)
     with jax.set_mesh(mesh):
         frozen = placed_base(mesh, spec, host_frozen)
-        state = place_lora(mesh, spec, init_state(lora, OptimConfig()))
+        state = place_trained(mesh, spec, init_state(lora, OptimConfig()))
         rate = jnp.float32(1e-3)
         step, losses = None, []
         for batch in batches(layout):
@@ -150,7 +150,7 @@ def test_validation_on_a_mesh_gives_the_sum_of_one_device(shape):
         with jax.set_mesh(mesh):
             batch = place_batch(mesh, next(batches()))
             step = make_eval_step(spec, Compute())
-            sums.append(step(place_lora(mesh, spec, lora), placed_base(mesh, spec, frozen), batch))
+            sums.append(step(place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen), batch))
     np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_a_mesh_decodes_the_greedy_tokens_of_one_device(shape):
     answers = []
     for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
         with jax.set_mesh(mesh):
-            weights = place_lora(mesh, spec, lora), placed_base(mesh, spec, frozen)
+            weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
             answers.append(generate(spec, *weights, prompts, eos_ids=(6,), max_new_tokens=12, slots=4))
     assert answers[0] == answers[1]
     assert len({token for answer in answers[0] for token in answer.tokens}) > 10  # not one token repeated
@@ -189,11 +189,11 @@ def test_a_step_keeps_no_second_copy_of_the_base():
     spec, mesh = model_spec(), mesh_of(1, 1, 2)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        spec.abstract_frozen,
+        spec.abstract_base,
         base_shardings(mesh, spec),
     )
     with jax.set_mesh(mesh):
-        state = place_lora(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
+        state = place_trained(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
         step = make_train_step(spec, OptimConfig(), Compute())
         lowered = step.lower(state, abstract, place_batch(mesh, next(batches())), jnp.float32(0))
         program = lowered.compile(QUICK_COMPILE).as_text()
@@ -211,7 +211,7 @@ def test_a_large_adapter_is_split_and_a_small_one_is_not():
     mesh = mesh_of(2, 2, 2)
     for rank, ways in ((8, 1), (256, 2)):
         spec = model_spec(rank)
-        state = place_lora(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
+        state = place_trained(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
         for leaf in jax.tree.leaves((state.lora, state.adam[1:])):
             assert leaf.addressable_shards[0].data.size * ways == leaf.size
         assert state.adam[0].sharding.is_fully_replicated

@@ -7,14 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxlora.train.member import fresh_state, load_frozen
 
-from jaxlora.config import MeshConfig, load_config
+from jaxlora.cli import load_config
+from jaxlora.config import MeshConfig
 from jaxlora.generate import decode as generate
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 from jaxlora.train import startup
 from jaxlora.train.job import prepare
-from jaxlora.train.member import fresh_state, load_frozen
 
 
 class Start:

@@ -25,7 +25,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams import metadata
 from xla_flags import xla_flags
 
-from jaxlora.config import RunConfig, from_dict, load_config, to_dict
+from jaxlora.cli import load_config
+from jaxlora.config import RunConfig, from_dict, to_dict
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
 from jaxlora.study import grid

@@ -17,7 +17,7 @@ from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow, shifted
 from jaxlora.lora import get_path, init_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.sharding import make_mesh
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_train_step
@@ -84,7 +84,7 @@ def test_thirty_steps_equal_peft(tmp_path, condition):
     plan = plan_run(optim, train, len(rows))
     assert plan.total_steps == STEPS
 
-    spec = ModelSpec(load_model_config(tmp_path), LoraConfig(condition=condition), "float32")
+    spec = ModelSpec(load_model_config(tmp_path), LoraConfig(targets=condition), "float32")
     frozen = load_base(tmp_path, spec, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     lora = init_lora(spec, seed=0)
     peft_config = PeftConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS[condition])

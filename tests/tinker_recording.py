@@ -19,7 +19,7 @@ from tinker_server import local_server
 
 from jaxlora.data.render import RenderedRow, load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
-from jaxlora.embedded import embedded_path
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.parity.recording import Settings, record
 from jaxlora.parity.tinker_service import TinkerBackend
 

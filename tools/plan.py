@@ -21,10 +21,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here
 
 from rich.console import Console
 
-from jaxlora.config import RunConfig, parse_config
-from jaxlora.embedded import resolve
+from jaxlora.cli import parse_config
+from jaxlora.config import RunConfig
+from jaxlora.runtime.remote import resolve
 from jaxlora.estimate import with_mesh
-from jaxlora.models.spec import ModelConfig, load_model_config, published_config
+from jaxlora.models.families import load_model_config, published_config
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.fused import FusedPlan, plan_members, print_members
 from jaxlora.plan.programs import Workload
 from jaxlora.plan.report import Plan, make_plan, print_comparison, print_plan, search

@@ -30,15 +30,15 @@ import optax
 from jaxlora.checkpoints.base import random_base, save_merged
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import load_tokenizer
-from jaxlora.embedded import embedded_path
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.word_problems import conversation, distinct_problems
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.families import count_parameters
 from jaxlora.models.spec import ModelConfig
-from jaxlora.models.table import count_parameters
 from jaxlora.runtime.errors import UserError, add_number, run_main
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import make_mesh

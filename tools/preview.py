@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from jaxlora.config import parse_config
+from jaxlora.cli import parse_config
 from jaxlora.data.render import RenderedRow, Tokenizer, load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
 from jaxlora.runtime.errors import UserError, run_main

@@ -142,7 +142,7 @@ def study(words: list[str]) -> int:
 
         return _report(compare_run(options.run), options.run.name)
 
-    from jaxlora.config import parse_config
+    from jaxlora.cli import parse_config
     from jaxlora.parity import study_figures
 
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where evaluations are kept")

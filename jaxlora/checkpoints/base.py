@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints in and out, straight between the files and the stacked arrays.
+"""The base: finding it, telling it from others, loading or drawing it, and writing a full checkpoint.
 
-    frozen = load_base("path/to/Qwen3-8B", spec, mesh)      # one or many *.safetensors
-    save_merged("out", spec, merged, "path/to/Qwen3-8B")    # a checkpoint that Transformers loads
+    base = find_base(config.model, seed=0)               # a directory, a Hub name, gs://, embedded:base
+    frozen = base.load(spec, mesh)                       # one or many *.safetensors, or random weights
+    save_model("out", spec, weights, base.folder)        # a checkpoint that Transformers loads
 
 Each tensor is placed on the devices as soon as it is read, and every host reads its share of the files
 once. Every key and every shape is checked, and anything left over is an error.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,17 +33,113 @@ from jaxlora.checkpoints.tensors import (
     read_bytes,
     stream,
 )
-from jaxlora.data.render import TOKENIZER_SUFFIXES
+from jaxlora.config import ModelSource
+from jaxlora.data.render import Tokenizer, load_tokenizer
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.table import Weight
+from jaxlora.models.families import load_model_config, published_config
+from jaxlora.models.spec import ModelConfig, Weight
+from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json
 from jaxlora.runtime.folders import file_in, new_folder
 from jaxlora.runtime.progress import progress_bar
-from jaxlora.runtime.remote import weight_files
+from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, fetch_folder, is_remote, mirror, resolve, weight_files
 from jaxlora.sharding import base_shardings, named
 
 _SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that was found: where it is and what shape it has. No weights."""
+
+    source: ModelSource
+    folder: Path | None  # None: a published shape without files
+    config: ModelConfig
+    seed: int  # of random weights
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its weights are drawn at random."""
+        return self.folder is None or self.source.random_weights
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its weights can be had now: a plan fetches none."""
+        return self.is_drawn or bool(weight_files(self.folder or ""))
+
+    def fingerprint(self) -> str:
+        """Tells one base from another: by its files or, where it is drawn at random, by seed and shape."""
+        if self.folder is None or self.is_drawn:
+            return f"random-{self.seed}-{hashlib.sha256(repr(self.config).encode()).hexdigest()[:16]}"
+        return fingerprint(self.folder)
+
+    def load(self, spec: ModelSpec, mesh: Mesh) -> Tree:
+        """Its weights in the spec's dtype and form, laid out over the mesh."""
+        if self.folder is None or self.is_drawn:
+            return random_base(spec, self.seed, mesh)
+        return load_base(self.folder, spec, mesh)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer named by the configuration, or the model's own; the model must know all of its ids.
+
+        Raises:
+          UserError: there is none, or it has ids that the model does not know.
+        """
+        name = self.source.tokenizer or (str(self.folder) if self.folder else None)
+        if name is None:
+            raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
+        tokenizer = load_tokenizer(name)
+        if len(tokenizer) > self.config.vocab_size:
+            known = self.config.vocab_size
+            raise UserError(f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {known}")
+        return tokenizer
+
+
+def find_base(source: ModelSource, seed: int = 0, with_weights: bool = True) -> Base:
+    """The base of a configuration; a Hub name is fetched (announced) and then cached. Of a model in a bucket
+    (`gs://bucket/folder`) only the small files are copied, see `jaxlora.runtime.remote`.
+
+    Args:
+      seed: of random weights.
+      with_weights: fetch the weights too; without, only config.json (for plans).
+
+    Raises:
+      UserError: no such directory or Hub model, or not a supported family.
+    """
+    if source.random_weights and not Path(source.path).exists():
+        with suppress(UserError):
+            return Base(source, None, published_config(source.path), seed)
+    folder = mirror(source.path) if is_remote(source.path) else resolve(source.path)
+    if not folder.is_dir():
+        folder = _fetch(source, with_weights and not source.random_weights)
+    return Base(source, folder, load_model_config(folder), seed)
+
+
+def _fetch(source: ModelSource, with_weights: bool) -> Path:
+    """The local folder of a Hub model."""
+    name = source.path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B"
+        )
+    patterns = [f"*{suffix}" for suffix in sorted(TOKENIZER_SUFFIXES)] + ["*.safetensors"] * with_weights
+    missing = partial(_missing, with_weights=with_weights, with_tokenizer=source.tokenizer is None)
+    return fetch_folder(f"config.model.path: {name!r}", name, patterns, missing)
+
+
+def _missing(folder: Path, with_weights: bool, with_tokenizer: bool) -> str:
+    """What is missing of a model in a folder, in words; empty if nothing is."""
+    for name in ["config.json"] + ["tokenizer_config.json"] * with_tokenizer:
+        if not (folder / name).is_file():
+            return f"{folder / name}: missing"
+    try:
+        if with_weights:
+            open_tensors(folder)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
@@ -158,7 +257,7 @@ def _make_move(sharding: NamedSharding):
 def _check_tree(spec: ModelSpec, frozen: Tree, mesh: Mesh) -> None:
     """The parameter table and the modules must agree on every path, shape and dtype; and on the layout."""
     ours = jax.tree.map(lambda x: (x.shape, x.dtype), frozen)
-    modules = jax.tree.map(lambda x: (x.shape, x.dtype), spec.abstract_frozen)
+    modules = jax.tree.map(lambda x: (x.shape, x.dtype), spec.abstract_base)
     if ours != modules:
         raise AssertionError("the parameter table and the modules disagree")
     as_asked = jax.tree.map(
@@ -183,10 +282,17 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor | None, directory: s
         )
 
 
-def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Path) -> None:
+def save_model(
+    out: str | Path, spec: ModelSpec, weights: Tree, source: str | Path, tokenizer: str | Path | None = None
+) -> None:
     """Write a full checkpoint in shards with an index, with the source's config and tokenizer files.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. Of several processes all call this, and the main one writes.
+
+    Args:
+      weights: all weights, in the spec's form of the layers, in the dtype to write.
+      source: the directory of the base.
+      tokenizer: the directory of another tokenizer, which trained the model; None: the base's.
 
     Raises:
       UserError: the folder exists already.
@@ -194,47 +300,82 @@ def save_merged(out: str | Path, spec: ModelSpec, frozen: Tree, source: str | Pa
     folder = Path(out)
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new folder")
-    shards = _shards(spec, frozen)
-    weight_map: dict[str, str] = {}
-    with new_folder(folder) as staging:
-        for i, tensors in enumerate(shards):
+    shards = _shards(spec, weights)
+    with new_folder(folder) if hosts.is_main() else nullcontext(folder) as staging:
+        weight_map: dict[str, str] = {}
+        for i, arrays in enumerate(shards):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file(tensors, staging / name, metadata={"format": "pt"})
+            tensors = {key: hosts.whole(get()) for key, get in arrays.items()}
+            if hosts.is_main():
+                save_file(tensors, staging / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
-        total = sum(array.nbytes for tensors in shards for array in tensors.values())
+        if not hosts.is_main():
+            return
+        total = sum(x.nbytes for x in jax.tree.leaves(weights))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for file in Path(source).iterdir():
-            wanted = file.suffix in TOKENIZER_SUFFIXES and "safetensors" not in file.name
-            if wanted and file.is_file():
-                shutil.copy(file_in(source, file.name), staging / file.name)
+        copy_files(source, staging, MODEL_FILES)
+        copy_files(tokenizer or source, staging, TOKENIZER_FILES)
+        _record_dtype(staging / "config.json", str(jax.tree.leaves(weights)[0].dtype))
 
 
-def _shards(spec: ModelSpec, frozen: Tree) -> list[dict[str, np.ndarray]]:
-    """The weights by Hugging Face key, in groups of the size of a file."""
-    shards: list[dict[str, np.ndarray]] = [{}]
+# What is copied beside the weights of a model that is written; nothing else of the base's folder is.
+MODEL_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+def copy_files(source: str | Path, out: Path, names: Sequence[str]) -> None:
+    """Copy those of these files that a folder holds; no link out of it is followed."""
+    for name in names:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(file_in(source, name), out / name)
+
+
+def _record_dtype(file: Path, dtype: str) -> None:
+    """Let config.json name the dtype of the weights beside it."""
+    values = read_json(file)
+    names = [name for name in ("dtype", "torch_dtype") if values.get(name) not in (None, dtype)]
+    if names:
+        file.write_text(json.dumps(values | dict.fromkeys(names, dtype), indent=2) + "\n")
+
+
+def _shards(spec: ModelSpec, weights: Tree) -> list[dict[str, Callable[[], jax.Array]]]:
+    """The weights by Hugging Face key, each as a function that gives it, in groups of a file's size."""
+    shards: list[dict[str, Callable[[], jax.Array]]] = [{}]
     size = 0
-    for key, array in _tensors(spec, frozen):
-        if size and size + array.nbytes > _SHARD_BYTES:
+    for key, nbytes, get in _arrays(spec, weights):
+        if size and size + nbytes > _SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][key] = array
-        size += array.nbytes
+        shards[-1][key] = get
+        size += nbytes
     return shards
 
 
-def _tensors(spec: ModelSpec, frozen: Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """Hugging Face key and host array of every weight."""
+def _arrays(spec: ModelSpec, weights: Tree) -> Iterator[tuple[str, int, Callable[[], jax.Array]]]:
+    """Hugging Face key, bytes, and a function that gives the array, of every weight."""
     for weight in spec.table:
         if not weight.stacked:
-            yield weight.hf_key, np.asarray(get_path(frozen, weight.path)["weight"])
+            array = get_path(weights, weight.path)["weight"]
+            yield weight.hf_key, array.nbytes, partial(_cut, array, None)
             continue
-        for i in range(spec.config.num_hidden_layers):
+        depth = spec.config.num_hidden_layers
+        for i in range(depth):
+            key = weight.hf_key.format(layer=i)
             if spec.scan:
-                array = get_path(frozen, weight.path)["weight"][i]
+                array = get_path(weights, weight.path)["weight"]
+                yield key, array.nbytes // depth, partial(_cut, array, i)
             else:
-                array = get_path(frozen["layers"][i], weight.path.removeprefix("layers."))["weight"]
-            yield weight.hf_key.format(layer=i), np.asarray(array)
+                array = get_path(weights["layers"][i], weight.path.removeprefix("layers."))["weight"]
+                yield key, array.nbytes, partial(_cut, array, None)
+
+
+def _cut(array: jax.Array, i: int | None) -> jax.Array:
+    return array if i is None else array[i]
 
 
 def fingerprint(directory: str | Path) -> str:

@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 
+from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import fingerprint, load_base, save_merged
-from jaxlora.checkpoints.peft import export_adapter, import_adapter
+from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.spec import load_model_config
-from jaxlora.models.table import count_parameters
+from jaxlora.models.families import count_parameters, load_model_config
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
@@ -68,7 +68,7 @@ def load_selected(run: str | Path, base: str | Path | None = None, with_weights:
     else:
         located, model_config = Path(base), load_model_config(base)
     adapter = folder / "selected"
-    lora_config, lora, metadata = import_adapter(adapter, model_config)
+    lora_config, lora, metadata, _ = read_adapter(adapter, model_config)
     for name, found, expected in (
         ("the placement", lora_config, config.lora),
         ("the seed", metadata["seed"], config.seed),

@@ -5,7 +5,7 @@
         store.save(step, state, progress, best)      # returns once the arrays are copied to the host
 
     checkpoints/<step>/
-      state/           the adapter and Adam's moments, written by Orbax
+      state/           what is trained and the optimizer's state, written by Orbax
       progress.json    the caller's position: step, validations, length of metrics.jsonl, what run it is
       sha256.json      size and SHA-256 of every file above, and of this list itself
 
@@ -38,7 +38,6 @@ from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import is_disk_full, read_json, sha256_of, write_json_atomic
 from jaxlora.runtime.progress import console
-from jaxlora.train.step import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here
 KEPT = 2  # newest checkpoints that are kept, beside the best
@@ -50,7 +49,7 @@ class Restored:
     """A verified checkpoint, with the arrays laid out as they were asked for."""
 
     step: int
-    state: TrainState
+    state: Any
     progress: dict[str, Any]
 
 
@@ -85,7 +84,7 @@ class RunState:
 
     # --- Writing --------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any], best: int | None = None) -> None:
+    def save(self, step: int, state: Any, progress: dict[str, Any], best: int | None = None) -> None:
         """Save without waiting for the disk; `best` is the step to keep beside the newest ones.
 
         Raises:
@@ -166,6 +165,11 @@ class RunState:
             f" {free / 1e6:,.1f} MB are free. {stands}: make room, then give the same command to go on"
         ) from error
 
+    @property
+    def has_any(self) -> bool:
+        """Whether a checkpoint has been published."""
+        return bool(self._good)
+
     # --- Reading --------------------------------------------------------------------------------------------
 
     def restore(
@@ -230,12 +234,15 @@ class RunState:
         return None
 
     def _check_identity(self, step: int, progress: dict[str, Any]) -> None:
-        from jaxlora.train.manifest import differences
-
         if different := differences(progress.get("identity") or {}, self._identity):
             raise UserError(
                 f"{self._folder / str(step)}: of another run; it differs in {'; '.join(different)}"
             )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Where two identities differ, in words."""
+    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in new if old.get(key) != new[key]]
 
 
 def hashes(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Batches of a run, in an order that is a pure function of the step, built ahead of use by grain.
 
-    feed = train_batches(rows, plan, layout, first_step=1)
-    for step, batch in feed: ...            # batch: numpy arrays [buffers, batch, length]
+    build = partial(step_batch, rows, plan.rows_of_step, layout)
+    for step, batch in ahead(build, range(1, 101)): ...     # batch: numpy arrays [buffers, lines, length]
 
 Nothing is shuffled: a step's rows follow from its number alone, so a resumed run reads what the undisturbed
 run would have read.
@@ -11,17 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
 
 import grain.python as grain
 
 from jaxlora.config import TrainConfig
 from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up
 from jaxlora.data.render import RenderedRow
-
-if TYPE_CHECKING:
-    from jaxlora.train.schedule import RunPlan
 
 
 @dataclass(frozen=True)
@@ -58,17 +53,11 @@ def choose_layout(
     return Layout(train.layout == "packed", sizes, batch_rows, train.max_buffer_tokens)
 
 
-def train_batches(
-    rows: Sequence[RenderedRow], plan: RunPlan, layout: Layout, first_step: int
-) -> Iterator[tuple[int, Batch]]:
-    """`(step, batch)` from `first_step` to the last step, prepared by background threads."""
-    build = partial(step_batch, rows, plan, layout)
-    return ahead(build, range(first_step, plan.total_steps + 1))
-
-
-def step_batch(rows: Sequence[RenderedRow], plan: RunPlan, layout: Layout, step: int) -> Batch:
+def step_batch(
+    rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], layout: Layout, step: int
+) -> Batch:
     """The rows of one training step."""
-    return layout.build([rows[i] for i in plan.rows_of_step(step)])
+    return layout.build([rows[i] for i in rows_of_step(step)])
 
 
 def ahead(build: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:

@@ -22,10 +22,10 @@ from typing import Any
 from jaxlora.data.curation import problem_key
 from jaxlora.data.rows import parse_rendered
 from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, read_lines
-from jaxlora.embedded import resolve
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object, sha256_of
 from jaxlora.runtime.progress import console, progress_bar
+from jaxlora.runtime.remote import resolve
 
 REPORT_NAME = "contamination.json"
 RULES = {

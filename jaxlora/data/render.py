@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlora.data.limits import bounded
-from jaxlora.data.sources import announce, is_text
-from jaxlora.embedded import resolve
+from jaxlora.data.sources import is_text
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.folders import file_in
+from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, announce, is_remote, mirror, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -35,7 +35,6 @@ else:  # importing transformers takes seconds, and most of the data tools never 
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
-TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 4_000_000  # a longer conversation would take minutes to tokenise
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30  # what rendering one conversation may take
 
@@ -79,8 +78,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # to install PyTorch, which nothing needs
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
-
-    from jaxlora.runtime.remote import is_remote, mirror
 
     name = str(path)
     folder = mirror(name) if is_remote(name) else resolve(name)

@@ -1,4 +1,4 @@
-"""Where data comes from: a local file, a Hub dataset's file or split, the folder of a Hub model.
+"""Where data comes from: a local file, a Hub dataset's file or split.
 
     locate("rendered/train.jsonl")                                      # a local file, as it is
     locate("hf://sumitdotml/lora-and-friends-dataset/rendered/train.jsonl")   # fetched once, then cached
@@ -12,24 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxlora.embedded import resolve
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.remote import announce, first_line, resolve
 
 HUB_PREFIX = "hf://"
 PARQUET_BATCH_ROWS = 1024
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a "line" longer than this is not JSONL but another kind of file
-
-
-def announce(text: str) -> None:
-    """Say on stderr what is about to be fetched."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def locate(path: str | Path) -> Path:
@@ -67,42 +60,7 @@ def _fetch_from_hub(address: str) -> Path:
     except (
         Exception
     ) as error:  # the Hub client raises many kinds: network, authorisation, missing file, offline
-        raise UserError(f"{address}: cannot be fetched: {_first_line(error)}") from None
-
-
-def fetch_folder(
-    named: str,
-    repository: str,
-    patterns: Sequence[str],
-    missing: Callable[[Path], str],
-    revision: str | None = None,
-) -> Path:
-    """The Hub's own cache folder of a model repository, fetched (announced) unless all is there already.
-
-    Args:
-      named: what the user gave, as errors name it.
-      patterns: of the files to fetch.
-      missing: what a folder lacks, in words; empty if nothing. The cache may hold a part only: whoever
-        fetched a tokenizer alone has left a folder with nothing else in it.
-
-    Raises:
-      UserError: the Hub does not give it, or not all of it.
-    """
-    from huggingface_hub import snapshot_download
-
-    fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=list(patterns))
-    with suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
-        folder = Path(fetch(local_files_only=True))
-        if not missing(folder):
-            return folder
-    announce(f"fetching {repository} from the Hugging Face Hub (kept in its local cache)")
-    try:
-        folder = Path(fetch())
-    except Exception as error:
-        raise UserError(f"{named}: cannot be fetched: {_first_line(error)}") from None
-    if reason := missing(folder):  # without a network the client gives whatever its cache holds
-        raise UserError(f"{named}: was not fetched whole: {reason}")
-    return folder
+        raise UserError(f"{address}: cannot be fetched: {first_line(error)}") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -190,7 +148,7 @@ def hub_revision(name: str, revision: str | None) -> str:
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:  # the Hub client raises many kinds: network, authorisation, missing, offline
-        raise UserError(f"{name}: the Hub does not give it: {_first_line(error)}") from None
+        raise UserError(f"{name}: the Hub does not give it: {first_line(error)}") from None
 
 
 def read_records(
@@ -226,7 +184,7 @@ def _parquet_errors(path: Path, row: Callable[[], int]) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}:{row()}: Parquet cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{path}:{row()}: Parquet cannot be read: {first_line(error)}") from None
 
 
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -257,9 +215,4 @@ def _read_hub(
             number += 1
             yield f"{name}[{split}]:{number}", row
     except Exception as error:  # datasets raises many kinds: network, missing split, broken shard
-        raise UserError(f"{name}[{split}]:{number + 1}: cannot be streamed: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise UserError(f"{name}[{split}]:{number + 1}: cannot be streamed: {first_line(error)}") from None

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.data.sources import is_text
-from jaxlora.embedded import resolve
 from jaxlora.evals.answers import extract_boxed, normalize, numeric_match, strict_match
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_numbered_jsonl
+from jaxlora.runtime.remote import resolve
 
 HUB_DATASET = "openai/gsm8k"
 STOP_REASONS = ("stop", "length")  # the model's end-of-turn token, or the limit of new tokens

@@ -35,7 +35,7 @@ from jaxlora.runtime.files import (
     write_jsonl_atomic,
 )
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.train.hparams import write_outcome
+from jaxlora.train.board import write_outcome
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Subject:
     condition: str | None = None
     seed: int | None = None
     checkpoint: str | None = None
-    adapter_sha256: str | None = None  # of `adapter_model.safetensors`
+    adapter_sha256: str | None = None  # of the weights that were trained
     base_fingerprint: str | None = None
 
 
@@ -65,7 +65,7 @@ def evaluation_inputs(
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "dtype": config.model.dtype,
         "max_new_tokens": config.eval.max_new_tokens,
-        "merged": config.eval.merge_adapter if subject.condition else None,
+        "merged": config.eval.merge_adapter if subject.condition not in (None, "full") else None,
         "system_prompt": SYSTEM_PROMPT,
     }
 
@@ -105,7 +105,7 @@ def evaluate(
     config: RunConfig,
     subject: Subject,
     spec: ModelSpec,
-    lora: Tree,
+    trained: Tree,
     frozen: Tree,
     tokenizer: Tokenizer,
     out_dir: Path,
@@ -115,7 +115,7 @@ def evaluate(
     Of several processes all decode together, and process 0 writes.
 
     Args:
-      lora: the adapter, or `{}` with a spec whose `lora` is None for the untouched base.
+      trained, frozen: what was trained (or `{}` for the untouched base) and the base, as of `spec`.
 
     Returns:
       The summary.
@@ -124,13 +124,13 @@ def evaluate(
     inputs = evaluation_inputs(config, subject, problems, prompts)
     eos_ids = end_of_turn(tokenizer)
     start = time.monotonic()
-    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, merge=config.eval.merge_adapter)
+    spec, lora, weights, mesh = decode_weights(spec, trained, frozen, merge=config.eval.merge_adapter)
     progress = progress_bar(f"decoding {subject.run_id}", len(prompts), "problems")
     with jax.set_mesh(mesh), progress as advance:
         answers = generate(
             spec,
             lora,
-            frozen,
+            weights,
             prompts,
             eos_ids=eos_ids,
             max_new_tokens=config.eval.max_new_tokens,

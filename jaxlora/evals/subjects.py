@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 
+from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import load_base, random_base
 from jaxlora.checkpoints.export import load_selected
-from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS, import_adapter
+from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX, fetch_folder
@@ -30,7 +31,7 @@ from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest
 from jaxlora.runtime.remote import weight_files
-from jaxlora.sharding import make_mesh, place_lora
+from jaxlora.sharding import make_mesh, place_trained
 from jaxlora.train.job import base_fingerprint, load_job_tokenizer, locate_model
 
 FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
@@ -115,7 +116,7 @@ def adapter_target(
     """
     model_dir, model = locate_model(config, with_weights)
     folder = fetch_adapter(adapter) if adapter.startswith(HUB_PREFIX) else Path(adapter)
-    lora_config, lora, metadata = import_adapter(folder, model)
+    lora_config, lora, metadata, _ = read_adapter(folder, model)
     if condition not in (None, lora_config.condition):
         raise UserError(f"--condition: {condition}, but {adapter} adapts {lora_config.condition}")
     recorded = metadata["seed"]
@@ -220,7 +221,7 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
     frozen = load_target_base(target) if frozen is None else frozen
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        lora = place_lora(mesh, spec, target.lora)
+        lora = place_trained(mesh, spec, target.lora)
         for name in (
             FILES if hosts.is_main() else ()
         ):  # the summary first: what is left of an interrupted evaluation never looks whole

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxlora.data.packing import choose_sizes, round_up
 from jaxlora.models.attention import decode_attention, segment_attention
-from jaxlora.models.decoder import ModelSpec, Qwen3, Tree
+from jaxlora.models.decoder import Decoder, ModelSpec, Tree
 from jaxlora.runtime.devices import decoder_options
 from jaxlora.runtime.hosts import whole
 from jaxlora.sharding import constrain_decode
@@ -138,7 +138,7 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla",
     return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 
 
-def prefill_hidden(model: Qwen3, cache, tokens, lengths, slots, backend: str):
+def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str):
     """States `[rows, length, hidden]` of prompts, and the cache with their keys and values in these slots."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
@@ -152,7 +152,7 @@ def prefill_hidden(model: Qwen3, cache, tokens, lengths, slots, backend: str):
     return model(tokens, positions, attend, cache)
 
 
-def decode_hidden(model: Qwen3, state: DecodeState, window: int, backend: str):
+def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str):
     """States `[slots, hidden]` of the newest tokens, and the cache with their keys and values."""
     rows = jnp.arange(state.last.shape[0])
     # An idle slot writes beyond the cache, which is dropped.
@@ -170,7 +170,7 @@ def decode_hidden(model: Qwen3, state: DecodeState, window: int, backend: str):
     return hidden[:, 0], cache
 
 
-def greedy(model: Qwen3, hidden: jax.Array) -> jax.Array:
+def greedy(model: Decoder, hidden: jax.Array) -> jax.Array:
     """The most likely next token, int32 `[rows]`, of states `[rows, hidden]`; ties take the lower id."""
     return jnp.argmax(model.logits(hidden).astype(jnp.float32), axis=-1).astype(jnp.int32)
 

@@ -1,8 +1,8 @@
 """The weights in the form that decoding wants.
 
-    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen)
+    spec, lora, weights, mesh = decode_weights(spec, lora, frozen)
     with jax.set_mesh(mesh):
-        answers = generate(spec, lora, frozen, prompts, ...)
+        answers = generate(spec, lora, weights, prompts, ...)
 
 One tree a layer, whose caches are then updated in place; the adapter merged, so that it costs nothing; q, k,
 v and gate, up joined to one product each. Every token reads all weights: on several chips they are split by
@@ -20,42 +20,41 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config import MeshConfig
-from jaxlora.lora import get_path, merged_weight, set_path
+from jaxlora.lora import get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.table import JOINED
+from jaxlora.models.spec import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
 
 def decode_weights(
-    spec: ModelSpec, lora: Tree, frozen: Tree, *, merge: bool = True
+    spec: ModelSpec, trained: Tree, frozen: Tree, *, merge: bool = True
 ) -> tuple[ModelSpec, Tree, Tree, Mesh]:
-    """Model, adapter, base and mesh for decoding; arrays that need no change are shared with `frozen`.
+    """Model, adapter, weights and mesh for decoding; arrays that need no change are shared with the base.
 
     Works layer by layer: beside its result it holds one layer's copies.
 
     Args:
-      lora: the adapter, or `{}` with a spec whose `lora` is None.
-      frozen: the base, laid out over a mesh, or on one device.
+      trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
+      frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
       merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
         returned and applied at every step.
     """
-    home = _mesh_of(frozen)
-    mesh = decode_mesh(home, spec.config)
+    lora, base = spec.computing(trained, frozen)
+    home = _mesh_of(base)
+    mesh = decode_mesh(home, spec.config.num_key_value_heads)
     keep = spec.lora is not None and not merge
     joined = not keep and mesh.shape["tensor"] == 1
-    form = replace(spec, lora=spec.lora if keep else None, scan=False, joined=joined)
+    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
+    form = replace(spec, scan=False, joined=joined, full=False, **adapter)
     shardings = base_shardings(mesh, form)
     cut = _make_cut(spec, form, home)
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        if spec.scan:
-            layer = cut(frozen["layers"], lora, i)
-        else:
-            layer = _layer(spec, form, frozen["layers"][i], lora, i)
+        layer = cut(base["layers"], lora, i) if spec.scan else _layer(spec, form, base["layers"][i], lora, i)
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
-    outside = {name: tree for name, tree in frozen.items() if name != "layers"}
+    outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
-    outside = jax.tree.map(_moved, _merged(spec, form, outside, lora, None), rest)
+    outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
     return form, lora if keep else {}, {**outside, "layers": layers}, mesh
 
 
@@ -74,21 +73,11 @@ def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, T
 
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
     """The weights of layer i in the form for decoding."""
-    layer = _merged(spec, form, layer, lora, i)
+    layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
     if form.joined:
         for path, parts in JOINED.items():
             set_path(layer, path, {"weight": jnp.concatenate([_take(layer, part) for part in parts])})
     return layer
-
-
-def _merged(spec: ModelSpec, form: ModelSpec, tree: Tree, lora: Tree, layer: int | None) -> Tree:
-    """The tree of a layer, or of what is outside the layers; with the adapter in it where `form` has none."""
-    tree = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
-    for weight in spec.adapted if form.lora is None else []:
-        if weight.stacked == (layer is not None):
-            module = get_path(tree, weight.path.removeprefix("layers."))
-            module["weight"] = merged_weight(spec, lora, weight, module["weight"], layer)
-    return tree
 
 
 def _mesh_of(frozen: Tree) -> Mesh:

@@ -1,10 +1,10 @@
-"""Qwen3 (dense) in Flax NNX, with a LoRA adapter in every projection that has one.
+"""The decoder in Flax NNX, for every family: pre-norm attention and SwiGLU, with adapters where asked for.
 
 The modules say what is computed and hold weights as `[out, in]`, the layout of Hugging Face files. Right
-after construction the model is split once into the trainable adapter and the frozen base, and from there
-on everything is a plain pytree:
+after construction the model is split once into what is trained and what is frozen, and from there on
+everything is a plain pytree:
 
-    spec = ModelSpec(model_config, lora_config)
+    spec = ModelSpec(model_config, lora_config)            # or ModelSpec(model_config, full=True)
     lora, frozen = init_lora(spec, seed=0), load_base("path/to/Qwen3-8B", spec, mesh)
     hidden, _ = spec.bind(lora, frozen)(tokens, positions, attend)
 """
@@ -23,8 +23,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
-from jaxlora.models.spec import ModelConfig
-from jaxlora.models.table import GROUPS, Weight, parameter_table
+from jaxlora.models.families import parameter_table, rotary_frequencies
+from jaxlora.models.spec import GROUPS, AdapterShape, ModelConfig, Weight
 from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]
@@ -49,68 +49,54 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
-    W `[out, in]` is frozen in the base's dtype. A `[r, in]` and B `[out, r]` are float32, trained, and cast
-    to the activations' dtype for the product. In a group both have a leading member axis, and line i of the
-    batch is computed with the adapter of member i % members.
+    W `[out, in]` has the model's dtype. A `[r, in]` and B `[out, r]` are float32, trained, and cast to the
+    activations' dtype for the product.
     """
 
-    def __init__(
-        self,
-        weight: Weight,
-        dtype: jnp.dtype,
-        lora: LoraConfig | None,
-        scales: tuple[float, ...],
-        stack: tuple[int, ...] = (),
-    ):
+    def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = ()):
         out_size, in_size = weight.shape
-        self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), dtype))
-        if lora is not None and is_adapted(weight, lora):
-            self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, in_size), jnp.float32))
-            self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, lora.rank), jnp.float32))
+        self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), jnp.dtype(spec.dtype)))
+        if spec.lora is not None and is_adapted(weight, spec.lora):
+            self.lora_a = nnx.LoRAParam(jnp.zeros((*stack, spec.lora.rank, in_size), jnp.float32))
+            self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, spec.lora.rank), jnp.float32))
         else:
             self.lora_a = self.lora_b = None  # type: ignore[assignment]
-        self.axes, self.stacked, self.scales = weight.axes, bool(stack), scales
+        self.axes, self.stacked, self.scale = weight.axes, bool(stack), spec.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return joint_products(x, self)[0]
 
 
 def joint_products(x: jax.Array, *linears: Linear) -> list[jax.Array]:
-    """The products of several projections with one input; all of them are adapted, or none is.
+    """The products of several projections with one input.
 
     Their adapters read the input together: one product with all A, and one for its gradient.
     """
-    arrays = [[p[...] for p in (one.weight, one.lora_a, one.lora_b) if p is not None] for one in linears]
-    function = partial(_products, [one.axes for one in linears], linears[0].scales)
-    ys = gather_again(function, in_loop=linears[0].stacked)(x, arrays)
+    weights = [one.weight[...] for one in linears]
+    adapted = [i for i, one in enumerate(linears) if one.lora_a is not None]
+    adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
+    function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale)
+    ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters)
     return [checkpoint_name(y, PRODUCT) for y in ys]
 
 
-def _products(axes, scales, x, arrays) -> list[jax.Array]:
-    """W x, plus (alpha / r) B A x where adapted, of each projection; its arrays are [W] or [W, A, B]."""
-    weights, *adapters = zip(*arrays, strict=True)
+def _products(axes, adapted, scale, x, weights, adapters) -> list[jax.Array]:
+    """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
     ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
-    if not adapters:
-        return ys
-    return [y + delta for y, delta in zip(ys, _deltas(axes, scales, x, *adapters), strict=True)]
+    if adapted:
+        deltas = _deltas([axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True))
+        for i, delta in zip(adapted, deltas, strict=True):
+            ys[i] += delta
+    return ys
 
 
-def _deltas(axes, scales, x, all_a, all_b) -> list[jax.Array]:
+def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
-
-    def ready(matrix, *own):
-        # One adapter alone is a group of one: the compiler drops an axis of length one.
-        return gathered(matrix.astype(x.dtype).reshape(-1, *matrix.shape[-2:]), (None, *own))
-
-    a = [ready(a, None, in_axis) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
-    b = [ready(b, out_axis, None) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
-    # Members first, as products in batches have them: the other order costs a transpose a product.
-    of_member = x.reshape(-1, len(a[0]), *x.shape[1:]).swapaxes(0, 1)
-    low = jnp.einsum("m...i,mri->m...r", of_member, jnp.concatenate(a, axis=1))
-    low = checkpoint_name(low, PRODUCT) * jnp.asarray(scales, x.dtype).reshape(-1, *(1,) * (low.ndim - 1))
-    lows = jnp.split(low, len(b), axis=-1)
-    deltas = [jnp.einsum("m...r,mor->m...o", *pair) for pair in zip(lows, b, strict=True)]
-    return [delta.swapaxes(0, 1).reshape(*x.shape[:-1], -1) for delta in deltas]
+    a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
+    b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
+    low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
+    lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
+    return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
 
 
 class Attention(nnx.Module):
@@ -195,16 +181,16 @@ class Embedding(nnx.Module):
         return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
 
 
-class Qwen3(nnx.Module):
+class Decoder(nnx.Module):
     """The whole model. Its layers are one stacked `DecoderLayer` (scanned) or a list of them (unrolled)."""
 
     def __init__(self, spec: ModelSpec):
-        config, lora, dtype, scales = spec.config, spec.lora, jnp.dtype(spec.dtype), spec.scales
+        config, dtype = spec.config, jnp.dtype(spec.dtype)
         table = {w.path: w for w in spec.table}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
             return DecoderLayer(
-                lambda path: Linear(table[path], dtype, lora, scales, stack),
+                lambda path: Linear(table[path], spec, stack),
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
                 config,
                 spec.joined,
@@ -216,17 +202,15 @@ class Qwen3(nnx.Module):
             make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(table["lm_head"], dtype, lora, scales)
-        self.head_dim, self.rope_theta, self.scan = config.head_dim, config.rope_theta, spec.scan
-        self.scales = scales
+        self.lm_head = Linear(table["lm_head"], spec) if "lm_head" in table else None
+        self.config, self.scan = config, spec.scan
 
     def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False):
         """Hidden states after the last norm.
 
         Args:
           tokens, positions: int32 `[batch, length]`; a row's positions start at 0.
-          attend: attention over the current keys and values and the layer's cache.
+          attend: attention over the current keys and values and the layer's KV cache.
           cache: None, or one entry a layer: a list (unrolled) or a tree with a leading layer axis (scanned).
           remat: what the backward pass computes again: nothing, the activations of each layer (True), or
             only those that are no product and no attention (`elementwise`): a third of the memory.
@@ -235,21 +219,22 @@ class Qwen3(nnx.Module):
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
         """
         x = self.embed_tokens(tokens)
-        rotary = rotary_angles(positions, self.head_dim, self.rope_theta)
-        definition, state = nnx.split(self.layers if self.scan else self.layers[0])
+        rotary = rotary_angles(positions, rotary_frequencies(self.config))
 
-        def layer(x, state, cache):
+        def call(definition, x, state, cache):
             return nnx.merge(definition, state)(x, rotary, attend, cache)
 
         if remat:
             keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
-            layer = jax.checkpoint(layer, policy=keep)
+            call = jax.checkpoint(call, policy=keep, static_argnums=0)
         if self.scan:
-            x, cache = jax.lax.scan(lambda x, inputs: layer(x, *inputs), x, (state, cache))
+            definition, state = nnx.split(self.layers)
+            x, cache = jax.lax.scan(lambda x, inputs: call(definition, x, *inputs), x, (state, cache))
         else:
             entries = []
             for i, module in enumerate(self.layers):
-                x, entry = layer(x, nnx.state(module), None if cache is None else cache[i])
+                definition, state = nnx.split(module)
+                x, entry = call(definition, x, state, None if cache is None else cache[i])
                 entries.append(entry)
             cache = entries
         return self.norm(x), cache
@@ -283,14 +268,9 @@ def kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, int]:
     return 12 * config.hidden_size, 4 * heads + 5 * kv_heads + 4 * config.intermediate_size
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 `[batch, length, 1, head_dim / 2]`, of position / theta^(2i / head_dim)."""
-    # Rounded on the host, in the order of Hugging Face: at position 10,000 one differing last bit of a
-    # frequency turns its pair by a milliradian, and a compiled power differs in the last bit.
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    power = np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
-    frequency = np.float32(1) / power
-    angles = positions.astype(jnp.float32)[..., None, None] * frequency
+def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32 `[batch, length, 1, head_dim / 2]`, of position times frequency."""
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -303,44 +283,46 @@ def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
-    """Whether the condition (or the output-head switch) gives this weight an adapter."""
+    """Whether the placement (or the output-head switch) gives this weight an adapter."""
+    if weight.lora_group is None:
+        return False
     if weight.lora_group == "output_head":
-        return lora.output_head
-    return weight.lora_group in GROUPS[lora.condition]
+        return lora.output_head or weight.name in lora.modules
+    return weight.lora_group in GROUPS.get(lora.targets, ()) or weight.name in lora.modules  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything static about a model: shapes, adapter placement, dtype and layer form. Hashable.
+    """Everything static about a model: shapes, what is trained, dtype and layer form. Hashable.
 
-    `member_scales` makes it the spec of a group trained together (see `jaxlora.train.fused`): alpha / r of
-    each member. The arrays of its adapters have a leading member axis.
+    With `lora` the adapters are trained over a frozen base. With `full` all weights are trained: the trained
+    tree holds float32 master weights, and the model computes with copies in `dtype`. With neither, nothing
+    is trained.
     """
 
     config: ModelConfig
     lora: LoraConfig | None = None
-    dtype: str = "bfloat16"
+    dtype: str = "bfloat16"  # of computing, and of the frozen base
     scan: bool = True
-    member_scales: tuple[float, ...] = ()  # of a group; empty: one adapter
     joined: bool = False  # q, k, v and gate, up are one matrix each; without an adapter only
+    full: bool = False
+    shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
 
     @property
-    def scales(self) -> tuple[float, ...]:
-        """alpha / r of each adapter: one, or one a member."""
-        if self.lora is None:
-            return ()
-        return self.member_scales or (self.lora.alpha / self.lora.rank,)
+    def scale(self) -> float:
+        """alpha / r of the adapter; 0 without one."""
+        return 0.0 if self.lora is None else self.lora.alpha / self.lora.rank
 
     @cached_property
     def _split(self):
-        assert self.lora is None or not self.joined
-        module = nnx.eval_shape(lambda: Qwen3(self))
-        definition, lora, frozen = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
-        return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(frozen)
+        assert self.lora is None or not (self.joined or self.full)
+        module = nnx.eval_shape(lambda: Decoder(self))
+        definition, lora, rest = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
+        return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(rest)
 
     @property
-    def abstract_frozen(self) -> Tree:
-        """Shapes and dtypes of the frozen base, as `jax.ShapeDtypeStruct`."""
+    def abstract_base(self) -> Tree:
+        """Shapes and dtypes of the base's weights, as `jax.ShapeDtypeStruct`."""
         return self._split[2]
 
     @property
@@ -352,12 +334,48 @@ class ModelSpec:
         """The weights that carry an adapter."""
         return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
 
-    def bind(self, lora: Tree, frozen: Tree) -> Qwen3:
-        """The callable module over these arrays. The adapter's layer axis is stacked in either form."""
-        if self.member_scales and "layers" in lora:  # members first in the state, layers first in the model
-            lora = {**lora, "layers": jax.tree.map(lambda x: x.swapaxes(0, 1), lora["layers"])}
+    def ranks(self, weight: Weight) -> tuple[int, ...]:
+        """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""
+        own = next((shape.ranks for shape in self.shapes if shape.path == weight.path), None)
+        return own or (self.lora.rank if self.lora else 0,) * self._copies(weight)
+
+    def scales(self, weight: Weight) -> tuple[float, ...]:
+        """alpha / rank (or what stands for it) of an adapted weight's adapter in each layer."""
+        own = next((shape.scales for shape in self.shapes if shape.path == weight.path), None)
+        return own or (self.scale,) * self._copies(weight)
+
+    def _copies(self, weight: Weight) -> int:
+        return self.config.num_hidden_layers if weight.stacked else 1
+
+    def computing(self, trained: Tree, frozen: Tree) -> tuple[Tree, Tree]:
+        """Adapter and weights as the model computes with them: of full training, copies in `dtype`."""
+        if not self.full:
+            return trained, frozen
+        return {}, jax.tree.map(lambda x: x.astype(self.dtype), trained)
+
+    def bind(self, trained: Tree, frozen: Tree) -> Decoder:
+        """The callable module over these arrays: an adapter (or `{}`) and the base, or all weights and `{}`.
+
+        The adapter's layer axis is stacked in either form of the layers.
+        """
+        lora, weights = self.computing(trained, frozen)
+        lora = self._with_scales(lora)
         if not self.scan and "layers" in lora:
             depth = self.config.num_hidden_layers
             layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}
             lora = {**lora, "layers": layers}
-        return nnx.merge(self._split[0], lora, frozen)
+        return nnx.merge(self._split[0], lora, weights)
+
+    def _with_scales(self, lora: Tree) -> Tree:
+        """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
+        if not self.shapes:
+            return lora
+        own = {shape.path: np.asarray(shape.scales, np.float32) / np.float32(self.scale) for shape in self.shapes}
+
+        def scaled(path, x):
+            factors = own.get(".".join(key.key for key in path[:-1]))
+            if factors is None or path[-1].key != "lora_a":
+                return x
+            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim == 3 else x * factors[0]
+
+        return jax.tree.map_with_path(scaled, lora)

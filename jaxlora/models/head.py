@@ -1,74 +1,66 @@
-"""Summed negative log-likelihood, with logits only where there is loss.
+"""The output head: log-probabilities of targets in chunks, a loss over them, and its gradient in one pass.
 
-Only answer positions need logits, and `[positions, vocab]` in float32 would fill the memory. So the answer
-positions of a buffer are gathered, and the output head runs over them in chunks; the number of chunks is
-decided at run time, so one compiled program serves any share of answer tokens. Gradients are made in the
-same pass (the base is frozen, so only the hidden states and the head's adapter need them): logits are
-computed once, where a recomputing backward pass would compute them twice.
+`[positions, vocab]` in float32 would fill the memory, and often only some positions are wanted (the answers).
+So the wanted positions of a buffer are gathered, and the head runs over them in chunks; the number of chunks
+is decided at run time, so one compiled program serves any share of wanted positions. Gradients are made in
+the same pass, so logits are computed once, where a recomputing backward pass would compute them twice.
+
+    loss, logprobs = chunked_loss(hidden, head_of(model), targets, weights, objective)
+
+Whatever is differentiated gets its true gradient: hidden states, the head's adapter, and the head's own
+matrix (a tied embedding too). What is frozen costs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.sharding import gathered, split_tokens
 
-CHUNK = 1024  # answer positions a chunk: float32 logits of 0.6 GB at Qwen3's vocabulary
+CHUNK = 1024  # positions a chunk: float32 logits of 0.6 GB at Qwen3's vocabulary
+# objective(logprobs, weights, extras) -> loss of each position; float32 [...], extras a tree of such arrays
+Objective = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
-def head_parts(model) -> tuple[jax.Array, tuple[jax.Array, ...], tuple[float, ...]]:
-    """The output head of a bound model: W `[vocab, hidden]`, its adapter or (), and alpha / r of each member.
+class Head(NamedTuple):
+    """The output head of a bound model: W `[vocab, hidden]`, and its adapter, already scaled, or None."""
 
-    The adapter is A `[members, r, hidden]` and B `[members, vocab, r]`; one alone is a group of one.
-    """
+    weight: jax.Array
+    lora_a: jax.Array | None = None  # alpha / r times A, float32 [r, hidden]
+    lora_b: jax.Array | None = None  # float32 [vocab, r]
+
+
+def head_of(model) -> Head:
+    """The head of a bound `Decoder`; of a tied model, its embedding."""
     head = model.lm_head
     if head is None:
-        return model.embed_tokens.weight[...], (), model.scales
-    pair = () if head.lora_a is None else (head.lora_a[...], head.lora_b[...])
-    return head.weight[...], tuple(x.reshape(-1, *x.shape[-2:]) for x in pair), model.scales
+        return Head(model.embed_tokens.weight[...])
+    if head.lora_a is None:
+        return Head(head.weight[...])
+    return Head(head.weight[...], head.scale * head.lora_a[...], head.lora_b[...])
 
 
-def summed_nll(hidden, targets, weights, head) -> jax.Array:
-    """Sum over each member's positions of weight * -log p(target): float32 `[members]`.
-
-    Args:
-      hidden: `[lines, length, hidden]`, the states after the last norm; line i is of member i % members.
-      targets: int32 `[lines, length]`.
-      weights: float32 `[lines, length]`; positions of weight 0 cost nothing.
-      head: from `head_parts`.
-    """
-    weight, adapter, scales = head
-    weight = gathered(weight, ("vocab", "embed"))  # once, outside the loop over chunks
-    members = max(1, len(scales))  # a base without an adapter is one, too
-    owners = jnp.broadcast_to(jnp.arange(len(hidden), dtype=jnp.int32)[:, None] % members, targets.shape)
-    parts = (split_tokens(x) for x in (hidden, targets, weights, owners))
-    return _summed_nll(next(parts), adapter, weight, *parts, scales)
-
-
-def token_nll(hidden, adapter, weight, targets, shares) -> jax.Array:
-    """-log p(target) in float32 `[...]` of hidden states `[..., hidden]`; logits are summed in float32.
-
-    Args:
-      shares: `[..., members]`, with how much of each member's adapter: alpha / r of the position's own
-        member, 0 of the others. Members are few and ranks small: nothing beside the product with W.
-    """
-    logits = head_product(hidden, weight)
-    if adapter:
-        a, b = (x.astype(hidden.dtype) for x in adapter)
-        low = jnp.einsum("...i,mri->...mr", hidden, a) * shares.astype(hidden.dtype)[..., None]
-        logits += jnp.einsum("...mr,mor->...o", low, b, preferred_element_type=jnp.float32)
+def target_logprobs(hidden, head: Head, targets) -> jax.Array:
+    """log p(target) in float32 `[...]` of hidden states `[..., hidden]`; logits are summed in float32."""
+    logits = _product(hidden, head.weight)
+    if head.lora_a is not None and head.lora_b is not None:
+        a, b = head.lora_a.astype(hidden.dtype), head.lora_b.astype(hidden.dtype)
+        low = jnp.einsum("...i,ri->...r", hidden, a)
+        logits += jnp.einsum("...r,or->...o", low, b, preferred_element_type=jnp.float32)
     # A comparison, not a gather: the gradient of a gather is a scatter over all logits, this one's is fused.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 @jax.custom_vjp
-def head_product(hidden, weight) -> jax.Array:
-    """Logits `[..., vocab]`, summed in float32, of hidden states and the frozen head `[vocab, hidden]`.
+def _product(hidden, weight) -> jax.Array:
+    """Logits `[..., vocab]`, summed in float32, of hidden states and the head `[vocab, hidden]`.
 
     Its backward pass rounds the logits' gradient to the dtype of the hidden states, as every other product
     does. Left to itself, JAX would turn the whole head into float32 and multiply that, four times slower.
@@ -76,82 +68,141 @@ def head_product(hidden, weight) -> jax.Array:
     return jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
 
 
-def _head_forward(hidden, weight):
-    return head_product(hidden, weight), weight
+def _product_forward(hidden, weight):
+    return _product(hidden, weight), (hidden, weight)
 
 
-def _head_backward(weight, d_logits):
-    # Hidden states have the dtype of the base.
-    return jnp.einsum("...o,oi->...i", d_logits.astype(weight.dtype), weight), None
+def _product_backward(saved, d_logits):
+    hidden, weight = saved
+    d_logits = d_logits.astype(weight.dtype)  # that of the hidden states
+    # The compiler drops the second product where the head is frozen.
+    return jnp.einsum("...o,oi->...i", d_logits, weight), jnp.einsum("...o,...i->oi", d_logits, hidden)
 
 
-head_product.defvjp(_head_forward, _head_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _summed_nll(hidden, adapter, weight, targets, weights, owners, scales):
-    def add(totals, chunk):
-        h, t, w, own = chunk
-        return totals + _chunk_nll(h, adapter, weight, t, w, own, scales)[1]
+def chunked_loss(
+    hidden, head: Head, targets, weights, objective: Objective, extras: Any = (), wanted=None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The objective summed over positions, and log p of the targets where they are asked for.
 
-    start = jnp.zeros(max(1, len(scales)), jnp.float32)
-    return _over_chunks(add, start, (hidden, targets, weights, owners))
+    Args:
+      hidden: `[batch, length, hidden]`, the states after the last norm.
+      targets: int32 `[batch, length]`.
+      weights: float32 `[batch, length]`; positions of weight 0 have no loss and cost nothing.
+      objective: see `jaxlora.train.objective`; static.
+      extras: a tree of float32 arrays `[batch, length]` that the objective takes.
+      wanted: bool `[batch, length]`: where log-probabilities are wanted beside the loss (all positions with a
+        weight are). None: nowhere.
+
+    Returns:
+      the sum, a float32 scalar, and log p(target), float32 `[batch, length]`, 0 where it was not wanted
+      (None without `wanted`), which carries no gradient.
+    """
+    head = head._replace(
+        weight=gathered(head.weight, ("vocab", "embed"))
+    )  # once, outside the loop over chunks
+    returns = wanted is not None
+    chosen = weights != 0 if wanted is None else wanted | (weights != 0)
+    parts = jax.tree.map(split_tokens, (hidden, targets, weights, extras, chosen))
+    total, logprobs = _chunked(objective, returns, head, *parts)
+    if not returns:
+        return total, None
+    return total, jax.lax.stop_gradient(join_like(targets, logprobs))
 
 
-def _chunk_nll(hidden, adapter, weight, targets, weights, owners, scales):
-    """The chunk's sum, and its sums by member."""
-    of_member = owners[..., None] == jnp.arange(max(1, len(scales)))
-    shares = of_member * jnp.asarray(scales or (0.0,), jnp.float32)
-    nll = weights * token_nll(hidden, adapter, weight, targets, shares)
-    # Picked, not multiplied: a member whose loss is NaN must not reach the sums of the others.
-    return jnp.sum(nll), jnp.sum(jnp.where(of_member, nll[..., None], 0), axis=(0, 1))
+def join_like(like: jax.Array, split: jax.Array) -> jax.Array:
+    """The inverse of `split_tokens`: `[shards, tokens]` in the order of `[batch, length]`."""
+    places = split_tokens(jnp.arange(like.size, dtype=jnp.int32).reshape(like.shape))
+    return jnp.zeros(like.size, split.dtype).at[places].set(split).reshape(like.shape)
 
 
-def _forward(hidden, adapter, weight, targets, weights, owners, scales):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(objective, returns, head, hidden, targets, weights, extras, chosen):
     def add(carry, chunk, index):
-        totals, d_hidden, d_adapter = carry
-        h, t, w, own = chunk
-        _, pull, values = jax.vjp(
-            lambda h, a: _chunk_nll(h, a, weight, t, w, own, scales), h, adapter, has_aux=True
+        total, logprobs = carry
+        h, t, w, e = chunk
+        loss, values = _chunk_loss(objective, h, head, t, w, e)
+        return total + loss, _put(logprobs, index, values) if returns else logprobs
+
+    start = jnp.float32(0), jnp.zeros(targets.shape if returns else (), jnp.float32)
+    return _over_chunks(add, start, (hidden, targets, weights, extras), chosen)
+
+
+def _chunk_loss(objective, hidden, head, targets, weights, extras):
+    """The chunk's sum, and log p of its targets."""
+    logprobs = target_logprobs(hidden, head, targets)
+    return jnp.sum(objective(logprobs, weights, extras)), logprobs
+
+
+def _forward(objective, returns, head, hidden, targets, weights, extras, chosen):
+    for given in jax.tree.leaves((weights, extras), is_leaf=_is_primal):
+        if given.perturbed:
+            raise NotImplementedError("a loss is not differentiated by its weights or extras")
+    trained = jax.tree.map(lambda x: x.perturbed, head, is_leaf=_is_primal)
+    head, hidden, targets, weights, extras, chosen = jax.tree.map(
+        lambda x: x.value, (head, hidden, targets, weights, extras, chosen), is_leaf=_is_primal
+    )
+    own = [x for x, differs in zip(jax.tree.leaves(head), jax.tree.leaves(trained), strict=True) if differs]
+
+    def with_own(values) -> Head:
+        values = iter(values)
+        return jax.tree.map(lambda x, differs: next(values) if differs else x, head, trained)
+
+    def add(carry, chunk, index):
+        total, logprobs, d_hidden, d_own = carry
+        h, t, w, e = chunk
+        loss, pull, values = jax.vjp(
+            lambda h, own: _chunk_loss(objective, h, with_own(own), t, w, e), h, own, has_aux=True
         )
-        d_h, d_a = pull(jnp.float32(1))
-        return totals + values, _put(d_hidden, index, d_h), jax.tree.map(jnp.add, d_adapter, d_a)
+        d_h, d_o = pull(jnp.float32(1))
+        d_own = [total + x.astype(jnp.float32) for total, x in zip(d_own, d_o, strict=True)]
+        logprobs = _put(logprobs, index, values) if returns else logprobs
+        return total + loss, logprobs, _put(d_hidden, index, d_h), d_own
 
-    totals = jnp.zeros(max(1, len(scales)), jnp.float32)
-    start = (totals, jnp.zeros_like(hidden), jax.tree.map(jnp.zeros_like, adapter))
-    parts = (hidden, targets, weights, owners)
-    totals, d_hidden, d_adapter = _over_chunks(add, start, parts, with_index=True)
-    return totals, (d_hidden, d_adapter, owners)
-
-
-def _backward(scales, residuals, g):
-    # A position, like an adapter, belongs to one member: its gradient is that member's own.
-    d_hidden, d_adapter, owners = residuals
-    d_adapter = jax.tree.map(lambda x: g[:, None, None] * x, d_adapter)
-    d_hidden = (g[owners][..., None] * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
-    return d_hidden, d_adapter, None, None, None, None
-
-
-_summed_nll.defvjp(_forward, _backward)
+    start = (
+        jnp.float32(0),
+        jnp.zeros(targets.shape if returns else (), jnp.float32),
+        jnp.zeros_like(hidden),
+        [jnp.zeros(x.shape, jnp.float32) for x in own],
+    )
+    parts = (hidden, targets, weights, extras)
+    total, logprobs, d_hidden, d_own = _over_chunks(add, start, parts, chosen)
+    d_own = [d.astype(x.dtype) for d, x in zip(d_own, own, strict=True)]
+    gradients = iter(d_own)
+    d_head = jax.tree.map(lambda differs: next(gradients) if differs else None, trained)
+    return (total, logprobs), (d_head, d_hidden)
 
 
-def _over_chunks(add, carry, parts, with_index=False):
-    """Fold `add` over chunks of the positions with a weight, as many chunks as they need."""
-    hidden, targets, weights, owners = parts
-    length = weights.shape[1]
+def _backward(objective, returns, residuals, cotangents):
+    g, _ = cotangents  # the log-probabilities carry none
+    d_head, d_hidden = jax.tree.map(lambda x: (g * x.astype(jnp.float32)).astype(x.dtype), residuals)
+    return d_head, d_hidden, None, None, None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _is_primal(x: Any) -> bool:
+    return hasattr(x, "perturbed")
+
+
+def _over_chunks(add, carry, parts, chosen):
+    """Fold `add` over chunks of the chosen positions, as many chunks as they need."""
+    length = chosen.shape[1]
     size = min(CHUNK, length)
-    # Positions with a weight first, in order; the filler lies outside and is read as weight 0.
-    order = jnp.argsort(weights == 0, axis=1, stable=True).astype(jnp.int32)
-    counts = jnp.sum(weights != 0, axis=1)
+    # Chosen positions first, in order; the filler lies outside and is read as weight 0.
+    order = jnp.argsort(~chosen, axis=1, stable=True).astype(jnp.int32)
+    counts = jnp.sum(chosen, axis=1)
     order = jnp.where(jnp.arange(length)[None] < counts[:, None], order, length)
     order = jnp.pad(order, ((0, 0), (0, -length % size)), constant_values=length)
 
     def body(i, carry):
         index = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
         inside = jnp.minimum(index, length - 1)
-        w = jnp.where(index < length, _pick(weights, inside), 0)
-        chunk = (_pick(hidden, inside), _pick(targets, inside), w, _pick(owners, inside))
-        return add(carry, chunk, index) if with_index else add(carry, chunk)
+        hidden, targets, weights, extras = jax.tree.map(lambda x: _pick(x, inside), parts)
+        return add(carry, (hidden, targets, jnp.where(index < length, weights, 0), extras), index)
 
     n_chunks = (jnp.max(counts) + size - 1) // size
     return jax.lax.fori_loop(0, n_chunks, body, carry)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jaxlora.config import Condition
 from jaxlora.models.decoder import Tree
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.parity.backend import Pass, Reduction
 from jaxlora.parity.ours import OurBackend, OurTrainer
 from jaxlora.parity.recording import Case, Recording, prompts_of, run_steps

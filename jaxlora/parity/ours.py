@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import load_base
-from jaxlora.checkpoints.peft import export_adapter, import_adapter
+from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import Condition, LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
 from jaxlora.data.render import RenderedRow
@@ -27,11 +28,11 @@ from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.families import load_model_config
 from jaxlora.models.head import head_parts, token_nll
-from jaxlora.models.spec import load_model_config
 from jaxlora.parity.backend import AdamStep, Pass, Reduction, reduced
 from jaxlora.runtime.devices import scan_layers
-from jaxlora.sharding import make_mesh, place_batch, place_lora, token_multiple
+from jaxlora.sharding import make_mesh, place_batch, place_trained, token_multiple
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 
 CHUNK = 128  # positions whose float32 logits are held at once
@@ -64,13 +65,13 @@ class OurBackend:
 
     def create(self, condition: Condition, rank: int, seed: int) -> OurTrainer:
         """A fresh adapter of this package's own initialisation."""
-        lora = LoraConfig(condition=condition, rank=rank, alpha=TINKER_ALPHA)
+        lora = LoraConfig(targets=condition, rank=rank, alpha=TINKER_ALPHA)
         spec = ModelSpec(self.config, lora, self.dtype, self.scan)
         return OurTrainer(self, spec, init_lora(spec, seed))
 
     def load(self, adapter: Path) -> OurTrainer:
         """Start from the adapter in a PEFT folder; its rank, alpha and placement are its own."""
-        config, lora, _ = import_adapter(adapter, self.config)
+        config, lora, _, _ = read_adapter(adapter, self.config)
         return OurTrainer(self, ModelSpec(self.config, config, self.dtype, self.scan), lora)
 
     def describe(self) -> dict[str, str]:
@@ -83,7 +84,7 @@ class OurTrainer:
 
     def __init__(self, backend: OurBackend, spec: ModelSpec, lora: Tree):
         self.backend, self.spec = backend, spec
-        self.lora = place_lora(backend.mesh, spec, lora)
+        self.lora = place_trained(backend.mesh, spec, lora)
         self.saved: dict[str, Tree] = {}
         self._kept: list[RenderedRow] = []
         self._adam: AdamStep | None = None
@@ -113,7 +114,7 @@ class OurTrainer:
         if self._adam is None:
             optim = OptimConfig(b1=adam.b1, b2=adam.b2, eps=adam.eps)
             with jax.set_mesh(self.backend.mesh):
-                start = place_lora(self.backend.mesh, self.spec, init_state(self.lora, optim))
+                start = place_trained(self.backend.mesh, self.spec, init_state(self.lora, optim))
             self._state: TrainState = jax.tree.map(jnp.copy, start)
             self._step = _train_program(self.spec, optim, self.backend.compute)
         assert self._adam is None or self._adam[1:] == adam[1:], "only the learning rate changes"

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxlora.config import Condition
 from jaxlora.data.render import RenderedRow, shifted
-from jaxlora.models.table import GROUPS
+from jaxlora.models.spec import GROUPS
 from jaxlora.parity.backend import AdamStep, Pass
 from jaxlora.runtime.errors import UserError
 

@@ -37,12 +37,12 @@ from jaxlora.sharding import (
     base_shardings,
     decode_mesh,
     decode_shardings,
-    lora_shardings,
     make_mesh,
     named,
     replicated,
     token_multiple,
     token_shards,
+    trained_shardings,
 )
 from jaxlora.train.fused import group_spec
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
@@ -145,7 +145,7 @@ class Programs:
         rates: tuple[int, ...] = ()
         if members > 1:
             state, spec, rates = _of_members(state, members), group_spec([spec] * members), (members,)
-        state = _abstract(state, lora_shardings(mesh, spec, state))
+        state = _abstract(state, trained_shardings(mesh, spec, state))
         rate = jax.ShapeDtypeStruct(rates, jnp.float32, sharding=replicated(mesh))
         step = make_train_step(spec, optim, Compute(self.attention, remat))
         batch = self._batch(self.buffers, self.train_tokens, members)
@@ -156,7 +156,7 @@ class Programs:
     def validation_step(self) -> Program:
         """One validation batch of typical length, in one buffer."""
         lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
-        lora = _abstract(lora, lora_shardings(self.mesh, self.spec, lora))
+        lora = _abstract(lora, trained_shardings(self.mesh, self.spec, lora))
         step = make_eval_step(self.spec, Compute(self.attention))
         tokens = self.validation_tokens
         arguments = (lora, self._base, self._batch(1, tokens))
@@ -193,7 +193,7 @@ class Programs:
 
     @cached_property
     def _base(self) -> Any:
-        return _abstract(self.spec.abstract_frozen, base_shardings(self.mesh, self.spec))
+        return _abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
 
     def _batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
         shape = (buffers, lines, tokens)
@@ -219,7 +219,7 @@ class Programs:
             lambda: init_decode(spec, settings.batch_rows, length, settings.max_new_tokens)
         )
         state = _abstract(state, decode_shardings(mesh, state))
-        return state, _abstract(spec.abstract_frozen, base_shardings(mesh, spec))
+        return state, _abstract(spec.abstract_base, base_shardings(mesh, spec))
 
     def _compile(
         self,

@@ -46,6 +46,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
+        _settle(folder)
         put_in_place(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -60,3 +61,17 @@ def put_in_place(folder: Path, out: Path) -> None:
     folder.rename(out)
     if old.exists():  # also what a process left that was killed between the two names
         shutil.rmtree(old)
+
+
+def _settle(folder: Path) -> None:
+    """Give all files the mode that the user's umask asks for (some libraries write 0600), and sync them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,27 +1,106 @@
-"""Bases in a bucket: the small files are copied here, the weights are read where they are.
+"""Where models and files are: shipped with the package, in a folder, on the Hub, or in a bucket.
 
+    resolve("embedded:base").name               # "base"; any other path is taken as it is
     folder = mirror("gs://bucket/Qwen3-8B")     # ~/.cache/jaxlora/bases/gs%3A%2F%2Fbucket%2FQwen3-8B
     weights_of(folder)                          # "gs://bucket/Qwen3-8B"
 
-A mirror is a model's directory without its weights, and its name says where those are. So a base in a bucket
-is a directory like any other for all that reads configurations and tokenizers.
+Of a base in a bucket the small files are copied here, and the weights are read where they are. A mirror is a
+model's directory without its weights, and its name says where those are. So it is a directory like any other
+for all that reads configurations and tokenizers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import write_bytes_atomic
 from jaxlora.runtime.folders import file_in
 from jaxlora.runtime.progress import console
 
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+EMBEDDED = "embedded:"  # the prefix of shipped files
 SMALL_BYTES = 200 * 2**20  # a tokenizer has 10 to 30 MiB
+
+
+def embedded_path(name: str) -> Path:
+    """Path of a shipped file or folder, such as `base` or `data/train.jsonl`.
+
+    Raises `UserError` when the package ships nothing under that name.
+    """
+    root = Path(str(resources.files("jaxlora.embedded")))
+    path = root / name
+    if not name or not path.resolve().is_relative_to(root.resolve()) or not path.exists():
+        known = sorted(
+            entry.relative_to(root).as_posix()
+            for entry in [root / "base", *(root / "data").glob("*")]
+            if entry.exists()
+        )
+        raise UserError(
+            f"the package ships no {EMBEDDED}{name}; it ships "
+            + ", ".join(EMBEDDED + entry for entry in known)
+        )
+    return path
+
+
+def resolve(path: str) -> Path:
+    """The file or folder that a config path means: shipped if it starts with `embedded:`, else as given."""
+    if path.startswith(EMBEDDED):
+        return embedded_path(path.removeprefix(EMBEDDED))
+    return Path(path)
+
+
+def announce(text: str) -> None:
+    """Say on stderr what is about to be fetched."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fetch_folder(
+    named: str,
+    repository: str,
+    patterns: Sequence[str],
+    missing: Callable[[Path], str],
+    revision: str | None = None,
+) -> Path:
+    """The Hub's own cache folder of a model repository, fetched (announced) unless all is there already.
+
+    Args:
+      named: what the user gave, as errors name it.
+      patterns: of the files to fetch.
+      missing: what a folder lacks, in words; empty if nothing. The cache may hold a part only: whoever
+        fetched a tokenizer alone has left a folder with nothing else in it.
+
+    Raises:
+      UserError: the Hub does not give it, or not all of it.
+    """
+    from huggingface_hub import snapshot_download
+
+    fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=list(patterns))
+    with suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
+        folder = Path(fetch(local_files_only=True))
+        if not missing(folder):
+            return folder
+    announce(f"fetching {repository} from the Hugging Face Hub (kept in its local cache)")
+    try:
+        folder = Path(fetch())
+    except Exception as error:
+        raise UserError(f"{named}: cannot be fetched: {first_line(error)}") from None
+    if reason := missing(folder):  # without a network the client gives whatever its cache holds
+        raise UserError(f"{named}: was not fetched whole: {reason}")
+    return folder
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its text; the Hub's clients write many."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def is_remote(path: str | Path) -> bool:

@@ -90,7 +90,7 @@ def trials(config: RunConfig) -> list[RunConfig]:
             name=f"{config.prefix}-{condition}-lr-{rate(peak)}",
             results_dir=str(Path(config.results_dir) / TRIALS),
             seed=grid.seed,
-            lora=replace(config.lora, condition=condition),
+            lora=replace(config.lora, targets=condition),
             optim=replace(config.optim, peak_lr=peak, schedule="constant"),
             data=replace(
                 config.data,
@@ -131,7 +131,7 @@ def members(config: RunConfig, rates: Mapping[str, float] | None = None) -> list
                 config,
                 name="-".join([*parts, f"seed-{seed}"]),
                 seed=seed,
-                lora=replace(config.lora, condition=condition, rank=rank or config.lora.rank),
+                lora=replace(config.lora, targets=condition, rank=rank or config.lora.rank),
                 optim=replace(
                     config.optim, peak_lr=peak or (rates or {}).get(condition, config.optim.peak_lr)
                 ),

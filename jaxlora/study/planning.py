@@ -18,7 +18,7 @@ from rich.table import Table
 from jaxlora.config import RunConfig, check_study
 from jaxlora.data.gates import GateStatus, report_place
 from jaxlora.evals.gsm8k import load_problems
-from jaxlora.models.table import count_matrix_parameters
+from jaxlora.models.families import count_matrix_parameters
 from jaxlora.runtime.devices import peak_flops
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json

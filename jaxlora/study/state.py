@@ -15,7 +15,7 @@ from jaxlora.checkpoints.base import fingerprint
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.sources import locate
-from jaxlora.models.table import count_parameters
+from jaxlora.models.families import count_parameters
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_jsonl, sha256_of
 from jaxlora.train.job import locate_model

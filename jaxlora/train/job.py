@@ -6,39 +6,31 @@ print(describe(job))           # the plan: parameters, steps, tokens, memory
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.checkpoints.base import fingerprint
-from jaxlora.checkpoints.tensors import open_tensors
-from jaxlora.config import DataConfig, ModelSource, RunConfig
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.base import Base, find_base
+from jaxlora.config import DataConfig, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges
 from jaxlora.data.gates import GateStatus, require_gates
-from jaxlora.data.render import TOKENIZER_SUFFIXES, RenderedRow, Tokenizer, load_tokenizer
+from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowReport, load_rendered_rows
-from jaxlora.data.sources import fetch_folder
-from jaxlora.embedded import resolve
 from jaxlora.estimate import with_mesh
-from jaxlora.lora import count_trainable
-from jaxlora.models.attention import pick_backend
-from jaxlora.models.decoder import ModelSpec, kept_per_token
+from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
+from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
+from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
-from jaxlora.models.spec import ModelConfig, load_model_config, published_config
-from jaxlora.models.table import count_parameters
-from jaxlora.runtime.chips import slice_of
-from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.remote import is_remote, mirror
-from jaxlora.sharding import make_mesh, token_multiple
+from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
-from jaxlora.train.step import Compute
+from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 
 
 @dataclass(frozen=True)
@@ -46,11 +38,10 @@ class Job:
     """A checked run: configuration, model shape, rows and plan. No weights."""
 
     config: RunConfig
-    model_dir: Path | None  # None: random weights of a published shape
+    base: Base
     spec: ModelSpec
-    backend: str
+    machine: Machine
     tokenizer: Tokenizer
-    mesh: jax.sharding.Mesh
     train_rows: list[RenderedRow]
     validation_rows: list[RenderedRow]
     reports: tuple[RowReport, RowReport]
@@ -59,74 +50,13 @@ class Job:
     train_layout: Layout
     validation_layout: Layout
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.machine.mesh
+
     def compute(self, layout: Layout) -> Compute:
         """How steps over buffers of this layout are computed."""
-        return Compute(self.backend, self.config.model.remat, layout.batch_rows if layout.packed else 1)
-
-
-def locate_model(config: RunConfig, with_weights: bool = True) -> tuple[Path | None, ModelConfig]:
-    """The model's directory and shape; a Hub name is fetched (announced) and then cached. Of a model in a
-    bucket (`gs://bucket/folder`) only the small files are copied, see `jaxlora.runtime.remote`.
-
-    Args:
-      with_weights: fetch the weights too; without, only config.json (for plans).
-
-    Raises:
-      UserError: no such directory or Hub model, or not a Qwen3.
-    """
-    source = config.model
-    if source.random_weights and not Path(source.path).exists():
-        with contextlib.suppress(UserError):
-            return None, published_config(source.path)
-    folder = mirror(source.path) if is_remote(source.path) else resolve(source.path)
-    if not folder.is_dir():
-        folder = _fetch(source, with_weights and not source.random_weights)
-    return folder, load_model_config(folder)
-
-
-def _fetch(source: ModelSource, with_weights: bool) -> Path:
-    """The local folder of a Hub model."""
-    name = source.path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"config.model.path: no directory {name!r}; give one, or a Hub name such as Qwen/Qwen3-8B"
-        )
-    patterns = [f"*{suffix}" for suffix in sorted(TOKENIZER_SUFFIXES)] + ["*.safetensors"] * with_weights
-    missing = partial(_missing, with_weights=with_weights, with_tokenizer=source.tokenizer is None)
-    return fetch_folder(f"config.model.path: {name!r}", name, patterns, missing)
-
-
-def _missing(folder: Path, with_weights: bool, with_tokenizer: bool) -> str:
-    """What is missing of a model in a folder, in words; empty if nothing is."""
-    for name in ["config.json"] + ["tokenizer_config.json"] * with_tokenizer:
-        if not (folder / name).is_file():
-            return f"{folder / name}: missing"
-    try:
-        if with_weights:
-            open_tensors(folder)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def base_fingerprint(config: RunConfig, model_dir: Path | None, model: ModelConfig) -> str:
-    """Tells one base from another: by its files or, where it is drawn at random, by seed and shape."""
-    if model_dir is None or config.model.random_weights:
-        return f"random-{config.seed}-{hashlib.sha256(repr(model).encode()).hexdigest()[:16]}"
-    return fingerprint(model_dir)
-
-
-def load_job_tokenizer(config: RunConfig, model_dir: Path | None, model: ModelConfig) -> Tokenizer:
-    """The tokenizer named by the configuration, or the model's own; the model must know all of its ids."""
-    name = config.model.tokenizer or (str(model_dir) if model_dir else None)
-    if name is None:
-        raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
-    tokenizer = load_tokenizer(name)
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(
-            f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {model.vocab_size}"
-        )
-    return tokenizer
+        return self.machine.compute(layout.batch_rows if layout.packed else 1)
 
 
 def prepare(
@@ -145,10 +75,10 @@ def prepare(
     data, train = config.data, config.train
     if gates is None:
         gates = require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
-    model_dir, model_config = locate_model(config, with_weights)
+    base = find_base(config.model, config.seed, with_weights)
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
-    tokenizer = like.tokenizer if like else load_job_tokenizer(config, model_dir, model_config)
+    tokenizer = like.tokenizer if like else base.tokenizer()
     if like is not None:
         train_rows, validation_rows, reports = like.train_rows, like.validation_rows, like.reports
     else:
@@ -158,25 +88,22 @@ def prepare(
             f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
             f" give at most {len(train_rows)}"
         )
-    if config.lora.output_head and model_config.tie_word_embeddings:
-        raise UserError("config.lora.output_head: this model ties its head to the embedding; give false")
-    platform = jax.default_backend()
-    scan = scan_layers(config.model.layers, platform)
-    spec = ModelSpec(model_config, config.lora, config.model.dtype, scan)
-    config = with_mesh(config, model_config, slice_of(jax.devices()))
-    mesh = make_mesh(config.mesh)
+    config, spec = trained_spec(config, base)
+    if (slice_ := slice_of(jax.devices())) is not None:
+        config = with_mesh(config, base.config, slice_)
+    machine = wire(config.model, config.mesh)
+    spec = replace(spec, scan=machine.scan)
     plan = plan_run(config.optim, train, len(train_rows))
     steps = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
-    multiple = token_multiple(mesh)
+    multiple = token_multiple(machine.mesh)
     return Job(
         config=config,
-        model_dir=model_dir,
+        base=base,
         spec=spec,
-        backend=pick_backend(config.model.attention, platform, config.model.dtype, mesh.size),
+        machine=machine,
         tokenizer=tokenizer,
-        mesh=mesh,
         train_rows=train_rows,
         validation_rows=validation_rows,
         reports=reports,
@@ -185,6 +112,58 @@ def prepare(
         train_layout=choose_layout(train_rows, steps, train.batch_rows, train, multiple),
         validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, multiple),
     )
+
+
+def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
+    """The model with what is trained of it, and the configuration with the adapter that it starts from.
+
+    Raises:
+      UserError: the model cannot have this placement, or the adapter to start from is not one for it.
+    """
+    model = ModelSpec(base.config, None, config.model.dtype)
+    if config.train.what == "full":
+        if config.lora.start is not None:
+            raise UserError("config.lora.start: with train.what=full no adapter is trained; merge it first")
+        return config, replace(model, full=True)
+    if config.lora.start is None:
+        spec = replace(model, lora=config.lora)
+        check_targets(spec)
+        return config, spec
+    adapter = read_adapter(config.lora.start, base.config)
+    lora = replace(adapter.lora, start=config.lora.start)
+    return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
+
+
+def fresh_state(job: Job) -> TrainState:
+    """The state before the first step; a function of the seed, and of what the run starts from."""
+    spec, start = job.spec, job.config.lora.start
+    if spec.full:
+        trained = job.base.load(replace(spec, dtype="float32", full=False), job.mesh)
+    else:
+        tree = init_lora(spec, job.config.seed) if start is None else read_adapter(start, spec.config).tree
+        trained = place_trained(job.mesh, spec, tree)
+        check_lora(spec, trained)
+        assert spec.shapes or sum(x.size for x in jax.tree.leaves(trained)) == count_trainable(spec)
+    return init_state(trained, job.config.optim)
+
+
+def abstract_state(job: Job) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without any array."""
+
+    def make() -> TrainState:
+        if not job.spec.full:
+            return init_state(init_lora(job.spec, 0), job.config.optim)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), job.spec.abstract_base)
+        return init_state(zeros, job.config.optim)
+
+    state = jax.eval_shape(make)
+    shardings = trained_shardings(job.mesh, job.spec, state)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def load_frozen(job: Job) -> Tree:
+    """The base of a job; `{}` where all weights are trained."""
+    return {} if job.spec.full else job.base.load(job.spec, job.mesh)
 
 
 def _load_rows(
@@ -213,8 +192,9 @@ def padding_efficiency(rows: list[RenderedRow], batches: list[range], layout: La
 def estimate_memory(job: Job) -> dict[str, int]:
     """Bytes that a run needs on all devices together, in four parts; an estimate to about a fifth.
 
-    Adapter: weights, gradients and two moments in float32. Activations: what the backward pass of one
-    buffer keeps, see `kept_per_token`. Output head: logits of one chunk and their gradient, in float32.
+    Base: the weights that the model computes with. What is trained: weights, gradients and two moments in
+    float32. Activations: what the backward pass of one buffer keeps, see `kept_per_token`. Output head:
+    logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
     tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
@@ -223,10 +203,19 @@ def estimate_memory(job: Job) -> dict[str, int]:
         kept += sum(kept_per_token(config, False))
     return {
         "base": count_parameters(config) * width,
-        "adapter and optimizer": count_trainable(job.spec) * 4 * 4,
+        "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
         "activations": kept * tokens * width,
         "output head": 2 * 4 * config.vocab_size * min(CHUNK, tokens),
     }
+
+
+def _what_is_trained(job: Job) -> str:
+    lora = job.spec.lora
+    if lora is None:
+        return "all weights, float32 master weights"
+    names = ", ".join(weight.name for weight in job.spec.adapted)
+    start = f", starting from {lora.start}" if lora.start else ""
+    return f"adapter {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, on {names}{start}"
 
 
 def describe(job: Job) -> Table:
@@ -244,8 +233,7 @@ def describe(job: Job) -> Table:
         "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}"
         + (", random weights" if config.model.random_weights else ""),
         "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
-        "adapter": f"{config.lora.condition}, rank {config.lora.rank}, alpha {config.lora.alpha:g}, on "
-        + ", ".join(weight.name for weight in job.spec.adapted),
+        "trained": _what_is_trained(job),
         "training": f"{len(job.train_rows):,} rows, {train_tokens:,} tokens an epoch, "
         f"{train_tokens * config.train.epochs:,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
@@ -258,7 +246,7 @@ def describe(job: Job) -> Table:
         f"{padding_efficiency(job.train_rows, epoch, job.train_layout):.1%} of them real",
         "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
-        f" attention {job.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
+        f" attention {job.machine.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
     }
     table = Table(show_header=False, box=None)
     for name, text in rows.items():

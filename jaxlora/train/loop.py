@@ -1,11 +1,6 @@
 """The training loop: steps, validation, checkpoints, metrics; resumable at any step.
 
-    result = train(job)                  # -> selected step and its validation NLL; the rest is in its run_dir
-    results = train_group(jobs)          # several runs over one base in one program
-
-There is one loop: a lone run is a group of one. The members of a group take their steps together and share
-each product with the base (see `jaxlora.train.fused`); their directories are those of lone runs. Those that
-are behind run first, until all are at the same step. One whose loss is not finite ends alone.
+    result = train(job)       # -> selected step and its validation NLL; the rest is in job.config.run_dir
 
 The loop runs ahead of the device: metrics are read two steps late, so that the device never waits for the
 host. The order of work is a function of the step alone, so a run that was stopped or killed, however often,
@@ -18,103 +13,85 @@ import math
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.checkpoints.peft import import_adapter
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.data.batches import ahead
+from jaxlora.data.batches import ahead, step_batch, validation_batches
 from jaxlora.models.decoder import Tree
-from jaxlora.plan.programs import out_of_memory
 from jaxlora.runtime import hosts
+from jaxlora.runtime.devices import out_of_memory
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import is_disk_full, read_json
+from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
-from jaxlora.sharding import place_batch, place_lora
+from jaxlora.sharding import place_batch
 from jaxlora.train.display import TrainingDisplay
-from jaxlora.train.group import Group, check_group
-from jaxlora.train.job import Job
+from jaxlora.train.job import Job, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import identity, make_manifest
-from jaxlora.train.member import Diverged, Member, TrainResult, load_frozen
-from jaxlora.train.run_directory import RunDirectory, is_finished
+from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
+from jaxlora.train.schedule import learning_rate
+from jaxlora.train.selection import select_checkpoint
 from jaxlora.train.startup import check_start
+from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
 LATE = 2  # steps between dispatch and reading the metrics
 
 
+class Diverged(UserError, FloatingPointError):
+    """The loss or the gradient of a step is NaN or infinite."""
+
+    def __init__(self, step: int, message: str, saved: bool):
+        advice = "The checkpoints before it are good" if saved else "Nothing was saved yet; try a lower rate"
+        super().__init__(f"step {step}: {message}. {advice}")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The selected checkpoint and the base it was trained on (kept for an evaluation right after)."""
+
+    step: int
+    mean_nll: float
+    frozen: Tree
+    trained: Tree
+
+
 def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> TrainResult:
-    """Train (or resume) the job's run and write its directory; see `train_group`.
-
-    Raises:
-      Diverged: a number is not finite; else as `train_group`.
-    """
-    (result,) = train_group([job], frozen, stop)
-    if isinstance(result, Diverged):
-        raise result
-    return result
-
-
-def train_group(
-    jobs: Sequence[Job], frozen: Tree | None = None, stop: Stop | None = None
-) -> list[TrainResult | Diverged]:
-    """Train (or resume) these runs together and write their directories.
+    """Train (or resume) the job's run and write its directory.
 
     Args:
       frozen: the base, as `load_frozen` gives it, where it is loaded already; None: it is loaded.
       stop: from a `stop_signals` that the caller has open; None: signals are taken over here.
 
-    Returns:
-      each run's result, or how it diverged; the others are not touched by that.
-
     Raises:
-      UserError: a run exists and is finished, belongs to another configuration, is damaged beyond what
-        its checkpoints hold, or the disk is full; or the runs cannot be trained together.
-      Interrupted: a signal asked to stop; the runs are saved and resume with the same command.
+      Diverged: a number is not finite.
+      UserError: the run exists and is finished, belongs to another configuration, is damaged beyond what its
+        checkpoints hold, or the disk is full.
+      Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
-    check_group([job.config for job in jobs])
     with ExitStack() as stack:
         stop = stop or stack.enter_context(stop_signals())
-        stack.enter_context(jax.set_mesh(jobs[0].mesh))
-        members = [Member(job, stack.enter_context(RunDirectory.open(job))) for job in jobs]
-        stack.enter_context(_failures(members))
-        for member in members:
-            folder = member.run.path / "checkpoints"
-            member.store = stack.enter_context(RunState(folder, member.run.identity))
-        _train(members, frozen, stop)
-    return [member.outcome for member in members if member.outcome is not None]
-
-
-@contextmanager
-def _failures(members: Sequence[Member]) -> Iterator[None]:
-    """Write `failure.json` of every run on its way for whatever goes wrong, here or in another process."""
-
-    def write(error: BaseException, trace: str) -> list[Member]:
-        on_their_way = [member for member in members if member.outcome is None]
-        for member in on_their_way:
-            member.run.write_failure(member.stage, member.step, error, trace)
-        return on_their_way
-
-    def elsewhere(message: str) -> None:
-        write(MachineError(message), message)
-
-    try:
-        with hosts.on_other_failure(elsewhere):
-            yield
-    except (Interrupted, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        failed = write(error, traceback.format_exc())
-        if failed and is_disk_full(error) and not isinstance(error, UserError):
-            raise UserError(
-                f"{failed[0].run.path}: the disk is full (at step {failed[0].step}, {failed[0].stage}). The"
-                " last checkpoint stands: make room, then give the same command to go on"
-            ) from error
-        raise
+        stack.enter_context(jax.set_mesh(job.mesh))
+        directory = stack.enter_context(RunDirectory.open(job))
+        run = Run(job, directory, stop)
+        stack.enter_context(_failures(run))
+        run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
+        run.resume()
+        run.frozen = load_frozen(job) if frozen is None else frozen
+        if run.step == 0 and job.config.train.startup_check:
+            run.stage = "start-up check"
+            check_start(job, run.state.trained, run.frozen)
+        while (result := run.to_the_end()) is None:
+            pass  # the selected checkpoint was damaged, and its steps are computed again
+        return result
 
 
 def not_yet_evaluated(job: Job) -> TrainResult | None:
@@ -128,204 +105,255 @@ def not_yet_evaluated(job: Job) -> TrainResult | None:
     if evaluated or begins_anew or identity(old) != identity(make_manifest(job)):
         return None
     summary = read_json(path / "summary.json")
-    _, lora, _ = import_adapter(path / "selected", job.spec.config)
     step, nll = summary["selected_step"], summary["primary_metric"]["value"]
-    return TrainResult(step, nll, load_frozen(job), place_lora(job.mesh, job.spec, lora))
+    return TrainResult(step, nll, load_frozen(job), read_selected(job))
 
 
-def _train(members: Sequence[Member], frozen: Tree | None, stop: Stop) -> None:
-    """Train every member to its end."""
-    for member in members:
-        member.resume()
-    _line_up(members)
-    frozen = load_frozen(members[0].job) if frozen is None else frozen
-    for member in members:
-        if member.step == 0 and member.job.config.train.startup_check:
-            member.stage = "start-up check"
-            check_start(member.job, member.state.lora, frozen)
-    while left := [member for member in members if member.outcome is None]:
-        behind = min(member.step for member in left)
-        group = [member for member in left if member.step == behind]
-        stops = [member.step for member in left if member.step > behind]
-        _advance(group, min(stops + [member.job.plan.total_steps for member in group]), frozen, stop)
-        for member in group:
-            if member.outcome is None and member.step == member.job.plan.total_steps:
-                member.finish(frozen)
+class Run:
+    """One run on its way: its directory, its checkpoints, how far it is, and what is being done now."""
 
+    store: RunState
+    state: TrainState
+    frozen: Tree
 
-def _line_up(members: Sequence[Member]) -> None:
-    """Let members that are ahead by less than a checkpoint go back to the one that is furthest behind.
+    def __init__(self, job: Job, directory: RunDirectory, stop: Stop):
+        self.job, self.directory, self.stop = job, directory, stop
+        self.step, self.stage = 0, "loading"
+        self.validations: dict[int, float] = {}
+        self._like = abstract_state(job)
+        self._again = False  # it went back once, because its selected checkpoint was damaged
 
-    A kill between two members' saves leaves them so; the group then goes on as if it had not been stopped.
-    Members that are further ahead wait where they are.
-    """
-    behind = min(member.step for member in members)
-    for member in members:
-        if behind < member.step <= member.next_save(behind):
-            member.resume(before=behind + 1)
+    def resume(self, before: int | None = None) -> None:
+        """Go to the newest sound checkpoint, or to the start where there is none.
 
+        Args:
+          before: go back to before this step, and drop what comes after.
+        """
+        found = self.store.restore(self._like, before, self.directory.unusable)
+        self.step, self.validations, size = 0, {}, 0
+        if found is not None:
+            self.step, self.state = found.step, found.state
+            self.validations = {int(step): nll for step, nll in found.progress["validations"]}
+            size = found.progress["metrics_bytes"]
+            console.print(f"resuming {self.job.config.run_id} after step {self.step}", markup=False)
+        else:
+            self.state = fresh_state(self.job)
+        if before is not None:
+            self.store.drop_after(self.step)
+        self.directory.start_records(size)
 
-def _advance(members: Sequence[Member], until: int, frozen: Tree, stop: Stop) -> None:
-    """Train members that are at the same step up to a step, or until one of them diverges.
+    def to_the_end(self) -> TrainResult | None:
+        """Train from the step where the run is to its last one, and close it.
 
-    On return, every checkpoint is published, and each member has its state.
-    """
-    group = Group(members)
-    job, start = members[0].job, members[0].step
-    train_step, eval_step = group.programs()
-    if start < until and jax.default_backend() == "tpu":
-        check_longest(group, train_step, frozen, start + 1)
+        Returns:
+          the result; None where the selected checkpoint is damaged: the run has gone back to before it.
+        """
+        job, last = self.job, self.job.plan.total_steps
+        train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
+        if self.step < last and jax.default_backend() == "tpu":
+            self._check_longest(train_step)
+        batch_of = partial(step_batch, job.train_rows, job.plan.rows_of_step, job.train_layout)
+        with (
+            self.stop.saving(job.config.train.grace_seconds) as begin_saving,
+            TrainingDisplay(job, self.step + 1) as display,
+        ):
+            log = StepLog(self, display)
+            if self._validates:  # stopped between a validation's step and the validation
+                self._after_step(log)
+            if self.step < last:
+                for step, batch in ahead(batch_of, range(self.step + 1, last + 1)):
+                    self.stage = "training"
+                    display.announce_shape("training step", batch["tokens"].shape)
+                    rate = np.float32(learning_rate(step, job.config.optim, job.plan))
+                    placed = place_batch(job.mesh, batch)
+                    self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
+                    begin_saving()  # until now there was nothing to save
+                    self.step = step
+                    log.add(step, metrics, float(rate))
+                    self.store.check()
+                    self._after_step(log)
+            log.read_all()
+            self.stage = "saving"
+            self.store.wait()
+        return self._finish()
 
-    with (
-        stop.saving(job.config.train.grace_seconds) as begin_saving,
-        TrainingDisplay(group.jobs, start + 1) as display,
-    ):
-        log = StepLog(group, display)
+    @property
+    def _validates(self) -> bool:
+        """Whether a validation is due at this step."""
+        return self.step in self.job.plan.validation_steps and self.step not in self.validations
 
-        def settle() -> None:
-            """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
-            stopping = hosts.agree(stop.signum is not None)
-            if not stopping and not any(member.saves for member in group.on_their_way):
-                return
-            log.read_all()  # nothing is saved or validated before its numbers are known to be finite
-            due = [member for member in group.on_their_way if member.validates]
-            saves = [member for member in group.on_their_way if member.saves]
-            if due and not stopping:
-                stopping = not validate(group, due, eval_step, frozen, display, stop)
-            for member in group.on_their_way if stopping else saves:
-                if member.outcome is None:
-                    member.save(group.state_of(member))
-                    if hosts.n_processes() > 1:
-                        member.store.wait()  # hosts write one checkpoint at a time
-            if stopping:
-                for member in group.on_their_way:
-                    member.store.wait()
-                raise Interrupted(stop.signum or signal.SIGTERM, group.members[0].step)
+    @property
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due at this step."""
+        every = self.job.config.train.checkpoint_every
+        return self._validates or (every is not None and self.step % every == 0)
 
-        if any(member.validates for member in members):  # stopped in between
-            settle()
-        if start < until:
-            for step, batch in ahead(group.batch, range(start + 1, until + 1)):
-                display.announce_shape("training step", batch["tokens"].shape)
-                rates, placed = group.rates(step), place_batch(job.mesh, batch)
-                for member in members:
-                    member.stage = "training"
-                group.state, arrays = train_step(group.state, frozen, placed, jnp.asarray(rates))
-                begin_saving()  # until now there was nothing to save
-                for member in members:
-                    member.step = step
-                log.add(step, arrays, rates)
-                for member in members:
-                    member.store.check()
-                settle()
-                if len(group.on_their_way) < len(members):
-                    break
-        log.read_all()
-        for member in group.on_their_way:
-            member.state = group.state_of(member)
-            member.stage = "saving"
-            member.store.wait()
+    def _after_step(self, log: StepLog) -> None:
+        """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
+        stopping = hosts.agree(self.stop.signum is not None)
+        saves = self._saves
+        if not stopping and not saves:
+            return
+        log.read_all()  # nothing is saved or validated before its numbers are known to be finite
+        if self._validates and not stopping:
+            self.stage = "validation"
+            mean_nll = validate(self, log.display)
+            stopping = mean_nll is None
+            if mean_nll is not None:
+                self.validations[self.step] = mean_nll
+                self.directory.record(self.directory.validation_record(self.step, mean_nll))
+                log.display.validated(self.step, self.validations)
+        if saves or stopping:
+            self.stage = "saving"
+            best = select_checkpoint(self.validations) if self.validations else None
+            progress = self.directory.progress(self.step, self.validations)
+            self.store.save(self.step, self.state, progress, best)
+            if hosts.n_processes() > 1:
+                self.store.wait()  # hosts write one checkpoint at a time
+        if stopping:
+            self.store.wait()
+            raise Interrupted(self.stop.signum or signal.SIGTERM, self.step)
 
+    def _finish(self) -> TrainResult | None:
+        """Export the selected checkpoint and close the run; where it is damaged, go back to before it.
 
-def check_longest(group: Group, train_step: Any, frozen: Tree, step: int) -> None:
-    """Compile the step of the longest buffer: a TPU's compiler knows whether it fits, and a run should not
-    find that out after hours. When its turn comes, its program comes from the cache.
+        Raises:
+          UserError: it was damaged twice.
+        """
+        best = select_checkpoint(self.validations)
+        if problem := self.store.damage(best):
+            if self._again:
+                raise UserError(
+                    f"{self.directory.path}: the checkpoint of step {best} was damaged twice: {problem}"
+                )
+            self._again = True
+            console.print(
+                f"the checkpoint of step {best}, the selected one, is damaged ({problem});"
+                " computing its steps again",
+                markup=False,
+            )
+            self.resume(before=best)
+            return None
+        self.stage = "selection"
+        trained = self.store.read(best, self._like).state.trained
+        self.directory.export_selected(trained, best)
+        self.directory.finish(best, self.validations)
+        return TrainResult(best, self.validations[best], self.frozen, trained)
 
-    Raises:
-      UserError: it does not fit; names what would.
-    """
-    job = group.jobs[0]
-    longest = max(max(each.train_layout.sizes) for each in group.jobs)
-    batch = {name: np.zeros((1, *x.shape[1:2], longest), x.dtype) for name, x in group.batch(step).items()}
-    rates = jnp.asarray(group.rates(step))
-    try:
-        train_step.lower(group.state, frozen, place_batch(job.mesh, batch), rates).compile()
-    except jax.errors.JaxRuntimeError as error:
-        if (missing := out_of_memory(str(error))) is None:
-            raise
-        shorter = [size for size in job.train_layout.sizes if size < longest] or [longest // 2]
-        split = f"max_buffer_tokens={max(shorter)}, which splits longer ones,"
-        if not job.train_layout.packed:  # padded rows are never split
-            split = "layout=packed"
-        raise UserError(
-            f"a step of {batch['tokens'].size:,} tokens needs {missing / 2**30:.2f} GiB more than a chip has;"
-            f" give --config.train.{split} or --config.model.remat=elementwise"
-        ) from None
+    def diverged(self, message: str, step: int | None = None) -> Diverged:
+        """The error that ends this run, with whether anything was saved."""
+        return Diverged(self.step if step is None else step, message, self.store.has_any)
+
+    def _check_longest(self, train_step: Any) -> None:
+        """Compile the step of the longest buffer: a TPU's compiler knows whether it fits, and a run should
+        not find that out after hours. When its turn comes, its program comes from the cache.
+
+        Raises:
+          UserError: it does not fit; names what would.
+        """
+        job = self.job
+        longest = max(job.train_layout.sizes)
+        lines = 1 if job.train_layout.packed else job.train_layout.batch_rows
+        like = step_batch(job.train_rows, job.plan.rows_of_step, job.train_layout, self.step + 1)
+        batch = {name: np.zeros((1, lines, longest), x.dtype) for name, x in like.items()}
+        arguments = self.state, self.frozen, place_batch(job.mesh, batch), jnp.float32(0)
+        try:
+            train_step.lower(*arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if (missing := out_of_memory(str(error))) is None:
+                raise
+            shorter = [size for size in job.train_layout.sizes if size < longest] or [longest // 2]
+            split = f"max_buffer_tokens={max(shorter)}, which splits longer ones,"
+            if not job.train_layout.packed:  # padded rows are never split
+                split = "layout=packed"
+            raise UserError(
+                f"a step of {lines * longest:,} tokens needs {missing / 2**30:.2f} GiB more than a chip has;"
+                f" give --config.train.{split} or --config.model.remat=elementwise"
+            ) from None
 
 
 class StepLog:
-    """The numbers of a group's steps, read late, checked and recorded."""
+    """The numbers of the steps, read late, checked and recorded."""
 
-    def __init__(self, group: Group, display: TrainingDisplay):
-        self._group, self._display = group, display
-        self._waiting: deque[tuple[int, dict[str, jax.Array], np.ndarray]] = deque()
+    def __init__(self, run: Run, display: TrainingDisplay):
+        self._run, self.display = run, display
+        self._waiting: deque[tuple[int, dict[str, jax.Array], float]] = deque()
 
-    def add(self, step: int, arrays: dict[str, jax.Array], rates: np.ndarray) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array], rate: float) -> None:
         """Take the metrics of a step just dispatched, and record those of `LATE` steps ago.
 
-        A member with a number that is not finite ends here.
+        Raises:
+          Diverged: a number is not finite.
         """
-        self._waiting.append((step, arrays, rates))
+        self._waiting.append((step, metrics, rate))
         while len(self._waiting) > LATE:
             self._read(*self._waiting.popleft())
 
     def read_all(self) -> None:
-        """Record every step dispatched so far."""
+        """Record every step dispatched so far; raises as `add`."""
         while self._waiting:
             self._read(*self._waiting.popleft())
 
-    def _read(self, step: int, arrays: dict[str, jax.Array], rates: np.ndarray) -> None:
-        members, on_their_way = self._group.members, self._group.on_their_way
-        table = {name: np.atleast_1d(values) for name, values in jax.device_get(arrays).items()}
-        rows = {m: [m.job.train_rows[i] for i in m.job.plan.rows_of_step(step)] for m in on_their_way}
-        tokens = {m: sum(row.n_tokens for row in own) for m, own in rows.items()}
-        speed = self._display.rate(sum(tokens.values()), len(rows))
-        losses = []
-        for i, member in enumerate(members):
-            if member not in rows:
-                continue
-            values = {name: float(column[i]) for name, column in table.items()}
-            rate = float(np.atleast_1d(rates)[i])
-            if not np.isfinite([values["nll"], values["grad_norm"], values["update_norm"]]).all():
-                text = f"loss {values['nll']:g}, gradient norm {values['grad_norm']:g}, update norm"
-                text += f" {values['update_norm']:g} at learning rate {rate:g}; rows"
-                member.fail(Diverged(step, f"{text} {', '.join(row.row_id for row in rows[member])}"))
-                continue
-            record = member.run.step_record(step, values, tokens[member], rate, speed)
-            member.run.record(record)
-            losses.append(record["loss"])
-        self._display.show(step, losses, speed)
+    def _read(self, step: int, metrics: dict[str, jax.Array], rate: float) -> None:
+        job, directory = self._run.job, self._run.directory
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        rows = [job.train_rows[i] for i in job.plan.rows_of_step(step)]
+        tokens = sum(row.n_tokens for row in rows)
+        speed = self.display.rate(tokens)
+        if not np.isfinite([values["nll"], values["grad_norm"], values["update_norm"]]).all():
+            text = f"loss {values['nll']:g}, gradient norm {values['grad_norm']:g}, update norm"
+            text += f" {values['update_norm']:g} at learning rate {rate:g}; rows"
+            raise self._run.diverged(f"{text} {', '.join(row.row_id for row in rows)}", step)
+        record = directory.step_record(step, values, tokens, rate, speed)
+        directory.record(record)
+        self.display.show(step, record["loss"], speed)
 
 
-def validate(
-    group: Group, due: Sequence[Member], eval_step, frozen: Tree, display: TrainingDisplay, stop: Stop
-) -> bool:
-    """Validate these members of a group: mean NLL over all weighted validation tokens, recorded.
+def validate(run: Run, display: TrainingDisplay) -> float | None:
+    """Mean NLL over all weighted validation tokens; None: somebody asked to stop meanwhile.
 
-    One whose NLL is not finite ends here. False: somebody asked to stop meanwhile, and nothing was recorded.
+    Raises:
+      Diverged: it is not finite.
     """
-    for member in due:
-        member.stage = "validation"
-    sums = []
-    for batch in group.validation_batches():
-        if hosts.agree(stop.signum is not None):
-            return False
+    job, sums = run.job, []
+    eval_step = make_eval_step(job.spec, job.compute(job.validation_layout))
+    for batch in validation_batches(job.validation_rows, job.validation_layout):
+        if hosts.agree(run.stop.signum is not None):
+            return None
         display.announce_shape("validation step", batch["tokens"].shape)
-        sums.append(eval_step(group.state.lora, frozen, place_batch(due[0].job.mesh, batch)))
+        sums.append(eval_step(run.state.trained, run.frozen, place_batch(job.mesh, batch)))
         display.validating(len(sums))
-    totals = np.asarray(jax.device_get(sums), np.float64).reshape(len(sums), 2, len(group.members))
-    for i, member in enumerate(group.members):
-        if member not in due:
-            continue
-        nll, weight = totals[:, :, i].sum(axis=0)
-        if math.isfinite(nll):
-            member.validated(float(nll / weight))
-            continue
-        job = member.job
-        first = int(np.flatnonzero(~np.isfinite(totals[:, 0, i]))[0]) * job.validation_layout.batch_rows
-        rows = job.validation_rows[first : first + job.validation_layout.batch_rows]
-        names = ", ".join(row.row_id for row in rows)
-        member.fail(Diverged(member.step, f"the validation loss is {nll:g}; first in rows {names}"))
-    runs = {m.job.config.run_id: m.validations for m in due if m.outcome is None}
-    display.validated(due[0].step, runs)
-    return True
+    totals = np.asarray(jax.device_get(sums), np.float64)
+    nll, weight = totals.sum(axis=0)
+    if math.isfinite(nll):
+        return float(nll / weight)
+    first = int(np.flatnonzero(~np.isfinite(totals[:, 0]))[0]) * job.validation_layout.batch_rows
+    rows = job.validation_rows[first : first + job.validation_layout.batch_rows]
+    names = ", ".join(row.row_id for row in rows)
+    raise run.diverged(f"the validation loss is {nll:g}; first in rows {names}")
+
+
+@contextmanager
+def _failures(run: Run) -> Iterator[None]:
+    """Write `failure.json` for whatever goes wrong, here or in another process."""
+
+    def write(error: BaseException, trace: str) -> None:
+        step = error.step if isinstance(error, Diverged) else run.step
+        run.directory.write_failure(run.stage, step, error, trace)
+
+    def elsewhere(message: str) -> None:
+        write(MachineError(message), message)
+
+    try:
+        with hosts.on_other_failure(elsewhere):
+            yield
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        write(error, str(error) if isinstance(error, Diverged) else traceback.format_exc())
+        if is_disk_full(error) and not isinstance(error, UserError):
+            raise UserError(
+                f"{run.directory.path}: the disk is full (at step {run.step}, {run.stage}). The"
+                " last checkpoint stands: make room, then give the same command to go on"
+            ) from error
+        raise

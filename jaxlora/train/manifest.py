@@ -20,14 +20,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlora.config import to_dict
+from jaxlora.checkpoints.peft import WEIGHTS
+from jaxlora.checkpoints.run_state import differences
+from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.render import RenderedRow
 from jaxlora.data.sources import locate
 from jaxlora.lora import count_trainable
-from jaxlora.models.table import count_matrix_parameters, count_parameters
+from jaxlora.models.families import count_matrix_parameters, count_parameters
 from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.redaction import without_secrets
-from jaxlora.train.job import Job, base_fingerprint, token_count
+from jaxlora.train.job import Job, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
 _FREE = {
@@ -46,6 +48,7 @@ _FREE = {
     "data.validation_path",
     "model.tokenizer",
     "model.path",  # the base's fingerprint is compared instead
+    "lora.start",  # its weights' hash is compared instead
 }
 # Fields that change the order of float sums: the result is the same up to rounding, but not to the bit.
 _ROUNDING = {
@@ -90,15 +93,17 @@ def make_manifest(job: Job) -> dict[str, Any]:
         "config": to_dict(config),
         "base": {
             "path": config.model.path,
-            "fingerprint": base_fingerprint(config, job.model_dir, job.spec.config),
+            "fingerprint": job.base.fingerprint(),
             "parameters": count_parameters(job.spec.config),
             "matrix_parameters": count_matrix_parameters(job.spec.config),
         },
-        "lora": {
-            **dataclasses.asdict(config.lora),
-            "modules": [weight.name for weight in job.spec.adapted],
-            "trainable_parameters": count_trainable(job.spec),
+        "trained": {
+            "what": config.train.what,
+            "condition": config.condition,
+            "parameters": count_trainable(job.spec),
+            "start_sha256": _start_hash(config),
         },
+        "lora": None if job.spec.full else _lora(job),
         "schedule": {
             "steps_per_epoch": plan.steps_per_epoch,
             "total_steps": plan.total_steps,
@@ -122,6 +127,21 @@ def make_manifest(job: Job) -> dict[str, Any]:
     }
 
 
+def _lora(job: Job) -> dict[str, Any]:
+    """The adapter: its settings, and what it is on."""
+    return {
+        **dataclasses.asdict(job.config.lora),
+        "condition": job.config.lora.condition,
+        "modules": [weight.name for weight in job.spec.adapted],
+        "trainable_parameters": count_trainable(job.spec),
+    }
+
+
+def _start_hash(config: RunConfig) -> str | None:
+    start = config.lora.start
+    return None if start is None else sha256_of(Path(start) / WEIGHTS)
+
+
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What two manifests must share for one to resume the other, flat."""
     config = _flat(manifest.get("config", {}), "")
@@ -131,12 +151,8 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
         for key in ("sha256", "tokens_sha256"):  # of the file; of the rows under the tokenizer, with weights
             flat[f"dataset.{name}.{key}"] = data.get(key)
     base = manifest.get("base", {})
-    return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters")}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Where two identities differ, in words."""
-    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in new if old.get(key) != new[key]]
+    start = (manifest.get("trained") or {}).get("start_sha256")
+    return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 
 
 def rounding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

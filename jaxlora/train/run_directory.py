@@ -23,9 +23,12 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.base import load_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
@@ -43,32 +46,11 @@ from jaxlora.runtime.files import (
 )
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.redaction import without_secrets
+from jaxlora.sharding import place_trained
+from jaxlora.train.board import Board, write_outcome
 from jaxlora.train.display import draw_validation
-from jaxlora.train.hparams import settings_of, write_outcome, write_settings
 from jaxlora.train.job import Job, token_count
 from jaxlora.train.manifest import differences, identity, make_manifest, rounding_differences
-
-
-class Board:
-    """TensorBoard curves of one run."""
-
-    def __init__(self, folder: Path):
-        from tensorboard.summary import Writer
-
-        self._writer = Writer(str(folder))
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Add every number of a metrics record under its split's name."""
-        for name, value in record.items():
-            if (
-                name not in {"seed", "step"}
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-            ):
-                self._writer.add_scalar(f"{record['split']}/{name}", float(value), record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class RunDirectory:
@@ -118,8 +100,7 @@ class RunDirectory:
         if self._board is not None:
             self._board.close()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        write_settings(self.path / "tensorboard", settings_of(self.job.config))
-        self._board = Board(self.path / "tensorboard")
+        self._board = Board(self.path / "tensorboard", self.job.config)
         for record in read_jsonl(self._metrics):
             self._board.write(record)
 
@@ -174,17 +155,26 @@ class RunDirectory:
 
     def _names(self) -> dict[str, Any]:
         config = self.job.config
-        return {"run_id": config.run_id, "condition": config.lora.condition, "seed": config.seed}
+        return {"run_id": config.run_id, "condition": config.condition, "seed": config.seed}
 
     # --- The end --------------------------------------------------------------------------------------------
 
-    def export_selected(self, lora: Tree, step: int) -> None:
-        """Write the adapter of the selected step as a PEFT folder; called on every process."""
-        folder, config = self.path / "selected", self.job.config
+    def export_selected(self, trained: Tree, step: int) -> None:
+        """Write what the selected step trained: an adapter as a PEFT folder, all weights as a Hugging Face
+        directory in the dtype that the model computes in. Called on every process."""
+        folder, job = self.path / "selected", self.job
         if hosts.is_main():
             shutil.rmtree(folder, ignore_errors=True)
-        extra = {"run_id": config.run_id, "step": step}
-        export_adapter(folder, self.job.spec, lora, config.model.path, seed=config.seed, extra=extra)
+        hosts.barrier("selected folder")
+        if job.spec.full:
+            _, weights = job.spec.computing(trained, {})
+            assert (
+                job.base.folder is not None
+            )  # `prepare` refuses to train a base that is only a shape in full
+            save_model(folder, job.spec, weights, job.base.folder, job.config.model.tokenizer)
+            return
+        extra = {"run_id": job.config.run_id, "step": step}
+        export_adapter(folder, job.spec, trained, job.config.model.path, seed=job.config.seed, extra=extra)
 
     def finish(self, step: int, validations: dict[int, float]) -> None:
         """Write the picture and `summary.json`: the run is complete."""
@@ -261,6 +251,14 @@ def _lock(file: Path, run: Path) -> Iterator[IO[str]]:
         handle.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
         handle.flush()
         yield handle
+
+
+def read_selected(job: Job) -> Tree:
+    """What a finished run selected, as its training held it, but rounded to what was written."""
+    folder = job.config.run_dir / "selected"
+    if not job.spec.full:
+        return place_trained(job.mesh, job.spec, read_adapter(folder, job.spec.config).tree)
+    return load_base(folder, replace(job.spec, dtype="float32", full=False), job.mesh)
 
 
 def is_finished(path: Path) -> bool:

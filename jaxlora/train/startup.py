@@ -1,6 +1,6 @@
 """A check before step 1: the fresh adapter changes nothing, and the decoder computes what the trainer does.
 
-    check_start(job, state.lora, frozen)       # UserError, one line, if anything differs
+    check_start(job, state.trained, frozen)       # UserError, one line, if anything differs
 
 It runs on the first two layers of the model, so that it costs the same at any depth: a wrong scale, merge,
 mask or position is the same in every layer. The start of two training rows goes through
@@ -36,9 +36,9 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import decode_backend
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import place_batch, place_lora, token_multiple
+from jaxlora.sharding import place_batch, place_trained, token_multiple
 from jaxlora.train.job import Job
-from jaxlora.train.step import make_eval_step
+from jaxlora.train.step import make_logprob_step
 
 LAYERS = 2
 PROMPT, LENGTH = 11, 16  # tokens prefilled, and tokens in all, of each row
@@ -51,39 +51,46 @@ SHARE = {"float32": 0.01, "bfloat16": 0.1}
 class StartCheck:
     """Largest differences found, in nats."""
 
-    fresh: float  # trainer and decoder, adapter as it starts
-    perturbed: float  # trainer and decoder, B drawn at random
-    effect: float  # the trainer with and without the random B
+    fresh: float  # trainer and decoder, as training starts
+    perturbed: float | None  # trainer and decoder, B drawn at random; None without an adapter
+    effect: float | None  # the trainer with and without the random B
 
 
-def check_start(job: Job, lora: Tree, frozen: Tree) -> StartCheck:
-    """Check a fresh adapter over its base; see above.
+def check_start(job: Job, trained: Tree, frozen: Tree) -> StartCheck:
+    """Check what is trained before its first step; see above.
 
     Raises:
       UserError: names what differs and by how much.
     """
-    spec, lora, frozen = first_layers(job.spec, lora, frozen)
+    spec, trained, frozen = first_layers(job.spec, trained, frozen)
     rows = [
         RenderedRow(row.row_id, np.resize(row.tokens, LENGTH + 1), np.ones(LENGTH + 1, np.float32))
         for row in (job.train_rows[0], job.train_rows[-1])
     ]
-    start = hosts.whole(lora)
-    without = place_lora(job.mesh, spec, jax.tree.map(np.zeros_like, start))
-    perturbed = place_lora(job.mesh, spec, with_random_b(spec, start))
     trainer = partial(_by_trainer, job, spec, frozen, rows)
     decoder = partial(_by_decoder, spec, frozen, rows, job.config.eval.merge_adapter)
+    limit = TOLERANCE[spec.dtype]
+    before = trainer(trained)
+    fresh = _gap(before, decoder(trained))
+    if spec.lora is None:
+        _require("the weights as they are", fresh, limit)
+        return StartCheck(fresh, None, None)
 
-    before, base = trainer(lora), trainer(without)
-    if not np.array_equal(before, base):
-        raise UserError(
-            f"start-up check: the fresh adapter changes log-probabilities by up to {_gap(before, base):.2g}"
-            " where it should change none; its B must be zero"
-        )
+    start = hosts.whole(trained)
+    if job.config.lora.start is None:
+        base = trainer(place_trained(job.mesh, spec, jax.tree.map(np.zeros_like, start)))
+        if not np.array_equal(before, base):
+            raise UserError(
+                "start-up check: the fresh adapter changes log-probabilities by up to"
+                f" {_gap(before, base):.2g} where it should change none; its B must be zero"
+            )
+    perturbed = place_trained(job.mesh, spec, with_random_b(spec, start))
     after = trainer(perturbed)
-    found = StartCheck(_gap(before, decoder(lora)), _gap(after, decoder(perturbed)), _gap(after, before))
+    found = StartCheck(fresh, _gap(after, decoder(perturbed)), _gap(after, before))
     if found.effect == 0:
         raise UserError("start-up check: an adapter with a random B changes nothing; it is not connected")
-    limit = TOLERANCE[spec.dtype]
+    assert found.perturbed is not None
+    assert found.effect is not None
     _require("the fresh adapter", found.fresh, limit)
     _require("a random B", found.perturbed, limit + SHARE[spec.dtype] * found.effect)
     return found
@@ -98,12 +105,19 @@ def _require(what: str, gap: float, limit: float) -> None:
         )
 
 
-def first_layers(spec: ModelSpec, lora: Tree, frozen: Tree) -> tuple[ModelSpec, Tree, Tree]:
+def first_layers(spec: ModelSpec, trained: Tree, frozen: Tree) -> tuple[ModelSpec, Tree, Tree]:
     """The model cut to its first `LAYERS` layers, with the whole embedding and head."""
     depth = min(LAYERS, spec.config.num_hidden_layers)
-    layers = _cut(frozen["layers"], depth) if spec.scan else {i: frozen["layers"][i] for i in range(depth)}
-    spec = replace(spec, config=replace(spec.config, num_hidden_layers=depth))
-    return spec, {**lora, "layers": _cut(lora["layers"], depth)}, {**frozen, "layers": layers}
+
+    def cut(tree: Tree, stacked: bool) -> Tree:
+        if "layers" not in tree:
+            return tree
+        layers = tree["layers"]
+        return {**tree, "layers": _cut(layers, depth) if stacked else {i: layers[i] for i in range(depth)}}
+
+    shapes = tuple(replace(s, ranks=s.ranks[:depth], scales=s.scales[:depth]) for s in spec.shapes)
+    short = replace(spec, config=replace(spec.config, num_hidden_layers=depth), shapes=shapes)
+    return short, cut(trained, spec.scan or not spec.full), cut(frozen, spec.scan)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -126,30 +140,25 @@ def with_random_b(spec: ModelSpec, lora: Tree) -> Tree:
     return jax.tree.map_with_path(draw, lora)
 
 
-def _by_trainer(job: Job, spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], lora: Tree) -> np.ndarray:
-    """Log-probability of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, by the step of validation."""
-    multiple = token_multiple(job.mesh)
+def _by_trainer(
+    job: Job, spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], trained: Tree
+) -> np.ndarray:
+    """Log-probability of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, as a step computes it."""
     n_tokens = sum(row.n_tokens for row in rows)
-    batch = pack(rows, (round_up(n_tokens, multiple),), n_tokens)
-    step = make_eval_step(spec, replace(job.compute(job.validation_layout), max_segments=len(rows)))
-    values = []
-    for segment in range(1, len(rows) + 1):  # the program sums: one token has a weight at a time
-        for place in np.flatnonzero(batch["segment_ids"][0, 0] == segment)[PROMPT - 1 :]:
-            weights = np.zeros_like(batch["weights"])
-            weights[0, 0, place] = 1
-            placed = place_batch(job.mesh, batch | {"weights": weights})
-            values.append(-step(lora, frozen, placed)[0])
-    return np.asarray(hosts.whole(values), np.float64).reshape(len(rows), -1)
+    batch = pack(rows, (round_up(n_tokens, token_multiple(job.mesh)),), n_tokens)
+    step = make_logprob_step(spec, job.machine.compute(len(rows)))
+    values = np.asarray(step(trained, frozen, place_batch(job.mesh, batch)), np.float64)[0, 0]
+    return np.stack([values[batch["segment_ids"][0, 0] == i + 1][PROMPT - 1 :] for i in range(len(rows))])
 
 
 def _by_decoder(
-    spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], merge: bool, lora: Tree
+    spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], merge: bool, trained: Tree
 ) -> np.ndarray:
     """The same log-probabilities, by prefill and by decoding steps from the cache."""
     tokens = np.stack([row.tokens for row in rows])
-    spec, lora, frozen, mesh = decode_weights(spec, lora, frozen, merge=merge)
+    spec, lora, weights, mesh = decode_weights(spec, trained, frozen, merge=merge)
     with jax.set_mesh(mesh):
-        return np.asarray(hosts.whole(_decode(spec, lora, frozen, tokens)), np.float64)
+        return np.asarray(hosts.whole(_decode(spec, lora, weights, tokens)), np.float64)
 
 
 @partial(jax.jit, static_argnums=0)

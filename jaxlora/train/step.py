@@ -1,12 +1,11 @@
-"""One optimizer step and one validation step, as pure functions under `jax.jit`.
+"""One optimizer step, its gradient alone, and one validation step, as pure functions under `jax.jit`.
 
     step = make_train_step(spec, optim, Compute())
     state, metrics = step(state, frozen, batch, learning_rate)
 
-The loss is a sum over answer tokens, so how a step's rows are packed, padded or split over buffers never
-changes its gradient. The adapter, its gradients and moments are float32; the base is an argument, never
-donated, never closed over. A group of adapters takes the same steps with a leading member axis on its state,
-rates and metrics (see `jaxlora.train.fused`).
+What is trained is a tree of its own, float32, with its optimizer state: an adapter over a frozen base, or all
+weights (`ModelSpec.full`). The base is an argument, never donated, never closed over. The loss is a sum, so
+gradient accumulation over the buffers of a batch (its micro-batches) is a sum, too.
 """
 
 from __future__ import annotations
@@ -18,30 +17,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from jaxlora.config import OptimConfig, Remat
-from jaxlora.models.attention import segment_attention
+from jaxlora.config import MeshConfig, ModelSource, OptimConfig, Remat
+from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.head import head_parts, summed_nll
-from jaxlora.runtime.devices import step_options
-from jaxlora.sharding import constrain, constrain_lora
+from jaxlora.models.head import chunked_loss, head_of
+from jaxlora.runtime.devices import scan_layers, step_options
+from jaxlora.sharding import constrain, constrain_trained, make_mesh
+from jaxlora.train.objective import OBJECTIVES
 
 
 class TrainState(NamedTuple):
-    """What training changes: the adapter and Adam's moments."""
+    """What training changes: the trained tree, and optax's state for it."""
 
-    lora: Tree
-    adam: optax.ScaleByAdamState
-
-
-def adam(optim: OptimConfig) -> optax.GradientTransformation:
-    """Adam's direction m̂ / (sqrt(v̂) + eps), eps outside the root and after bias correction (as PyTorch's)."""
-    return optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)
-
-
-def init_state(lora: Tree, optim: OptimConfig) -> TrainState:
-    """The state before the first step."""
-    return TrainState(lora, adam(optim).init(lora))
+    trained: Tree
+    opt_state: optax.OptState
 
 
 @dataclass(frozen=True)
@@ -49,102 +40,193 @@ class Compute:
     """How a step is computed; none of it changes a result."""
 
     backend: str = "xla"  # of attention
-    remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Qwen3`
+    remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Decoder`
     max_segments: int = 1  # most rows in one line of a buffer
 
 
-def batch_nll(spec: ModelSpec, lora: Tree, frozen: Tree, buffer: Tree, compute: Compute) -> jax.Array:
-    """Summed NLL of one buffer: a float32 scalar, of a group `[members]`.
+@dataclass(frozen=True)
+class Machine:
+    """How programs lie on devices: the mesh, attention's kernel, the form of the layers."""
 
-    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; of a group, line i holds rows of
-    member i % members.
+    mesh: Mesh
+    backend: str
+    scan: bool
+    remat: Remat
+
+    def compute(self, max_segments: int = 1) -> Compute:
+        """How steps over buffers with at most so many rows in a line are computed."""
+        return Compute(self.backend, self.remat, max_segments)
+
+
+def wire(model: ModelSource, mesh: MeshConfig, devices: list[jax.Device] | None = None) -> Machine:
+    """What a configuration asks for, on these devices (default: all).
+
+    Raises:
+      UserError: the mesh does not fit the devices, or the kernel does not run on them.
     """
-    model = spec.bind(lora, frozen)
+    whole = make_mesh(mesh, devices)
+    platform = whole.devices.flat[0].platform
+    backend = pick_backend(model.attention, platform, model.dtype, whole.size)
+    return Machine(whole, backend, scan_layers(model.layers, platform), model.remat)
+
+
+def optimizer(optim: OptimConfig) -> optax.GradientTransformation:
+    """The direction of a step: -rate times it is added to what is trained.
+
+    Adam: m̂ / (sqrt(v̂) + eps), eps outside the root and after bias correction (as PyTorch's). With weight
+    decay, decoupled (AdamW, Loshchilov and Hutter 2019): plus decay times the value. With clipping, the
+    gradients of the whole step are first scaled down to the global norm.
+    """
+    parts = [optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)]
+    if optim.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
+    if optim.weight_decay:
+        parts.append(optax.add_decayed_weights(optim.weight_decay))
+    return optax.chain(*parts)
+
+
+def init_state(trained: Tree, optim: OptimConfig) -> TrainState:
+    """The state before the first step."""
+    return TrainState(trained, optimizer(optim).init(trained))
+
+
+def buffer_loss(
+    spec: ModelSpec, trained: Tree, frozen: Tree, buffer: Tree, compute: Compute, loss: str, logprobs: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """The loss of one buffer summed over its positions, and log p of its targets where asked for.
+
+    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
+    targets, positions, segment ids and weights are the objective's extras.
+    """
+    model = spec.bind(trained, frozen)
+    segment_ids = buffer["segment_ids"]
 
     def attend(q, k, v, cache):
-        segment_ids = buffer["segment_ids"]
         return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
     hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
-    nll = summed_nll(hidden, buffer["targets"], buffer["weights"], head_parts(model))
-    return nll if spec.member_scales else nll[0]
+    wanted = segment_ids > 0 if logprobs else None
+    extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
+    return chunked_loss(
+        hidden, head_of(model), buffer["targets"], buffer["weights"], OBJECTIVES[loss], extras, wanted
+    )
 
 
-def batch_weight(spec: ModelSpec, batch: Tree) -> jax.Array:
-    """Number of answer tokens of a batch, counted as `batch_nll` sums their loss."""
-    weights = batch["weights"]
-    members = len(spec.member_scales) or 1
-    counts = jnp.sum(weights.reshape(-1, members, weights.shape[-1]), axis=(0, 2))
-    return counts if spec.member_scales else counts[0]
+_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights"}
 
 
-def make_train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute):
+def gradients(
+    spec: ModelSpec, trained: Tree, frozen: Tree, batch: Tree, compute: Compute, loss: str, logprobs: bool
+) -> tuple[Tree, jax.Array, jax.Array | None]:
+    """Gradient and loss of a batch `[buffers, lines, length]`, summed over buffers; log p of its targets."""
+
+    def of_buffer(trained, buffer):
+        return buffer_loss(spec, trained, frozen, buffer, compute, loss, logprobs)
+
+    gradient = jax.value_and_grad(of_buffer, has_aux=True)
+    if batch["tokens"].shape[0] == 1:
+        (value, found), grads = gradient(trained, jax.tree.map(lambda x: x[0], batch))
+        return grads, value, None if found is None else found[None]
+
+    def add(carry, buffer):
+        (value, found), grads = gradient(trained, buffer)
+        return jax.tree.map(jnp.add, carry, (grads, value)), found
+
+    start = jax.tree.map(jnp.zeros_like, trained), jnp.float32(0)
+    (grads, value), found = jax.lax.scan(add, start, batch)
+    return grads, value, found
+
+
+def update(optim: OptimConfig, state: TrainState, grads: Tree, rate: jax.Array) -> tuple[TrainState, dict]:
+    """One step of the optimizer; global norms of the gradient (before clipping) and of the update."""
+    direction, opt_state = optimizer(optim).update(grads, state.opt_state, state.trained)
+    updates = jax.tree.map(lambda d: -rate * d, direction)
+    norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+    return TrainState(optax.apply_updates(state.trained, updates), opt_state), norms
+
+
+def make_train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str = "cross_entropy"):
     """The jitted step `(state, frozen, batch, learning_rate) -> (state, metrics)`; `state` is donated.
 
     `batch` holds arrays `[buffers, lines, length]`; gradients are summed over the buffers. `metrics` are
-    float32 scalars: `nll` (sum), `weight` (its number of tokens), `grad_norm`, `update_norm`. In a group the
-    metrics and `learning_rate` are `[members]`. Runs of one process that differ only in their learning rates
-    or seeds share one compiled step.
+    float32 scalars: `nll` (the loss, a sum), `weight` (its number of tokens), `grad_norm`, `update_norm`.
+    Runs of one process that differ only in their learning rates or seeds share one compiled step.
     """
-    same = replace(optim, peak_lr=1.0, schedule="constant", warmup_fraction=0.0, min_lr_fraction=0.0)
-    return _train_step(spec, same, compute)  # the rate is an argument of the step
+    return _train_step(spec, _without_rates(optim), compute, loss)
 
 
 @lru_cache(maxsize=8)
-def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute):
-    transform = adam(optim)
-
-    def loss(lora, frozen, buffer):
-        nll = batch_nll(spec, lora, frozen, buffer, compute)
-        return jnp.sum(nll), nll  # the sum's gradient by a member's adapter is the member's own
-
-    def gradients(lora, frozen, batch):
-        gradient = jax.grad(loss, has_aux=True)
-        if batch["tokens"].shape[0] == 1:
-            return gradient(lora, frozen, jax.tree.map(lambda x: x[0], batch))
-
-        def add(carry, buffer):
-            return jax.tree.map(jnp.add, carry, gradient(lora, frozen, buffer)), None
-
-        start = jax.tree.map(jnp.zeros_like, lora), jnp.zeros(len(spec.member_scales) or (), jnp.float32)
-        return jax.lax.scan(add, start, batch)[0]
-
-    def update(lora, moments, grads, rate):
-        direction, moments = transform.update(grads, moments)
-        updates = jax.tree.map(lambda d: -rate * d, direction)
-        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
-        return optax.apply_updates(lora, updates), moments, norms
-
-    if spec.member_scales:  # each member by itself; Adam's step count is the group's
-        axes = optax.ScaleByAdamState(count=None, mu=0, nu=0)  # type: ignore[arg-type]
-        update = jax.vmap(update, in_axes=(0, axes, 0, 0), out_axes=(0, axes, 0))
-
+def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str):
     def train_step(state: TrainState, frozen: Tree, batch: Tree, rate: jax.Array):
-        grads, nll = gradients(state.lora, frozen, batch)
-        lora, moments, norms = update(state.lora, state.adam, grads, rate)
-        metrics = {"nll": nll, "weight": batch_weight(spec, batch)} | norms
-        return constrain_lora(spec, TrainState(lora, moments)), _on_every_chip(metrics)
+        grads, value, _ = gradients(spec, state.trained, frozen, batch, compute, loss, False)
+        state, norms = update(optim, state, grads, rate)
+        metrics = {"nll": value, "weight": jnp.sum(batch["weights"])} | norms
+        return constrain_trained(spec, state), on_every_chip(metrics)
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=step_options())
 
 
 @lru_cache(maxsize=8)
-def make_eval_step(spec: ModelSpec, compute: Compute):
-    """The jitted `(lora, frozen, batch) -> (summed nll, weight)` of validation; forward only.
-
-    Scalars, or `[members]` of a group.
+def make_gradient_step(spec: ModelSpec, compute: Compute, loss: str = "cross_entropy"):
+    """The jitted `(trained, grads, frozen, batch) -> (grads, loss, logprobs)`: gradients add up in `grads`,
+    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 at padding.
     """
 
-    def eval_step(lora: Tree, frozen: Tree, batch: Tree):
-        def add(total, buffer):
-            return total + batch_nll(spec, lora, frozen, buffer, compute), None
+    def gradient_step(trained: Tree, grads: Tree, frozen: Tree, batch: Tree):
+        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, True)
+        grads = constrain_trained(spec, jax.tree.map(jnp.add, grads, new))
+        return grads, *on_every_chip((value, found))
 
-        start = jnp.zeros(len(spec.member_scales) or (), jnp.float32)
-        return _on_every_chip((jax.lax.scan(add, start, batch)[0], batch_weight(spec, batch)))
+    return jax.jit(gradient_step, donate_argnums=1, compiler_options=step_options())
+
+
+def make_update_step(spec: ModelSpec, optim: OptimConfig):
+    """The jitted `(state, grads, learning_rate) -> (state, norms)`; `state` is donated."""
+    return _update_step(spec, _without_rates(optim))
+
+
+@lru_cache(maxsize=8)
+def _update_step(spec: ModelSpec, optim: OptimConfig):
+    def update_step(state: TrainState, grads: Tree, rate: jax.Array):
+        state, norms = update(optim, state, grads, rate)
+        return constrain_trained(spec, state), on_every_chip(norms)
+
+    return jax.jit(update_step, donate_argnums=0)
+
+
+@lru_cache(maxsize=8)
+def make_eval_step(spec: ModelSpec, compute: Compute):
+    """The jitted `(trained, frozen, batch) -> (summed nll, weight)` of validation; forward only."""
+
+    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
+        def add(total, buffer):
+            value, _ = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", False)
+            return total + value, None
+
+        total, _ = jax.lax.scan(add, jnp.float32(0), batch)
+        return on_every_chip((total, jnp.sum(batch["weights"])))
 
     return jax.jit(eval_step, compiler_options=step_options())
 
 
-def _on_every_chip(results: Any) -> Any:
-    """Left to itself, XLA may split the members of a group over chips, and no host could read them all."""
+@lru_cache(maxsize=8)
+def make_logprob_step(spec: ModelSpec, compute: Compute):
+    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`."""
+
+    def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
+        def of_buffer(_, buffer):
+            return None, buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", True)[1]
+
+        return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
+
+    return jax.jit(logprob_step, compiler_options=step_options())
+
+
+def _without_rates(optim: OptimConfig) -> OptimConfig:
+    """The learning rate is an argument of a step: what it follows from must not tell two programs apart."""
+    return replace(optim, peak_lr=1.0, schedule="constant", warmup_fraction=0.0, min_lr_fraction=0.0)
+
+
+def on_every_chip(results: Any) -> Any:
+    """Left to itself, XLA may split results over chips, and no host could read them all."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), results)

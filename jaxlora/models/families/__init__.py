@@ -1,1 +1,104 @@
-"""Model families, one file each."""
+"""Model families, one file each: the seam where a new one goes.
+
+    config = load_model_config("path/to/Qwen3-8B")     # a directory with config.json
+    config.num_hidden_layers                           # 36
+    parameter_table(config)                            # every weight, in the order of the forward pass
+
+A family's file has `PUBLISHED` (shapes by name), `read_config`, `weight_table` and `rotary_frequencies`; it
+is known by the `model_type` of its `config.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from jaxlora.models.families import qwen3
+from jaxlora.models.spec import ModelConfig, Weight
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json
+
+FAMILIES = {"qwen3": qwen3}
+MAX_BYTES = 10**7  # of config.json
+
+
+def load_model_config(directory: str | Path) -> ModelConfig:
+    """Read `config.json` of a Hugging Face directory.
+
+    Raises:
+      UserError: no such file, not JSON, a family or a feature that is not supported.
+    """
+    file = Path(directory) / "config.json"
+    if not file.exists():
+        raise UserError(f"{file}: missing; model.path must be a directory with config.json")
+    return model_config_from_dict(read_json(file, MAX_BYTES), str(file))
+
+
+def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
+    """A `ModelConfig` from the decoded `config.json`; what is not supported is an error, never ignored.
+
+    Raises:
+      UserError: see `load_model_config`.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: not a JSON object")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = " and ".join(repr(name) for name in FAMILIES)
+        raise UserError(f"{where}: model_type is {kind!r:.100}; only {known} (dense) is supported")
+    try:
+        values = FAMILIES[kind].read_config(raw) | {"model_type": kind}
+        return TypeAdapter(ModelConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {name or 'value'}: {first['msg']}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def published_config(name: str) -> ModelConfig:
+    """The shape of a published model, such as `qwen3-8b`; nothing is downloaded.
+
+    Raises:
+      UserError: the name is not that of a published shape.
+    """
+    shapes = {key: shape for family in FAMILIES.values() for key, shape in family.PUBLISHED.items()}
+    key = name.lower().rpartition("/")[2]
+    if key not in shapes:
+        raise UserError(f"no published shape named {name!r}; known are {', '.join(shapes)}")
+    return shapes[key]
+
+
+def parameter_table(config: ModelConfig, joined: bool = False) -> list[Weight]:
+    """All weights of a model, in the order of the forward pass.
+
+    Args:
+      joined: the form of `jaxlora.generate.weights`, with the matrices of `JOINED` one above the other.
+    """
+    return FAMILIES[config.model_type].weight_table(config, joined)
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """By how many radians a position turns each pair of a head's numbers: float32 `[head_dim / 2]`."""
+    return FAMILIES[config.model_type].rotary_frequencies(config)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters of the base, embeddings included, a tied head counted once."""
+    return sum(_copies(w, config) * math.prod(w.shape) for w in parameter_table(config))
+
+
+def count_matrix_parameters(config: ModelConfig) -> int:
+    """N of "2N FLOPs a token": weights that multiply activations, with the head, without the embedding."""
+    table = parameter_table(config)
+    matrices = sum(_copies(w, config) * math.prod(w.shape) for w in table if w.lora_group)
+    return matrices + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+
+
+def _copies(weight: Weight, config: ModelConfig) -> int:
+    return config.num_hidden_layers if weight.stacked else 1

@@ -1,0 +1,371 @@
+"""Adapters in: PEFT folders, ours, anybody's, or Tinker's.
+
+    adapter = read_adapter("adapter", model_config)
+    spec = ModelSpec(model_config, adapter.lora, shapes=adapter.shapes)
+
+Reading is strict: every key is used, none is missing, and a feature that this package does not compute is
+refused, because an adapter that is only partly applied still answers, just not as it was trained to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxlora.checkpoints.peft import (
+    METADATA,
+    PARTS,
+    PREFIX,
+    SETTINGS,
+    WEIGHTS,
+    Place,
+    adaptable_modules,
+    module_name,
+)
+from jaxlora.checkpoints.tensors import open_tensors
+from jaxlora.config import Condition, LoraConfig
+from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import AdapterShape, ModelConfig
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_object
+from jaxlora.runtime.folders import file_in
+from jaxlora.runtime.remote import weight_files
+
+# Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
+# others must be off: also those that a later PEFT adds.
+_KNOWN = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"),
+    *("init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *("eva_config", "loftq_config", "runtime_config", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+}
+# Initialisations that leave the base as it is; PiSSA, OLoRA, LoftQ and others train against a changed one.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e6
+_MAX_PATTERNS = 10_000
+
+
+class Adapter(NamedTuple):
+    """An adapter that was read."""
+
+    lora: LoraConfig  # where its ranks or scales differ: the largest rank
+    tree: Tree  # as of `init_lora`: float32, stacked, A [layers, r, in], B [layers, out, r]
+    metadata: dict[str, Any]  # `jaxlora.json`, or as much of it as the adapter tells, with `base_model`
+    shapes: tuple[AdapterShape, ...]  # empty where rank and scale are the same everywhere
+
+
+def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | None = None) -> Adapter:
+    """Read a PEFT folder for a model of this shape.
+
+    Any subset of modules and layers is read, with ranks and alphas of their own (`rank_pattern`,
+    `alpha_pattern`), rank-stabilised or not. Tinker's archives are read too: the head is named
+    `unembed_tokens` there and `target_modules` may be null.
+
+    Args:
+      base: the directory of the base, with which copies of its weights in the file are compared; None: an
+        adapter that holds such copies is refused.
+
+    Raises:
+      UserError: one line that names the file and what is wrong with it.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder that holds {SETTINGS}")
+    if not (folder / SETTINGS).exists():
+        raise UserError(f"{folder / SETTINGS}: missing; give the folder of an adapter")
+    settings = read_object(file_in(folder, SETTINGS), _MAX_JSON_BYTES)
+    _check_settings(settings, folder / SETTINGS)
+    file = file_in(folder, WEIGHTS)
+    if not file.is_file():
+        raise UserError(f"{file}: missing; an adapter is read from safetensors only")
+    try:
+        with safe_open(file, framework="np") as handle:
+            slices = {}
+            for key in handle.keys():  # noqa: SIM118 (not a mapping)
+                name = _our_name(key)
+                if name in slices:
+                    raise UserError(f"{file}: {name} is stored twice, under two spellings")
+                slices[name] = handle.get_slice(key)
+            _check_copies(slices, config, base, file)
+            places = _places(slices, config, file)
+            _check_asked(settings, places, config, folder)
+            lora, shapes = _shape(settings, places, config, folder)
+            spec = ModelSpec(config, lora, shapes=shapes)
+            tree = _read_tree(spec, places, slices, file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+    check_lora(spec, tree)
+    return Adapter(lora, tree, _read_metadata(folder, settings, lora), shapes)
+
+
+def _our_name(key: str) -> str:
+    """A file's key as `model.layers.0.self_attn.q_proj.lora_A.weight` or `lm_head.lora_A.weight`."""
+    name = key.removeprefix(PREFIX)
+    for head in ("model.unembed_tokens.", "unembed_tokens."):  # Tinker's name of the output head
+        if name.startswith(head):
+            return "lm_head." + name.removeprefix(head)
+    return f"model.{name}" if name.startswith("layers.") else name
+
+
+def _check_settings(settings: dict[str, Any], file: Path) -> None:
+    """Refuse every setting that this package does not compute, and values that cannot be meant."""
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type is {kind!r}; only LORA is supported")
+    for key, value in settings.items():
+        if key not in _KNOWN and value not in (None, False, "none", [], {}):
+            raise UserError(f"{file}: {key} = {json.dumps(value)[:80]} is not supported; it must be off")
+    init = settings.get("init_lora_weights")
+    if init not in _HARMLESS_INITS:
+        raise UserError(
+            f"{file}: init_lora_weights = {init!r} changes the base; convert it to plain LoRA in PEFT"
+        )
+    if not isinstance(settings.get("use_rslora"), bool | None):
+        raise UserError(f"{file}: use_rslora is {settings['use_rslora']!r}; it must be true or false")
+    _check_rank("r", settings.get("r"), file)
+    _check_alpha("lora_alpha", settings.get("lora_alpha"), file)
+    for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        pattern = settings.get(name) or {}
+        if not isinstance(pattern, dict) or len(pattern) > _MAX_PATTERNS:
+            raise UserError(f"{file}: {name} is {json.dumps(pattern)[:80]}; it must be an object")
+        for key, value in pattern.items():
+            check(f"{name}[{key!r:.80}]", value, file)
+
+
+def _check_rank(name: str, rank: Any, file: Path) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= _MAX_RANK:
+        raise UserError(f"{file}: {name} is {rank!r:.80}; it must be a whole number from 1 to {_MAX_RANK}")
+
+
+def _check_alpha(name: str, alpha: Any, file: Path) -> None:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= _MAX_ALPHA:
+        raise UserError(f"{file}: {name} is {alpha!r:.80}; it must be above 0, at most {_MAX_ALPHA:g}")
+
+
+def _places(slices: dict[str, Any], config: ModelConfig, file: Path) -> dict[str, Place]:
+    """The modules that the file adapts, in the order of the table; leftovers and halves are refused."""
+    adaptable = adaptable_modules(config)
+    parts = [f".{part}.weight" for part in PARTS.values()]
+    owner = {name + part: name for name in adaptable for part in parts}
+    if unknown := sorted(slices.keys() - owner.keys()):
+        raise UserError(f"{file}: {_unknown_reason(unknown, config)}")
+    found = {owner[name] for name in slices}
+    if not found:
+        raise UserError(f"{file}: adapts nothing; {', '.join(get_args(Condition))} and lists are supported")
+    _require_tensors([name + part for name in adaptable if name in found for part in parts], slices, file)
+    return {name: place for name, place in adaptable.items() if name in found}
+
+
+def _require_tensors(wanted: list[str], slices: dict[str, Any], file: Path) -> None:
+    if missing := [name for name in wanted if name not in slices]:
+        raise UserError(f"{file}: {len(missing)} tensors are missing: {', '.join(missing[:2])}")
+
+
+def _check_asked(
+    settings: dict[str, Any], places: dict[str, Place], config: ModelConfig, folder: Path
+) -> None:
+    """The tensors must be those that the settings ask for: PEFT loads only what these name.
+
+    Raises:
+      UserError: tensors are missing, or some that PEFT would leave out are there.
+    """
+    asked, file = _asked(settings, places, adaptable_modules(config), folder / SETTINGS), folder / SETTINGS
+    absent = {name: adaptable_modules(config)[name][0] for name in asked - set(places)}
+    kinds = {weight.path for weight, _ in places.values()}
+    # Modules that are not there in any layer, or there though nobody asks: the two lists disagree.
+    odd = [name for name in places if name not in asked]
+    odd += [name for name, weight in sorted(absent.items()) if weight.path not in kinds]
+    if odd:
+        named = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in odd))
+        raise UserError(f"{file}: target_modules and the tensors of {WEIGHTS} disagree about {named}")
+    _require_tensors(
+        [f"{name}.{part}.weight" for name in sorted(absent) for part in PARTS.values()], {}, folder / WEIGHTS
+    )
+
+
+def _asked(
+    settings: dict[str, Any], places: dict[str, Place], adaptable: dict[str, Place], file: Path
+) -> set[str]:
+    """The modules that the settings ask for."""
+    targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
+    if targets is None or targets == "all-linear":  # the kinds of modules that are there, in all layers
+        kinds = {weight.path for weight, _ in places.values()}
+        asked = {name for name, (weight, _) in adaptable.items() if weight.path in kinds}
+    else:
+        asked = {name for name in adaptable if _names_module(targets, name, file)}
+    if layers is not None:
+        chosen = layers if isinstance(layers, list) else [layers]
+        asked = {name for name in asked if adaptable[name][1] in chosen}
+    if excluded := settings.get("exclude_modules"):
+        asked = {name for name in asked if not _names_module(excluded, name, file)}
+    return asked
+
+
+def _names_module(targets: Any, name: str, file: Path) -> bool:
+    """Whether `target_modules`, a list of names or endings or one pattern, means this module, as in PEFT."""
+    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        ours = [_our_name(f"{target}.").removesuffix(".") for target in targets]
+        ours = ["lm_head" if target == "unembed_tokens" else target for target in ours]
+        return any(name == target or name.endswith(f".{target}") for target in ours)
+    if isinstance(targets, str):
+        return bool(_compiled(targets, file).fullmatch(name))
+    raise UserError(f"{file}: target_modules is {json.dumps(targets)[:80]}; it must be a list or a pattern")
+
+
+def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
+    """A pattern of the file's, unless it could take for ever: no repeated groups, no references."""
+    try:
+        if len(pattern) > 1000 or re.search(r"\)[*+{]|\\[1-9]|\(\?P?[<=!(]", pattern):
+            raise ValueError("too complex")
+        return _cached_pattern(pattern)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file}: the pattern {pattern!r:.80} cannot be used: {error}") from None
+
+
+_cached_pattern = cache(re.compile)
+
+
+def _shape(
+    settings: dict[str, Any], places: dict[str, Place], config: ModelConfig, folder: Path
+) -> tuple[LoraConfig, tuple[AdapterShape, ...]]:
+    """Placement, rank and alpha of the adapter; and those of each layer, where they are not the same."""
+    ranks, scales = {}, {}
+    for name in places:
+        rank = _own(settings.get("rank_pattern"), name, settings["r"], folder / SETTINGS)
+        alpha = float(_own(settings.get("alpha_pattern"), name, settings["lora_alpha"], folder / SETTINGS))
+        ranks[name] = rank
+        # Rank-stabilised adapters are scaled by alpha / sqrt(r), where plain ones are by alpha / r.
+        scales[name] = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+    paths = {weight.path for weight, _ in places.values()}
+    lora = LoraConfig(
+        targets=_targets(paths, config),
+        rank=max(ranks.values()),
+        alpha=float(settings["lora_alpha"]),
+        output_head="lm_head" in paths,
+    )
+    whole = {name for name, (weight, _) in adaptable_modules(config).items() if weight.path in paths}
+    if whole == set(places) and len(set(ranks.values())) == len(set(scales.values())) == 1:
+        (scale,) = set(scales.values())
+        plain = scale == lora.alpha / lora.rank
+        return (lora if plain else replace(lora, alpha=scale * lora.rank)), ()
+    shapes = []
+    for weight in ModelSpec(config, lora).adapted:
+        layers = range(config.num_hidden_layers) if weight.stacked else (None,)
+        names = [module_name((weight, layer)) for layer in layers]
+        own = tuple(ranks.get(name, 0) for name in names), tuple(scales.get(name, 0.0) for name in names)
+        shapes.append(AdapterShape(weight.path, *own))
+    return lora, tuple(shapes)
+
+
+def _own(pattern: dict[str, Any] | None, name: str, default: Any, file: Path) -> Any:
+    """What a pattern says of a module; the first key that matches its name or the name's end, as in PEFT."""
+    for key, value in (pattern or {}).items():
+        if _compiled(rf"(.*\.)?({key})$" if len(key) < 900 else key, file).match(name):
+            return value
+    return default
+
+
+def _targets(paths: set[str], config: ModelConfig) -> str:
+    """The named placement of these weights, or their modules, the head left out."""
+    inner = paths - {"lm_head"}
+    for condition in get_args(Condition):
+        spec = ModelSpec(config, LoraConfig(targets=condition))
+        if inner == {weight.path for weight in spec.adapted}:
+            return condition
+    names = [weight.name for weight in ModelSpec(config).table if weight.path in inner]
+    return ",".join(names or ["lm_head"])
+
+
+def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path | None, file: Path) -> None:
+    """Take copies of the base's weights, which PEFT may store, out of `slices`; they must equal them."""
+    keys = {}
+    for weight in ModelSpec(config).table:
+        for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
+            key = weight.hf_key.format(layer=layer)
+            keys[key] = keys[key.removesuffix("weight") + "base_layer.weight"] = key
+    copies = [name for name in slices if name in keys]
+    if not copies:
+        return
+    if base is None or not weight_files(base):
+        raise UserError(
+            f"{file}: holds copies of the base's weights ({copies[0]}), and there is no base to compare with;"
+            " save the adapter with save_embedding_layers=False"
+        )
+    stored = open_tensors(base)
+    for name in copies:
+        own = stored.get(keys[name])
+        given = slices.pop(name)
+        if own is None or tuple(given.get_shape()) != own.shape:
+            raise UserError(f"{file}: {name} is a copy of no weight of the base")
+        for start in range(0, own.shape[0], 8192):
+            stop = min(start + 8192, own.shape[0])
+            theirs, ours = given[start:stop], own.rows(start, stop)
+            if not np.array_equal(theirs.astype(np.float32), ours.astype(np.float32)):
+                raise UserError(f"{file}: {name} differs from the base's; this adapter has another base")
+
+
+def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
+    first = f"{len(unknown)} tensors that this model has no place for: {', '.join(unknown[:2])}"
+    if any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in unknown):
+        return f"{first}; save the adapter with save_embedding_layers=False"
+    if config.tie_word_embeddings and unknown[0].startswith("lm_head.lora_"):
+        return "adapts the output head, but this model ties its head to the embedding"
+    return f"{first}; it has {config.num_hidden_layers} layers"
+
+
+def _read_tree(spec: ModelSpec, places: dict[str, Place], slices: dict[str, Any], file: Path) -> Tree:
+    """The stacked float32 tree; shapes are checked before anything is read."""
+    tree: Tree = {}
+    plan = []
+    for weight in spec.adapted:
+        for part, shape in zip(PARTS, lora_shapes(spec, weight), strict=True):
+            set_path(tree, f"{weight.path}.{part}", np.zeros(shape, np.float32))
+    for name, (weight, layer) in places.items():
+        rank = spec.ranks(weight)[layer or 0]
+        shapes = (rank, weight.shape[1]), (weight.shape[0], rank)
+        for part, expected in zip(PARTS, shapes, strict=True):
+            key = f"{name}.{PARTS[part]}.weight"
+            given = tuple(slices[key].get_shape())
+            if given != expected:
+                raise UserError(f"{file}: {key} has shape {given}; r and config.json ask for {expected}")
+            if slices[key].get_dtype() not in ("F32", "F16", "BF16"):
+                raise UserError(f"{file}: {key} is {slices[key].get_dtype()}; it must be F32, F16 or BF16")
+            plan.append((key, get_path(tree, weight.path)[part], ... if layer is None else layer, expected))
+    for key, array, layer, (rows, columns) in plan:
+        values = np.asarray(slices[key][:]).astype(np.float32)
+        if not np.isfinite(values).all():
+            raise UserError(f"{file}: {key} holds NaN or infinity")
+        array[layer][:rows, :columns] = values
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def _read_metadata(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
+    """What is known of the adapter; `jaxlora.json`, where it is there, must agree with the tensors."""
+    found: dict[str, Any] = {"condition": lora.condition, "output_head": lora.output_head}
+    found |= {"rank": lora.rank, "alpha": lora.alpha}
+    file = file_in(folder, METADATA)
+    recorded = read_object(file, _MAX_JSON_BYTES) if file.exists() else {}
+    for key, value in found.items():
+        if recorded.get(key, value) != value:
+            raise UserError(f"{file}: {key} is {recorded[key]!r}, but the adapter has {value!r}")
+    seed = recorded.get("seed")
+    for name in ("seed", "step"):
+        value = recorded.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < 2**63):
+            raise UserError(f"{file}: {name} is {value!r}; it must be a whole number or null")
+    base = settings.get("base_model_name_or_path")
+    for name, value in (("run_id", recorded.get("run_id")), ("base_model_name_or_path", base)):
+        if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= 1000):
+            raise UserError(f"{folder}: {name} is {value!r:.100}; it must be a name or null")
+    return recorded | found | {"seed": seed, "base_model": base}

@@ -1,0 +1,104 @@
+"""The command line of a configuration: `--config FILE` and `--config.FIELD=VALUE`.
+
+    python launch/train.py --config configs/tiny.py --config.lora.rank=16 --config.seed=1
+
+The fields themselves are declared in `jaxlora.config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jaxlora.config import RENAMED, RunConfig, allowed, closest, fields, from_dict, one_line, plain, to_dict
+from jaxlora.runtime.errors import UserError
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
+    """Run `get_config()` of a Python file and apply overrides such as `{"lora.rank": "16"}`.
+
+    Raises:
+      UserError: the file is missing, has no `get_config`, or a value is not allowed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--config: no file {str(path)!r}; give a Python file such as configs/tiny.py")
+    try:
+        namespace = runpy.run_path(str(file))
+    except ValidationError as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: cannot be run as Python: {type(error).__name__}: {error}") from None
+    if not callable(namespace.get("get_config")):
+        raise UserError(f"{path}: defines no get_config(); it must return a jaxlora.config.RunConfig")
+    try:
+        config = namespace["get_config"]()
+    except ValidationError as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from None
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
+    values = to_dict(config)
+    for name, text in (overrides or {}).items():
+        _set(values, name, text)
+    return from_dict(values)
+
+
+def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None):
+    """Parse an entry point's own options together with `--config FILE` and `--config.FIELD=VALUE`.
+
+    Returns `(config, options)`: a `RunConfig`, and argparse's namespace of the parser's own options.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "fields of the configuration, each settable as --config.FIELD=VALUE:\n" + field_table()
+    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    options, rest = parser.parse_known_args(argv)
+    overrides: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--config."):
+            known = [option for action in parser._actions for option in action.option_strings]
+            close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+            advice = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"unknown option {word!r}; {advice}")
+        name, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"{word} needs a value: {word}=VALUE")
+        overrides[name] = value
+    return load_config(options.config, overrides), options
+
+
+def field_table() -> str:
+    """One line a field: name, allowed values, default and meaning; for `--help`."""
+    lines = []
+    for name, kind, default, text in fields():
+        lines.append(f"  {name:<30} {text} [{allowed(kind)}; default {plain(default)}]")
+    return "\n".join(lines)
+
+
+def _set(values: dict[str, Any], name: str, text: str) -> None:
+    *groups, leaf = RENAMED.get(name, name).split(".")
+    place = values
+    for group in groups:
+        inner = place.get(group)
+        if not isinstance(inner, dict):
+            raise UserError(f"config.{name}: unknown field; {closest(name)}")
+        place = inner
+    if leaf not in place or isinstance(place[leaf], dict):
+        raise UserError(f"config.{name}: unknown field; {closest(name)}")
+    none = text.lower() == "none"
+    if isinstance(place[leaf], list):
+        place[leaf] = [] if none else text.split(",")
+    else:
+        place[leaf] = None if none else text

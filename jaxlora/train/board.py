@@ -1,0 +1,68 @@
+"""TensorBoard: the curves of a run, its settings, and in what they ended.
+
+    board = Board(run_dir / "tensorboard", config)
+    board.write(metric_record(...))
+    write_outcome(run_dir / "tensorboard", {"final/validation_nll": 0.336}, step=3169)
+
+With one folder a run, `tensorboard --logdir results` lists all runs of a sweep in its HParams table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.summary import Writer
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from jaxlora.config import RunConfig
+
+_NO_CURVE = {"seed", "step"}
+
+
+class Board:
+    """The curves of one run; its settings are written when it is opened."""
+
+    def __init__(self, folder: Path, config: RunConfig):
+        _write_settings(folder, config)
+        self._writer = Writer(str(folder))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add every number of a metrics record under its split's name."""
+        for name, value in record.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and name not in _NO_CURVE:
+                self._writer.add_scalar(f"{record['split']}/{name}", float(value), record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def write_outcome(folder: Path, values: Mapping[str, float], step: int) -> None:
+    """Say what came of the run in `folder`, in an event file of its own."""
+    writer = Writer(str(folder))
+    for name, value in values.items():
+        writer.add_scalar(name, float(value), step)
+    writer.close()
+
+
+def _write_settings(folder: Path, config: RunConfig) -> None:
+    """The settings that tell the runs of a sweep from one another."""
+    lora, optim, train = config.lora, config.optim, config.train
+    settings = {
+        "condition": config.condition,
+        "seed": config.seed,
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "learning_rate": optim.peak_lr,
+        "schedule": optim.schedule,
+        "batch_rows": train.batch_rows,
+        "epochs": train.epochs,
+    }
+    writer = EventFileWriter(str(folder))
+    writer.add_event(Event(wall_time=time.time(), summary=hparams_pb(settings)))
+    writer.close()
