@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from xla_flags import xla_flags
+from helpers.xla_flags import xla_flags
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -3,32 +3,27 @@
 python tools/lock.py                # needs `pip install uv`; keeps versions that still fit
 python tools/lock.py --upgrade      # newest versions
 python tools/lock.py --check        # offline: do the files still fit pyproject.toml?
-python tools/lock.py --audit ZIP    # offline: has an advisory been published for a locked version?
-
-The advisories are those of OSV, for all of PyPI (30 MB):
-
-    curl -O https://osv-vulnerabilities.storage.googleapis.com/PyPI/all.zip
 
 requirements.lock is for development and tests, launch/tpu.lock and launch/cuda.lock for accelerators:
 
     pip install --require-hashes -r launch/tpu.lock && pip install --no-deps -e .
+
+Has an advisory been published for a locked version? `pip-audit` asks PyPI, about one file a call, for
+the Python that it runs under; without `--strict` it passes over packages for which it gets no answer:
+
+    pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import tempfile
 import tomllib
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.version import InvalidVersion, Version
 
 from jaxlora.runtime.errors import UserError, run_main
 
@@ -45,12 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
     parser.add_argument("--check", action="store_true", help="write nothing; say what does not fit")
-    parser.add_argument(
-        "--audit", type=Path, metavar="ZIP", help="OSV's advisories; exit code 1 if one applies"
-    )
     options = parser.parse_args()
-    if options.audit:
-        return audit(options.audit)
     if not options.check:
         for name, extra in LOCKS.items():
             write(ROOT / name, extra, options.upgrade)
@@ -134,80 +124,6 @@ def check(file: Path, extra: str) -> list[str]:
     asked = {canonical(pin.name) for pin, _, via in locked if any("pyproject.toml" in one for one in via)}
     odd = asked ^ {canonical(need.name) for need in wanted}
     return faults + [f"{name}: {one} is in only one of the two" for one in sorted(odd)]
-
-
-def audit(file: Path) -> int:
-    """Print every locked version that an advisory names; 1 if there is one.
-
-    Raises:
-      UserError: the file is no archive of advisories.
-    """
-    locked: dict[str, set[str]] = {}
-    for name in LOCKS:
-        for pin, _, _ in pins((ROOT / name).read_text()):
-            locked.setdefault(canonical(pin.name), set()).add(str(pin.specifier).removeprefix("=="))
-    read, found = 0, []
-    for advisory in advisories(file):
-        read += 1
-        for affected in advisory.get("affected", []):
-            package = affected.get("package", {})
-            if package.get("ecosystem") != "PyPI" or "withdrawn" in advisory:
-                continue
-            name = canonical(package["name"])
-            for version in sorted(locked.get(name, ())):
-                if is_affected(version, affected):
-                    found.append(f"{name} {version}: {advisory['id']} {advisory.get('summary', '')}".strip())
-    if not read:
-        raise UserError(f"{file}: no advisory is in it")
-    for line in sorted(set(found)):
-        print(line)
-    versions = sum(map(len, locked.values()))
-    print(f"{versions} versions of {len(locked)} packages, {read:,} advisories: {len(set(found))} apply")
-    return 1 if found else 0
-
-
-def advisories(file: Path) -> Iterator[dict[str, Any]]:
-    """The advisories of an archive: one JSON file each (https://ossf.github.io/osv-schema)."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if name.endswith(".json"):
-                    yield json.loads(archive.read(name))
-    except (OSError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as an archive of advisories: {error}") from None
-
-
-def is_affected(version: str, affected: dict[str, Any]) -> bool:
-    """Whether a version is among those that an advisory lists, or in one of its ranges.
-
-    >>> is_affected("2.1", {"versions": ["2.0", "2.1"]})
-    True
-    """
-    if version in affected.get("versions", []):
-        return True
-    for span in affected.get("ranges", []):
-        if span["type"] == "ECOSYSTEM" and _is_within(Version(version), span["events"]):
-            return True
-    return False
-
-
-def _is_within(version: Version, events: list[dict[str, str]]) -> bool:
-    """Whether the last thing that happened up to this version is that the fault was introduced."""
-    within = False
-    pairs = [(kind, _version(text)) for event in events for kind, text in event.items()]
-    for kind, at in sorted(pairs, key=lambda pair: pair[1]):
-        if kind == "introduced" and version >= at:
-            within = True
-        elif (kind == "fixed" and version >= at) or (kind == "last_affected" and version > at):
-            within = False
-    return within
-
-
-def _version(text: str) -> Version:
-    try:
-        return Version(text)
-    except InvalidVersion:  # advisories of old packages name some: nothing that is locked here is as old
-        return Version("0")
 
 
 def canonical(name: str) -> str:

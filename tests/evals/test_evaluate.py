@@ -1,0 +1,315 @@
+"""launch/evaluate.py scores what it is asked to score, and never something else in silence."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.hf_models import make_checkpoint
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from jaxlora.checkpoints.peft import export_adapter
+from jaxlora.cli import load_config
+from jaxlora.data.gates import Benchmark, FilePair, check
+from jaxlora.data.render import render_prompts
+from jaxlora.runtime.remote import embedded_path
+from jaxlora.evals.gsm8k import load_problems, rescore
+from jaxlora.evals.run import evaluation_inputs, load_prompts
+from jaxlora.evals.subjects import base_target, fetch_adapter
+from jaxlora.lora import init_lora
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.families import load_model_config
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import read_json, write_json_atomic
+from jaxlora.train.job import load_job_tokenizer, prepare
+from jaxlora.train.loop import train
+from jaxlora.train.manifest import make_manifest
+
+PROBLEMS, NEW_TOKENS = 4, 12
+TOKENIZER = AutoTokenizer.from_pretrained(str(embedded_path("base")))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+
+
+def make_base(folder: Path, seed: int) -> Path:
+    make_checkpoint(folder, seed=seed, vocab_size=len(TOKENIZER), num_hidden_layers=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_path("base") / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def gated_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("train.jsonl", "val.jsonl"):
+        shutil.copy(embedded_path("data") / name, folder / name)
+    pair = FilePair(str(folder / "train.jsonl"), str(folder / "val.jsonl"))
+    problems = load_problems("embedded:data/test.jsonl")
+    benchmark = Benchmark("embedded:data/test.jsonl", [(p.example_id, p.question) for p in problems])
+    write_json_atomic(folder / "contamination.json", check([pair], benchmark))
+    return folder
+
+
+def options(base: Path, results: Path, **fields: object) -> dict[str, str]:
+    values = {
+        "model.path": base, "results_dir": results, "eval.problems": PROBLEMS,
+        "mesh.fsdp": 1, "mesh.data": -1, "eval.max_new_tokens": NEW_TOKENS, "eval.batch_rows": 2,
+    }  # fmt: skip
+    return {name: str(value) for name, value in (values | fields).items()}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base, gated_data) -> Path:
+    """A finished run of two steps, with a learning rate that changes what the model says."""
+    fields = {
+        "data.train_path": gated_data / "train.jsonl", "data.validation_path": gated_data / "val.jsonl",
+        "data.train_rows": 16, "data.validation_rows": 4, "train.epochs": 1, "optim.peak_lr": 0.05,
+        "optim.schedule": "constant", "lora.condition": "attention_only", "seed": 2,
+    }  # fmt: skip
+    config = load_config("configs/tiny.py", options(base, tmp_path_factory.mktemp("results"), **fields))
+    train(prepare(config))
+    return config.run_dir
+
+
+@pytest.fixture
+def evaluate(monkeypatch, base, tmp_path):
+    main = runpy.run_path("launch/evaluate.py")["main"]
+
+    def call(*words: object, **fields: object) -> None:
+        overrides = [f"--config.{k}={v}" for k, v in options(base, tmp_path / "results", **fields).items()]
+        monkeypatch.setattr(
+            sys, "argv", ["evaluate.py", "--config", "configs/tiny.py", *map(str, words), *overrides]
+        )
+        main()
+
+    return call
+
+
+def transformers_texts(model) -> list[str]:
+    """Greedy answers of a PyTorch model to the first problems, one at a time."""
+    texts = []
+    for problem in load_problems("embedded:data/test.jsonl", PROBLEMS):
+        ids = torch.tensor(render_prompts(TOKENIZER, [problem.question]))
+        answer = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+            eos_token_id=TOKENIZER.eos_token_id, pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()  # fmt: skip
+        texts.append(TOKENIZER.decode(answer[:-1] if answer[-1] == TOKENIZER.eos_token_id else answer))
+    return texts
+
+
+def written_texts(folder: Path) -> list[str]:
+    return [
+        json.loads(line)["generated_text"] for line in (folder / "predictions.jsonl").read_text().splitlines()
+    ]
+
+
+def torch_base(base: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def test_the_base_is_scored_and_answers_as_in_transformers(evaluate, base, tmp_path):
+    evaluate("--base")
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    summary = read_json(out / "summary.json")
+    assert (summary["condition"], summary["seed"], summary["total"]) == (None, None, PROBLEMS)
+    assert summary["status"] == "completed"
+    assert written_texts(out) == transformers_texts(torch_base(base))
+    assert summary["correct_strict"] == sum(
+        record["correct"] for record in rescore(out / "predictions.jsonl")
+    )
+
+
+def test_a_run_is_scored_with_its_own_adapter_and_answers_as_in_peft(evaluate, base, run):
+    evaluate("--run", run, "--overwrite", **{"lora.condition": "all_layer", "seed": 0, "prefix": "other"})
+    summary = read_json(run / "evaluation" / "summary.json")
+    assert (summary["run_id"], summary["condition"], summary["seed"]) == (run.name, "attention_only", 2)
+    assert summary["checkpoint"] == "step-2"
+    peft = PeftModel.from_pretrained(torch_base(base), run / "selected").eval()
+    texts = written_texts(run / "evaluation")
+    assert texts == transformers_texts(peft)
+    assert texts != transformers_texts(torch_base(base))
+
+
+def test_any_adapter_is_scored_as_its_own_metadata_says(evaluate, run, tmp_path):
+    evaluate("--adapter", run / "selected", "--out", tmp_path / "scores")
+    evaluate("--run", run, "--overwrite")
+    assert written_texts(tmp_path / "scores") == written_texts(run / "evaluation")
+    summary = read_json(tmp_path / "scores" / "summary.json")
+    assert (summary["run_id"], summary["condition"], summary["seed"]) == (run.name, "attention_only", 2)
+
+
+def test_an_adapter_without_a_seed_needs_one_named(evaluate, run, tmp_path):
+    shutil.copytree(run / "selected", tmp_path / "step-3169")
+    (tmp_path / "step-3169" / "jaxlora.json").unlink()
+    with pytest.raises(UserError, match="does not record its seed; name it with --seed"):
+        evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "scores")
+    evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "scores", "--seed", 5)
+    summary = read_json(tmp_path / "scores" / "summary.json")
+    assert (summary["condition"], summary["seed"], summary["checkpoint"]) == (
+        "attention_only",
+        5,
+        "step-3169",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--condition", "all_layer"], "--condition: all_layer, but .* adapts attention_only"),
+        (["--seed", "1"], "--seed: 1, but .* records seed 2"),
+    ],
+)
+def test_what_the_user_says_of_an_adapter_must_be_true(evaluate, run, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        evaluate("--adapter", run / "selected", "--out", tmp_path / "scores", *words)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_an_adapter_that_does_not_fit_never_becomes_the_base(evaluate, run, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "selected", broken)
+    (broken / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: missing"):
+        evaluate("--adapter", broken, "--out", tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
+
+
+def test_a_run_refuses_another_base(evaluate, run, tmp_path):
+    other = make_base(tmp_path / "other", seed=4)
+    with pytest.raises(UserError, match="trained on another base"):
+        evaluate("--run", run, "--overwrite", **{"model.path": other})
+
+
+def test_a_run_on_ungated_data_is_refused_unless_asked(evaluate, run, tmp_path):
+    copy = tmp_path / run.name
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "evaluation", ignore_errors=True)
+    manifest = read_json(copy / "manifest.json")
+    write_json_atomic(copy / "manifest.json", manifest | {"gates": {"passed": False, "reason": "no report"}})
+    with pytest.raises(UserError, match="trained on ungated data: no report"):
+        evaluate("--run", copy)
+    evaluate("--run", copy, **{"data.allow_ungated": "true"})
+    assert (copy / "evaluation" / "summary.json").is_file()
+
+
+def test_an_evaluation_is_replaced_only_when_asked(evaluate, tmp_path):
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    out.mkdir(parents=True)
+    (out / "predictions.jsonl").write_text("mine\n")
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        evaluate("--base")
+    assert (out / "predictions.jsonl").read_text() == "mine\n"
+    evaluate("--base", "--overwrite")
+    assert len(rescore(out / "predictions.jsonl")) == PROBLEMS
+
+
+def test_a_dry_run_writes_nothing_and_counts_the_prompts(evaluate, run, tmp_path, capsys):
+    evaluate("--base", "--dry-run")
+    text = capsys.readouterr().out
+    problems = load_problems("embedded:data/test.jsonl", PROBLEMS)
+    tokens = sum(map(len, render_prompts(TOKENIZER, [problem.question for problem in problems])))
+    assert f"{PROBLEMS} problems" in text
+    assert f"{tokens:,} tokens in all" in text
+    assert f"at most {NEW_TOKENS} new tokens" in text
+    assert problems[0].question in text
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_base_drawn_at_random_is_known_by_its_seed_and_not_by_the_files_beside_it(base, tmp_path):
+    configs = [
+        load_config("configs/tiny.py", options(base, tmp_path, **{"model.random_weights": "true", "seed": n}))
+        for n in (0, 1)
+    ]
+    first, second = (base_target(config).subject.base_fingerprint for config in configs)
+    assert first.startswith("random-0-")
+    assert second.startswith("random-1-")
+    assert make_manifest(prepare(configs[1]))["base"]["fingerprint"] == second
+
+
+def test_another_chat_template_makes_an_evaluation_another_one(base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    settings = read_json(other / "tokenizer_config.json")
+    template = settings["chat_template"] + "{{ ' ' }}"
+    write_json_atomic(other / "tokenizer_config.json", settings | {"chat_template": template})
+    inputs = []
+    for folder in (base, other):
+        target = base_target(load_config("configs/tiny.py", options(folder, tmp_path)))
+        tokenizer = load_job_tokenizer(target.config, target.model_dir, target.spec.config)
+        inputs.append(
+            evaluation_inputs(target.config, target.subject, *load_prompts(target.config, tokenizer))
+        )
+    assert [name for name in inputs[0] if inputs[0][name] != inputs[1][name]] == ["prompts_sha256"]
+
+
+def test_a_dry_run_refuses_a_mesh_that_the_devices_do_not_make(evaluate):
+    with pytest.raises(UserError, match=r"config\.mesh: .*fsdp=3.* does not fit 8 devices"):
+        evaluate("--base", "--dry-run", **{"mesh.fsdp": 3})
+
+
+def test_the_dry_run_counts_the_studys_prompt_tokens(evaluate, shared, capsys):
+    """132,306 tokens over the 1,319 test questions, with the real tokenizer; no weights are needed."""
+    fields = {
+        "model.path": "qwen3-8b", "model.random_weights": "true", "eval.problems": "none",
+        "model.tokenizer": shared / "data" / "qwen3-tokenizer",
+        "eval.benchmark": shared / "data" / "gsm8k" / "test.jsonl",
+    }  # fmt: skip
+    evaluate("--base", "--dry-run", **fields)
+    assert "132,306 tokens in all" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--base", "--run", "x"], ["--base", "--adapter", "x"]])
+def test_exactly_one_subject_is_named(evaluate, words):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(*words)
+    assert stopped.value.code == 2
+
+
+def test_out_belongs_to_an_adapter(evaluate, tmp_path):
+    with pytest.raises(UserError, match="belong to --adapter"):
+        evaluate("--base", "--out", tmp_path)
+    with pytest.raises(UserError, match="--adapter needs --out"):
+        evaluate("--adapter", tmp_path)
+
+
+def test_an_adapter_on_the_hub_is_three_files_of_one_folder(base, tmp_path, monkeypatch):
+    """The layout of the published adapters: OWNER/NAME, and a path of several folders below it."""
+    inner = "checkpoints/best-checkpoints/attention_only/seed-0/step-3169"
+    lora = load_config("configs/tiny.py", {"lora.condition": "attention_only"}).lora
+    spec = ModelSpec(load_model_config(base), lora, "float32", scan=False)
+    export_adapter(tmp_path / inner, spec, init_lora(spec, 0), "Qwen/Qwen3-8B")
+    asked = []
+
+    def snapshot_download(repository, *, revision, allow_patterns, local_files_only=False):
+        asked.append((repository, revision, allow_patterns, local_files_only))
+        if local_files_only:
+            raise FileNotFoundError("not in the cache")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert fetch_adapter(f"hf://owner/name/{inner}") == tmp_path / inner
+    names = ("adapter_model.safetensors", "adapter_config.json", "jaxlora.json")
+    wanted = [f"{inner}/{name}" for name in names]
+    assert asked == [("owner/name", None, wanted, True), ("owner/name", None, wanted, False)]
+    assert fetch_adapter(f"hf://owner/name@v1/{inner}") == tmp_path / inner
+    assert asked[-1][:2] == ("owner/name", "v1")
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors there"):
+        fetch_adapter("hf://owner/name/elsewhere")
+    with pytest.raises(UserError, match="write hf://OWNER/NAME/PATH"):
+        fetch_adapter("hf://owner")

@@ -1,0 +1,1 @@
+"""What the tests share: small models, broken input, processes that are watched, killed or joined."""

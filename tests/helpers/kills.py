@@ -1,0 +1,402 @@
+"""Runs of `launch/train.py` that are cheap to start, watched, and killed; for tests/runs/test_kills.py.
+
+A fork server imports everything once and initialises no backend; each run is a fork of it that calls the real
+entry point. Inside it, functions of the package are wrapped from outside, to say in a shared byte each in
+which phase the run is, and to kill the process at a named moment.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import mmap
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from helpers.xla_flags import xla_flags
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
+# phase: module, class or None, function; the phase lasts while the function runs, on whichever thread
+PHASES = {
+    "loading": ("jaxlora.train.job", None, "prepare"),
+    "taking over": ("jaxlora.train.run_directory", None, "_take_over"),
+    "restoring": ("jaxlora.checkpoints.run_state", "RunState", "restore"),
+    "rewinding": ("jaxlora.train.run_directory", "RunDirectory", "start_records"),
+    "metrics": ("jaxlora.train.run_directory", "RunDirectory", "record"),
+    "validation": ("jaxlora.train.loop", None, "validate"),
+    "saving": ("jaxlora.checkpoints.run_state", "RunState", "save"),
+    "writing a checkpoint": ("jaxlora.checkpoints.run_state", "RunState", "_finish"),
+    "hashing": ("jaxlora.checkpoints.run_state", None, "hashes"),
+    "publishing": ("jaxlora.checkpoints.run_state", "RunState", "_publish"),
+    "pruning": ("jaxlora.checkpoints.run_state", "RunState", "_prune"),
+    "training": ("jaxlora.train.loop", None, "_advance"),
+    "export": ("jaxlora.train.run_directory", "RunDirectory", "export_selected"),
+    "summary": ("jaxlora.train.run_directory", "RunDirectory", "finish"),
+}
+# phases within others: the innermost names the kill
+INNER = ["metrics", "hashing", "publishing", "pruning", "saving", "validation", "writing a checkpoint"]
+PRELOAD = [
+    "helpers.kills",
+    "jaxlora.train.loop",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "tensorboard.summary",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen2.tokenization_qwen2",
+    "transformers.tokenization_utils_tokenizers",
+]
+
+
+RUN_ID = "tiny-all_layer-seed-0"
+
+
+def options(folder: Path) -> list[str]:
+    """The command line of a small run: two layers, 24 steps, 6 validations, a checkpoint every 2 steps."""
+    from helpers.hf_models import make_checkpoint
+
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    make_checkpoint(folder, initializer_range=0.05, **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPOSITORY / "jaxlora" / "embedded" / "base" / name, folder)
+    fields = {
+        "model.path": folder,
+        "data.train_rows": 24,
+        "data.validation_rows": 8,
+        "train.batch_rows": 2,
+        "train.epochs": 2,
+        "train.validation_every": 5,
+        "train.validation_merge": 0,
+        "train.validation_batch_rows": 4,
+        "train.checkpoint_every": 2,
+        "train.startup_check": "false",
+        "eval.after_training": "false",
+    }
+    config = ["--config", str(REPOSITORY / "configs" / "tiny.py")]
+    return config + [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def server() -> multiprocessing.context.BaseContext:
+    """A context whose processes are forks of a process that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+class Run:
+    """One process of the entry point over a results folder, with its standard error in a file."""
+
+    def __init__(self, context, words: list[str], folder: Path, moment: str | None = None, nth: int = 1):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "results" / RUN_ID
+        start = time.monotonic_ns()
+        self._log, self._phases = folder / f"log-{start}.txt", folder / f"phases-{start}"
+        self._phases.write_bytes(bytes(len(PHASES)))
+        self._size = self._written()
+        self.started = time.monotonic()
+        words = [*words, f"--config.results_dir={folder / 'results'}"]
+        arguments = (words, str(folder.parent / "compiled"), str(self._log), str(self._phases), moment, nth)
+        self.process = context.Process(target=_child, args=arguments)
+        self.process.start()
+
+    def send(self, signum: int) -> None:
+        """Send a signal, if the process is still there."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, signum)
+
+    def wait_for_steps(self) -> float | None:
+        """Wait until this process has recorded something; seconds from its start, None if it never did."""
+        seen = self._size
+        while self.process.is_alive():
+            size = self._written()
+            if size > seen:
+                return time.monotonic() - self.started
+            seen = min(seen, size)  # cut back to the checkpoint
+            time.sleep(0.01)
+        return None
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit code; negative: the signal that killed it."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"the run did not end within {seconds} s:\n{self.log()}")
+        return self.process.exitcode
+
+    def log(self) -> str:
+        """What the process wrote to the terminal."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def phase(self) -> str:
+        """The innermost phase that the process was in last."""
+        inside = [name for name, byte in zip(PHASES, self._phases.read_bytes(), strict=True) if byte]
+        for name in INNER:
+            if name in inside:
+                return name
+        return inside[-1] if inside else "between phases"
+
+    def _written(self) -> int:
+        file = self.path / "metrics.jsonl"
+        return file.stat().st_size if file.is_file() else 0
+
+
+class Lab:
+    """Runs of one small job, in folders of their own, and what an undisturbed one gives."""
+
+    def __init__(self, folder: Path, *words: str):
+        self.folder, self.options = folder, [*options(folder / "model"), *words]
+        self.context = server()
+        self.kills: Counter[str] = Counter()
+        self.resumed: list[float] = []
+        self._folders = 0
+        self.whole = whole = self.start(self.new_folder())
+        assert whole.wait() == 0, whole.log()
+        self.expected = outcome(whole.path)
+
+    def new_folder(self) -> Path:
+        self._folders += 1
+        return self.folder / f"run-{self._folders}"
+
+    def start(self, folder: Path, *words: str, moment: str | None = None, nth: int = 1) -> Run:
+        """Start or resume the run of a folder, with further options."""
+        return Run(self.context, [*self.options, *words], folder, moment, nth)
+
+    def kill_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
+        """Start or resume, and die at this moment."""
+        run = self.start(folder, *words, moment=moment, nth=nth)
+        code = run.wait()
+        assert code == -signal.SIGKILL, f"'{moment}' never came (exit code {code}):\n{run.log()}"
+        self.kills[f"at '{moment}'"] += 1
+        return run
+
+    def finish(self, folder: Path, *words: str) -> Run:
+        """Resume to the end, and compare."""
+        run = self.start(folder, *words)
+        if (seconds := run.wait_for_steps()) is not None:
+            self.resumed.append(seconds)
+        assert run.wait() == 0, run.log()
+        self.compare(run)
+        return run
+
+    def compare(self, run: Run) -> None:
+        different = differing(outcome(run.path), self.expected)
+        assert not different, f"{', '.join(different)} in {run.path}; the kills were {dict(self.kills)}"
+
+    def report(self, capsys) -> None:
+        with capsys.disabled():
+            print(f"\n{self.kills.total()} kills survived:")
+            for name, count in sorted(self.kills.items()):
+                print(f"  {count:3} {name}")
+            if self.resumed:
+                print(f"resumed in {sum(self.resumed) / len(self.resumed):.1f} s on average")
+
+
+def _child(words: list[str], cache: str, log: str, phases: str, moment: str | None, nth: int) -> None:
+    os.environ["XLA_FLAGS"] = xla_flags(devices=1)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.argv = ["train.py", *words]
+    with open(phases, "r+b") as file:
+        _announce_phases(mmap.mmap(file.fileno(), len(PHASES)))
+    _wrap("jaxlora.runtime.devices", None, "setup", _keep_every_program)
+    if moment is not None:
+        MOMENTS[moment](_countdown(nth))
+    specification = importlib.util.spec_from_file_location("launch_train", REPOSITORY / "launch" / "train.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.run_main(module.main)
+
+
+def _announce_phases(board: mmap.mmap) -> None:
+    for index, place in enumerate(PHASES.values()):
+
+        def announcing(original, *args, index=index, **kwargs):
+            board[index] += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                board[index] -= 1
+
+        _wrap(*place, announcing)
+
+
+def _keep_every_program(original, config) -> None:
+    import jax
+
+    original(config)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _wrap(module: str, owner: str | None, name: str, around: Callable) -> None:
+    place = importlib.import_module(module)
+    place = getattr(place, owner) if owner else place
+    original = getattr(place, name)
+
+    @functools.wraps(original)
+    def wrapped(*args, **kwargs):
+        return around(original, *args, **kwargs)
+
+    setattr(place, name, wrapped)
+
+
+# --- Moments ------------------------------------------------------------------------------------------------
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _countdown(nth: int) -> Iterator[bool]:
+    left = nth
+    while True:
+        left -= 1
+        yield left == 0
+
+
+def _before(module: str, owner: str | None, name: str) -> Callable:
+    def install(now: Iterator[bool]) -> None:
+        def around(original, *args, **kwargs):
+            if next(now):
+                die()
+            return original(*args, **kwargs)
+
+        _wrap(module, owner, name, around)
+
+    return install
+
+
+def _after(module: str, owner: str | None, name: str) -> Callable:
+    def install(now: Iterator[bool]) -> None:
+        def around(original, *args, **kwargs):
+            result = original(*args, **kwargs)
+            if next(now):
+                die()
+            return result
+
+        _wrap(module, owner, name, around)
+
+    return install
+
+
+def _part_of_a_line(share: float) -> Callable:
+    def install(now: Iterator[bool]) -> None:
+        def around(original, path, record):
+            if next(now):
+                line = (json.dumps(record) + "\n").encode()
+                with open(path, "ab") as file:
+                    file.write(line[: int(share * len(line)) or 1])
+                die()
+            return original(path, record)
+
+        _wrap("jaxlora.train.run_directory", None, "append_jsonl", around)
+
+    return install
+
+
+def _half_json(module: str, file: str) -> Callable:
+    """Dies with the temporary file of an atomic write half written."""
+
+    def install(now: Iterator[bool]) -> None:
+        def around(original, path, value):
+            if path.name == file and next(now):
+                text = json.dumps(value)
+                path.with_name(f".{path.name}.{os.getpid()}.tmp").write_text(text[: len(text) // 2])
+                die()
+            return original(path, value)
+
+        _wrap(module, None, "write_json_atomic", around)
+
+    return install
+
+
+def _half_deleted(now: Iterator[bool]) -> None:
+    import jaxlora.checkpoints.run_state as module
+
+    class HalfWay:
+        """`shutil`, whose rmtree deletes every other file of a checkpoint and dies."""
+
+        def __getattr__(self, name):
+            import shutil
+
+            return getattr(shutil, name)
+
+        def rmtree(self, path, ignore_errors=False):
+            import shutil
+
+            files = [p for p in Path(path).rglob("*") if p.is_file()]
+            if files and next(now):
+                for victim in files[::2]:
+                    victim.unlink()
+                die()
+            shutil.rmtree(path, ignore_errors=ignore_errors)
+
+    module.shutil = HalfWay()
+
+
+def _half_exported(now: Iterator[bool]) -> None:
+    def around(original, tensors, path, *args, **kwargs):
+        if next(now):
+            Path(path).write_bytes(b"\0" * 100)
+            die()
+        return original(tensors, path, *args, **kwargs)
+
+    _wrap("jaxlora.checkpoints.peft", None, "save_file", around)
+
+
+STATE, FILES, LOOP = "jaxlora.checkpoints.run_state", "jaxlora.train.run_directory", "jaxlora.train.loop"
+MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
+    "half a manifest": _half_json(FILES, "manifest.json"),
+    "manifest written, nothing else": _after(FILES, None, "_take_over"),
+    "curves deleted, not yet rewritten": _before(FILES, None, "write_settings"),
+    "between rewind and first step": _before(LOOP, None, "_advance"),
+    "a step computed, not yet recorded": _before(LOOP, "StepLog", "add"),
+    "one byte of a metrics line": _part_of_a_line(0),
+    "half a metrics line": _part_of_a_line(0.5),
+    "a metrics line without its newline": _part_of_a_line(0.9999),
+    "in the middle of a validation": _before("jaxlora.train.display", "TrainingDisplay", "validating"),
+    "validated, not yet recorded": _before(FILES, "RunDirectory", "validation_record"),
+    "checkpoint begun": _before(STATE, "RunState", "save"),
+    "arrays on their way to the disk": _after(STATE, "RunState", "save"),
+    "arrays written, not hashed": _before(STATE, None, "hashes"),
+    "half a hash list": _half_json(STATE, "sha256.json"),
+    "hashed, not published": _before(STATE, "RunState", "_publish"),
+    "published, older ones not deleted": _before(STATE, "RunState", "_prune"),
+    "an older checkpoint half deleted": _half_deleted,
+    "half an adapter exported": _half_exported,
+    "exported, no summary": _before(FILES, "RunDirectory", "finish"),
+    "half a summary": _half_json(FILES, "summary.json"),
+}
+
+AFTER_TRAINING = "finished, not evaluated"  # comes only with eval.after_training
+MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_adapter")
+
+
+# --- What a finished run is ---------------------------------------------------------------------------------
+
+
+def outcome(run: Path) -> dict[str, bytes | list]:
+    """Everything of a finished run that must not depend on how often it was disturbed."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    found: dict[str, bytes | list] = {"metrics.jsonl": [json.dumps(record) for record in records]}
+    for path in sorted([run / "summary.json", run / "sample_render.txt", *(run / "selected").iterdir()]):
+        found[path.relative_to(run).as_posix()] = path.read_bytes()
+    found["files"] = sorted(path.name for path in run.iterdir())
+    found["checkpoints"] = sorted(path.name for path in (run / "checkpoints").iterdir())
+    return found
+
+
+def differing(ours: dict, theirs: dict) -> list[str]:
+    """Names of what differs between two outcomes."""
+    return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
