@@ -18,14 +18,11 @@ from safetensors.numpy import load_file
 
 from jaxlora.config import MeshConfig, RunConfig, load_config
 from jaxlora.lora import init_lora
-from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import published_config
-from jaxlora.runtime.chips import slice_named
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.signals import Interrupted, Stop
 from jaxlora.sharding import make_mesh
 from jaxlora.train import loop
-from jaxlora.train.group import groups, members_to_fuse
+from jaxlora.train.group import groups
 from jaxlora.train.job import Job, prepare
 from jaxlora.train.loop import Diverged, train, train_group
 from jaxlora.train.member import load_frozen
@@ -272,26 +269,6 @@ def test_runs_that_cannot_share_a_step_are_refused(first, tmp_path):
     with pytest.raises(UserError, match="cannot be trained in one program"):
         train_group([one, one])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("mesh", "remat", "members"),
-    [
-        (MeshConfig(2, 1, 4), False, 1),  # one run fills the chips
-        (MeshConfig(1, 8, 1), False, 2),  # gathering all weights takes longer than computing with them
-        (MeshConfig(1, 8, 1), True, 8),  # a line for every chip: no keys and values are gathered
-    ],
-)
-def test_as_many_train_together_as_fit_and_are_fastest(first, mesh, remat, members):
-    """The study's step on a v5e-8."""
-    spec = ModelSpec(published_config("qwen3-8b"), first.config.lora)
-    config = replace(first.config, model=replace(first.config.model, remat=remat))
-    config = replace(config, train=replace(config.train, batch_rows=8, buffer_multiple=128))
-    layout = replace(first.train_layout, sizes=(2816,))
-    rows = [SimpleNamespace(n_tokens=340)] * 8
-    job = replace(first, spec=spec, config=config, train_layout=layout, train_rows=rows, mesh=make_mesh(mesh))
-    assert members_to_fuse(job, slice_named("v5e-8")) == members
-    assert members_to_fuse(job, None) == 1
 
 
 def test_a_step_that_is_too_long_for_the_chip_is_found_before_the_first(first):

@@ -16,15 +16,14 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
-from jaxlora.estimate import REMATS, candidates, estimate, factors, with_mesh
+from jaxlora.estimate import REMATS, attention_flops, candidates, estimate, factors, roofline, with_mesh
 from jaxlora.models.spec import ModelConfig, published_config
 from jaxlora.models.table import count_parameters
 from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
-from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory
-from jaxlora.roofline import attention_flops, roofline, run_cost
-from jaxlora.runtime.chips import CHIPS, SLICES, slice_named, slice_of
-from jaxlora.runtime.devices import peak_flops
+from jaxlora.plan.programs import Memory, Program, Programs, Workload
+from jaxlora.plan.report import run_cost
+from jaxlora.runtime.devices import CHIPS, SLICES, out_of_memory, peak_flops, slice_named, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import decode_mesh, make_mesh, whole_mesh
 
@@ -325,7 +324,7 @@ def compiled(monkeypatch):
             def __init__(self, config, model, slice_, workload):
                 self.config, self.mesh = config, make_mesh(MeshConfig(), jax.devices()[:1])
 
-            def train_step(self, members=1):
+            def train_step(self):
                 return fake_program("train step", peak, missing)
 
             validation_step = prefill = decode_step = train_step
@@ -399,31 +398,6 @@ def test_a_search_plans_the_first_choice_that_fits(repository, compiled, capsys)
     assert "nothing that was tried fits" in capsys.readouterr().out
 
 
-def test_groups_are_compared_with_lone_runs(repository, tmp_path, monkeypatch, capsys):
-    """Three runs in a step of 120 ms against 100 ms for one: 2.5 times the tokens a second."""
-
-    def train_step(programs, members=1):
-        best = roofline(slice_named("v5e-16"), 197e12 * (0.12 if members == 3 else 0.1), 1.0, 1.0)
-        return replace(fake_program("train step", 8 * GIB), best=best)
-
-    monkeypatch.setattr(Programs, "__init__", lambda *_: None)
-    monkeypatch.setattr(Programs, "train_step", train_step)
-    file = tmp_path / "plan.json"
-    asked = ["--topology", "v5e-16", "--config.mesh.fsdp=16", "--members", "3", "--json", str(file)]
-    assert run_tool(repository, *asked) == 0
-    assert "v5e-16: 3 runs together, 2.50 times the tokens/s of lone runs" in capsys.readouterr().out
-    (plan,) = json.loads(file.read_text())
-    assert plan["slice"] == {"name": "v5e-16", "chips": 16, "topology": "v5e:4x4"}
-    assert plan["gain"] == pytest.approx(2.5)
-    assert plan["one run"]["tokens_per_second"] == pytest.approx(8 * 340 / 0.1)
-    assert plan["together"]["best"]["seconds"] == pytest.approx(0.12)
-    assert run_tool(repository, "--topology", "v5e-16", "--members", "1") == 2
-    fake = fake_program("train step", 8 * GIB, missing=1)
-    monkeypatch.setattr(Programs, "train_step", lambda *_: fake)
-    assert run_tool(repository, "--topology", "v5e-16", "--members", "3") == 1
-    assert "v5e-16: nothing that was tried fits; give --search, or fewer members" in capsys.readouterr().out
-
-
 def test_all_topologies_are_planned_and_compared(repository, compiled, capsys, monkeypatch):
     compiled(1 * GIB)
     assert run_tool(repository, "--topology", "all") == 0
@@ -446,8 +420,6 @@ def test_all_topologies_are_planned_and_compared(repository, compiled, capsys, m
         ["--row-tokens", "nan"],
         ["--price", "-1"],
         ["--price", "inf"],
-        ["--members", "0"],
-        ["--members", "2", "--price", "1"],
         ["--json", "no/such/folder/plan.json"],
     ],
     ids=" ".join,

@@ -33,7 +33,7 @@ def main() -> int:
     config = configuration(options)
     from jaxlora.runtime.devices import setup
 
-    setup(config)
+    setup(config.results_dir, config.model.dtype)
     measure = {"train": run_train, "decode": run_decode, "sweep": run_sweep}[options.what]
     result = {"model": options.model, "condition": options.condition, "rank": options.rank}
     result |= measure(options, config, shape_of(config, options.num_layers))

@@ -22,9 +22,9 @@ from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
+from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import decode_backend
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import (
     metric_record,

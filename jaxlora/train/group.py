@@ -14,31 +14,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-import jax
 import numpy as np
 
-from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
+from jaxlora.config import LoraConfig, OptimConfig, RunConfig, TrainConfig
 from jaxlora.data.batches import step_batch, validation_batches
 from jaxlora.data.packing import Batch
-from jaxlora.estimate import FULL, estimate
-from jaxlora.runtime.chips import Slice, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.train.fused import group_spec, member_state, stack_batches, stack_members
-from jaxlora.train.job import Job, token_count
+from jaxlora.train.job import Job
 from jaxlora.train.member import Member
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
-MOST = 16  # runs in one group, where nobody asks for more
-WORTHWHILE = 1.1  # times the tokens a second of lone runs
-
 
 def groups(jobs: Sequence[Job], size: int | None) -> list[list[Job]]:
-    """The runs in groups of at most `size`, as equal as can be; None: of what `members_to_fuse` says."""
+    """The runs in groups of at most `size`, as equal as can be; None: of one."""
     found: list[list[Job]] = []
     for alike in _alike(jobs):
-        most = members_to_fuse(alike[0], slice_of(jax.devices())) if size is None else size
-        parts = math.ceil(len(alike) / most)
+        parts = math.ceil(len(alike) / (size or 1))
         found += [list(part) for part in _split(alike, parts)]
     return found
 
@@ -56,30 +49,6 @@ def _alike(jobs: Sequence[Job]) -> list[list[Job]]:
 def _split(jobs: Sequence[Job], parts: int) -> Iterator[Sequence[Job]]:
     ends = [round(len(jobs) * i / parts) for i in range(parts + 1)]
     return (jobs[start:end] for start, end in pairwise(ends))
-
-
-def members_to_fuse(job: Job, slice_: Slice | None) -> int:
-    """How many runs like this one to train at once: what fits and is fastest by the planner's estimate.
-
-    One where a group should gain less than a tenth, because one run fills the chips; and off the table of TPU
-    slices, because on a GPU a pair gains 2% (see `tools/bench.md`). All hosts find the same number.
-    """
-    if slice_ is None:
-        return 1
-    config, train = job.config, job.config.train
-    given = job.spec.config, config.lora, slice_, MeshConfig(**job.mesh.shape), config.model.remat, 1
-    tokens = train.batch_rows * token_count(job.train_rows) / len(job.train_rows)
-
-    def seconds(members: int) -> float:
-        """Of one run's step, in a group of so many."""
-        return estimate(*given, tokens, train.buffer_multiple, members).best.seconds / members
-
-    def fits(members: int) -> bool:
-        longest = estimate(*given, max(job.train_layout.sizes), train.buffer_multiple, members)
-        return longest.memory < FULL * slice_.chip.hbm_bytes
-
-    best = min(filter(fits, range(2, MOST + 1)), key=seconds, default=1)
-    return best if seconds(1) > WORTHWHILE * seconds(best) else 1
 
 
 def check_group(configs: Sequence[RunConfig]) -> None:

@@ -32,8 +32,7 @@ from jaxlora.models.decoder import ModelSpec, kept_per_token
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig, load_model_config, published_config
 from jaxlora.models.table import count_parameters
-from jaxlora.runtime.chips import slice_of
-from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.devices import scan_layers, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.remote import is_remote, mirror
 from jaxlora.sharding import make_mesh, token_multiple

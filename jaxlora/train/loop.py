@@ -30,8 +30,8 @@ from jaxlora.checkpoints.peft import import_adapter
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.data.batches import ahead
 from jaxlora.models.decoder import Tree
-from jaxlora.plan.programs import out_of_memory
 from jaxlora.runtime import hosts
+from jaxlora.runtime.devices import out_of_memory
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import is_disk_full, read_json
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
