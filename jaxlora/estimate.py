@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import is_adapted, kept_per_token
@@ -20,6 +21,8 @@ from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig
 from jaxlora.models.table import count_parameters, parameter_table
 from jaxlora.runtime.devices import Slice
+
+What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
 
 BF16, FLOAT32 = 2, 4  # bytes
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)
@@ -98,16 +101,23 @@ class Choice:
 
 
 def candidates(
-    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int
+    model: ModelConfig,
+    lora: LoraConfig,
+    slice_: Slice,
+    tokens: float,
+    multiple: int,
+    what: What = "lora",
 ) -> list[Choice]:
     """Every mesh of the slice with every remat setting and 1, 2 or 4 micro-batches, fastest first.
 
     Args:
+      lora: the adapters; ignored where every parameter is trained.
       tokens: real tokens of an optimizer step.
       multiple: buffer lengths are multiples of this as well as of what the mesh requires.
+      what: which parameters are trained.
     """
     choices = [
-        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple)
+        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, what)
         for mesh in factors(slice_.n_chips)
         if model.num_key_value_heads % mesh[2] == 0
         for remat in REMATS
@@ -167,19 +177,29 @@ def estimate(
     buffers: int,
     tokens: float,
     multiple: int,
+    what: What = "lora",
 ) -> Choice:
-    """Work and memory of one optimizer step on one chip, counted from the shapes; the base is bfloat16.
+    """Work and memory of one optimizer step on one chip, counted from the shapes.
+
+    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, and adapters, their
+    gradients and moments in float32. In full fine-tuning every parameter has a float32 master weight, a
+    gradient and two moments (16 bytes), and a bfloat16 copy for computing (2 bytes).
 
     Args:
+      lora: the adapters; ignored where every parameter is trained.
       buffers: micro-batches of the step.
       tokens: real tokens of the step; each buffer is padded to a multiple of `multiple` and of what the mesh
         requires.
+      what: which parameters are trained.
     """
     block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp, multiple)
     length = math.ceil(tokens / buffers / block) * block
-    share = _Share(model, lora, mesh, remat, length)
+    share = _Share(model, lora, what, mesh, remat, buffers, length)
     best = roofline(
-        slice_, buffers * _flops(share), buffers * _hbm_bytes(share), buffers * _interconnect_bytes(share)
+        slice_,
+        buffers * _flops(share),
+        buffers * _hbm_bytes(share) + _update_bytes(share),
+        buffers * _interconnect_bytes(share),
     )
     return Choice(mesh, remat, buffers, length, best, _memory(share))
 
@@ -190,8 +210,10 @@ class _Share:
 
     model: ModelConfig
     lora: LoraConfig
+    what: What
     mesh: MeshConfig
     remat: Remat
+    buffers: int  # micro-batches of the step
     length: int  # tokens of the buffer
 
     @property
@@ -208,6 +230,20 @@ class _Share:
         """Whether the backward pass recomputes products and attention."""
         return self.remat is True
 
+    @property
+    def full(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.what == "full"
+
+    @cached_property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
+
+    @property
+    def own_parameters(self) -> float:
+        """Parameters that one chip holds: they are split over `fsdp` and `tensor`, and copied over `data`."""
+        return self.parameters / (self.mesh.fsdp * self.mesh.tensor)
+
     @cached_property
     def layer_weights(self) -> int:
         matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) == 2]
@@ -219,6 +255,8 @@ class _Share:
 
     @cached_property
     def adapter_weights(self) -> int:
+        if self.full:
+            return 0
         layers = self.model.num_hidden_layers
         adapted = [w for w in parameter_table(self.model) if is_adapted(w, self.lora)]
         return sum(self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted)
@@ -246,10 +284,13 @@ def _gathered(size: float, ways: int) -> float:
 
 
 def _flops(share: _Share) -> float:
-    """Products and attention: the layers forward, backward and perhaps once more, the head forward and
-    backward.
+    """Products and attention: 4N FLOPs per token with LoRA, 6N in full fine-tuning.
+
+    For N weights of matrices these are 2N forward, 2N for the gradients of activations and, where the weights
+    are trained, 2N for theirs. Remat computes the layers' 2N forward once more.
     """
-    products = (2 + share.again) * 2 * share.layer_weights + 2 * 2 * share.head_weights
+    products = (2 + share.again + share.full) * 2 * share.layer_weights
+    products += (2 + share.full) * 2 * share.head_weights
     passes = 1 + share.again + BACKWARD_PASSES
     attention = attention_flops(share.model, share.tokens, keys_seen(share.length, share.shards), passes)
     return share.tokens * products / share.mesh.tensor + attention / share.mesh.tensor
@@ -266,28 +307,54 @@ def _interconnect_bytes(share: _Share) -> float:
     FSDP gathers weights in the forward and in the backward pass. Tensor parallelism sums activations after
     o_proj and down_proj, and in the backward pass for each of the five projections that read the residual
     stream. Keys and values are gathered from all chips that share a buffer, and the adapters' gradients are
-    summed over them.
+    summed over them. The gradients of whole weights are summed in bfloat16, the dtype of their products: a
+    reduce-scatter over `fsdp`, and an all-reduce of what is then left on a chip over `data`.
     """
     stream = BF16 * share.tokens * share.model.hidden_size
     sums = (2 + 2 * share.again + 5) * share.model.num_hidden_layers
     size = _gathered(_read_weights(share), share.mesh.fsdp)
     size += sums * 2 * _gathered(stream, share.mesh.tensor)
     size += (3 + share.again) * share.model.num_hidden_layers * share.gathered_keys
+    if share.full:
+        size += _gathered(BF16 * share.parameters / share.mesh.tensor, share.mesh.fsdp)
+        size += 2 * _gathered(BF16 * share.own_parameters, share.mesh.data)
     return size + 2 * _gathered(BF16 * share.adapter_weights, share.shards)
 
 
 def _hbm_bytes(share: _Share) -> float:
-    """Bytes that one chip reads and writes: gathered weights and kept activations are written, then read."""
+    """Bytes that one chip reads and writes for one buffer.
+
+    Gathered weights, kept activations and the gradients of whole weights are written, then read.
+    """
     kept = share.tokens * share.model.num_hidden_layers * share.kept(False)
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
+    if share.full:
+        weights += 2 * BF16 * share.parameters / share.mesh.tensor
     return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.adapter_weights
 
 
+def _update_bytes(share: _Share) -> float:
+    """Bytes that one chip reads and writes for the update of whole weights, once per step.
+
+    In float32 it reads gradient, weight and two moments, and writes all but the gradient; it writes the
+    bfloat16 copy. (Adapters are so small that `_hbm_bytes` counts theirs with every buffer.)
+    """
+    return (7 * FLOAT32 + BF16) * share.own_parameters if share.full else 0
+
+
 def _memory(share: _Share) -> float:
-    """Bytes on one chip at the peak, in the backward pass."""
+    """Bytes on one chip at the peak, in the backward pass.
+
+    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
+    more where gradients are accumulated over several micro-batches. The head's gradient is summed in float32
+    over chunks of answers before it is split over `fsdp`.
+    """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = BF16 * count_parameters(model) / (mesh.fsdp * mesh.tensor)
+    size = BF16 * share.parameters / (mesh.fsdp * mesh.tensor)
+    if share.full:
+        size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
+        size += FLOAT32 * share.head_weights / mesh.tensor
     size += 4 * FLOAT32 * share.adapter_weights  # weights, gradients and two moments
     size += share.activations
     size += 2 * FLOAT32 * min(share.tokens, CHUNK) * model.vocab_size / mesh.tensor  # logits and gradient

@@ -121,6 +121,68 @@ def test_the_estimate_of_a_step_by_hand():
     assert tensor.best.interconnect * 100e9 == pytest.approx(36 * 7 * 2 * (2 * 4096 * 4096) * 7 / 8)
 
 
+def test_the_estimate_of_full_fine_tuning_by_hand():
+    """Six FLOPs per weight and token, 18 bytes per parameter, and the gradients of all weights summed."""
+    model, slice_ = published_config("qwen3-8b"), slice_named("v5e-32")
+    layer_weights, head, parameters = 6_945_767_424, 622_329_856, 8_190_735_360
+    assert count_parameters(model) == parameters
+
+    def of(what, mesh, remat=False, buffers=1):
+        return estimate(model, LoraConfig(), slice_, mesh, remat, buffers, 4096, 128, what)
+
+    mesh, adapters = MeshConfig(1, 32, 1), 21_823_488
+    lora, full = of("lora", mesh), of("full", mesh)
+    tokens = 4096 / 32
+    more = tokens * 2 * (layer_weights + head)
+    assert full.best.compute * 197e12 == pytest.approx(lora.best.compute * 197e12 + more)
+    attention = tokens * 4 * 4096 * 4096 * (1 - 0.5 / 32) * 36 * 4.5
+    assert full.best.compute * 197e12 == pytest.approx(tokens * 6 * (layer_weights + head) + attention)
+    again = of("full", mesh, remat=True)
+    more = tokens * 2 * layer_weights + attention / 4.5
+    assert again.best.compute * 197e12 == pytest.approx(full.best.compute * 197e12 + more)
+
+    # a reduce-scatter of bfloat16 gradients instead of an all-reduce of the adapters'
+    more = 2 * parameters * 31 / 32 - 2 * 2 * adapters * 31 / 32
+    assert full.best.interconnect * 100e9 == pytest.approx(lora.best.interconnect * 100e9 + more)
+    # master weights, gradients and two moments; the head's gradient before it is split
+    more = 16 * parameters / 32 + 4 * head - 16 * adapters
+    assert full.memory == pytest.approx(lora.memory + more)
+    # bfloat16 gradients written and read; then seven passes in float32 and the copy written
+    more = 2 * 2 * parameters + (7 * 4 + 2) * parameters / 32 - 7 * 4 * adapters
+    assert full.best.memory * 819e9 == pytest.approx(lora.best.memory * 819e9 + more)
+
+    # two copies: what a reduce-scatter over 16 leaves on a chip is summed over the two
+    lora, full = of("lora", MeshConfig(2, 16, 1)), of("full", MeshConfig(2, 16, 1))
+    more = 2 * parameters * 15 / 16 + 2 * 2 * parameters / 16 / 2 - 2 * 2 * adapters * 31 / 32
+    assert full.best.interconnect * 100e9 == pytest.approx(lora.best.interconnect * 100e9 + more)
+
+    # micro-batches: one more gradient in memory, and still only one update a step
+    whole, split = of("full", mesh), of("full", mesh, buffers=4)
+    assert whole.tokens == split.tokens == 4096  # the shortest buffer that 32 chips can share
+    assert split.memory == pytest.approx(whole.memory + 4 * parameters / 32)
+    update = (7 * 4 + 2) * parameters / 32
+    assert split.best.memory * 819e9 == pytest.approx(4 * (whole.best.memory * 819e9 - update) + update)
+
+
+def test_full_fine_tuning_takes_more_memory_and_time_than_lora_on_every_mesh():
+    model, slice_ = published_config("qwen3-0.6b"), slice_named("v5e-4")
+    lora = candidates(model, LoraConfig(), slice_, 2720, 128)
+    full = candidates(model, LoraConfig(), slice_, 2720, 128, what="full")
+    assert {c.mesh for c in lora} == {c.mesh for c in full}
+    for ours, theirs in zip(sorted(lora, key=_setting), sorted(full, key=_setting), strict=True):
+        assert _setting(ours) == _setting(theirs)
+        assert ours.memory < theirs.memory
+        assert ours.best.compute < theirs.best.compute
+    # 18 bytes for each of 596 million parameters
+    copies = next(c for c in full if (c.mesh, c.remat) == (MeshConfig(4, 1, 1), True))
+    assert copies.memory > 18 * count_parameters(model)
+
+
+def _setting(choice):
+    mesh = choice.mesh
+    return mesh.data, mesh.fsdp, mesh.tensor, REMATS.index(choice.remat), choice.buffers
+
+
 def test_the_search_tries_every_mesh_and_prefers_speed():
     assert sorted(factors(4)) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
     choices = candidates(published_config("qwen3-8b"), LoraConfig(), slice_named("v5e-16"), 2720, 128)

@@ -49,7 +49,7 @@ from jaxlora.sharding import (
     token_multiple,
     token_shards,
 )
-from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 
 
 def wire(
@@ -152,21 +152,17 @@ class Programs:
     def train_step(self) -> Program:
         """One optimizer step of typical length."""
         mesh, spec, optim = self.mesh, self.spec, self.config.optim
-        state = jax.eval_shape(lambda: init_state(init_lora(spec, 0), optim))
-        state = _abstract(state, lora_shardings(mesh, spec, state))
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
         step = make_train_step(spec, optim, self.compute)
-        arguments = (state, self._base, self._batch(self.buffers, self.train_tokens), rate)
+        arguments = (self._state, self._base, self._batch(self.buffers, self.train_tokens), rate)
         passes = self._kernel_passes * self.buffers * (1 + (self.compute.remat is True) + BACKWARD_PASSES)
         return self._compile("train step", mesh, step, arguments, self.train_tokens, passes)
 
     def validation_step(self) -> Program:
         """One validation batch of typical length, in one buffer."""
-        lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
-        lora = _abstract(lora, lora_shardings(self.mesh, self.spec, lora))
         step = make_eval_step(self.spec, replace(self.compute, remat=False))
         tokens = self.validation_tokens
-        arguments = (lora, self._base, self._batch(1, tokens))
+        arguments = (self._state.lora, self._base, self._batch(1, tokens))
         return self._compile("validation step", self.mesh, step, arguments, tokens, self._kernel_passes)
 
     def prefill(self) -> Program:
@@ -199,7 +195,14 @@ class Programs:
         return replace(program, memory=replace(program.memory, held=held))
 
     @cached_property
+    def _state(self) -> TrainState:
+        """What is trained, and its optimizer's state."""
+        state = jax.eval_shape(lambda: init_state(init_lora(self.spec, 0), self.config.optim))
+        return _abstract(state, lora_shardings(self.mesh, self.spec, state))
+
+    @cached_property
     def _base(self) -> Any:
+        """The frozen weights."""
         return _abstract(self.spec.abstract_frozen, base_shardings(self.mesh, self.spec))
 
     def _batch(self, buffers: int, tokens: int) -> Any:
