@@ -1,3 +1,21 @@
-"""jaxlora: LoRA fine-tuning of Qwen3 in JAX, with every number checked against an independent reference."""
+"""Fine-tuning of language models in JAX, with LoRA or whole, checked against independent references.
+
+import jaxlora
+trainer = jaxlora.load("embedded:base").lora(rank=8)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxlora.engine import Engine
 
 __version__ = "0.1.0"
+
+
+def load(path: str, dtype: str | None = None, mesh: Any = None) -> Engine:
+    """Load a base, to train or sample from; see `jaxlora.engine.load`."""
+    from jaxlora import engine  # importing JAX takes seconds
+
+    return engine.load(path, dtype, mesh)

@@ -1,17 +1,18 @@
-"""Benchmarks: real tokens a second of training and decoding, against ceilings of the same machine.
+"""Benchmarks: real tokens per second of training and decoding, beside what the same machine can do at most.
 
     lengths = [(72, 340), (95, 410)]    # prompt and total tokens of each row
-    result = bench_train(config, spec, lengths, max_steps=60, validation=True)
-    result = bench_decode(config, spec, prompt_lengths, answer_lengths, backend="xla")
+    result = bench_train(config, model, lengths, max_steps=60, validation=True)
+    result = bench_decode(config, model, prompt_lengths, answer_lengths)
 
-Only real tokens count, never padding. Utilisation counts 4N FLOPs a training token (forward 2N, activation
-gradients 2N; the frozen base needs no weight gradients) and 2N a decoded one, against the maker's peak and
-against a matrix product measured in the same run.
+Only real tokens count, never padding. Utilisation counts 4N FLOPs per training token (forward 2N, activation
+gradients 2N; the frozen base needs no weight gradients) and 2N per decoded token, relative to the maker's
+peak and to a matrix product measured in the same process.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,10 +29,11 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import count_trainable, init_lora
-from jaxlora.models.attention import pick_backend
+from jaxlora.models.attention import decode_backend, pick_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_matrix_parameters
-from jaxlora.runtime.devices import memory_in_use, peak_flops
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime.devices import memory_in_use, peak_flops, scan_layers
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import make_mesh, place_batch, place_trained, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
@@ -40,8 +42,16 @@ from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_s
 LATE = 2  # steps that the host runs ahead, as in training
 
 
+def wire(config: RunConfig, model: ModelConfig) -> tuple[Mesh, ModelSpec, Compute]:
+    """The mesh, the spec and the way to compute that a run of this configuration has on this machine."""
+    mesh, platform = make_mesh(config.mesh), jax.default_backend()
+    spec = ModelSpec(model, config.lora, config.model.dtype, scan_layers(config.model.layers, platform))
+    backend = pick_backend(config.model.attention, platform, config.model.dtype, mesh.size)
+    return mesh, spec, Compute(backend, config.model.remat)
+
+
 def product_ceiling(size: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of a bf16 matrix product `[size, size]` on random data: what this device really reaches."""
+    """FLOP/s that this device really reaches, in a bf16 product of random `[size, size]` matrices."""
     size = size if jax.default_backend() != "cpu" else 512
     a = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)
@@ -54,7 +64,7 @@ def product_ceiling(size: int = 8192, repeats: int = 20) -> float:
 
 
 def random_rows(lengths: list[tuple[int, int]], vocab: int) -> list[RenderedRow]:
-    """Rows of random tokens with these (prompt, total) lengths; loss on what follows the prompt."""
+    """Rows of random tokens with these (prompt, total) lengths, trained on the tokens after the prompt."""
     rng = np.random.default_rng(0)
     rows = []
     for i, (prompt, total) in enumerate(lengths):
@@ -64,7 +74,7 @@ def random_rows(lengths: list[tuple[int, int]], vocab: int) -> list[RenderedRow]
 
 
 class CompileCounter:
-    """Counts XLA compilations and their seconds while the context is open."""
+    """Collects the seconds of each XLA compilation while the context is open."""
 
     def __init__(self) -> None:
         self.events: list[float] = []
@@ -82,12 +92,12 @@ class CompileCounter:
 
 
 def warm_up_runs() -> int:
-    """How often a program runs before it is timed: a GPU's second run makes its CUDA graph."""
+    """How often a program runs before it is timed: on a GPU the second run makes its CUDA graph."""
     return 2 if jax.default_backend() == "gpu" else 1
 
 
 def device_facts() -> dict[str, Any]:
-    """What was measured on what."""
+    """The device, the versions and the ceilings that a result belongs to."""
     import jaxlib
 
     device = jax.devices()[0]
@@ -102,7 +112,11 @@ def device_facts() -> dict[str, Any]:
 
 
 def utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> dict[str, float | None]:
-    """Shares of the maker's peak and of the measured matrix product, at so many FLOPs a token."""
+    """Shares of the maker's peak and of the measured matrix product.
+
+    Args:
+      flops: of the model, per token.
+    """
     rate = tokens_per_second * flops / 1e12 / facts["devices"]
     return {
         "model_flops_utilisation": rate / facts["peak_tflops"] if facts["peak_tflops"] else None,
@@ -115,7 +129,7 @@ class Timing(NamedTuple):
 
     tokens: int  # real ones
     buffer_tokens: int  # padding included
-    seconds: list[float]  # between one step's metrics and the next, as the host reads them
+    seconds: list[float]  # of each step: from reading the metrics of the one before to reading its own
     first_step_seconds: float  # from tracing to the first metrics
     compilations: int
     compile_seconds: float
@@ -123,25 +137,32 @@ class Timing(NamedTuple):
 
 def bench_train(
     config: RunConfig,
-    spec: ModelSpec,
+    model: ModelConfig,
     lengths: list[tuple[int, int]],
     max_steps: int | None,
     validation: bool,
 ) -> dict[str, Any]:
-    """Time training steps over rows of these lengths, then a validation pass over the first 512 of them."""
+    """Time training steps over rows of these lengths, then a validation pass over the first 512 of them.
+
+    Args:
+      lengths: prompt and total tokens of each row.
+      max_steps: time only this many steps of the epoch; None: all.
+
+    Raises:
+      UserError: the configuration asks for a mesh or an attention that this machine does not have.
+    """
+    mesh, spec, compute = wire(config, model)
     facts = device_facts()
     start = time.perf_counter()
-    mesh = make_mesh(config.mesh)
-    rows = random_rows(lengths, spec.config.vocab_size)
+    rows = random_rows(lengths, model.vocab_size)
     frozen = jax.block_until_ready(random_base(spec, 0, mesh))
     weights_seconds = time.perf_counter() - start
-    backend = pick_backend(config.model.attention, jax.default_backend(), spec.dtype, mesh.size)
     measured: dict[str, Any] = {}
     with jax.set_mesh(mesh):
-        lora, timing = _time_training(config, spec, mesh, rows, frozen, backend, max_steps)
+        lora, timing = _time_training(config, spec, mesh, compute, rows, frozen, max_steps)
         train_rate = timing.tokens / sum(timing.seconds)
         if validation:
-            eval_rate = _time_validation(config, spec, mesh, rows[:512], lora, frozen, backend)
+            eval_rate = _time_validation(config, spec, mesh, compute, rows[:512], lora, frozen)
             measured["validation_tokens_per_second"] = eval_rate
             measured["validation_over_training"] = eval_rate / train_rate
     milliseconds = 1e3 * np.array(timing.seconds)
@@ -149,7 +170,7 @@ def bench_train(
     return facts | {
         "benchmark": "train",
         "trainable_parameters": count_trainable(spec),
-        "attention": backend,
+        "attention": compute.backend,
         "layers": "scan" if spec.scan else "unroll",
         "remat": config.model.remat,
         "steps": len(timing.seconds),
@@ -157,7 +178,7 @@ def bench_train(
         "padding_efficiency": timing.tokens / timing.buffer_tokens,
         "step_ms_median": float(np.median(milliseconds)),
         "step_ms_p90": float(np.percentile(milliseconds, 90)),
-        **utilisation(train_rate, 4 * count_matrix_parameters(spec.config), facts),
+        **utilisation(train_rate, 4 * count_matrix_parameters(model), facts),
         "compilations": timing.compilations,
         "compile_seconds": timing.compile_seconds,
         "first_step_seconds": timing.first_step_seconds,
@@ -171,20 +192,22 @@ def _time_training(
     config: RunConfig,
     spec: ModelSpec,
     mesh: Mesh,
+    compute: Compute,
     rows: list[RenderedRow],
     frozen: Tree,
-    backend: str,
     max_steps: int | None,
 ) -> tuple[Tree, Timing]:
-    """Compile for each buffer length, then time the first steps of an epoch, fed and read as training does.
+    """Compile the step for each buffer length, then time the first steps of an epoch.
+
+    Batches are made ahead and metrics are read late, as in training.
 
     Returns:
-      the adapter after them, and their times.
+      the adapter after these steps, and their times.
     """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
     layout = choose_layout(rows, parts, config.train.batch_rows, config.train, token_multiple(mesh))
-    compute = Compute(backend, config.model.remat, config.train.batch_rows if layout.packed else 1)
+    compute = replace(compute, max_segments=config.train.batch_rows if layout.packed else 1)
     state = init_state(place_trained(mesh, spec, init_lora(spec, 0)), config.optim)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
@@ -223,16 +246,15 @@ def _time_training(
                 advance(1)
     compilations = len(shapes) + len(compiled_again.events)
     timing = Timing(tokens, buffer_tokens, seconds, first_step_seconds, compilations, sum(compiled.events))
-    return state.lora, timing
+    return state.trained, timing
 
 
-def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
-    """Real tokens a second of a validation pass, after one pass that compiles."""
-    batches = ranges(len(rows), config.train.validation_batch_rows)
-    layout = choose_layout(
-        rows, batches, config.train.validation_batch_rows, config.train, token_multiple(mesh)
-    )
-    compute = Compute(backend, False, config.train.validation_batch_rows if layout.packed else 1)
+def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
+    """Real tokens per second of a validation pass that has been compiled and warmed up."""
+    rows_a_time = config.train.validation_batch_rows
+    batches = ranges(len(rows), rows_a_time)
+    layout = choose_layout(rows, batches, rows_a_time, config.train, token_multiple(mesh))
+    compute = replace(compute, remat=False, max_segments=rows_a_time if layout.packed else 1)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
     for _ in range(warm_up_runs()):
@@ -243,19 +265,24 @@ def _time_validation(config, spec, mesh, rows, lora, frozen, backend) -> float:
 
 
 def bench_decode(
-    config: RunConfig, spec: ModelSpec, prompt_lengths: list[int], answer_lengths: list[int], backend: str
+    config: RunConfig, model: ModelConfig, prompt_lengths: list[int], answer_lengths: list[int]
 ) -> dict[str, Any]:
-    """Merge an adapter and decode prompts of random tokens with forced answer lengths.
+    """Merge an adapter, then decode prompts of random tokens to answers of given lengths.
 
-    Done twice; the second time, when everything is compiled, is reported. The base stays in memory, as it
-    does when a study evaluates several adapters.
+    This is done twice, and the second time, when everything has been compiled, is reported. The base stays in
+    memory, as it does when a study evaluates several adapters.
+
+    Raises:
+      UserError: the configuration asks for a mesh or an attention that this machine does not have.
     """
+    mesh, spec, _ = wire(config, model)
+    spec = replace(spec, scan=False)
+    backend = decode_backend(config.model.dtype, config.model.attention)
     facts = device_facts()
-    mesh = make_mesh(config.mesh)
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, spec.config.vocab_size, n).tolist() for n in prompt_lengths]
+    prompts = [rng.integers(0, model.vocab_size, n).tolist() for n in prompt_lengths]
     frozen = jax.block_until_ready(random_base(spec, 0, mesh))
-    lora = {} if spec.lora is None else init_lora(spec, 0)
+    lora = init_lora(spec, 0)
     seconds, preparing = [], []
     with CompileCounter() as compiled:
         for _ in range(2):
@@ -271,7 +298,7 @@ def bench_decode(
                     adapter,
                     weights,
                     prompts,
-                    eos_ids=(),
+                    stop_ids=(),
                     max_new_tokens=max(answer_lengths),
                     slots=config.eval.batch_rows,
                     limits=answer_lengths,
@@ -284,7 +311,6 @@ def bench_decode(
     assert [len(answer.tokens) for answer in answers] == answer_lengths
     rate = tokens / seconds[1]
     memory = memory_in_use(jax.devices()[0])
-    n = count_matrix_parameters(spec.config)
     return facts | {
         "benchmark": "decode",
         "attention": backend,
@@ -297,7 +323,7 @@ def bench_decode(
         "preparing_weights_seconds": preparing[1],
         "first_pass_seconds": seconds[0],
         "generated_tokens_per_second": rate,
-        **utilisation(rate, 2 * n, facts),
+        **utilisation(rate, 2 * count_matrix_parameters(model), facts),
         "compilations": len(compiled.events),
         "compile_seconds": sum(compiled.events),
         "peak_memory_gib": memory / 2**30 if memory else None,

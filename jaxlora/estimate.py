@@ -1,6 +1,11 @@
-"""Ranks meshes and remat choices by arithmetic alone, so that only the best need compiling.
+"""What a training step costs on a TPU slice, by arithmetic alone, and which mesh should make it fastest.
 
-for choice in candidates(model, lora, slice_named("v5e-8"), tokens=2720): ...   # fastest first
+    best = roofline(slice_named("v5e-8"), flops=20e12, hbm_bytes=60e9, ici_bytes=27e9)
+    best.seconds, best.bound        # 0.27, "interconnect"
+    candidates(model, lora, slice_named("v5e-8"), tokens=2720, multiple=128)[0].mesh   # the fastest
+    config = with_mesh(config, model, slice_of(jax.devices()))    # with the mesh that a run trains on
+
+Nothing is compiled here: `jaxlora.plan` compiles the few choices that look best.
 """
 
 from __future__ import annotations
@@ -8,47 +13,111 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import is_adapted, kept_per_token
 from jaxlora.models.families import count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig
-from jaxlora.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
-from jaxlora.runtime.chips import Slice
+from jaxlora.runtime.devices import Slice
 
-BF16, FLOAT32 = 2, 4
+What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
+
+BF16, FLOAT32 = 2, 4  # bytes
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)
-TOKEN_BLOCK = 128
+TOKEN_BLOCK = 128  # the splash kernel's: each chip's share of a buffer is a multiple of it
 ROW_TOKENS = 340  # mean of the study's rows
-EQUAL = 1.05  # step times of no greater ratio: the estimate cannot tell them apart
-FULL = 0.9  # of a chip's memory: the estimate is good to about a tenth
+EQUAL = 1.05  # the estimate cannot tell step times apart whose ratio is no greater
+FULL = 0.9  # usable share of a chip's memory: the estimate is good to about a tenth
+
+# The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
+BACKWARD_PASSES = 3.5
+
+
+# --- The roofline -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds that one run of a program spends on each of three resources.
+
+    They are taken to overlap fully, so the slowest of them is a lower bound on the program's time.
+    """
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def bound(self) -> str:
+        """Which of the three takes longest."""
+        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
+
+
+def roofline(slice_: Slice, flops: float, hbm_bytes: float, ici_bytes: float) -> Roofline:
+    """The three times of one chip's work."""
+    chip = slice_.chip
+    return Roofline(flops / chip.flops, hbm_bytes / chip.hbm_rate, ici_bytes / slice_.ici_rate)
+
+
+def attention_flops(config: ModelConfig, queries: float, keys: float, passes: float) -> float:
+    """FLOPs of attention: 2 products x 2 x heads x head_dim x queries x keys, in each layer and pass.
+
+    Args:
+      keys: how many keys a query sees; about half of them under a causal mask.
+      passes: 1 for the forward pass; `BACKWARD_PASSES` for the backward pass.
+    """
+    return (
+        passes * 4 * config.num_attention_heads * config.head_dim * queries * keys * config.num_hidden_layers
+    )
+
+
+def keys_seen(length: int, shards: int) -> float:
+    """How many keys a query of the slowest chip sees on average, in a buffer split over `shards` chips.
+
+    The chip with the last tokens of the buffer sees the most keys, and the others wait for it.
+    """
+    return length * (1 - 0.5 / shards)
+
+
+# --- Choices ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A mesh, a remat choice and a split over buffers, with the estimate of an optimizer step."""
+    """A mesh, a remat setting and a number of micro-batches, with the estimate of an optimizer step."""
 
     mesh: MeshConfig
     remat: Remat
-    buffers: int  # of a step, one after another
-    tokens: int  # length of a buffer
+    buffers: int  # micro-batches of a step, whose gradients are accumulated
+    tokens: int  # length of each buffer
     best: Roofline
-    memory: float  # bytes a chip
+    memory: float  # bytes per chip
 
 
 def candidates(
-    model: ModelConfig, lora: LoraConfig, slice_: Slice, tokens: float, multiple: int, members: int = 1
+    model: ModelConfig,
+    lora: LoraConfig,
+    slice_: Slice,
+    tokens: float,
+    multiple: int,
+    what: What = "lora",
 ) -> list[Choice]:
-    """Every mesh of the slice, every kind of remat, whole and split buffers, fastest first.
+    """Every mesh of the slice with every remat setting and 1, 2 or 4 micro-batches, fastest first.
 
     Args:
-      tokens: real tokens of an optimizer step of one run.
-      multiple: buffer lengths are multiples of this as well as of what the mesh asks.
-      members: how many runs are trained together.
+      lora: the adapters; ignored where every parameter is trained.
+      tokens: real tokens of an optimizer step.
+      multiple: buffer lengths are multiples of this as well as of what the mesh requires.
+      what: which parameters are trained.
     """
     choices = [
-        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, members)
+        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, what)
         for mesh in factors(slice_.n_chips)
         if model.num_key_value_heads % mesh[2] == 0
         for remat in REMATS
@@ -58,7 +127,9 @@ def candidates(
 
 
 def _ranked(choices: list[Choice]) -> list[Choice]:
-    """Fastest first; of those within a twentieth of the first that is left, the simpler, then the smaller."""
+    """Fastest first. Of choices too close to the fastest one left to tell apart, the simplest comes first,
+    then the one that needs the least memory.
+    """
     left = sorted(choices, key=lambda choice: choice.best.seconds)
     ranked: list[Choice] = []
     while left:
@@ -69,13 +140,14 @@ def _ranked(choices: list[Choice]) -> list[Choice]:
 
 
 def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> RunConfig:
-    """The configuration with a mesh in it: as given, or the one that should be fastest on this slice.
+    """The configuration with its mesh filled in: the one it names, or the one that should be fastest.
 
-    The choice follows from the configuration alone, so that all runs of a study and all hosts make the same.
-    Rows are taken to be as long as the study's.
+    The choice depends on nothing but the configuration and the slice, so all runs of a study and all hosts
+    make the same one. Rows are assumed to be as long as the study's.
 
     Args:
-      slice_: None: no TPU slice of the table; the mesh stays as it is, and fsdp takes all devices.
+      slice_: None if the devices are no known TPU slice; the mesh is then left as it is, and fsdp takes all
+        devices.
     """
     if slice_ is None or config.mesh != MeshConfig():
         return config
@@ -93,6 +165,9 @@ def factors(n: int) -> list[tuple[int, int, int]]:
     return [(n // f // t, f, t) for f in divisors for t in divisors if n % (f * t) == 0]
 
 
+# --- Work and memory of a step ------------------------------------------------------------------------------
+
+
 def estimate(
     model: ModelConfig,
     lora: LoraConfig,
@@ -102,45 +177,72 @@ def estimate(
     buffers: int,
     tokens: float,
     multiple: int,
-    members: int = 1,
+    what: What = "lora",
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
-    The base is bfloat16.
+    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, and adapters, their
+    gradients and moments in float32. In full fine-tuning every parameter has a float32 master weight, a
+    gradient and two moments (16 bytes), and a bfloat16 copy for computing (2 bytes).
+
+    Args:
+      lora: the adapters; ignored where every parameter is trained.
+      buffers: micro-batches of the step.
+      tokens: real tokens of the step; each buffer is padded to a multiple of `multiple` and of what the mesh
+        requires.
+      what: which parameters are trained.
     """
     block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp, multiple)
     length = math.ceil(tokens / buffers / block) * block
-    share = _Share(model, lora, mesh, remat, members, length)
+    share = _Share(model, lora, what, mesh, remat, buffers, length)
     best = roofline(
-        slice_, buffers * _flops(share), buffers * _hbm_bytes(share), buffers * _interconnect_bytes(share)
+        slice_,
+        buffers * _flops(share),
+        buffers * _hbm_bytes(share) + _update_bytes(share),
+        buffers * _interconnect_bytes(share),
     )
     return Choice(mesh, remat, buffers, length, best, _memory(share))
 
 
 @dataclass(frozen=True)
 class _Share:
-    """One chip's share of the work on one buffer. Weights are counted on all chips together."""
+    """One chip's share of the work on one buffer. Weights are counted over all chips together."""
 
     model: ModelConfig
     lora: LoraConfig
+    what: What
     mesh: MeshConfig
     remat: Remat
-    members: int
+    buffers: int  # micro-batches of the step
     length: int  # tokens of the buffer
 
     @property
     def shards(self) -> int:
-        """Over how many chips tokens are split."""
+        """How many chips the tokens are split over."""
         return self.mesh.data * self.mesh.fsdp
 
     @property
     def tokens(self) -> float:
-        return self.members * self.length / self.shards
+        return self.length / self.shards
 
     @property
     def again(self) -> bool:
-        """Whether products and attention are computed once more."""
+        """Whether the backward pass recomputes products and attention."""
         return self.remat is True
+
+    @property
+    def full(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.what == "full"
+
+    @cached_property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
+
+    @property
+    def own_parameters(self) -> float:
+        """Parameters that one chip holds: they are split over `fsdp` and `tensor`, and copied over `data`."""
+        return self.parameters / (self.mesh.fsdp * self.mesh.tensor)
 
     @cached_property
     def layer_weights(self) -> int:
@@ -153,18 +255,17 @@ class _Share:
 
     @cached_property
     def adapter_weights(self) -> int:
+        if self.full:
+            return 0
         layers = self.model.num_hidden_layers
         adapted = [w for w in parameter_table(self.model) if is_adapted(w, self.lora)]
-        return self.members * sum(
-            self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted
-        )
+        return sum(self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted)
 
     @property
     def gathered_keys(self) -> float:
-        """Bytes of keys and values that a layer gathers from the other token shards; none of whole lines."""
+        """Bytes of keys and values that a layer gathers from the other chips that share the buffer."""
         width = 2 * self.model.num_key_value_heads * self.model.head_dim // self.mesh.tensor
-        size = BF16 * self.members * self.length * width
-        return _gathered(size, self.shards) if self.members % self.shards else 0
+        return _gathered(BF16 * self.length * width, self.shards)
 
     def kept(self, remat: Remat) -> float:
         """Bytes that one chip keeps of one token in one layer."""
@@ -173,21 +274,25 @@ class _Share:
 
     @property
     def activations(self) -> float:
-        """Bytes of what the backward pass finds kept."""
+        """Bytes of activations kept for the backward pass."""
         return self.tokens * self.model.num_hidden_layers * self.kept(self.remat)
 
 
 def _gathered(size: float, ways: int) -> float:
-    """Bytes that a chip receives to gather `size` bytes which lie on so many chips."""
+    """Bytes that a chip receives when it gathers `size` bytes that are split over `ways` chips."""
     return size * (ways - 1) / ways
 
 
 def _flops(share: _Share) -> float:
-    """Products: layers forward, backward and perhaps again, the head forward and backward; attention."""
-    products = (2 + share.again) * 2 * share.layer_weights + 2 * 2 * share.head_weights
+    """Products and attention: 4N FLOPs per token with LoRA, 6N in full fine-tuning.
+
+    For N weights of matrices these are 2N forward, 2N for the gradients of activations and, where the weights
+    are trained, 2N for theirs. Remat computes the layers' 2N forward once more.
+    """
+    products = (2 + share.again + share.full) * 2 * share.layer_weights
+    products += (2 + share.full) * 2 * share.head_weights
     passes = 1 + share.again + BACKWARD_PASSES
-    keys = keys_seen(share.length, share.members, share.shards)
-    attention = attention_flops(share.model, share.tokens, keys, passes)
+    attention = attention_flops(share.model, share.tokens, keys_seen(share.length, share.shards), passes)
     return share.tokens * products / share.mesh.tensor + attention / share.mesh.tensor
 
 
@@ -197,36 +302,63 @@ def _read_weights(share: _Share) -> float:
 
 
 def _interconnect_bytes(share: _Share) -> float:
-    """What one chip exchanges.
+    """Bytes that one chip receives.
 
-    Weights are gathered over `fsdp` in the forward and the backward pass. Activations are summed over
-    `tensor` after o_proj and down_proj, and in the backward pass for each of the five projections that read
-    the residual stream. Keys and values are gathered over the token shards, the adapters' gradients summed.
+    FSDP gathers weights in the forward and in the backward pass. Tensor parallelism sums activations after
+    o_proj and down_proj, and in the backward pass for each of the five projections that read the residual
+    stream. Keys and values are gathered from all chips that share a buffer, and the adapters' gradients are
+    summed over them. The gradients of whole weights are summed in bfloat16, the dtype of their products: a
+    reduce-scatter over `fsdp`, and an all-reduce of what is then left on a chip over `data`.
     """
     stream = BF16 * share.tokens * share.model.hidden_size
     sums = (2 + 2 * share.again + 5) * share.model.num_hidden_layers
     size = _gathered(_read_weights(share), share.mesh.fsdp)
     size += sums * 2 * _gathered(stream, share.mesh.tensor)
     size += (3 + share.again) * share.model.num_hidden_layers * share.gathered_keys
+    if share.full:
+        size += _gathered(BF16 * share.parameters / share.mesh.tensor, share.mesh.fsdp)
+        size += 2 * _gathered(BF16 * share.own_parameters, share.mesh.data)
     return size + 2 * _gathered(BF16 * share.adapter_weights, share.shards)
 
 
 def _hbm_bytes(share: _Share) -> float:
-    """What one chip reads and writes: a gathered weight and each kept activation are written and read."""
+    """Bytes that one chip reads and writes for one buffer.
+
+    Gathered weights, kept activations and the gradients of whole weights are written, then read.
+    """
     kept = share.tokens * share.model.num_hidden_layers * share.kept(False)
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
+    if share.full:
+        weights += 2 * BF16 * share.parameters / share.mesh.tensor
     return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.adapter_weights
 
 
+def _update_bytes(share: _Share) -> float:
+    """Bytes that one chip reads and writes for the update of whole weights, once per step.
+
+    In float32 it reads gradient, weight and two moments, and writes all but the gradient; it writes the
+    bfloat16 copy. (Adapters are so small that `_hbm_bytes` counts theirs with every buffer.)
+    """
+    return (7 * FLOAT32 + BF16) * share.own_parameters if share.full else 0
+
+
 def _memory(share: _Share) -> float:
-    """Bytes on one chip at the peak, the backward pass."""
+    """Bytes on one chip at the peak, in the backward pass.
+
+    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
+    more where gradients are accumulated over several micro-batches. The head's gradient is summed in float32
+    over chunks of answers before it is split over `fsdp`.
+    """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = BF16 * count_parameters(model) / (mesh.fsdp * mesh.tensor)
+    size = BF16 * share.parameters / (mesh.fsdp * mesh.tensor)
+    if share.full:
+        size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
+        size += FLOAT32 * share.head_weights / mesh.tensor
     size += 4 * FLOAT32 * share.adapter_weights  # weights, gradients and two moments
     size += share.activations
     size += 2 * FLOAT32 * min(share.tokens, CHUNK) * model.vocab_size / mesh.tensor  # logits and gradient
-    size += head + share.tokens * share.kept(False)  # the head, and one layer whole
+    size += head + share.tokens * share.kept(False)  # the head, and all activations of one layer
     # Gathered keys and values are kept for the backward pass.
     size += share.gathered_keys * (1 if share.again else model.num_hidden_layers)
-    return size + (head if mesh.fsdp > 1 else 0)  # the embedding is gathered, too
+    return size + (head if mesh.fsdp > 1 else 0)  # the embedding is gathered as well

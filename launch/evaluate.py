@@ -50,13 +50,14 @@ def main() -> None:
 
     with_weights = not options.dry_run
     if options.run is not None:
-        setup(run_config(config, options.run))
+        own = run_config(config, options.run)
+        setup(own.results_dir, own.model.dtype)
         target = run_target(config, options.run, with_weights)
     elif options.base:
-        setup(config)
+        setup(config.results_dir, config.model.dtype)
         target = base_target(config, with_weights)
     else:
-        setup(config)
+        setup(config.results_dir, config.model.dtype)
         named = (options.condition, options.seed)
         target = adapter_target(config, options.adapter, options.out, *named, with_weights=with_weights)
     check_free(target.out, options.overwrite)

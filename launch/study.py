@@ -45,7 +45,7 @@ def run(stop: Stop) -> int:
     from jaxlora.runtime.devices import setup
     from jaxlora.runtime.progress import console
 
-    setup(config)
+    setup(config.results_dir, config.model.dtype)
     from jaxlora.study.pipeline import Session, run_stages
     from jaxlora.study.planning import plan_table, status_tables
     from jaxlora.study.stages import STAGES

@@ -30,7 +30,7 @@ def run(stop: Stop) -> int:
     from jaxlora.runtime.devices import setup
     from jaxlora.runtime.progress import console
 
-    setup(config)
+    setup(config.results_dir, config.model.dtype)
     from jaxlora.train.job import describe, prepare
 
     job = prepare(config, with_weights=not options.dry_run)

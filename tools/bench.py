@@ -1,15 +1,14 @@
-"""Measure training, decoding and fused sweeps: real tokens a second, utilisation, compilations, memory.
+"""Measure training and decoding: real tokens per second, utilisation, compilations, memory.
 
     python tools/bench.py train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     python tools/bench.py decode --model qwen3-8b --random-weights --lengths LENGTHS.json
-    python tools/bench.py sweep  --members 2 3 --recompute none elementwise --rows LENGTHS.json --steps 12
 
-Each has its own options: see `python tools/bench.py train --help`. Without a length file, built-in lengths
-shaped like the study's are used. `--model` is a published Qwen3 name (the shape only; weights are random) or
-a directory with config.json. Prints a table and one JSON line.
+Each has its own options: see `python tools/bench.py train --help`. Without a file of lengths, built-in ones
+like the study's are used. `--model` is a published Qwen3 name (only its shape is used; weights are random) or
+a directory with config.json. Prints a table and one line of JSON.
 
 A rows file is JSON with "rows": [[prompt_tokens, total_tokens], ...]; a lengths file has "prompt_tokens" and
-one or more lists named by --answers (default adapter_generated_tokens).
+one or more lists of answer lengths, of which --answers names one (default: adapter_generated_tokens).
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxlora.config import Condition, Remat, RunConfig, from_dict
+from jaxlora.config import Condition, RunConfig, from_dict
 from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.errors import UserError, add_number, run_main
 
 CONDITIONS = get_args(Condition)
-REMATS: dict[str, Remat] = {"none": False, "elementwise": "elementwise", "layers": True}
 
 
 def main() -> int:
@@ -33,8 +31,8 @@ def main() -> int:
     config = configuration(options)
     from jaxlora.runtime.devices import setup
 
-    setup(config)
-    measure = {"train": run_train, "decode": run_decode, "sweep": run_sweep}[options.what]
+    setup(config.results_dir, config.model.dtype)
+    measure = {"train": run_train, "decode": run_decode}[options.what]
     result = {"model": options.model, "condition": options.condition, "rank": options.rank}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
@@ -46,24 +44,20 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The options of one of the three benchmarks; each takes its own only."""
+    """The options of one of the two benchmarks; each takes only its own."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True)
     train = commands.add_parser("train", help="training steps, then a validation pass")
-    decode = commands.add_parser("decode", help="decoding with forced answer lengths")
-    sweep = commands.add_parser("sweep", help="groups of runs in one program, against lone runs")
-    for command in (train, decode, sweep):
+    decode = commands.add_parser("decode", help="decoding to answers of given lengths")
+    for command in (train, decode):
         _add_model_options(command)
-    for command in (train, sweep):
-        _add_step_options(command)
 
-    train.add_argument("--condition", default="all_layer", choices=CONDITIONS)
+    _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
     train.add_argument("--no-validation", action="store_true", help="leave out the validation pass")
 
-    decode.add_argument("--condition", default="all_layer", choices=CONDITIONS)
     decode.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
     decode.add_argument(
         "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
@@ -71,17 +65,6 @@ def parse() -> argparse.Namespace:
     add_number(decode, "--prompts", help="only the first prompts")
     add_number(decode, "--slots", default=384, help="rows decoded at once")
     decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
-
-    sweep.add_argument("--condition", default="all_layer", choices=[*CONDITIONS, "mix"])
-    add_number(sweep, "--steps", default=24, help="only the first steps")
-    add_number(sweep, "--members", nargs="+", default=[2], help="sizes of the groups to measure")
-    sweep.add_argument(
-        "--recompute",
-        nargs="+",
-        default=["none"],
-        choices=list(REMATS),
-        help="what the backward pass of a group computes again; each is measured",
-    )
     options = parser.parse_args()
     if options.what == "decode" and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
@@ -90,8 +73,9 @@ def parse() -> argparse.Namespace:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="qwen3-8b", help="published name or directory with config.json")
-    parser.add_argument("--random-weights", action="store_true", help="accepted for clarity: always random")
+    parser.add_argument("--random-weights", action="store_true", help="no effect: weights are always random")
     add_number(parser, "--num-layers", help="fewer layers than the model has, for a quick look")
+    parser.add_argument("--condition", default="all_layer", choices=CONDITIONS)
     add_number(parser, "--rank", default=8)
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -106,8 +90,7 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
-    """The options as a checked configuration; what a benchmark has no option for is the default."""
-    condition = "all_layer" if options.condition == "mix" else options.condition
+    """The options as a checked configuration; fields without an option keep their defaults."""
     values: dict[str, Any] = {
         "model": {
             "path": options.model,
@@ -115,7 +98,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "dtype": options.dtype,
             "attention": options.attention,
         },
-        "lora": {"condition": condition, "rank": options.rank},
+        "lora": {"condition": options.condition, "rank": options.rank},
     }
     if options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
@@ -126,7 +109,11 @@ def configuration(options: argparse.Namespace) -> RunConfig:
 
 
 def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
-    """The model's shape, cut to so many layers."""
+    """The model's shape, with only its first layers if `num_layers` is given.
+
+    Raises:
+      UserError: there is no such model, or it has fewer layers.
+    """
     from jaxlora.train.job import locate_model
 
     try:
@@ -142,41 +129,23 @@ def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
     return replace(shape, num_hidden_layers=num_layers)
 
 
-# --- The three benchmarks -----------------------------------------------------------------------------------
+# --- The benchmarks -----------------------------------------------------------------------------------------
 
 
 def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
-    import jax
-
     from jaxlora.bench import bench_train
-    from jaxlora.models.decoder import ModelSpec
-    from jaxlora.runtime.devices import scan_layers
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
-    scan = scan_layers(config.model.layers, jax.default_backend())
-    spec = ModelSpec(shape, config.lora, config.model.dtype, scan)
-    return bench_train(config, spec, lengths, options.steps, not options.no_validation)
+    return bench_train(config, shape, lengths, options.steps, not options.no_validation)
 
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
     from jaxlora.bench import bench_decode
-    from jaxlora.models.decoder import ModelSpec
-    from jaxlora.runtime.devices import decode_backend
 
     name = options.answers or "adapter_generated_tokens"
     prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
     n = options.prompts or len(prompts)
-    backend = decode_backend(options.dtype, options.attention)
-    spec = ModelSpec(shape, config.lora, config.model.dtype, scan=False)
-    return bench_decode(config, spec, prompts[:n], answers[:n], backend)
-
-
-def run_sweep(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
-    from jaxlora.bench_sweep import Variant, bench_sweep
-
-    lengths = read_rows(options.rows) if options.rows else default_rows()
-    variants = [Variant(n, REMATS[name]) for n in options.members for name in options.recompute]
-    return bench_sweep(config, shape, lengths, variants, options.steps, mix=options.condition == "mix")
+    return bench_decode(config, shape, prompts[:n], answers[:n])
 
 
 # --- Lengths ------------------------------------------------------------------------------------------------
@@ -197,31 +166,31 @@ def default_answers(n: int = 1319) -> tuple[list[int], list[int]]:
     import numpy as np
 
     rng = np.random.default_rng(1)
-    return rng.integers(60, 180, n).tolist(), np.clip(rng.lognormal(5.0, 0.45, n), 20, 512).astype(
-        int
-    ).tolist()
+    prompts = rng.integers(60, 180, n)
+    answers = np.clip(rng.lognormal(5.0, 0.45, n), 20, 512).astype(int)
+    return prompts.tolist(), answers.tolist()
 
 
 def read_rows(path: Path) -> list[tuple[int, int]]:
     """Prompt and total lengths of a rows file.
 
     Raises:
-      UserError: it cannot be read, or does not hold pairs of lengths.
+      UserError: the file cannot be read, or does not hold pairs of lengths.
     """
     rows = _list_of(path, "rows")
     for i, row in enumerate(rows):
         if not (isinstance(row, list) and len(row) == 2 and all(map(_is_length, row)) and row[0] < row[1]):
             raise UserError(
-                f"{path}: rows[{i}] is {row!r:.40}; give [prompt, total], in tokens, the prompt less"
+                f"{path}: rows[{i}] is {row!r:.40}; give [prompt, total] in tokens, with prompt < total"
             )
     return [(prompt, total) for prompt, total in rows]
 
 
 def read_answers(path: Path, name: str) -> tuple[list[int], list[int]]:
-    """Prompt lengths of a lengths file, and the answer lengths of this name.
+    """The prompt lengths of a lengths file, and its list of answer lengths with this name.
 
     Raises:
-      UserError: it cannot be read, has no such list, or they do not hold one length a prompt.
+      UserError: the file cannot be read, has no such list, or its lists differ in length.
     """
     prompts, answers = _list_of(path, "prompt_tokens"), _list_of(path, name)
     for field, lengths in (("prompt_tokens", prompts), (name, answers)):
@@ -243,7 +212,7 @@ def _list_of(path: Path, name: str) -> list[Any]:
 
 
 def _is_length(value: Any) -> bool:
-    return type(value) is int and 0 < value <= 1 << 24  # as `data.max_length`; true is no length
+    return type(value) is int and 0 < value <= 1 << 24  # the limit of `data.max_length`; True is no length
 
 
 def show(result: dict) -> None:
@@ -254,8 +223,6 @@ def show(result: dict) -> None:
 
     table = Table(show_header=False, box=None)
     for name, value in result.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            continue  # the groups of a sweep, each shown when it was measured
         text = f"{value:,.4g}" if isinstance(value, float) and value < 1e4 else value
         table.add_row(name.replace("_", " "), f"{text:,.0f}" if isinstance(text, float) else str(text))
     console.print(table)

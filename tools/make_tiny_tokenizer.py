@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.embedded.files import check_files, write_files
 from jaxlora.embedded.tokenizer import tokenizer_files
 from jaxlora.runtime.errors import UserError, run_main
+from jaxlora.runtime.remote import embedded_path
 
 
 def main() -> None:

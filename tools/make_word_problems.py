@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 
 from jaxlora.data.render import load_tokenizer
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.files import check_files, data_files, write_files
 from jaxlora.runtime.errors import UserError, add_number, run_main
+from jaxlora.runtime.remote import embedded_path
 
 
 def main() -> None:

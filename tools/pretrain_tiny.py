@@ -27,10 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxlora.checkpoints.base import random_base, save_merged
+from jaxlora.checkpoints.base import random_base, save_model
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import load_tokenizer
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.word_problems import conversation, distinct_problems
 from jaxlora.generate.decode import generate
@@ -41,6 +40,7 @@ from jaxlora.models.families import count_parameters
 from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.errors import UserError, add_number, run_main
 from jaxlora.runtime.progress import console, progress_bar
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.sharding import make_mesh
 
 LENGTH = 256  # tokens of one line; documents lie in it end to end
@@ -189,7 +189,7 @@ def solve_held_out(spec: ModelSpec, weights, tokenizer, count: int = 400) -> flo
         prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     spec, lora, weights, _ = decode_weights(spec, {}, weights)
     answers = generate(
-        spec, lora, weights, prompts, eos_ids=(tokenizer.eos_token_id,), max_new_tokens=96, slots=200
+        spec, lora, weights, prompts, stop_ids=(tokenizer.eos_token_id,), max_new_tokens=96, slots=200
     )
     texts = [tokenizer.decode(answer.tokens) for answer in answers]
     found = [re.findall(r"\d+", text) for text in texts]
@@ -209,7 +209,7 @@ def write(out: Path, spec: ModelSpec, weights, tokenizer) -> None:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    save_merged(out, spec, jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights), embedded_path("base"))
+    save_model(out, spec, jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights), embedded_path("base"))
     (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 

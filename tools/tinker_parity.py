@@ -156,7 +156,7 @@ def study(words: list[str]) -> int:
     from jaxlora.parity.published import evaluate_published
     from jaxlora.runtime.devices import setup
 
-    setup(config)
+    setup(config.results_dir, config.model.dtype)
     points = evaluate_published(config, options.out, options.adapters, options.overwrite)
     return _report(points, "the study's published adapters, evaluated here")
 

@@ -34,20 +34,22 @@ from jaxlora.checkpoints.tensors import (
     stream,
 )
 from jaxlora.config import ModelSource
-from jaxlora.data.render import Tokenizer, load_tokenizer
+from jaxlora.data.render import Tokenizer, chat_text, encode_texts, load_tokenizer
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import load_model_config, published_config
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import read_json
+from jaxlora.runtime.files import read_json, read_object, sha256_of
 from jaxlora.runtime.folders import file_in, new_folder
 from jaxlora.runtime.progress import progress_bar
 from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, fetch_folder, is_remote, mirror, resolve, weight_files
 from jaxlora.sharding import base_shardings, named
 
 _SHARD_BYTES = 5 * 10**9
+GENERATION = "generation_config.json"
+_MARK = "answer-of-the-assistant"
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,27 @@ class Base:
             return random_base(spec, self.seed, mesh)
         return load_base(self.folder, spec, mesh)
 
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Every token that ends an answer: the end of turn that the template writes after an assistant's turn
+        (what training teaches), the tokenizer's, and those of `generation_config.json` and `config.json`.
+
+        Raises:
+          UserError: there is none.
+        """
+        own = [_end_of_turn(tokenizer), tokenizer.eos_token_id]
+        generation = {}
+        if self.folder is not None and (self.folder / GENERATION).is_file():
+            generation = read_object(file_in(self.folder, GENERATION))
+        eos = generation.get("eos_token_id")
+        own += eos if isinstance(eos, list) else [eos]
+        known = range(self.config.vocab_size)
+        found = dict.fromkeys(token for token in (*own, *self.config.eos_token_ids) if token is not None)
+        if odd := [token for token in found if type(token) is not int or token not in known]:
+            raise UserError(f"{self.folder}: eos_token_id {odd[0]!r:.80} is not a token of the model")
+        if not found:
+            raise UserError("config.model.tokenizer: neither it nor the model names an end-of-turn token")
+        return tuple(found)
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer named by the configuration, or the model's own; the model must know all of its ids.
 
@@ -95,6 +118,17 @@ class Base:
             known = self.config.vocab_size
             raise UserError(f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {known}")
         return tokenizer
+
+
+def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The token that the chat template writes after an assistant's turn, where it writes one."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+    try:
+        after = chat_text(tokenizer, turns, generation_prompt=False).rpartition(_MARK)[2]
+    except UserError:
+        return None
+    added = set(tokenizer.added_tokens_decoder)
+    return next((token for token in encode_texts(tokenizer, [after])[0] if token in added), None)
 
 
 def find_base(source: ModelSource, seed: int = 0, with_weights: bool = True) -> Base:
@@ -320,7 +354,7 @@ def save_model(
 
 
 # What is copied beside the weights of a model that is written; nothing else of the base's folder is.
-MODEL_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = ("config.json", GENERATION)
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -376,6 +410,17 @@ def _arrays(spec: ModelSpec, weights: Tree) -> Iterator[tuple[str, int, Callable
 
 def _cut(array: jax.Array, i: int | None) -> jax.Array:
     return array if i is None else array[i]
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the one safetensors file of a folder, or over those of all of them, by name."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return sha256_of(files[0])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{sha256_of(file)}\0".encode())
+    return digest.hexdigest()
 
 
 def fingerprint(directory: str | Path) -> str:

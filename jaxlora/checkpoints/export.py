@@ -1,4 +1,4 @@
-"""A finished run's selected adapter, checked against what the run says of itself, and ways to hand it on.
+"""What a finished run selected, checked against what the run says of itself, and ways to hand it on.
 
 selected = load_selected("results/qwen3-8b-all_layer-seed-0")
 write_adapter(selected, "adapter")      # a PEFT folder
@@ -14,31 +14,30 @@ from typing import Any
 import jax
 
 from jaxlora.checkpoints.adapters import read_adapter
-from jaxlora.checkpoints.base import fingerprint, load_base, save_merged
+from jaxlora.checkpoints.base import Base, find_base, fingerprint, load_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.families import count_parameters, load_model_config
+from jaxlora.models.families import count_parameters
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.remote import weight_files
 from jaxlora.sharding import make_mesh
-from jaxlora.train.job import locate_model
 
 
 @dataclass(frozen=True)
 class Selected:
-    """The selected adapter of a run, and the base that it belongs to."""
+    """What a run selected, and the base that it belongs to."""
 
     run: Path
     config: RunConfig
-    base: Path | None  # directory of the base; None: a published shape without files
+    base: Base
     fingerprint: str | None  # of the base that the run was trained on; None: not recorded
     spec: ModelSpec
-    lora: Tree
+    lora: Tree  # the adapter; `{}` of a full model, whose weights are in `<run>/selected`
     metadata: dict[str, Any]
 
 
@@ -63,23 +62,25 @@ def load_selected(run: str | Path, base: str | Path | None = None, with_weights:
     if status != "completed":
         raise UserError(f"{folder}: status is {status!r}; finish the run first (its own command resumes it)")
     config = from_dict(manifest["config"])
-    if base is None:
-        located, model_config = locate_model(config, with_weights)
-    else:
-        located, model_config = Path(base), load_model_config(base)
-    adapter = folder / "selected"
-    lora_config, lora, metadata, _ = read_adapter(adapter, model_config)
-    for name, found, expected in (
-        ("the placement", lora_config, config.lora),
-        ("the seed", metadata["seed"], config.seed),
-        ("the run id", metadata.get("run_id"), config.run_id),
-        ("the step", metadata.get("step"), summary.get("selected_step")),
-    ):
-        if found != expected:
-            raise UserError(f"{adapter}: {name} is {found}, but the run's own record says {expected}")
+    source = config.model if base is None else replace(config.model, path=str(base))
+    found = find_base(source, config.seed, with_weights)
     recorded = (manifest.get("base") or {}).get("fingerprint")
-    spec = ModelSpec(model_config, lora_config, config.model.dtype, scan=False)
-    return Selected(folder, config, located, recorded, spec, lora, metadata)
+    spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
+    selected = folder / "selected"
+    if config.train.what == "full":
+        metadata = {"run_id": config.run_id, "step": summary.get("selected_step")}
+        return Selected(folder, config, found, recorded, replace(spec, full=True), {}, metadata)
+    adapter = read_adapter(selected, found.config, found.folder)
+    for name, given, expected in (
+        ("the placement", adapter.lora, replace(config.lora, start=None)),
+        ("the seed", adapter.metadata["seed"], config.seed),
+        ("the run id", adapter.metadata.get("run_id"), config.run_id),
+        ("the step", adapter.metadata.get("step"), summary.get("selected_step")),
+    ):
+        if given != expected:
+            raise UserError(f"{selected}: {name} is {given}, but the run's own record says {expected}")
+    spec = replace(spec, lora=adapter.lora, shapes=adapter.shapes)
+    return Selected(folder, config, found, recorded, spec, adapter.tree, adapter.metadata)
 
 
 def adapter_bytes(selected: Selected) -> int:
@@ -94,7 +95,13 @@ def merged_bytes(selected: Selected) -> int:
 
 
 def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) -> None:
-    """Write the adapter as a PEFT folder; see `export_adapter`."""
+    """Write the adapter as a PEFT folder; see `export_adapter`.
+
+    Raises:
+      UserError: the run trained all weights, so there is no adapter.
+    """
+    if selected.spec.full:
+        raise UserError(f"{selected.run}: trained all weights; its model is in {selected.run / 'selected'}")
     given = ("condition", "output_head", "rank", "alpha", "seed", "base_model")
     extra = {key: value for key, value in selected.metadata.items() if key not in given}
     base = selected.metadata["base_model"] or selected.config.model.path
@@ -103,25 +110,32 @@ def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) 
 
 
 def write_merged(selected: Selected, out: str | Path) -> None:
-    """Write the base with the adapter folded in, in the dtype of the base's files; see `save_merged`.
+    """Write the base with the adapter folded in, in the dtype of the base's files; see `save_model`.
 
-    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32.
+    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. Of a run
+    that trained all weights, its own model is written.
     """
     base = _base(selected)
-    spec = replace(selected.spec, dtype=_stored_dtype(base))
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    merged = merge_lora(spec, selected.lora, load_base(base, spec, mesh))
+    tokenizer = selected.config.model.tokenizer
+    if selected.spec.full:
+        spec = replace(selected.spec, full=False)
+        weights = load_base(selected.run / "selected", spec, mesh)
+    else:
+        spec = replace(selected.spec, dtype=_stored_dtype(base))
+        weights = merge_lora(spec, selected.lora, load_base(base, spec, mesh))
     console.print(f"writing {out}", markup=False)
-    save_merged(out, spec, merged, base)
+    save_model(out, spec, weights, base, tokenizer)
 
 
 def _base(selected: Selected) -> Path:
     """The base to merge with, after checking that it is the one that the run was trained on."""
-    if selected.base is None or (selected.fingerprint or "").startswith("random-"):
+    folder = selected.base.folder
+    if folder is None or (selected.fingerprint or "").startswith("random-"):
         raise UserError(f"{selected.run}: trained on random weights, so there is nothing to merge with")
-    if selected.fingerprint not in (None, fingerprint(selected.base)):
-        raise UserError(f"{selected.base}: not the base of this run (its files differ); give --base")
-    return selected.base
+    if selected.fingerprint not in (None, fingerprint(folder)):
+        raise UserError(f"{folder}: not the base of this run (its files differ); give --base")
+    return folder
 
 
 def _stored_dtype(base: Path) -> str:

@@ -56,8 +56,8 @@ class Restored:
 class RunState:
     """The checkpoints of one run directory. Leaving the context waits for the save in progress."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        """`identity` says what run this is; a checkpoint that holds another one is refused."""
+    def __init__(self, folder: Path, identity: dict[str, Any] | None):
+        """`identity` says what run this is; a checkpoint that holds another one is refused. None: any."""
         self._folder = folder.resolve()
         self._identity = json.loads(json.dumps(identity))
         if hosts.is_main():
@@ -234,7 +234,7 @@ class RunState:
         return None
 
     def _check_identity(self, step: int, progress: dict[str, Any]) -> None:
-        if different := differences(progress.get("identity") or {}, self._identity):
+        if different := differences(progress.get("identity") or {}, self._identity or {}):
             raise UserError(
                 f"{self._folder / str(step)}: of another run; it differs in {'; '.join(different)}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jaxlora.checkpoints.peft import selected_hash
+from jaxlora.checkpoints.base import weights_sha256
 from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, load_prompts, show, why_redo
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.runtime import hosts
@@ -18,7 +18,7 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
     config = job.config
     base_dir = config.run_dir.parent / f"{config.prefix}-base" / "evaluation"
     origin = job.base.fingerprint()
-    selected = hosts.broadcast(selected_hash(config.run_dir) if hosts.is_main() else None)
+    selected = hosts.broadcast(weights_sha256(config.run_dir / "selected") if hosts.is_main() else None)
     step = f"step-{result.step}"
     tuned = Subject(config.run_id, config.condition, config.seed, step, selected, base_fingerprint=origin)
     plain = ModelSpec(job.spec.config, None, job.spec.dtype, job.spec.scan)
@@ -30,7 +30,8 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
             base = read_json(base_dir / "summary.json")
         else:
             frozen = job.base.load(plain, job.mesh) if job.spec.full else result.frozen
-            base = evaluate(config, subject, plain, {}, frozen, job.tokenizer, base_dir)
+            base = evaluate(config, subject, plain, {}, frozen, job.base, base_dir, job.tokenizer)
         out = config.run_dir / "evaluation"
-        scores = evaluate(config, tuned, job.spec, result.trained, result.frozen, job.tokenizer, out)
+        weights = result.trained, result.frozen
+        scores = evaluate(config, tuned, job.spec, *weights, job.base, out, job.tokenizer)
     show([base, scores])

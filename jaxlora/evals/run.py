@@ -1,6 +1,6 @@
 """Evaluate a base or an adapter on GSM8K: prompts, greedy decoding, both scores, records on disk.
 
-summary = evaluate(config, subject, spec, lora, frozen, tokenizer, out_dir)
+summary = evaluate(config, subject, spec, trained, frozen, base, out_dir)
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
+from jaxlora.checkpoints.base import Base
 from jaxlora.config import RunConfig
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
+from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import decode_backend
-from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import (
     metric_record,
     read_json,
@@ -90,39 +90,31 @@ def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem]
     return problems, render_prompts(tokenizer, [problem.question for problem in problems])
 
 
-def end_of_turn(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The one token that ends an answer: the tokenizer's end-of-turn token.
-
-    Raises:
-      UserError: the tokenizer names none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("config.model.tokenizer: it names no end-of-turn token (eos_token)")
-    return (tokenizer.eos_token_id,)
-
-
 def evaluate(
     config: RunConfig,
     subject: Subject,
     spec: ModelSpec,
     trained: Tree,
     frozen: Tree,
-    tokenizer: Tokenizer,
+    base: Base,
     out_dir: Path,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Decode and score the benchmark, write `predictions.jsonl`, `metrics.jsonl` and `summary.json`.
 
     Of several processes all decode together, and process 0 writes.
 
     Args:
+      tokenizer: the base's, where it is read already.
       trained, frozen: what was trained (or `{}` for the untouched base) and the base, as of `spec`.
 
     Returns:
       The summary.
     """
+    tokenizer = base.tokenizer() if tokenizer is None else tokenizer
     problems, prompts = load_prompts(config, tokenizer)
     inputs = evaluation_inputs(config, subject, problems, prompts)
-    eos_ids = end_of_turn(tokenizer)
+    stop_ids = base.stop_ids(tokenizer)
     start = time.monotonic()
     spec, lora, weights, mesh = decode_weights(spec, trained, frozen, merge=config.eval.merge_adapter)
     progress = progress_bar(f"decoding {subject.run_id}", len(prompts), "problems")
@@ -132,7 +124,7 @@ def evaluate(
             lora,
             weights,
             prompts,
-            eos_ids=eos_ids,
+            stop_ids=stop_ids,
             max_new_tokens=config.eval.max_new_tokens,
             slots=config.eval.batch_rows,
             backend=decode_backend(spec.dtype),
@@ -144,7 +136,7 @@ def evaluate(
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
         text = str(tokenizer.decode(ids))
         records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
-    facts = inputs | {"first_prompt": tokenizer.decode(prompts[0]), "stop_token_ids": list(eos_ids)}
+    facts = inputs | {"first_prompt": tokenizer.decode(prompts[0]), "stop_token_ids": list(stop_ids)}
     return hosts.broadcast(_write(out_dir, config.eval.benchmark, subject, records, facts, seconds))
 
 

@@ -16,23 +16,21 @@ from typing import Any
 import jax
 
 from jaxlora.checkpoints.adapters import read_adapter
-from jaxlora.checkpoints.base import load_base, random_base
+from jaxlora.checkpoints.base import Base, find_base, load_base, weights_sha256
 from jaxlora.checkpoints.export import load_selected
 from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
-from jaxlora.data.sources import HUB_PREFIX, fetch_folder
-from jaxlora.evals.run import Subject, end_of_turn, evaluate, load_prompts
+from jaxlora.data.sources import HUB_PREFIX
+from jaxlora.evals.run import Subject, evaluate, load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest
-from jaxlora.runtime.remote import weight_files
+from jaxlora.runtime.remote import fetch_folder
 from jaxlora.sharding import make_mesh, place_trained
-from jaxlora.train.job import base_fingerprint, load_job_tokenizer, locate_model
 
 FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
 
@@ -43,19 +41,20 @@ class Target:
 
     config: RunConfig
     subject: Subject
-    model_dir: Path | None  # None: random weights of a published shape
+    base: Base
     spec: ModelSpec
-    lora: Tree
+    trained: Tree  # the adapter; `{}` of the base, and of a full model, which is read when it is needed
     out: Path
+    model: Path | None = None  # directory of a full model; None: the base's weights are used
 
 
 def base_target(config: RunConfig, with_weights: bool = True) -> Target:
     """The untouched base of the configuration; written to `<results>/<prefix>-base/evaluation`."""
-    model_dir, model = locate_model(config, with_weights)
+    base = find_base(config.model, config.seed, with_weights)
     name = f"{config.prefix}-base"
-    spec = ModelSpec(model, None, config.model.dtype, scan=False)
-    subject = Subject(name, base_fingerprint=_fingerprint(config, model_dir, model, with_weights))
-    return Target(config, subject, model_dir, spec, {}, Path(config.results_dir) / name / "evaluation")
+    spec = ModelSpec(base.config, None, config.model.dtype, scan=False)
+    subject = Subject(name, base_fingerprint=_fingerprint(base))
+    return Target(config, subject, base, spec, {}, Path(config.results_dir) / name / "evaluation")
 
 
 def run_config(config: RunConfig, run: Path) -> RunConfig:
@@ -71,31 +70,33 @@ def run_config(config: RunConfig, run: Path) -> RunConfig:
 
 
 def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Target:
-    """The selected adapter of a finished run; written to `<run>/evaluation`.
+    """What a finished run selected; written to `<run>/evaluation`.
 
-    Model, dtype and adapter are the run's own, as its manifest records them. Only the place of the base and
+    Model, dtype and what was trained are the run's own, as its manifest records them. Only the place of the base and
     of its tokenizer come from `config`, because they may have moved: the base's files must be the same.
 
     Raises:
       UserError: the run is unfinished or contradicts itself, its data was not gated, or the base is another.
     """
     config = run_config(config, run)
-    model_dir, model = locate_model(config, with_weights)
+    base = find_base(config.model, config.seed, with_weights)
     manifest = read_manifest(run)
     _check_gates(run, manifest, config.data.allow_ungated)
     recorded = (manifest.get("base") or {}).get("fingerprint")
-    found = _fingerprint(config, model_dir, model, with_weights, recorded)
+    found = _fingerprint(base) or recorded  # of a plan the weights are compared when they are fetched
     if recorded != found:
         trained = (manifest.get("base") or {}).get("path")
         raise UserError(
             f"{run}: was trained on another base than {config.model.path!r} (their files differ);"
             f" give --config.model.path={trained}"
         )
-    selected = load_selected(run, model_dir)
+    selected = load_selected(run, base.folder)
     step = selected.metadata["step"]
-    adapter = sha256_of(run / "selected" / WEIGHTS)
-    subject = Subject(config.run_id, config.lora.condition, config.seed, f"step-{step}", adapter, found)
-    return Target(config, subject, model_dir, selected.spec, selected.lora, run / "evaluation")
+    trained = weights_sha256(run / "selected")
+    subject = Subject(config.run_id, config.condition, config.seed, f"step-{step}", trained, found)
+    model = run / "selected" if selected.spec.full else None
+    spec = replace(selected.spec, full=False)
+    return Target(config, subject, base, spec, selected.lora, run / "evaluation", model)
 
 
 def adapter_target(
@@ -114,9 +115,9 @@ def adapter_target(
     Raises:
       UserError: no such adapter, one for another shape of model, or one whose seed is not known.
     """
-    model_dir, model = locate_model(config, with_weights)
+    base = find_base(config.model, config.seed, with_weights)
     folder = fetch_adapter(adapter) if adapter.startswith(HUB_PREFIX) else Path(adapter)
-    lora_config, lora, metadata, _ = read_adapter(folder, model)
+    lora_config, lora, metadata, shapes = read_adapter(folder, base.config, base.folder)
     if condition not in (None, lora_config.condition):
         raise UserError(f"--condition: {condition}, but {adapter} adapts {lora_config.condition}")
     recorded = metadata["seed"]
@@ -125,7 +126,7 @@ def adapter_target(
     if seed is None and recorded is None:
         raise UserError(f"{adapter}: does not record its seed; name it with --seed")
     seed = recorded if seed is None else seed
-    spec = ModelSpec(model, lora_config, config.model.dtype, scan=False)
+    spec = ModelSpec(base.config, lora_config, config.model.dtype, scan=False, shapes=shapes)
     step = metadata.get("step")
     checkpoint = Path(adapter).name if step is None else f"step-{step}"
     name = metadata.get("run_id") or f"{config.prefix}-{lora_config.condition}-seed-{seed}"
@@ -135,9 +136,9 @@ def adapter_target(
         seed,
         checkpoint,
         adapter_sha256=sha256_of(folder / WEIGHTS),
-        base_fingerprint=_fingerprint(config, model_dir, model, with_weights),
+        base_fingerprint=_fingerprint(base),
     )
-    return Target(replace(config, lora=lora_config, seed=seed), subject, model_dir, spec, lora, out)
+    return Target(replace(config, lora=lora_config, seed=seed), subject, base, spec, lora, out)
 
 
 def fetch_adapter(address: str) -> Path:
@@ -163,11 +164,11 @@ def fetch_adapter(address: str) -> Path:
 def describe(target: Target) -> list[str]:
     """What an evaluation would do, a line each: subject, base, problems, tokens, limits, template."""
     config, subject, lora = target.config, target.subject, target.spec.lora
-    tokenizer = load_job_tokenizer(config, target.model_dir, target.spec.config)
+    tokenizer = target.base.tokenizer()
     problems, prompts = load_prompts(config, tokenizer)
-    (stop,) = end_of_turn(tokenizer)
+    stops = ", ".join(f"{stop} ({tokenizer.decode([stop])})" for stop in target.base.stop_ids(tokenizer))
     mesh = make_mesh(config.mesh)
-    adapter = "none: the untouched base"
+    adapter = "none: the untouched base" if target.model is None else f"none: all weights, {target.model}"
     if lora is not None:
         adapter = f"{lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {subject.seed}"
         adapter += f", {subject.checkpoint}, {'merged' if config.eval.merge_adapter else 'not merged'}"
@@ -179,8 +180,8 @@ def describe(target: Target) -> list[str]:
         f"mesh      {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         f"benchmark {config.eval.benchmark}, {len(problems):,} problems",
         f"prompts   {sum(map(len, prompts)):,} tokens in all, longest {max(map(len, prompts))}",
-        f"limits    greedy, at most {config.eval.max_new_tokens} new tokens, stop at token {stop}"
-        f" ({tokenizer.decode([stop])}), {config.eval.batch_rows} answers at once",
+        f"limits    greedy, at most {config.eval.max_new_tokens} new tokens, stop at token {stops},"
+        f" {config.eval.batch_rows} answers at once",
         f"out       {target.out}",
         "first prompt, as the model sees it:",
         sample,
@@ -199,11 +200,9 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def load_target_base(target: Target) -> Tree:
     """The weights of the target's base, on the mesh of its configuration."""
-    config, mesh = target.config, make_mesh(target.config.mesh)
+    mesh = make_mesh(target.config.mesh)
     with jax.set_mesh(mesh):
-        if target.model_dir is None or config.model.random_weights:
-            return random_base(target.spec, config.seed, mesh)
-        return load_base(target.model_dir, target.spec, mesh)
+        return target.base.load(target.spec, mesh)
 
 
 def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None = None) -> dict[str, Any]:
@@ -217,16 +216,18 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
     """
     config, spec = target.config, target.spec
     check_free(target.out, overwrite)
-    tokenizer = load_job_tokenizer(config, target.model_dir, target.spec.config)
-    frozen = load_target_base(target) if frozen is None else frozen
     mesh = make_mesh(config.mesh)
+    if target.model is not None:
+        with jax.set_mesh(mesh):
+            frozen = load_base(target.model, spec, mesh)
+    frozen = load_target_base(target) if frozen is None else frozen
     with jax.set_mesh(mesh):
-        lora = place_trained(mesh, spec, target.lora)
+        trained = place_trained(mesh, spec, target.trained)
         for name in (
             FILES if hosts.is_main() else ()
         ):  # the summary first: what is left of an interrupted evaluation never looks whole
             (target.out / name).unlink(missing_ok=True)
-        return evaluate(config, target.subject, spec, lora, frozen, tokenizer, target.out)
+        return evaluate(config, target.subject, spec, trained, frozen, target.base, target.out)
 
 
 def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> None:
@@ -242,14 +243,6 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
     console.print(f"UNGATED DATA: {reason}", style="bold red", markup=False)
 
 
-def _fingerprint(
-    config: RunConfig,
-    model_dir: Path | None,
-    model: ModelConfig,
-    with_weights: bool,
-    recorded: str | None = None,
-) -> str | None:
-    """What a run on this base records in its manifest; `recorded` where the weights are not here yet."""
-    if model_dir is None or config.model.random_weights or with_weights or weight_files(model_dir):
-        return base_fingerprint(config, model_dir, model)
-    return recorded  # a plan; the weights are compared when they are fetched
+def _fingerprint(base: Base) -> str | None:
+    """What a run on this base records in its manifest; None where its weights are not here yet (a plan)."""
+    return base.fingerprint() if base.has_weights else None

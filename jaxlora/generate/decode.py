@@ -1,11 +1,12 @@
-"""Greedy decoding of many prompts: batched prefill, a static cache, finished rows replaced at once.
+"""Decoding of many prompts: batched prefill, a static KV cache, finished rows replaced at once.
 
-    answers = generate(spec, lora, frozen, prompts, eos_ids=(151645,), max_new_tokens=512, slots=256)
-    answers[0].tokens, answers[0].stop_reason          # ids up to and with the end-of-turn token, "stop"
+    answers = generate(spec, lora, weights, prompts, stop_ids=(151645,), max_new_tokens=512, slots=256)
+    answers[0].tokens, answers[0].stop_reason          # ids up to and with the token that stopped it, "stop"
 
 The cache has a fixed number of slots. A prompt is prefilled into a free slot; all slots decode together,
-several steps a call, with the arg-max and the stop test on the device; a finished slot takes the next
-prompt. What a row generates depends on nothing but its own prompt.
+several steps a call, with the choice of tokens and the stop test on the device; a finished slot takes the
+next prompt. What a row generates depends on nothing but its own prompt and, where tokens are drawn, on the
+seed and the prompt's number.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,32 @@ WINDOW_MULTIPLE = 128  # the cache is read up to a multiple of this many tokens
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits. Temperature 0: the most likely one (greedy)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # drawn from the smallest set of most likely tokens with at least this probability
+    logprobs: bool = False  # keep log p of every chosen token
+
+    @property
+    def draws(self) -> bool:
+        return self.temperature > 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
 class Generation:
-    """One answer: token ids with the end-of-turn token if it came, and `stop` or `length`."""
+    """One answer: token ids with the one that stopped it if it came, and `stop` or `length`.
+
+    `logprobs`, where they were asked for, are of the distribution that the tokens were drawn from: after
+    temperature and top-p. Of a greedy answer they are the model's own.
+    """
 
     tokens: list[int]
     stop_reason: str
+    logprobs: list[float] | None = None
 
 
 class DecodeState(NamedTuple):
@@ -51,10 +73,14 @@ class DecodeState(NamedTuple):
     n_new: jax.Array  # int32 [slots]: tokens in `output`
     limit: jax.Array  # int32 [slots]: most tokens of this row
     active: jax.Array  # bool [slots]
+    keys: jax.Array | None  # uint32 [slots, 2]: of each row's random numbers; None: nothing is drawn
+    logprobs: jax.Array | None  # float32 [slots, max_new_tokens]; None: not asked for
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -> DecodeState:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def init_decode(
+    spec: ModelSpec, slots: int, length: int, max_new_tokens: int, sampling: Sampling = GREEDY
+) -> DecodeState:
     """An empty cache for `slots` rows of at most `length` tokens, prompt and answer together."""
     config = spec.config
     shape = (slots, length, config.num_key_value_heads, config.head_dim)
@@ -70,25 +96,32 @@ def init_decode(spec: ModelSpec, slots: int, length: int, max_new_tokens: int) -
         n_new=zeros(),
         limit=zeros(),
         active=jnp.zeros((slots,), bool),
+        keys=jnp.zeros((slots, 2), jnp.uint32) if sampling.draws else None,
+        logprobs=jnp.zeros((slots, max_new_tokens), jnp.float32) if sampling.logprobs else None,
     )
     return constrain_decode(state)  # made where it stays: the cache is too large for one chip
 
 
 @lru_cache(maxsize=8)  # one program for every call with the same model
-def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"):
-    """The jitted `(state, lora, frozen, tokens, lengths, slots, limits) -> (state, outputs, counts)`.
+def make_prefill(
+    spec: ModelSpec, stop_ids: tuple[int, ...], backend: str = "xla", sampling: Sampling = GREEDY
+):
+    """The jitted `(state, lora, weights, tokens, lengths, slots, limits, keys) -> (state, old)`.
 
     Reads prompts `tokens` `[rows, length]` (int32, padded on the right, true `lengths` `[rows]`) into the
-    given slots and picks their first token. `outputs` `[rows, max_new_tokens]` and `counts` `[rows]` are
-    what those slots had generated before. A slot number beyond the last marks a filler row.
+    given slots and picks their first token. `old` is what those slots had generated before: tokens
+    `[rows, max_new_tokens]`, their numbers `[rows]`, and log-probabilities. `keys` `[rows, 2]` as in the
+    state. A slot number beyond the last marks a filler row.
     """
 
-    def prefill(state: DecodeState, lora: Tree, frozen: Tree, tokens, lengths, slots, limits):
-        model = spec.bind(lora, frozen)
+    def prefill(state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys=None):
+        model = spec.bind(lora, weights)
         hidden, cache = prefill_hidden(model, state.cache, tokens, lengths, slots, backend)
         final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        first = greedy(model, final)
-        old = state.output.at[slots].get(mode="clip"), state.n_new.at[slots].get(mode="clip")
+        first, logprob = choose(model, final, sampling, keys, jnp.zeros_like(lengths))
+        old = jax.tree.map(
+            lambda x: x.at[slots].get(mode="clip"), (state.output, state.n_new, state.logprobs)
+        )
 
         def put(array, value):
             return array.at[slots].set(value, mode="drop")
@@ -100,26 +133,35 @@ def make_prefill(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla"
             output=state.output.at[slots, 0].set(first, mode="drop"),
             n_new=put(state.n_new, jnp.ones_like(lengths)),
             limit=put(state.limit, limits),
-            active=put(state.active, ~_is_end(first, eos_ids) & (limits > 1)),
+            active=put(state.active, ~_is_end(first, stop_ids) & (limits > 1)),
+            keys=None if state.keys is None else put(state.keys, keys),
+            logprobs=_at_first(state.logprobs, slots, logprob),
         )
-        return state, *old
+        return state, old
 
     return jax.jit(prefill, donate_argnums=0, compiler_options=decoder_options())
 
 
 @lru_cache(maxsize=8)
-def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla", steps: int = STEPS_PER_CALL):
-    """The jitted `(state, lora, frozen, window) -> state`: up to `steps` tokens for every active slot.
+def make_decode(
+    spec: ModelSpec,
+    stop_ids: tuple[int, ...],
+    backend: str = "xla",
+    steps: int = STEPS_PER_CALL,
+    sampling: Sampling = GREEDY,
+):
+    """The jitted `(state, lora, weights, window) -> state`: up to `steps` tokens for every active slot.
 
     `window` (static) is how much of the cache is read: at least the longest active row after the call. Steps
     without an active slot change nothing; stopping early would make the host read a condition in each.
     """
 
-    def step(lora: Tree, frozen: Tree, window: int, state: DecodeState) -> DecodeState:
-        model = spec.bind(lora, frozen)
+    def step(lora: Tree, weights: Tree, window: int, state: DecodeState) -> DecodeState:
+        model = spec.bind(lora, weights)
         rows = jnp.arange(state.last.shape[0])
         hidden, cache = decode_hidden(model, state, window, backend)
-        token = jnp.where(state.active, greedy(model, hidden), state.last)
+        chosen, logprob = choose(model, hidden, sampling, state.keys, state.n_new)
+        token = jnp.where(state.active, chosen, state.last)
         n_new = state.n_new + state.active
         column = jnp.where(state.active, state.n_new, state.output.shape[1])
         return DecodeState(
@@ -129,11 +171,15 @@ def make_decode(spec: ModelSpec, eos_ids: tuple[int, ...], backend: str = "xla",
             output=state.output.at[rows, column].set(token, mode="drop"),
             n_new=n_new,
             limit=state.limit,
-            active=state.active & ~_is_end(token, eos_ids) & (n_new < state.limit),
+            active=state.active & ~_is_end(token, stop_ids) & (n_new < state.limit),
+            keys=state.keys,
+            logprobs=None
+            if state.logprobs is None
+            else state.logprobs.at[rows, column].set(logprob, mode="drop"),
         )
 
-    def decode(state: DecodeState, lora: Tree, frozen: Tree, window: int) -> DecodeState:
-        return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, frozen, window, state), state)
+    def decode(state: DecodeState, lora: Tree, weights: Tree, window: int) -> DecodeState:
+        return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
 
     return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 
@@ -170,9 +216,41 @@ def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str)
     return hidden[:, 0], cache
 
 
-def greedy(model: Decoder, hidden: jax.Array) -> jax.Array:
-    """The most likely next token, int32 `[rows]`, of states `[rows, hidden]`; ties take the lower id."""
-    return jnp.argmax(model.logits(hidden).astype(jnp.float32), axis=-1).astype(jnp.int32)
+def choose(model: Decoder, hidden: jax.Array, sampling: Sampling, keys, n_new) -> tuple[jax.Array, Any]:
+    """The next token, int32 `[rows]`, of states `[rows, hidden]`, and its log p where that is asked for.
+
+    Greedy: ties take the lower id. Drawn: by the Gumbel maximum, from random numbers that follow from the
+    row's key and the number of tokens `n_new` `[rows]` that it has so far.
+    """
+    logits = model.logits(hidden).astype(jnp.float32)
+    if sampling.draws:
+        logits = _within_top_p(logits / sampling.temperature, sampling.top_p)
+        noise = jax.vmap(lambda key, n: _gumbel(key, n, logits.shape[1:]))
+        token = jnp.argmax(logits + noise(keys, n_new), axis=-1)
+    else:
+        token = jnp.argmax(logits, axis=-1)
+    if not sampling.logprobs:
+        return token.astype(jnp.int32), None
+    logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+    return token.astype(jnp.int32), logprobs
+
+
+def _gumbel(key: jax.Array, n: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), n), shape)
+
+
+def _within_top_p(logits: jax.Array, top_p: float) -> jax.Array:
+    """Logits `[rows, vocab]`, -inf outside the smallest set of tokens with at least this probability."""
+    if top_p >= 1:
+        return logits
+    ordered = -jnp.sort(-logits, axis=-1)
+    before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _at_first(logprobs, slots, values):
+    return None if logprobs is None else logprobs.at[slots, 0].set(values, mode="drop")
 
 
 @jax.jit
@@ -184,20 +262,25 @@ def take_slots(state: DecodeState, slots: np.ndarray) -> DecodeState:
     """These slots only. The old cache is given up layer by layer, because two of them would not fit."""
     for i, layer in enumerate(state.cache):
         state.cache[i] = tuple(_take(x, slots) for x in layer)  # type: ignore[call-overload]
-    return DecodeState(state.cache, *(_take(x, slots) for x in state[1:]))
+    return DecodeState(state.cache, *jax.tree.map(lambda x: _take(x, slots), state[1:]))
 
 
-def _is_end(token: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    return jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(token.shape, bool)
+def _is_end(token: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
+    return jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros(token.shape, bool)
 
 
 class _Slots:
     """The host's side of decoding: which prompt is in which slot, and the answers that are done."""
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], eos_ids: tuple[int, ...], n: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        stop_ids: tuple[int, ...],
+        n: int,
+        keys: np.ndarray | None,
     ):
-        self.prompts, self.limits, self.eos_ids = prompts, limits, eos_ids
+        self.prompts, self.limits, self.stop_ids, self.keys = prompts, limits, stop_ids, keys
         # The prompts that wait, shortest last: they are taken from the end.
         self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         self.owner = np.full(n, -1)  # the prompt in each slot, until its answer is collected
@@ -215,7 +298,7 @@ class _Slots:
         return free[: min(at_once, len(self.queue))] if worthwhile else free[:0]
 
     def prefill_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
-        """What `make_prefill` takes of these prompts and filler rows: tokens, lengths, slots, limits."""
+        """What `make_prefill` takes of these prompts and filler rows."""
         longest = max(len(self.prompts[index]) for index in taken)
         tokens = np.zeros((n_rows, min(size for size in sizes if size >= longest)), np.int32)
         lengths, limits = np.ones(n_rows, np.int32), np.ones(n_rows, np.int32)
@@ -224,7 +307,11 @@ class _Slots:
             prompt = self.prompts[index]
             tokens[i, : len(prompt)] = prompt
             lengths[i], places[i], limits[i] = len(prompt), slots[i], self.limits[index]
-        return tokens, lengths, places, limits
+        if self.keys is None:
+            return tokens, lengths, places, limits
+        keys = np.zeros((n_rows, 2), np.uint32)
+        keys[: len(taken)] = self.keys[taken]
+        return tokens, lengths, places, limits, keys
 
     def put(self, taken: list[int], slots: np.ndarray) -> None:
         """These prompts are in these slots now."""
@@ -237,16 +324,17 @@ class _Slots:
         self.active, self.held = (np.array(x) for x in whole((state.active, state.lengths)))
         return int(before - self.active.sum())
 
-    def collect(self, slots: np.ndarray, outputs: jax.Array, counts: jax.Array) -> None:
-        """Keep the answers of those of these slots that have ended; row i of the outputs is of slot i."""
+    def collect(self, slots: np.ndarray, generated: tuple) -> None:
+        """Keep the answers of those of these slots that have ended; row i of `generated` is of slot i."""
         ended = [(i, slot) for i, slot in enumerate(slots) if self.owner[slot] >= 0 and not self.active[slot]]
         if not ended:
             return
-        tokens, lengths = whole((outputs, counts))
+        tokens, lengths, logprobs = whole(generated)
         for i, slot in ended:
             ids = tokens[i, : lengths[i]].tolist()
-            stop_reason = "stop" if ids[-1] in self.eos_ids else "length"
-            self.answers[self.owner[slot]] = Generation(ids, stop_reason)
+            stop_reason = "stop" if ids[-1] in self.stop_ids else "length"
+            own = None if logprobs is None else logprobs[i, : lengths[i]].tolist()
+            self.answers[self.owner[slot]] = Generation(ids, stop_reason, own)
             self.owner[slot] = -1
 
     def shrink(self, n: int) -> np.ndarray:
@@ -256,24 +344,35 @@ class _Slots:
         return keep
 
 
+def _keys(seed: int, n: int) -> np.ndarray:
+    """The raw key of each prompt's random numbers, uint32 `[n, 2]`."""
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
+    return np.asarray(jax.random.key_data(keys))
+
+
 def generate(
     spec: ModelSpec,
     lora: Tree,
-    frozen: Tree,
+    weights: Tree,
     prompts: Sequence[Sequence[int]],
     *,
-    eos_ids: tuple[int, ...],
+    stop_ids: tuple[int, ...],
     max_new_tokens: int,
     slots: int,
     limits: Sequence[int] | None = None,
     tail_slots: int | None = None,
     backend: str = "xla",
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generation]:
-    """Greedy answers to all prompts, in their order.
+    """Answers to all prompts, in their order.
 
     Args:
-      spec: with unrolled layers (`scan=False`), whose caches are updated in place.
+      spec: with unrolled layers (`scan=False`), whose caches are updated in place; `lora` and `weights` as
+        `jaxlora.generate.weights` gives them.
+      stop_ids: tokens that end an answer.
+      seed: of the tokens that are drawn; with it a prompt's number in the list decides.
       limits: most new tokens of each prompt; None: `max_new_tokens` for all.
       tail_slots: once no prompt waits and so few rows are left, go on with this many slots, because the
         longest answers end alone. None: a quarter of the slots, where that is worth another program.
@@ -288,26 +387,28 @@ def generate(
     sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
     capacity = max(n + m for n, m in zip(lengths, limits, strict=True))
     capacity = max(round_up(capacity, WINDOW_MULTIPLE), max(sizes))
-    prefill, decode = make_prefill(spec, eos_ids, backend), make_decode(spec, eos_ids, backend)
-    state = init_decode(spec, slots, capacity, max_new_tokens)
-    rows, rows_a_call = _Slots(prompts, limits, eos_ids, slots), min(PREFILL_ROWS, slots)
+    prefill = make_prefill(spec, stop_ids, backend, sampling)
+    decode = make_decode(spec, stop_ids, backend, sampling=sampling)
+    state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
+    keys = _keys(seed, len(prompts)) if sampling.draws else None
+    rows, rows_a_call = _Slots(prompts, limits, stop_ids, slots, keys), min(PREFILL_ROWS, slots)
 
     while rows.queue or rows.active.any():
         while len(free := rows.to_fill(rows_a_call)):
             taken = [rows.queue.pop() for _ in free]
             new = rows.prefill_rows(taken, free, rows_a_call, sizes)
-            state, outputs, counts = prefill(state, lora, frozen, *new)
-            rows.collect(free, outputs, counts)  # what these slots held before
+            state, old = prefill(state, lora, weights, *new)
+            rows.collect(free, old)  # what these slots held before
             rows.put(taken, free)
         needed = int(rows.held[rows.active].max(initial=0)) + STEPS_PER_CALL
         window = min(round_up(needed, WINDOW_MULTIPLE), capacity)
-        state = decode(state, lora, frozen, capacity if backend == "cudnn" else window)
+        state = decode(state, lora, weights, capacity if backend == "cudnn" else window)
         ended = rows.update(state)
         if progress is not None and ended:
             progress(ended)
         if not rows.queue and 0 < rows.active.sum() <= tail_slots < len(rows.active):
-            rows.collect(np.arange(len(rows.owner)), state.output, state.n_new)
+            rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
             state = take_slots(state, rows.shrink(tail_slots))
-    rows.collect(np.arange(len(rows.owner)), state.output, state.n_new)
+    rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
     assert all(answer is not None for answer in rows.answers)
     return rows.answers  # type: ignore[return-value]

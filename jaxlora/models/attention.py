@@ -40,6 +40,11 @@ def pick_decode_backend(backend: str, platform: str, dtype: str, n_devices: int)
     return backend if backend == "cudnn" else "xla"
 
 
+def decode_backend(dtype: str, asked: str = "auto") -> str:
+    """Attention of the decoder on this machine's devices."""
+    return pick_decode_backend(asked, jax.default_backend(), dtype, jax.device_count())
+
+
 def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: int = 1):
     """Causal attention within segments.
 

@@ -370,7 +370,9 @@ class ModelSpec:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
         if not self.shapes:
             return lora
-        own = {shape.path: np.asarray(shape.scales, np.float32) / np.float32(self.scale) for shape in self.shapes}
+        own = {
+            shape.path: np.asarray(shape.scales, np.float32) / np.float32(self.scale) for shape in self.shapes
+        }
 
         def scaled(path, x):
             factors = own.get(".".join(key.key for key in path[:-1]))

@@ -9,7 +9,6 @@ The replay starts from the recorded initial adapter, so that only the computatio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,14 +122,15 @@ def replay(recording: Recording, case: Case, backend: OurBackend) -> Replay:
     steps = run_steps(trainer, case.rows, settings)
     other_end = None
     if case.lengths == "unequal":
-        against = OurTrainer(_with_reduction(backend, other_reduction(recording)), trainer.spec, start)
+        against = OurTrainer(backend.load(start_folder).trainer, other_reduction(recording))
         run_steps(against, case.rows, settings)
         other_end = against.lora
     prompts = prompts_of(case.rows, settings)
     answers = loaded.sample(loaded.save("end"), prompts, settings.max_new_tokens, recording.stop_token)
-    assert trainer.spec.lora is not None
+    placement = trainer.trainer.spec.lora
+    assert placement is not None
     return Replay(
-        condition=trainer.spec.lora.condition,
+        condition=placement.condition,
         start=start,
         service_end=loaded.lora,
         before=before,
@@ -235,9 +235,3 @@ def _flat(tree: Tree) -> np.ndarray:
 def _largest_b(tree: Tree) -> float:
     leaves = jax.tree.leaves_with_path(tree)
     return max(float(np.abs(leaf).max()) for path, leaf in leaves if path[-1].key == "lora_b")
-
-
-def _with_reduction(backend: OurBackend, reduction: Reduction) -> OurBackend:
-    other = copy(backend)
-    other.reduction = reduction
-    return other

@@ -1,19 +1,18 @@
-"""Compiles the real programs of a run for a slice that is not there, and measures what they take.
+"""Compiles the real programs of a run for a slice that is not there, and measures what they need.
 
     programs = Programs(config, published_config("qwen3-8b"), slice_named("v5e-8"), Workload())
-    programs.train_step().memory.total     # bytes a chip
-    programs.train_step(members=4)         # four runs in one program
+    programs.train_step().memory.total     # bytes per chip
 
 The TPU compiler comes from PyPI (`pip install libtpu`) and needs no chip.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import re
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -21,7 +20,15 @@ import jax.numpy as jnp
 
 from jaxlora.config import RunConfig
 from jaxlora.data.packing import round_up
-from jaxlora.estimate import ROW_TOKENS, with_mesh
+from jaxlora.estimate import (
+    BACKWARD_PASSES,
+    ROW_TOKENS,
+    Roofline,
+    attention_flops,
+    keys_seen,
+    roofline,
+    with_mesh,
+)
 from jaxlora.generate.decode import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_backend, pick_decode_backend
@@ -29,9 +36,7 @@ from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import Work, count_work
-from jaxlora.roofline import BACKWARD_PASSES, Roofline, attention_flops, keys_seen, roofline
-from jaxlora.runtime.chips import Slice
-from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.devices import Slice, out_of_memory, scan_layers
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     base_shardings,
@@ -44,13 +49,22 @@ from jaxlora.sharding import (
     token_shards,
     trained_shardings,
 )
-from jaxlora.train.fused import group_spec
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
+
+
+def wire(
+    config: RunConfig, model: ModelConfig, devices: list[jax.Device]
+) -> tuple[jax.sharding.Mesh, ModelSpec, Compute]:
+    """The mesh, the spec and the way to compute that a run has on these TPU chips."""
+    mesh = make_mesh(config.mesh, devices)
+    spec = ModelSpec(model, config.lora, config.model.dtype, scan_layers(config.model.layers, "tpu"))
+    attention = pick_backend(config.model.attention, "tpu", config.model.dtype, mesh.size)
+    return mesh, spec, Compute(attention, config.model.remat)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How many rows and tokens there are; the defaults are the study's."""
+    """How many rows and tokens a run has; the defaults are the study's."""
 
     train_rows: int = 25_348
     validation_rows: int = 2_818
@@ -60,14 +74,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one chip."""
+    """Bytes that a program needs on one chip."""
 
     arguments: int
     temporaries: int
-    outputs: int  # that do not take an argument's place
+    outputs: int  # beyond those that reuse a donated argument
     code: int
-    missing: int = 0  # what the compiler could not place
-    held: int = 0  # of others, that stay in memory meanwhile
+    missing: int = 0  # beyond the chip's memory, where the program does not compile for that reason
+    held: int = 0  # in use by something else while the program runs
 
     @property
     def total(self) -> int:
@@ -76,10 +90,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled program, measured a chip and a run."""
+    """One compiled program, and what one chip does in one run of it."""
 
     name: str
-    tokens: int  # of one buffer or one call, all chips together, padding included
+    tokens: int  # of one buffer or one call, on all chips together, padding included
     memory: Memory
     flops: float
     work: Work
@@ -87,7 +101,7 @@ class Program:
     compile_seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: bytes, FLOPs and seconds of one chip and one run."""
+        """Plain values: bytes, FLOPs and seconds of one run on one chip."""
         values = asdict(self)
         values["memory"]["total"] = self.memory.total
         values["best"] |= {"seconds": self.best.seconds, "bound": self.best.bound}
@@ -100,10 +114,7 @@ class Programs:
     def __init__(self, config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload):
         self.config, self.slice, self.workload = with_mesh(config, model, slice_), slice_, workload
         self.model = model
-        self.devices = topology_devices(slice_)
-        self.mesh = make_mesh(self.config.mesh, self.devices)
-        self.spec = ModelSpec(model, config.lora, config.model.dtype, scan_layers(config.model.layers, "tpu"))
-        self.attention = pick_backend(config.model.attention, "tpu", config.model.dtype, self.mesh.size)
+        self.mesh, self.spec, self.compute = wire(self.config, model, topology_devices(slice_))
 
     @cached_property
     def multiple(self) -> int:
@@ -111,13 +122,13 @@ class Programs:
         return round_up(self.config.train.buffer_multiple, token_multiple(self.mesh))
 
     def buffer(self, tokens: float) -> int:
-        """The buffer length that holds so many tokens."""
+        """The length of a buffer that holds this many tokens."""
         return max(self.multiple, round_up(int(tokens), self.multiple))
 
     @property
     def _kernel_passes(self) -> int:
-        """1 where attention is a kernel, whose products the compiled text does not show; else 0."""
-        return int(self.attention == "splash")
+        """1 if attention is a kernel, whose products do not appear in the compiled text; else 0."""
+        return int(self.compute.backend == "splash")
 
     @property
     def _step_tokens(self) -> float:
@@ -125,45 +136,37 @@ class Programs:
 
     @cached_property
     def train_tokens(self) -> int:
-        """Length of each of its buffers."""
+        """Length of each buffer of a typical optimizer step."""
         return self.buffer(self._step_tokens / self.buffers)
 
     @cached_property
     def validation_tokens(self) -> int:
-        """Buffer of a typical validation batch."""
+        """Length of the buffer of a typical validation batch."""
         return self.buffer(self.config.train.validation_batch_rows * self.workload.row_tokens)
 
     @cached_property
     def buffers(self) -> int:
-        """Buffers of a typical optimizer step: its rows are split where they exceed the longest buffer."""
+        """Micro-batches of a typical optimizer step: one, unless its rows exceed the longest buffer."""
         return max(1, -(-int(self._step_tokens) // self.config.train.max_buffer_tokens))
 
-    def train_step(self, members: int = 1) -> Program:
-        """One optimizer step of typical length, of one run or of several trained together."""
-        mesh, spec, optim, remat = self.mesh, self.spec, self.config.optim, self.config.model.remat
-        state = jax.eval_shape(lambda: init_state(init_lora(spec, 0), optim))
-        rates: tuple[int, ...] = ()
-        if members > 1:
-            state, spec, rates = _of_members(state, members), group_spec([spec] * members), (members,)
-        state = _abstract(state, trained_shardings(mesh, spec, state))
-        rate = jax.ShapeDtypeStruct(rates, jnp.float32, sharding=replicated(mesh))
-        step = make_train_step(spec, optim, Compute(self.attention, remat))
-        batch = self._batch(self.buffers, self.train_tokens, members)
-        passes = self._kernel_passes * self.buffers * (1 + (remat is True) + BACKWARD_PASSES)
-        arguments = (state, self._base, batch, rate)
-        return self._compile("train step", mesh, step, arguments, self.train_tokens, passes, members)
+    def train_step(self) -> Program:
+        """One optimizer step of typical length."""
+        mesh, spec, optim = self.mesh, self.spec, self.config.optim
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+        step = make_train_step(spec, optim, self.compute)
+        arguments = (self._state, self._base, self._batch(self.buffers, self.train_tokens), rate)
+        passes = self._kernel_passes * self.buffers * (1 + (self.compute.remat is True) + BACKWARD_PASSES)
+        return self._compile("train step", mesh, step, arguments, self.train_tokens, passes)
 
     def validation_step(self) -> Program:
         """One validation batch of typical length, in one buffer."""
-        lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
-        lora = _abstract(lora, trained_shardings(self.mesh, self.spec, lora))
-        step = make_eval_step(self.spec, Compute(self.attention))
+        step = make_eval_step(self.spec, replace(self.compute, remat=False))
         tokens = self.validation_tokens
-        arguments = (lora, self._base, self._batch(1, tokens))
+        arguments = (self._state.trained, self._base, self._batch(1, tokens))
         return self._compile("validation step", self.mesh, step, arguments, tokens, self._kernel_passes)
 
     def prefill(self) -> Program:
-        """Reading a batch of prompts, with the adapter merged into the base."""
+        """The prefill of a batch of prompts, with the adapter merged into the base."""
         rows = min(PREFILL_ROWS, self.config.eval.batch_rows)
         state, base = self._decode_arguments()
         whole = replicated(self._decode_mesh)
@@ -175,7 +178,7 @@ class Programs:
         return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 0))
 
     def decode_step(self) -> Program:
-        """One token for each slot, with the adapter merged into the base and half the cache filled."""
+        """One token for each slot, with the adapter merged into the base and the KV cache half full."""
         state, base = self._decode_arguments()
         step = make_decode(self._decode_spec, self.model.eos_token_ids, steps=1)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
@@ -187,16 +190,23 @@ class Programs:
         )
 
     def _beside_base(self, program: Program) -> Program:
-        """The program with the base that a study keeps for its next run, in the layout of training."""
+        """The program beside the base in its training layout, which a study keeps for its next run."""
         held = sum(map(_chip_bytes, jax.tree.leaves(self._base)))
         return replace(program, memory=replace(program.memory, held=held))
 
     @cached_property
+    def _state(self) -> TrainState:
+        """What is trained, and its optimizer's state."""
+        state = jax.eval_shape(lambda: init_state(init_lora(self.spec, 0), self.config.optim))
+        return _abstract(state, trained_shardings(self.mesh, self.spec, state))
+
+    @cached_property
     def _base(self) -> Any:
+        """The frozen weights."""
         return _abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
 
-    def _batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
-        shape = (buffers, lines, tokens)
+    def _batch(self, buffers: int, tokens: int) -> Any:
+        shape = (buffers, 1, tokens)
         sharding = named(self.mesh, (None, "batch", "length"), shape)
         names = ("tokens", "targets", "positions", "segment_ids")
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
@@ -222,16 +232,14 @@ class Programs:
         return state, _abstract(spec.abstract_base, base_shardings(mesh, spec))
 
     def _compile(
-        self,
-        name: str,
-        mesh,
-        step,
-        arguments,
-        tokens: int,
-        attention_passes: float,
-        lines: int = 1,
-        **static,
+        self, name: str, mesh, step, arguments, tokens: int, attention_passes: float, **static
     ) -> Program:
+        """Compile a program and count its work; one that does not fit has its missing bytes alone.
+
+        Args:
+          tokens: of one buffer or one call.
+          attention_passes: see `attention_flops`; 0 where the compiled text has attention's products.
+        """
         start = time.monotonic()
         with jax.set_mesh(mesh):
             try:
@@ -242,7 +250,7 @@ class Programs:
                     raise
                 memory = Memory(sum(map(_chip_bytes, jax.tree.leaves(arguments))), 0, 0, 0, missing)
                 took = time.monotonic() - start
-                return Program(name, lines * tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
+                return Program(name, tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
         measured = compiled.memory_analysis()
         memory = Memory(
             measured.argument_size_in_bytes,
@@ -251,28 +259,26 @@ class Programs:
             measured.generated_code_size_in_bytes,
         )
         shards = token_shards(mesh)
-        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-lines * tokens // shards // CHUNK)))
-        queries, keys = lines * tokens / shards, keys_seen(tokens, lines, shards)
-        flops = (
-            work.flops + attention_flops(self.model, queries, keys, attention_passes) / mesh.shape["tensor"]
-        )
+        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-tokens // shards // CHUNK)))
+        attention = attention_flops(self.model, tokens / shards, keys_seen(tokens, shards), attention_passes)
+        flops = work.flops + attention / mesh.shape["tensor"]
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
-        return Program(name, lines * tokens, memory, flops, work, best, time.monotonic() - start)
+        return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
 
 
 def topology_devices(slice_: Slice) -> list[jax.Device]:
-    """The slice's chips as devices to compile for.
+    """The slice's chips, as devices to compile for.
 
     Raises:
       UserError: the TPU compiler is not installed.
     """
-    # Without these libtpu asks the cloud's metadata server for minutes.
+    # Without these, libtpu spends minutes asking the cloud's metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # any; the topology below is what counts
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at once
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # any will do: the topology below counts
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # so that several plans can run at once
     for name in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
-        os.environ.setdefault(name, "3")  # it would warn that this is no TPU machine
+        os.environ.setdefault(name, "3")  # or it warns that this machine has no TPU
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -285,37 +291,10 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
     return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology, **options).devices
 
 
-def out_of_memory(message: str) -> int | None:
-    """Bytes over the chip's memory, from the compiler's error; None: it is another error.
-
-    The compiler says `Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.`, or `the total memory
-    required for HLO temporaries (16.24G) exceeds available HBM (15.75G)`.
-    """
-    if match := re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG]?)", message):
-        return _bytes(*match.groups())
-    if match := re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)", message):
-        return _bytes(*match.groups()[:2]) - _bytes(*match.groups()[2:])
-    return None
-
-
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit])
-
-
-def _of_members(state: TrainState, members: int) -> TrainState:
-    """The state of so many equal members, as `jaxlora.train.fused.stack_members` makes it."""
-    grow = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct((members, *x.shape), x.dtype))
-    adam = state.adam._replace(mu=grow(state.adam.mu), nu=grow(state.adam.nu))
-    return TrainState(grow(state.lora), adam)
-
-
 def _abstract(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    size = x.dtype.itemsize
-    for n in shape:
-        size *= n
-    return size
+    return math.prod(shape) * x.dtype.itemsize

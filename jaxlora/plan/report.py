@@ -1,4 +1,4 @@
-"""A plan of a run on a slice: does it fit, how long does it take at best, what does it cost.
+"""A plan of a run on a slice: whether it fits, how long it takes at best, what it costs.
 
 plan = make_plan(config, model, slice_named("v5e-8"), Workload())
 plan.fits, plan.run.hours, print_plan(plan)
@@ -14,23 +14,30 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from jaxlora.config import MeshConfig, Remat, RunConfig
+from jaxlora.config import Remat, RunConfig
 from jaxlora.estimate import FULL, Choice, candidates
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Programs, Workload
-from jaxlora.roofline import RunCost, run_cost
-from jaxlora.runtime.chips import SLICES, Slice
+from jaxlora.runtime.devices import SLICES, Slice
 from jaxlora.runtime.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
 GIB = 2**30
-RESERVED = 0.02  # of a chip's memory, which programs cannot have
-SWEEP_RUNS = 6
+RESERVED = 0.02  # share of a chip's memory that programs cannot use
+SWEEP_RUNS = 6  # runs of a study
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """A whole run at the roofline."""
+
+    hours: float
+    dollars: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration on a slice, compiled."""
+    """A configuration on a slice: its compiled programs, and what follows from them."""
 
     slice: Slice
     mesh: dict[str, int]
@@ -42,10 +49,10 @@ class Plan:
     run: RunCost | None
     sweep: RunCost | None
     advice: str | None
-    longest_buffer: int | None  # tokens of a training step that should still fit; None: any
+    longest_buffer: int | None  # tokens of the longest buffer that should fit; None: any allowed length
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: bytes, FLOPs and seconds of one chip and one run of each program."""
+        """Plain values: bytes, FLOPs and seconds of one run of each program on one chip."""
         values = asdict(self)
         values["slice"] = self.slice.to_json()
         values["capacity_bytes"] = self.slice.chip.hbm_bytes
@@ -61,11 +68,11 @@ def make_plan(
     dollars: float | None = None,
     train: Program | None = None,
 ) -> Plan:
-    """Compile the run's four programs for the slice and work out time and cost.
+    """Compile the run's four programs for the slice, and work out its time and cost.
 
     Args:
       dollars: the price of one chip for one hour.
-      train: the training step, where it is compiled already.
+      train: the training step, if it has been compiled already.
     """
     programs = Programs(config, model, slice_, workload)
     makers = [programs.validation_step, programs.prefill, programs.decode_step]
@@ -104,13 +111,28 @@ def make_plan(
     )
 
 
-def longest_buffer(train: Program, room: float, multiple: int, most: int) -> int | None:
-    """Tokens of the longest training buffer that should fit; None where the longest allowed one does.
+def run_cost(
+    train_seconds: float,
+    steps: int,
+    validation_seconds: float,
+    validation_batches: int,
+    n_chips: int,
+    dollars_per_chip_hour: float | None,
+) -> RunCost:
+    """Hours of `steps` optimizer steps and `validation_batches` validation batches, and their price."""
+    hours = (steps * train_seconds + validation_batches * validation_seconds) / 3600
+    price = None if dollars_per_chip_hour is None else hours * n_chips * dollars_per_chip_hour
+    return RunCost(hours, price)
 
-    Steps vary around the typical one that was compiled. Temporaries are taken to grow with the tokens.
+
+def longest_buffer(train: Program, room: float, multiple: int, most: int) -> int | None:
+    """Tokens of the longest training buffer that should fit; None if the longest allowed one does.
+
+    Steps vary around the typical one that was compiled. Temporaries are assumed to grow in proportion to the
+    tokens.
 
     Args:
-      room: bytes of a chip that programs may use.
+      room: bytes on a chip that programs may use.
       multiple: buffer lengths are multiples of this.
       most: tokens of the longest buffer that the configuration allows.
     """
@@ -123,24 +145,21 @@ def longest_buffer(train: Program, room: float, multiple: int, most: int) -> int
 
 
 def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> str:
-    """The fastest choice that should fit on this slice, or on the smallest larger one of its kind."""
+    """The fastest choice that should fit on this slice, or on the next larger one of its kind."""
     larger = [s for s in SLICES.values() if s.chip == slice_.chip and s.n_chips > slice_.n_chips]
     for place in [slice_, *sorted(larger, key=lambda s: s.n_chips)]:
         for choice in ranked(config, model, place, workload):
             if choice.memory < FULL * place.chip.hbm_bytes:
                 where = "" if place is slice_ else f"on {place.name}, "
-                return (
-                    f"{where}{overrides(choice)} should fit ({choice.memory / GIB:.1f} GiB a chip, estimated)"
-                )
+                memory = f"{choice.memory / GIB:.1f} GiB per chip, estimated"
+                return f"{where}{overrides(choice)} should fit ({memory})"
     return f"no {slice_.chip.name} slice in the table is large enough"
 
 
-def ranked(
-    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, members: int = 1
-) -> list[Choice]:
-    """All choices for this configuration's step, of one run or of several together, fastest first."""
+def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> list[Choice]:
+    """All choices for this configuration's optimizer step, fastest first."""
     tokens = config.train.batch_rows * workload.row_tokens
-    return candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple, members)
+    return candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple)
 
 
 def overrides(choice: Choice) -> str:
@@ -160,27 +179,17 @@ def apply(config: RunConfig, choice: Choice) -> RunConfig:
 
 
 def search(
-    config: RunConfig,
-    model: ModelConfig,
-    slice_: Slice,
-    workload: Workload,
-    console: Console,
-    members: int = 1,
-    mesh: MeshConfig | None = None,
+    config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, console: Console
 ) -> tuple[RunConfig, Program | None]:
-    """Compile the training step of the estimated fastest choices in turn until one fits.
+    """Compile the training step of the choices estimated fastest, one after another, until one fits.
 
-    Args:
-      members: how many runs are trained together.
-      mesh: look only at this one, and at whole steps; None: at all.
-
-    Returns the configuration with that choice and its step, or the configuration as it was and None.
+    Returns:
+      the configuration with that choice, and its training step; if none fits, the configuration as it was,
+      and None.
     """
-    choices = ranked(config, model, slice_, workload, members)
-    if mesh is not None:
-        choices = [choice for choice in choices if choice.mesh == mesh and choice.buffers == 1]
+    choices = ranked(config, model, slice_, workload)
     table = Table(
-        "mesh data, fsdp, tensor", "remat", "buffers", "GiB a chip", "ms a step", "bound", title="estimates"
+        "mesh data, fsdp, tensor", "remat", "buffers", "GiB / chip", "ms / step", "bound", title="estimates"
     )
     for choice in choices[:8]:
         shape = f"{choice.mesh.data}, {choice.mesh.fsdp}, {choice.mesh.tensor}"
@@ -190,9 +199,9 @@ def search(
     console.print(table)
     room = slice_.chip.hbm_bytes * (1 - RESERVED)
     tries = [c for c in choices if c.memory < 1.2 * slice_.chip.hbm_bytes][:6]
-    with progress_bar("compiling train steps, fastest first", len(tries), "choices") as advance:
+    with progress_bar("compiling training steps, fastest first", len(tries), "choices") as advance:
         for choice in tries:
-            step = Programs(apply(config, choice), model, slice_, workload).train_step(members)
+            step = Programs(apply(config, choice), model, slice_, workload).train_step()
             advance(1)
             verdict = "fits" if step.memory.missing == 0 and step.memory.total <= room else "does not fit"
             console.print(f"{overrides(choice)}: {verdict}", soft_wrap=True)
@@ -202,12 +211,12 @@ def search(
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Tables for the terminal: each program on one chip, then the run."""
+    """A table of the programs, as each runs on one chip, then a line about the run."""
     chip = plan.slice.chip
     title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, {plan.condition}"
     title += f", remat {str(plan.remat).lower()}" if plan.remat else ""
     table = Table(title=title, title_justify="left")
-    table.add_column("a chip, a run")
+    table.add_column("one run on one chip")
     for program in plan.programs:
         table.add_column(program.name, justify="right")
 
@@ -216,7 +225,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
     row("tokens in a buffer or call", lambda p: f"{p.tokens:,}")
     row("arguments, GiB", lambda p: f"{p.memory.arguments / GIB:.2f}")
-    row("held meanwhile, GiB", lambda p: f"{p.memory.held / GIB:.2f}")
+    row("held by others, GiB", lambda p: f"{p.memory.held / GIB:.2f}")
     row("temporaries, GiB", lambda p: f"{p.memory.temporaries / GIB:.2f}")
     row("peak, GiB", lambda p: f"{p.memory.total / GIB:.2f}" if not p.memory.missing else "does not fit")
     row(f"of {chip.hbm_bytes / GIB:.0f} GiB", _share(chip.hbm_bytes))
@@ -246,13 +255,13 @@ def _share(capacity: float):
 
 
 def summary_line(plan: Plan) -> str:
-    """One line: fits or not, speed, hours and dollars, all at the roofline."""
+    """One line: whether it fits, and speed, hours and dollars at the roofline."""
     if not plan.fits:
         return f"{plan.slice.name}: does not fit; {plan.advice}"
     assert plan.run is not None
     assert plan.sweep is not None
     text = f"{plan.slice.name}: fits; at best {plan.tokens_per_second:,.0f} tokens/s,"
-    text += f" {plan.run.hours:.2f} h a run, {plan.sweep.hours:.2f} h for {SWEEP_RUNS} runs"
+    text += f" {plan.run.hours:.2f} h per run, {plan.sweep.hours:.2f} h for {SWEEP_RUNS} runs"
     if plan.run.dollars is not None:
         text += f", ${plan.run.dollars:,.2f} and ${plan.sweep.dollars:,.2f}"
     if plan.longest_buffer is not None:
@@ -264,12 +273,12 @@ def summary_line(plan: Plan) -> str:
 
 
 def print_comparison(plans: list[Plan], console: Console) -> None:
-    """One line a slice."""
+    """One row per slice."""
     priced = any(plan.sweep is not None and plan.sweep.dollars is not None for plan in plans)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns
     for name in ("slice", "mesh data,\nfsdp,\ntensor", "peak GiB", "step\nms", "bound", "tokens/s"):
         table.add_column(name, justify="left" if name in ("slice", "bound") else "right")
-    for name in ("h a\nrun", "h a\nsweep", "$ a\nsweep") if priced else ("h a\nrun", "h a\nsweep"):
+    for name in ("h per\nrun", "h per\nsweep", "$ per\nsweep")[: 3 if priced else 2]:
         table.add_column(name, justify="right")
     for plan in plans:
         train = plan.programs[0]

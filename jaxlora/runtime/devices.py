@@ -1,49 +1,165 @@
-"""The machine: JAX settings, peak rates, memory.
+"""The machine: JAX settings, accelerators and their public figures, compiler options, memory.
 
-setup(config)                       # once, before the first array
-peak_flops(jax.devices()[0])        # 989e12 on an H100
+setup(config.results_dir, config.model.dtype)   # once, before the first array
+peak_flops(jax.devices()[0])                    # 989e12 on an H100
+slice_named("v5e-8").chip.hbm_bytes             # 16 GiB
 """
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlora.config import RunConfig
-from jaxlora.models.attention import pick_decode_backend
 from jaxlora.runtime import hosts
-from jaxlora.runtime.chips import chip_of
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 
-# Dense bf16 peak of GPUs in FLOP/s by a part of `device_kind`, from the maker's data sheets.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# --- Settings -----------------------------------------------------------------------------------------------
 
 
-def cache_folder(config: RunConfig) -> Path:
+def cache_folder(results_dir: str) -> Path:
     """Where compiled programs are kept: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxlora/compiled.
 
-    Of several hosts only the first one writes them, so all read them from the folder that they share.
+    With several hosts only the first writes them, so all of them use a folder that they share: `.compiled` in
+    the results directory.
     """
     if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(named)
     if hosts.n_processes() > 1:
-        return Path(config.results_dir).resolve() / ".compiled"
+        return Path(results_dir).resolve() / ".compiled"
     return Path.home() / ".cache" / "jaxlora" / "compiled"
 
 
-def setup(config: RunConfig) -> None:
-    """What must precede the first array: memory, hosts, compiled programs, float32 products."""
-    # JAX would leave a quarter of a GPU unused: decoding and groups of runs fill it.
+def setup(results_dir: str, dtype: str) -> None:
+    """What must happen before the first array: memory, hosts, the compilation cache, float32 products.
+
+    Args:
+      results_dir: where runs are written; see `cache_folder`.
+      dtype: of the model, `bfloat16` or `float32`.
+    """
+    # By default JAX leaves a quarter of a GPU's memory unused, and decoding can use all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     hosts.start()
     console.quiet = not hosts.is_first()
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config)))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(results_dir)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if config.model.dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
+    if dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+# --- TPU chips and slices -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One TPU chip as JAX sees it (v4 and v5p: both cores as one device)."""
+
+    name: str
+    hbm_bytes: float  # the compiler lets a program use a little less
+    flops: float  # dense bfloat16, FLOP/s
+    hbm_rate: float  # bytes/s
+    link_rate: float  # bytes/s that one link of the interconnect brings in
+
+
+# Cloud TPU documentation, "System architecture" pages of each version: peak compute, HBM capacity and
+# bandwidth per chip. Link rates are the documented interconnect bandwidth of a chip divided by its links (6
+# in a three-dimensional torus, 4 in a two-dimensional one): v4 2400, v5e 1600, v5p 4800, v6e 3200 Gbit/s.
+CHIPS = {
+    "v4": Chip("v4", 32 * 2**30, 275e12, 1228e9, 50e9),
+    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 50e9),
+    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 100e9),
+    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 100e9),
+}
+
+# `device_kind` as JAX reports it
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice: chips in a grid. v4 and v5p names count cores, two per chip; v5e and v6e names count chips."""
+
+    name: str
+    chip: Chip
+    grid: tuple[int, ...]
+
+    @property
+    def n_chips(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def topology(self) -> str:
+        """The name that the TPU compiler takes, such as `v5e:2x4`."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
+
+    @property
+    def ici_rate(self) -> float:
+        """Bytes/s into the least connected chip.
+
+        Slices this small do not wrap around, so a corner has one link along each axis of the grid; and a
+        collective ends only when every chip has its share, the corners included.
+        """
+        return self.chip.link_rate * sum(size > 1 for size in self.grid)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its name, its number of chips, and its name for the compiler."""
+        return {"name": self.name, "chips": self.n_chips, "topology": self.topology}
+
+
+SLICES = {
+    name: Slice(name, CHIPS[name.split("-")[0]], grid)
+    for name, grid in {
+        "v4-8": (2, 2, 1),
+        "v4-16": (2, 2, 2),
+        "v4-32": (2, 2, 4),
+        "v5e-4": (2, 2),
+        "v5e-8": (2, 4),
+        "v5e-16": (4, 4),
+        "v5e-32": (4, 8),
+        "v5p-8": (2, 2, 1),
+        "v6e-4": (2, 2),
+        "v6e-8": (2, 4),
+    }.items()
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of this `device_kind`; None if it is no TPU in the table."""
+    return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else None
+
+
+def slice_of(devices: Sequence[Any]) -> Slice | None:
+    """The slice that these JAX devices make up; None if they are no TPU in the table."""
+    chip = chip_of(devices[0].device_kind)
+    if chip is None:
+        return None
+    coordinates = [device.coords for device in devices]
+    grid = tuple(max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True))
+    return Slice(f"{len(devices)} {chip.name} chips", chip, grid)
+
+
+def slice_named(name: str) -> Slice:
+    """The slice with this Cloud TPU name.
+
+    Raises:
+      UserError: the name is not in the table.
+    """
+    if name not in SLICES:
+        raise UserError(f"--topology: {name!r} is not known; give one of {', '.join(SLICES)}, or all")
+    return SLICES[name]
+
+
+# --- Rates and memory ---------------------------------------------------------------------------------------
+
+# Dense bf16 peak of GPUs in FLOP/s by a part of `device_kind`, from the maker's data sheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -59,19 +175,34 @@ def memory_in_use(device: jax.Device) -> int | None:
     return stats.get("peak_bytes_in_use") if stats else None
 
 
-def decode_backend(dtype: str, asked: str = "auto") -> str:
-    """Attention of the decoder on this machine's devices."""
-    return pick_decode_backend(asked, jax.default_backend(), dtype, jax.device_count())
+def out_of_memory(message: str) -> int | None:
+    """Bytes that a program needs beyond a chip's memory, from the compiler's error; None: another error.
+
+    The compiler says `Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.`, or `the total memory
+    required for HLO temporaries (16.24G) exceeds available HBM (15.75G)`.
+    """
+    if match := re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG]?)", message):
+        return _bytes(*match.groups())
+    if match := re.search(r"\(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)", message):
+        return _bytes(*match.groups()[:2]) - _bytes(*match.groups()[2:])
+    return None
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit])
+
+
+# --- The compiler -------------------------------------------------------------------------------------------
 
 
 def decoder_options() -> dict[str, Any] | None:
-    """What prefill and decoding are compiled with on this machine's devices; None: as JAX does.
+    """Compiler options of prefill and decoding on this machine's devices; None: JAX's own.
 
     For GPUs (measured in `tools/bench.md`):
 
-    - No Triton products: where XLA tries one, it splits off the norm before it, and computes that once for
+    - No Triton products: where XLA tries one, it splits off the norm before it and computes that once for
       each product. 2% of a training step.
-    - cuBLAS picks its own kernels: they are faster than those that XLA finds by trying, by 1%.
+    - cuBLAS picks its own kernels: they are 1% faster than those that XLA finds by trying.
     """
     if jax.default_backend() != "gpu":
         return None
@@ -79,10 +210,11 @@ def decoder_options() -> dict[str, Any] | None:
 
 
 def step_options() -> dict[str, Any] | None:
-    """What training and validation steps are compiled with: as the decoder, and on a GPU one thing more.
+    """Compiler options of training and validation steps: the decoder's, and one more on GPUs.
 
-    The loop over chunks of answers runs inside the CUDA graph of the step. Left outside, it lets the host
-    decide when to stop, and the GPU waits for the host to launch the whole backward pass: 6% of a step.
+    The loop over chunks of answers runs inside the CUDA graph of the step. Outside the graph, the host
+    decides when the loop stops, and the GPU waits for the host to launch the whole backward pass: 6% of a
+    step.
     """
     options = decoder_options()
     graphs = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE"

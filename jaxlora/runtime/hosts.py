@@ -2,7 +2,7 @@
 
     hosts.start()                        # first of all: joins the processes; nothing on a single host
     stop = hosts.agree(asked_to_stop)    # the same answer on every host
-    adapter = hosts.whole(state.lora)    # numpy arrays, whatever the sharding
+    adapter = hosts.whole(state.trained)    # numpy arrays, whatever the sharding
     if hosts.is_main():                  # only process 0 writes files
         write(adapter)
     hosts.barrier("written")

@@ -29,8 +29,7 @@ from jaxlora.evals.gsm8k import Problem
 from jaxlora.evals.run import load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.chips import slice_of
-from jaxlora.runtime.devices import scan_layers
+from jaxlora.runtime.devices import scan_layers, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Stop

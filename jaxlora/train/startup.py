@@ -32,9 +32,9 @@ from jaxlora.generate.decode import (
     prefill_hidden,
 )
 from jaxlora.generate.weights import decode_weights
+from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import decode_backend
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_batch, place_trained, token_multiple
 from jaxlora.train.job import Job

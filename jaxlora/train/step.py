@@ -58,13 +58,13 @@ class Machine:
         return Compute(self.backend, self.remat, max_segments)
 
 
-def wire(model: ModelSource, mesh: MeshConfig, devices: list[jax.Device] | None = None) -> Machine:
-    """What a configuration asks for, on these devices (default: all).
+def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] | None = None) -> Machine:
+    """What a configuration asks for, on a mesh or on these devices (default: all).
 
     Raises:
       UserError: the mesh does not fit the devices, or the kernel does not run on them.
     """
-    whole = make_mesh(mesh, devices)
+    whole = mesh if isinstance(mesh, Mesh) else make_mesh(mesh, devices)
     platform = whole.devices.flat[0].platform
     backend = pick_backend(model.attention, platform, model.dtype, whole.size)
     return Machine(whole, backend, scan_layers(model.layers, platform), model.remat)

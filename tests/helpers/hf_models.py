@@ -11,7 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from jaxlora.checkpoints.base import load_base
 from jaxlora.config import MeshConfig
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import load_model_config
+from jaxlora.models.families import load_model_config
 from jaxlora.sharding import make_mesh
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for one another

@@ -231,10 +231,10 @@ def _announce_phases(board: mmap.mmap) -> None:
         _wrap(*place, announcing)
 
 
-def _keep_every_program(original, config) -> None:
+def _keep_every_program(original, *arguments) -> None:
     import jax
 
-    original(config)
+    original(*arguments)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

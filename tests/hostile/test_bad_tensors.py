@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from jaxlora.checkpoints.base import fingerprint, save_merged
+from jaxlora.checkpoints.base import fingerprint, save_model
 from jaxlora.checkpoints.tensors import StoredTensor, open_tensors, read_header
 from jaxlora.runtime.folders import file_in
 
@@ -220,7 +220,7 @@ class TestLinks:
         base.mkdir()
         (base / "notes.txt").symlink_to(outside / "notes.txt")
         monkeypatch.setattr("jaxlora.checkpoints.base._tensors", lambda spec, frozen: iter(()))
-        refused(LINK, save_merged, tmp_path / "merged", None, {}, base)
+        refused(LINK, save_model, tmp_path / "merged", None, {}, base)
         assert not (tmp_path / "merged").exists()
 
     @tries(200)

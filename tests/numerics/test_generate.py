@@ -33,7 +33,7 @@ def test_32_greedy_tokens_equal_transformers(tmp_path, name):
     reference = make_checkpoint(tmp_path, seed=len(name), **CONFIGURATIONS[name])
     spec, frozen = our_model(tmp_path, scan=False)
     prompts = random_prompts(3)
-    ours = generate(spec, {}, frozen, prompts, eos_ids=(), max_new_tokens=32, slots=3)
+    ours = generate(spec, {}, frozen, prompts, stop_ids=(), max_new_tokens=32, slots=3)
     for prompt, answer in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = reference.generate(
@@ -79,7 +79,7 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
             lora,
             frozen,
             chosen,
-            eos_ids=eos,
+            stop_ids=eos,
             max_new_tokens=40,
             slots=slots,
             limits=[limits[i] for i in order],

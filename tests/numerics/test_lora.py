@@ -210,7 +210,7 @@ class TestTraining:
             state, _ = step(state, frozen, pack(rows, (128,), 128), jnp.float32(1e-3))
         assert digest(frozen) == before
         for (path, start), end in zip(
-            jax.tree.leaves_with_path(lora), jax.tree.leaves(state.lora), strict=True
+            jax.tree.leaves_with_path(lora), jax.tree.leaves(state.trained), strict=True
         ):
             moved = np.asarray(start) != np.asarray(end)
             assert end.dtype == jnp.float32
@@ -221,7 +221,7 @@ class TestTraining:
         spec, _ = load(tmp_path, PLACEMENTS["attention_only"], "bfloat16")
         state = init_state(init_lora(spec, seed=0), OptimConfig())
         for moment in (state.adam.mu, state.adam.nu):
-            assert jax.tree.structure(moment) == jax.tree.structure(state.lora)
+            assert jax.tree.structure(moment) == jax.tree.structure(state.trained)
             assert {x.dtype for x in jax.tree.leaves(moment)} == {jnp.dtype("float32")}
 
 

@@ -105,7 +105,7 @@ def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed")
                 step = lowered.compile(QUICK_COMPILE)
             state, metrics = step(state, frozen, placed, rate)
             losses.append(float(metrics["nll"]))
-    return np.array(losses), jax.tree.map(np.asarray, state.lora), step
+    return np.array(losses), jax.tree.map(np.asarray, state.trained), step
 
 
 def flat(tree) -> np.ndarray:
@@ -165,7 +165,7 @@ def test_a_mesh_decodes_the_greedy_tokens_of_one_device(shape):
     for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
         with jax.set_mesh(mesh):
             weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
-            answers.append(generate(spec, *weights, prompts, eos_ids=(6,), max_new_tokens=12, slots=4))
+            answers.append(generate(spec, *weights, prompts, stop_ids=(6,), max_new_tokens=12, slots=4))
     assert answers[0] == answers[1]
     assert len({token for answer in answers[0] for token in answer.tokens}) > 10  # not one token repeated
 
@@ -212,7 +212,7 @@ def test_a_large_adapter_is_split_and_a_small_one_is_not():
     for rank, ways in ((8, 1), (256, 2)):
         spec = model_spec(rank)
         state = place_trained(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
-        for leaf in jax.tree.leaves((state.lora, state.adam[1:])):
+        for leaf in jax.tree.leaves((state.trained, state.adam[1:])):
             assert leaf.addressable_shards[0].data.size * ways == leaf.size
         assert state.adam[0].sharding.is_fully_replicated
 

@@ -97,6 +97,6 @@ def test_thirty_steps_equal_peft(tmp_path, condition):
         adam.step()
         assert float(metrics["nll"]) == pytest.approx(total.item(), rel=1e-5), step
         assert float(metrics["weight"]) == sum(shifted(r)[2].sum() for r in chosen)
-    change = jax.tree.map(jnp.subtract, state.lora, lora)
+    change = jax.tree.map(jnp.subtract, state.trained, lora)
     assert sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(change)) > 1
-    assert difference(state.lora, peft) < 1e-3
+    assert difference(state.trained, peft) < 1e-3

@@ -35,7 +35,7 @@ def state_of(step: int, size: int = 64):
     a = jax.random.normal(jax.random.key(step), (2, 4, size))
     state = init_state({"q_proj": {"lora_a": a, "lora_b": -a}}, OptimConfig())
     return state._replace(
-        adam=state.adam._replace(count=jnp.int32(step), nu=jax.tree.map(jnp.abs, state.lora))
+        adam=state.adam._replace(count=jnp.int32(step), nu=jax.tree.map(jnp.abs, state.trained))
     )
 
 

@@ -67,6 +67,6 @@ def test_a_checkpoint_whose_last_file_fails_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(base_files, "save_file", full_disk)
     monkeypatch.setattr(base_files, "_SHARD_BYTES", 50_000)
     with pytest.raises(OSError, match="No space left"):
-        base_files.save_merged(tmp_path / "merged", spec, frozen, base)
+        base_files.save_model(tmp_path / "merged", spec, frozen, base)
     assert written
     assert list(tmp_path.iterdir()) == [base]

@@ -54,16 +54,6 @@ def test_decoding_gives_each_prompt_its_forced_length(bench, tmp_path):
         bench("decode", *SMALL, "--lengths", str(lengths), "--answers", "base")
 
 
-def test_a_sweep_measures_its_groups_against_lone_runs(bench, tmp_path):
-    rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps({"rows": [[5, 21], [7, 41], [3, 11], [9, 61]]}))
-    words = ["--rows", str(rows), "--batch-rows", "2", "--buffer-sizes", "1", "--condition", "mix"]
-    result = bench("sweep", *SMALL, *words, "--members", "2", "--random-weights")
-    assert (result["condition"], result["steps"], result["batch_rows"]) == ("mix", 2, 2)
-    assert [lone["condition"] for lone in result["lone"]] == ["attention_only", "all_layer"]
-    assert [group["members"] for group in result["fused"]] == [2]
-
-
 # --- Mistakes -----------------------------------------------------------------------------------------------
 
 
@@ -84,9 +74,8 @@ def test_a_sweep_measures_its_groups_against_lone_runs(bench, tmp_path):
         ["decode", "--attention", "xla", "--prompts", "1.5"],
         ["decode", *SMALL, "--attention", "cudnn"],
         ["decode", *SMALL[:-2], "--attention", "splash"],
-        ["sweep", "--batch-rows", "0"],
-        ["sweep", "--members", "2", "0"],
-        ["sweep", "--rows", "no/such.json"],
+        ["train", "--batch-rows", "0"],
+        ["train", "--rows", "no/such.json"],
     ],
     ids=" ".join,
 )
@@ -106,7 +95,7 @@ def test_a_bad_number_is_one_line(repository, capsys, words):
         ("train", {"rows": [[2, 2]]}),
         ("train", {"rows": [[1, True]]}),
         ("train", {"rows": [[1, 1e30]]}),
-        ("sweep", {"rows": ["ab"]}),
+        ("train", {"rows": ["ab"]}),
         ("decode", {"prompt_tokens": [5]}),
         ("decode", {"prompt_tokens": [5, 6], "adapter_generated_tokens": [3]}),
         ("decode", {"prompt_tokens": [5], "adapter_generated_tokens": [0]}),
@@ -130,12 +119,13 @@ def test_a_file_of_other_lengths_is_one_line(repository, tmp_path, capsys, comma
         ["train", "--condition", "mix"],
         ["decode", "--rows", "x.json"],
         ["decode", "--remat"],
-        ["sweep", "--slots", "8"],
-        ["sweep", "--no-validation"],
+        ["train", "--slots", "8"],
+        ["decode", "--no-validation"],
+        ["sweep"],
     ],
     ids=" ".join,
 )
-def test_an_option_of_another_benchmark_is_refused(bench, words):
+def test_an_option_of_another_benchmark_or_an_unknown_one_is_refused(bench, words):
     with pytest.raises(SystemExit) as stopped:
         bench(*words)
     assert stopped.value.code == 2

@@ -16,15 +16,15 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
-from jaxlora.estimate import REMATS, candidates, estimate, factors, with_mesh
-from jaxlora.models.families import count_parameters, published_config
+from jaxlora.estimate import REMATS, attention_flops, candidates, estimate, factors, roofline, with_mesh
+from jaxlora.models.families import published_config
 from jaxlora.models.spec import ModelConfig
+from jaxlora.models.families import count_parameters
 from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
-from jaxlora.plan.programs import Memory, Program, Programs, Workload, out_of_memory
-from jaxlora.roofline import attention_flops, roofline, run_cost
-from jaxlora.runtime.chips import CHIPS, SLICES, slice_named, slice_of
-from jaxlora.runtime.devices import peak_flops
+from jaxlora.plan.programs import Memory, Program, Programs, Workload
+from jaxlora.plan.report import run_cost
+from jaxlora.runtime.devices import CHIPS, SLICES, out_of_memory, peak_flops, slice_named, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import decode_mesh, make_mesh, whole_mesh
 
@@ -120,6 +120,68 @@ def test_the_estimate_of_a_step_by_hand():
     # without fsdp no weight moves: activations are summed 7 times a layer over 8 chips, both ways
     tensor = estimate(model, lora, slice_named("v5e-8"), MeshConfig(1, 1, 8), False, 1, 4096, 128)
     assert tensor.best.interconnect * 100e9 == pytest.approx(36 * 7 * 2 * (2 * 4096 * 4096) * 7 / 8)
+
+
+def test_the_estimate_of_full_fine_tuning_by_hand():
+    """Six FLOPs per weight and token, 18 bytes per parameter, and the gradients of all weights summed."""
+    model, slice_ = published_config("qwen3-8b"), slice_named("v5e-32")
+    layer_weights, head, parameters = 6_945_767_424, 622_329_856, 8_190_735_360
+    assert count_parameters(model) == parameters
+
+    def of(what, mesh, remat=False, buffers=1):
+        return estimate(model, LoraConfig(), slice_, mesh, remat, buffers, 4096, 128, what)
+
+    mesh, adapters = MeshConfig(1, 32, 1), 21_823_488
+    lora, full = of("lora", mesh), of("full", mesh)
+    tokens = 4096 / 32
+    more = tokens * 2 * (layer_weights + head)
+    assert full.best.compute * 197e12 == pytest.approx(lora.best.compute * 197e12 + more)
+    attention = tokens * 4 * 4096 * 4096 * (1 - 0.5 / 32) * 36 * 4.5
+    assert full.best.compute * 197e12 == pytest.approx(tokens * 6 * (layer_weights + head) + attention)
+    again = of("full", mesh, remat=True)
+    more = tokens * 2 * layer_weights + attention / 4.5
+    assert again.best.compute * 197e12 == pytest.approx(full.best.compute * 197e12 + more)
+
+    # a reduce-scatter of bfloat16 gradients instead of an all-reduce of the adapters'
+    more = 2 * parameters * 31 / 32 - 2 * 2 * adapters * 31 / 32
+    assert full.best.interconnect * 100e9 == pytest.approx(lora.best.interconnect * 100e9 + more)
+    # master weights, gradients and two moments; the head's gradient before it is split
+    more = 16 * parameters / 32 + 4 * head - 16 * adapters
+    assert full.memory == pytest.approx(lora.memory + more)
+    # bfloat16 gradients written and read; then seven passes in float32 and the copy written
+    more = 2 * 2 * parameters + (7 * 4 + 2) * parameters / 32 - 7 * 4 * adapters
+    assert full.best.memory * 819e9 == pytest.approx(lora.best.memory * 819e9 + more)
+
+    # two copies: what a reduce-scatter over 16 leaves on a chip is summed over the two
+    lora, full = of("lora", MeshConfig(2, 16, 1)), of("full", MeshConfig(2, 16, 1))
+    more = 2 * parameters * 15 / 16 + 2 * 2 * parameters / 16 / 2 - 2 * 2 * adapters * 31 / 32
+    assert full.best.interconnect * 100e9 == pytest.approx(lora.best.interconnect * 100e9 + more)
+
+    # micro-batches: one more gradient in memory, and still only one update a step
+    whole, split = of("full", mesh), of("full", mesh, buffers=4)
+    assert whole.tokens == split.tokens == 4096  # the shortest buffer that 32 chips can share
+    assert split.memory == pytest.approx(whole.memory + 4 * parameters / 32)
+    update = (7 * 4 + 2) * parameters / 32
+    assert split.best.memory * 819e9 == pytest.approx(4 * (whole.best.memory * 819e9 - update) + update)
+
+
+def test_full_fine_tuning_takes_more_memory_and_time_than_lora_on_every_mesh():
+    model, slice_ = published_config("qwen3-0.6b"), slice_named("v5e-4")
+    lora = candidates(model, LoraConfig(), slice_, 2720, 128)
+    full = candidates(model, LoraConfig(), slice_, 2720, 128, what="full")
+    assert {c.mesh for c in lora} == {c.mesh for c in full}
+    for ours, theirs in zip(sorted(lora, key=_setting), sorted(full, key=_setting), strict=True):
+        assert _setting(ours) == _setting(theirs)
+        assert ours.memory < theirs.memory
+        assert ours.best.compute < theirs.best.compute
+    # 18 bytes for each of 596 million parameters
+    copies = next(c for c in full if (c.mesh, c.remat) == (MeshConfig(4, 1, 1), True))
+    assert copies.memory > 18 * count_parameters(model)
+
+
+def _setting(choice):
+    mesh = choice.mesh
+    return mesh.data, mesh.fsdp, mesh.tensor, REMATS.index(choice.remat), choice.buffers
 
 
 def test_the_search_tries_every_mesh_and_prefers_speed():
@@ -325,7 +387,7 @@ def compiled(monkeypatch):
             def __init__(self, config, model, slice_, workload):
                 self.config, self.mesh = config, make_mesh(MeshConfig(), jax.devices()[:1])
 
-            def train_step(self, members=1):
+            def train_step(self):
                 return fake_program("train step", peak, missing)
 
             validation_step = prefill = decode_step = train_step
@@ -399,31 +461,6 @@ def test_a_search_plans_the_first_choice_that_fits(repository, compiled, capsys)
     assert "nothing that was tried fits" in capsys.readouterr().out
 
 
-def test_groups_are_compared_with_lone_runs(repository, tmp_path, monkeypatch, capsys):
-    """Three runs in a step of 120 ms against 100 ms for one: 2.5 times the tokens a second."""
-
-    def train_step(programs, members=1):
-        best = roofline(slice_named("v5e-16"), 197e12 * (0.12 if members == 3 else 0.1), 1.0, 1.0)
-        return replace(fake_program("train step", 8 * GIB), best=best)
-
-    monkeypatch.setattr(Programs, "__init__", lambda *_: None)
-    monkeypatch.setattr(Programs, "train_step", train_step)
-    file = tmp_path / "plan.json"
-    asked = ["--topology", "v5e-16", "--config.mesh.fsdp=16", "--members", "3", "--json", str(file)]
-    assert run_tool(repository, *asked) == 0
-    assert "v5e-16: 3 runs together, 2.50 times the tokens/s of lone runs" in capsys.readouterr().out
-    (plan,) = json.loads(file.read_text())
-    assert plan["slice"] == {"name": "v5e-16", "chips": 16, "topology": "v5e:4x4"}
-    assert plan["gain"] == pytest.approx(2.5)
-    assert plan["one run"]["tokens_per_second"] == pytest.approx(8 * 340 / 0.1)
-    assert plan["together"]["best"]["seconds"] == pytest.approx(0.12)
-    assert run_tool(repository, "--topology", "v5e-16", "--members", "1") == 2
-    fake = fake_program("train step", 8 * GIB, missing=1)
-    monkeypatch.setattr(Programs, "train_step", lambda *_: fake)
-    assert run_tool(repository, "--topology", "v5e-16", "--members", "3") == 1
-    assert "v5e-16: nothing that was tried fits; give --search, or fewer members" in capsys.readouterr().out
-
-
 def test_all_topologies_are_planned_and_compared(repository, compiled, capsys, monkeypatch):
     compiled(1 * GIB)
     assert run_tool(repository, "--topology", "all") == 0
@@ -446,8 +483,6 @@ def test_all_topologies_are_planned_and_compared(repository, compiled, capsys, m
         ["--row-tokens", "nan"],
         ["--price", "-1"],
         ["--price", "inf"],
-        ["--members", "0"],
-        ["--members", "2", "--price", "1"],
         ["--json", "no/such/folder/plan.json"],
     ],
     ids=" ".join,

@@ -1,0 +1,474 @@
+"""The five verbs: everything that is done with a model, in memory and one line each.
+
+    engine = jaxlora.load("embedded:base")                 # a Hub name, a directory, gs://bucket/folder
+    trainer = engine.lora(rank=8, targets="all_layer")     # or engine.full(), engine.open("adapter")
+    trainer.forward_backward(rows)                         # gradients add up until the next step
+    trainer.optim_step(learning_rate=1e-3)
+    trainer.logprobs(rows), trainer.sample(["What is 2 + 3?"], max_new_tokens=64)
+    trainer.save("adapter")                                # a PEFT folder; a full model as Hugging Face's
+
+The verbs are those of Tinker. Behind them are the programs of a run (`jaxlora.train.step`,
+`jaxlora.generate`). Nothing is written that was not asked for, and no thread is special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
+from jaxlora.checkpoints.peft import export_adapter
+from jaxlora.checkpoints.run_state import RunState
+from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, from_dict
+from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
+from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
+from jaxlora.estimate import with_mesh
+from jaxlora.generate.decode import Sampling, generate
+from jaxlora.generate.weights import decode_weights
+from jaxlora.lora import check_lora, check_targets, init_lora
+from jaxlora.models.attention import decode_backend
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.runtime import hosts
+from jaxlora.runtime.devices import slice_of
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.records import read_manifest
+from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
+from jaxlora.train.objective import objective_named
+from jaxlora.train.step import (
+    Machine,
+    TrainState,
+    init_state,
+    make_gradient_step,
+    make_logprob_step,
+    make_update_step,
+    wire,
+)
+
+MAX_BUFFER_TOKENS = 16_384  # rows are split over several buffers above this
+DENSE_BUFFER_TOKENS = 1024  # the same where attention costs the square of a buffer's length
+MULTIPLE = 128  # buffer lengths are multiples of this, and of powers of two above it: few programs
+MAX_ROWS = 256  # of one line of a buffer
+
+
+def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = None) -> Engine:
+    """Load a base, to train or sample from.
+
+    Args:
+      path: a Hub name, a directory, an address such as `gs://bucket/folder`, or `embedded:base`.
+      dtype: `bfloat16` or `float32`, of the base and of computing; None: float32 on CPUs, else bfloat16.
+      mesh: a device mesh, or its sizes; None: all devices, as a run would use them.
+
+    Raises:
+      UserError: there is no such base, or it is not one of a supported family.
+    """
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype: {dtype!r:.80} is not supported; give bfloat16 or float32")
+    source = ModelSource(path=str(path), dtype=dtype)  # type: ignore[arg-type]
+    base = find_base(source)
+    if mesh is None and (slice_ := slice_of(jax.devices())) is not None:
+        mesh = with_mesh(RunConfig(model=source), base.config, slice_).mesh
+    return Engine(base, wire(source, mesh or MeshConfig()))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a forward and backward pass found."""
+
+    loss: float  # the objective summed over all weighted targets, as Tinker's
+    weight: float  # the sum of the targets' weights
+    logprobs: list[np.ndarray]  # float32 [tokens - 1] a row: log p of each token after the first
+
+    @property
+    def mean_nll(self) -> float:
+        """The loss per weighted target."""
+        return self.loss / self.weight if self.weight else 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer. `tokens` ends with the one that stopped it, which `text` leaves out."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]  # of the distribution that each token was drawn from
+    stop_reason: str  # `stop` or `length`
+
+
+class Engine:
+    """A base in memory. It is frozen: trainers share it."""
+
+    def __init__(self, base: Base, machine: Machine):
+        self.base, self.machine = base, machine
+        self.dtype = base.source.dtype
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.base.tokenizer()
+
+    @cached_property
+    def frozen(self) -> Tree:
+        """The base's weights, loaded when they are first needed."""
+        with self.inside():
+            return self.base.load(self._spec(), self.machine.mesh)
+
+    def lora(
+        self, rank: int, targets: str | Sequence[str] = "all_layer", alpha: float = 32.0, seed: int = 0
+    ) -> Trainer:
+        """Train a fresh adapter.
+
+        Args:
+          targets: a named placement (`attention_only`, `mlp_only`, `all_layer`) or module names.
+
+        Raises:
+          UserError: the model cannot have this placement, or a size is impossible.
+        """
+        given = {"rank": rank, "targets": targets, "alpha": alpha}
+        lora = from_dict({"lora": given}).lora
+        spec = self._spec(lora=lora)
+        check_targets(spec)
+        with self.inside():
+            return Trainer(self, spec, init_lora(spec, seed), seed)
+
+    def full(self) -> Trainer:
+        """Train all weights: float32 master weights, copies in the engine's dtype for computing."""
+        spec = self._spec(full=True)
+        with self.inside():
+            weights = self.base.load(replace(spec, dtype="float32", full=False), self.machine.mesh)
+        return Trainer(self, spec, weights)
+
+    def open(self, path: str | Path) -> Trainer:
+        """Take up what was trained: a PEFT folder, a finished run (its selected weights), or a full model.
+
+        Raises:
+          UserError: there is nothing of the kind, or it does not fit this base.
+        """
+        folder = Path(path)
+        seed = None
+        if (folder / "manifest.json").is_file():
+            manifest = read_manifest(folder)
+            recorded = (manifest.get("base") or {}).get("fingerprint")
+            if recorded not in (None, self.base.fingerprint()):
+                trained_on = (manifest.get("base") or {}).get("path")
+                raise UserError(f"{folder}: was trained on another base; load({trained_on!r}) first")
+            seed, folder = (manifest.get("config") or {}).get("seed"), folder / "selected"
+        if not (folder / "config.json").is_file():
+            adapter = read_adapter(folder, self.base.config, self.base.folder)
+            spec = self._spec(lora=adapter.lora, shapes=adapter.shapes)
+            return Trainer(self, spec, adapter.tree, seed if seed is not None else adapter.metadata["seed"])
+        spec = self._spec(full=True)
+        with self.inside():
+            weights = load_base(folder, replace(spec, dtype="float32", full=False), self.machine.mesh)
+        return Trainer(self, spec, weights, seed)
+
+    def _spec(self, **trained: Any) -> ModelSpec:
+        return ModelSpec(self.base.config, dtype=self.dtype, scan=self.machine.scan, **trained)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The mesh, and products of float32 in all their bits (GPUs and TPUs would take fewer)."""
+        precision = "highest" if self.dtype == "float32" else None
+        with jax.set_mesh(self.machine.mesh), jax.default_matmul_precision(precision):
+            yield
+
+
+Row = Mapping[str, Any] | RenderedRow
+
+
+class Trainer:
+    """Something trained on an engine's base: an adapter, or all weights."""
+
+    def __init__(self, engine: Engine, spec: ModelSpec, trained: Tree, seed: int | None = None):
+        self.engine, self.spec, self.seed = engine, spec, seed
+        with engine.inside():
+            self._trained = place_trained(engine.machine.mesh, spec, trained)
+        if spec.lora is not None:
+            check_lora(spec, self._trained)
+        self._optim: OptimConfig | None = None
+        self._opt_state: Any = None
+        self._grads: Tree | None = None
+
+    # --- Training -------------------------------------------------------------------------------------------
+
+    def forward_backward(self, rows: Sequence[Row], loss: str = "cross_entropy") -> Result:
+        """Compute loss and gradient of these rows now; gradients add up until the next `optim_step`.
+
+        Args:
+          rows: dictionaries with `messages`, or with `tokens` and `weights` (one a token, that of predicting
+            it; the first has none): see `jaxlora.data.render`.
+          loss: an objective of `jaxlora.train.objective`.
+
+        Raises:
+          UserError: a row cannot be used (names its number), or the loss is not known.
+        """
+        objective_named(loss)
+        rendered = self._render(rows)
+        with self.engine.inside():
+            grads = self._zeros() if self._grads is None else self._grads
+            total, weight, found = 0.0, 0.0, []
+            for batch, lengths in self._batches(rendered):
+                step = make_gradient_step(self.spec, self._compute(lengths), loss)
+                placed = place_batch(self.engine.machine.mesh, batch)
+                grads, value, logprobs = step(self._trained, grads, self._frozen, placed)
+                total += float(hosts.whole(value))
+                weight += float(batch["weights"].sum())
+                found += _by_row(np.asarray(hosts.whole(logprobs)), lengths)
+            self._grads = grads
+        return Result(total, weight, found)
+
+    def optim_step(
+        self,
+        learning_rate: float,
+        *,
+        b1: float = 0.9,
+        b2: float = 0.95,
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+    ) -> dict[str, float]:
+        """One step of Adam (AdamW with `weight_decay`) with the gradients so far, which are then forgotten.
+
+        Returns:
+          `grad_norm` and `update_norm`, global norms.
+
+        Raises:
+          UserError: no gradient was computed, or settings other than the rate changed since the last step.
+        """
+        if self._grads is None:
+            raise UserError("optim_step: there is no gradient; call forward_backward first")
+        given = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}
+        optim = from_dict({"optim": given | {"peak_lr": learning_rate}}).optim
+        same = replace(optim, peak_lr=1.0)
+        if self._optim not in (None, same):
+            raise UserError("optim_step: only the learning rate may change between steps")
+        self._optim = same
+        with self.engine.inside():
+            step = make_update_step(self.spec, optim)
+            state, norms = step(self.state, self._grads, jnp.float32(learning_rate))
+            self._grads, self._trained, self._opt_state = None, state.trained, state.opt_state
+            return {name: float(hosts.whole(value)) for name, value in norms.items()}
+
+    @property
+    def trained(self) -> Tree:
+        """The trained arrays, float32. A step takes their memory: copy what must outlive it."""
+        return self._trained
+
+    @property
+    def state(self) -> TrainState:
+        """What is trained with its optimizer's state, as a run's checkpoints hold it."""
+        if self._opt_state is None:
+            with self.engine.inside():
+                start = init_state(self._trained, self._optim or OptimConfig())
+                shardings = trained_shardings(self.engine.machine.mesh, self.spec, start.opt_state)
+                self._opt_state = jax.tree.map(jax.device_put, start.opt_state, shardings)
+        return TrainState(self._trained, self._opt_state)
+
+    # --- Looking --------------------------------------------------------------------------------------------
+
+    def logprobs(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
+        found = []
+        with self.engine.inside():
+            for batch, lengths in self._batches(self._render(rows)):
+                step = make_logprob_step(self.spec, self._compute(lengths))
+                values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
+                found += _by_row(np.asarray(hosts.whole(values)), lengths)
+        return found
+
+    def sample(
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]] | Sequence[int]],
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_ids: Sequence[int] | None = None,
+        slots: int = 64,
+    ) -> list[Sample]:
+        """Answers to prompts, in their order.
+
+        Args:
+          prompts: texts (a user's turn each), lists of messages, or token ids as they are.
+          temperature: 0: the most likely token; ties take the lower id.
+          top_p: draw from the smallest set of most likely tokens with at least this probability.
+          seed: the tokens drawn follow from it, the prompt and the prompt's number.
+          stop_ids: tokens that end an answer; None: the model's and the template's ends of turn.
+          slots: answers decoded at once.
+
+        Raises:
+          UserError: a prompt cannot be rendered, or a setting is impossible.
+        """
+        if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+            raise UserError("sample: give temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1")
+        if not prompts:
+            return []
+        ids = [self._prompt(i, prompt) for i, prompt in enumerate(prompts)]
+        longest = max(map(len, ids)) + max_new_tokens
+        if longest > self.spec.config.max_position_embeddings:
+            most = self.spec.config.max_position_embeddings
+            raise UserError(
+                f"sample: prompt and answer take {longest} tokens; the model has {most} positions"
+            )
+        stops = tuple(self.engine.base.stop_ids(self.engine.tokenizer) if stop_ids is None else stop_ids)
+        with self.engine.inside():
+            spec, lora, weights, mesh = decode_weights(self.spec, self._trained, self._frozen, merge=False)
+        with jax.set_mesh(mesh), jax.default_matmul_precision(self._precision):
+            answers = generate(
+                spec,
+                lora,
+                weights,
+                ids,
+                stop_ids=stops,
+                max_new_tokens=max_new_tokens,
+                slots=slots,
+                backend=decode_backend(spec.dtype),
+                sampling=Sampling(temperature, top_p, logprobs=True),
+                seed=seed,
+            )
+        return [self._sample(answer) for answer in answers]
+
+    # --- Keeping --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the adapter as a PEFT folder, or the full model as a Hugging Face directory.
+
+        Raises:
+          UserError: the folder exists (and `overwrite` is false), or a value is not finite.
+        """
+        name = self.engine.base.source.path
+        if self.spec.lora is not None:
+            export_adapter(path, self.spec, self._trained, name, seed=self.seed, overwrite=overwrite)
+            return
+        if self.engine.base.folder is None:
+            raise UserError("save: the base is only a shape; there is no config.json to write beside weights")
+        _, weights = self.spec.computing(self._trained, {})
+        save_model(path, self.spec, weights, self.engine.base.folder)
+
+    def save_state(self, path: str | Path, step: int = 0) -> None:
+        """Write what `resume` takes up: what is trained, with its optimizer's state."""
+        with self.engine.inside(), RunState(Path(path), {}) as store:
+            store.save(step, self.state, {"step": step})
+
+    def resume(self, path: str | Path) -> int:
+        """Go to the newest state in a folder of `save_state`, or in a run's directory; its step.
+
+        Raises:
+          UserError: there is none, or it is damaged.
+        """
+        folder = Path(path)
+        folder = folder / "checkpoints" if (folder / "manifest.json").is_file() else folder
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give one of save_state, or a run's")
+        shardings = trained_shardings(self.engine.machine.mesh, self.spec, self.state)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.state, shardings
+        )
+        with self.engine.inside(), RunState(folder, None) as store:
+            found = store.restore(like)
+        if found is None:
+            raise UserError(f"{folder}: holds no checkpoint")
+        self._trained, self._opt_state, self._grads = found.state.trained, found.state.opt_state, None
+        return found.step
+
+    # --- Inside ---------------------------------------------------------------------------------------------
+
+    @property
+    def _frozen(self) -> Tree:
+        return {} if self.spec.full else self.engine.frozen
+
+    @property
+    def _precision(self) -> str | None:
+        return "highest" if self.spec.dtype == "float32" else None
+
+    def _compute(self, lengths: Sequence[Sequence[int]]):
+        most = max(len(line) for line in lengths)
+        return self.engine.machine.compute(min(MAX_ROWS, round_up(most, 32)))
+
+    def _zeros(self) -> Tree:
+        return jax.tree.map(jnp.zeros_like, self._trained)
+
+    def _render(self, rows: Sequence[Row]) -> list[RenderedRow]:
+        """The rows as tokens and weights."""
+        if isinstance(rows, Mapping) or not rows:
+            raise UserError("rows: give a list of at least one row")
+        chats = [i for i, row in enumerate(rows) if not isinstance(row, RenderedRow) and "messages" in row]
+        done: dict[int, RenderedRow | UserError] = {}
+        if chats:
+            pairs = [(str(i), rows[i]["messages"]) for i in chats]  # type: ignore[index]
+            done = dict(zip(chats, render_batch(self.engine.tokenizer, pairs), strict=True))
+        found = []
+        for i, row in enumerate(rows):
+            one = row if isinstance(row, RenderedRow) else done[i] if i in done else _from_ids(i, row)
+            if isinstance(one, UserError):
+                raise UserError(f"row {i}: {one}")
+            known, top = self.spec.config.vocab_size, int(one.tokens.max(initial=0))
+            if top >= known or one.tokens.min(initial=0) < 0:
+                raise UserError(f"row {i}: token {top} is not one of the model's {known}")
+            if one.n_tokens > self.spec.config.max_position_embeddings:
+                most = self.spec.config.max_position_embeddings
+                raise UserError(f"row {i}: {one.n_tokens} tokens; the model knows {most} positions")
+            found.append(one)
+        return found
+
+    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, list[list[int]]]]:
+        """Packed batches `[buffers, 1, length]` of all rows in order, and the rows' tokens by line."""
+        dense = self.engine.machine.backend == "xla"
+        most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
+        lengths = [row.n_tokens for row in rows]
+        multiple = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
+        length = multiple
+        while length < largest_buffer(lengths, most):
+            length *= 2
+        batch = pack(rows, (length,), most)
+        yield batch, [[lengths[i] for i in part] for part in cut_into_buffers(lengths, most)]
+
+    def _prompt(self, i: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):
+            text = chat_text(self.engine.tokenizer, list(prompt), generation_prompt=True)
+            return encode_texts(self.engine.tokenizer, [text])[0]
+        ids = [int(token) for token in prompt]
+        if not ids or not all(0 <= token < self.spec.config.vocab_size for token in ids):
+            known = self.spec.config.vocab_size
+            raise UserError(f"prompt {i}: give at least one token, each from 0 to {known - 1}")
+        return ids
+
+    def _sample(self, answer) -> Sample:
+        ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
+        text = str(self.engine.tokenizer.decode(ids))
+        return Sample(text, answer.tokens, answer.logprobs, answer.stop_reason)
+
+
+def _from_ids(i: int, row: Any) -> RenderedRow:
+    """A row given as token ids, with a weight for each."""
+    if not isinstance(row, Mapping) or "tokens" not in row:
+        raise UserError(f"row {i}: give `messages`, or `tokens` and `weights`")
+    if odd := sorted(row.keys() - {"tokens", "weights", "row_id"}):
+        raise UserError(f"row {i}: {odd[0]!r:.80} is not known; give `tokens` and `weights`")
+    tokens = np.asarray(row["tokens"])
+    weights = np.asarray(row.get("weights", np.arange(len(tokens)) > 0), np.float32)
+    if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"row {i}: tokens must be at least two whole numbers")
+    if weights.shape != tokens.shape or not np.isfinite(weights).all():
+        raise UserError(f"row {i}: {len(tokens)} tokens need as many finite weights, not {weights.shape}")
+    return RenderedRow(str(row.get("row_id", i)), tokens.astype(np.int32), weights)
+
+
+def _by_row(values: np.ndarray, lengths: list[list[int]]) -> list[np.ndarray]:
+    """Values `[buffers, 1, length]` as one array a row."""
+    found = []
+    for line, own in zip(values[:, 0], lengths, strict=True):
+        ends = np.cumsum(own)
+        found += np.split(line[: ends[-1]], ends[:-1])
+    return found
