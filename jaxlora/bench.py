@@ -283,48 +283,59 @@ def bench_decode(
     prompts = [rng.integers(0, model.vocab_size, n).tolist() for n in prompt_lengths]
     frozen = jax.block_until_ready(random_base(spec, 0, mesh))
     lora = init_lora(spec, 0)
-    seconds, preparing = [], []
     with CompileCounter() as compiled:
-        for _ in range(2):
-            start = time.perf_counter()
-            form, adapter, weights, decoding = decode_weights(
-                spec, lora, frozen, merge=config.eval.merge_adapter
-            )
-            jax.block_until_ready(weights)
-            preparing.append(time.perf_counter() - start)
-            with jax.set_mesh(decoding), progress_bar("decoding", len(prompts), "prompts") as advance:
-                answers = generate(
-                    form,
-                    adapter,
-                    weights,
-                    prompts,
-                    stop_ids=(),
-                    max_new_tokens=max(answer_lengths),
-                    slots=config.eval.batch_rows,
-                    limits=answer_lengths,
-                    backend=backend,
-                    progress=advance,
-                )
-            seconds.append(time.perf_counter() - start)
-            del weights
-    tokens = sum(len(answer.tokens) for answer in answers)
-    assert [len(answer.tokens) for answer in answers] == answer_lengths
-    rate = tokens / seconds[1]
-    memory = memory_in_use(jax.devices()[0])
-    return facts | {
+        first, timed = (
+            _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend) for _ in range(2)
+        )
+   
+    tokens = sum(answer_lengths) rate = tokens / timed.seconds
+   
+    memory = memory_in_use(jax.devices()[0]) return facts | {
         "benchmark": "decode",
         "attention": backend,
         "slots": config.eval.batch_rows,
-        "merged": form.lora is None,
+        "merged": timed.merged,
         "prompts": len(prompts),
         "prompt_tokens": sum(prompt_lengths),
         "generated_tokens": tokens,
-        "seconds": seconds[1],
-        "preparing_weights_seconds": preparing[1],
-        "first_pass_seconds": seconds[0],
+        "seconds": timed.seconds,
+        "preparing_weights_seconds": timed.preparing_seconds,
+        "first_pass_seconds": first.seconds,
         "generated_tokens_per_second": rate,
         **utilisation(rate, 2 * count_matrix_parameters(model), facts),
         "compilations": len(compiled.events),
         "compile_seconds": sum(compiled.events),
         "peak_memory_gib": memory / 2**30 if memory else None,
     }
+
+
+class DecodeTiming(NamedTuple):
+    """One pass over all prompts."""
+
+    seconds: float  # preparing the weights included
+    preparing_seconds: float
+    merged: bool
+
+
+def _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend) -> DecodeTiming:
+    """Prepare the decoder's weights and answer every prompt, each with as many tokens as it is told."""
+    start = time.perf_counter()
+    form, adapter, weights, mesh = decode_weights(spec, lora, frozen, merge=config.eval.merge_adapter)
+    jax.block_until_ready(weights)
+    preparing = time.perf_counter() - start
+    with jax.set_mesh(mesh), progress_bar("decoding", len(prompts), "prompts") as advance:
+        answers = generate(
+            form,
+            adapter,
+            weights,
+            prompts,
+            eos_ids=(),
+            max_new_tokens=max(answer_lengths),
+            slots=config.eval.batch_rows,
+            limits=answer_lengths,
+            backend=backend,
+            progress=advance,
+        )
+    seconds = time.perf_counter() - start
+    assert [len(answer.tokens) for answer in answers] == answer_lengths
+    return DecodeTiming(seconds, preparing, form.lora is None)
