@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,8 @@ from xla_flags import xla_flags
 from jaxlora.config import RunConfig, from_dict, load_config, to_dict
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
-from jaxlora.study import grid
+from jaxlora.study import STAGE_NAMES, grid
+from jaxlora.study.grid import Setting
 from jaxlora.study.pipeline import Session, Stage, Task, run_stages
 from jaxlora.study.planning import (
     H100_DECODE,
@@ -69,7 +69,7 @@ def test_the_trials_are_those_of_the_study(repository):
 
 def test_a_run_of_the_sweep_is_the_run_that_train_would_make(repository):
     config = load_config(repository / "configs/main.py")
-    runs = grid.members(config, {"attention_only": 3e-4, "all_layer": 1e-4})
+    runs = grid.sweep_runs(config, {"attention_only": 3e-4, "all_layer": 1e-4})
     assert [run.run_id for run in runs] == [
         f"qwen3-8b-{condition}-seed-{seed}" for condition in CONDITIONS for seed in (0, 1, 2)
     ]
@@ -80,24 +80,26 @@ def test_a_run_of_the_sweep_is_the_run_that_train_would_make(repository):
 
 def test_the_ids_of_other_grids_say_what_differs_and_are_read_back(repository):
     config = load_config(repository / "configs/rank_sweep.py")
-    runs = grid.members(config)
+    runs = grid.sweep_runs(config)
     assert len({run.run_id for run in runs}) == len(runs) == 24
     assert runs[0].run_id == "qwen3-8b-ranks-attention_only-rank-1-lr-1e-4-seed-0"
     for run in runs:
-        setting = grid.setting_of(run.run_id, config.prefix)
-        assert f"-rank-{run.lora.rank}-" in setting
-        assert grid.rate_of(setting) == run.optim.peak_lr
-        assert grid.condition_of(setting) == run.lora.condition
-        assert grid.without_rate(setting) == f"{run.lora.condition}-rank-{run.lora.rank}"
+        setting = grid.setting_of(to_dict(run), run.lora.condition)
+        assert f"{config.prefix}-{setting}-seed-{run.seed}" == run.run_id
+        assert (setting.condition, setting.rank) == (run.lora.condition, run.lora.rank)
+        assert (setting.rate, setting.batch_rows) == (run.optim.peak_lr, None)
+        assert str(setting.without_rate()) == f"{run.lora.condition}-rank-{run.lora.rank}"
     assert not grid.trials(config)  # the sweep names its own rates
-    (batches,) = grid.members(replace(config, sweep=replace(config.sweep, conditions=("all_layer",), ranks=(),
-                                      learning_rates=(), batch_rows=(512,))))  # fmt: skip
+    sweep = replace(
+        config.sweep, conditions=("all_layer",), ranks=(), learning_rates=(), batch_rows=(512,)
+    )
+    (batches,) = grid.sweep_runs(replace(config, sweep=sweep))
     assert (batches.run_id, batches.train.batch_rows) == ("qwen3-8b-ranks-all_layer-batch-512-seed-0", 512)
 
 
 def test_the_longest_prefix_gives_names_that_are_allowed(repository):
     overrides = {"prefix": "p" * 100, "sweep.batch_rows": "128", "sweep.seeds": "2147483647"}
-    for run in grid.members(load_config(repository / "configs/rank_sweep.py", overrides)):
+    for run in grid.sweep_runs(load_config(repository / "configs/rank_sweep.py", overrides)):
         assert len(run.run_id) > 150
         assert from_dict(to_dict(run)) == run  # as an evaluation reads it from a run's files
     with pytest.raises(UserError, match=r"config\.prefix: 101 characters"):
@@ -105,13 +107,14 @@ def test_the_longest_prefix_gives_names_that_are_allowed(repository):
 
 
 def test_settings_are_ordered_by_number():
-    names = [
-        "all_layer-rank-16",
-        "attention_only-rank-4",
-        "all_layer-rank-4-lr-1e-3",
-        "all_layer-rank-4-lr-3e-4",
+    settings = [
+        Setting("all_layer", rank=16),
+        Setting("attention_only", rank=4),
+        Setting("all_layer", rank=4, rate=1e-3),
+        Setting("all_layer", rank=4, rate=3e-4),
     ]
-    assert sorted(names, key=grid.setting_key) == [names[1], names[3], names[2], names[0]]
+    ordered = sorted(settings, key=lambda setting: setting.order)
+    assert ordered == [settings[1], settings[3], settings[2], settings[0]]
 
 
 def embedded(repository: Path, name: str, results: Path, **fields: object) -> RunConfig:
@@ -213,7 +216,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
 
     shown = Console(width=200, file=io.StringIO())
     monkeypatch.setattr("jaxlora.train.display.console", shown)
-    jobs = [prepare(run, with_weights=False) for run in grid.members(config)[:2]]
+    jobs = [prepare(run, with_weights=False) for run in grid.sweep_runs(config)[:2]]
     with TrainingDisplay(jobs, first_step=1) as display:
         display.show(1, [0.5, 0.25], display.rate(100, 2))
         display.validated(2, {job.config.run_id: {2: 0.5} for job in jobs})
@@ -378,7 +381,13 @@ def test_the_status_of_a_finished_study_is_done_everywhere(session):
 
 
 def test_the_command_offers_the_stages_that_there_are(repository):
-    assert runpy.run_path(str(repository / "launch/study.py"))["STAGE_NAMES"] == tuple(STAGE)
+    assert tuple(STAGE_NAMES) == tuple(STAGE)
+    watched = "import sys; from jaxlora.study.command import main\ntry: main(argv=['--help'])\n"
+    watched += "finally: assert 'jax' not in sys.modules"  # so that help and mistakes answer at once
+    shown = subprocess.run(
+        [sys.executable, "-c", watched], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert f"{{{','.join(STAGE)}}}" in shown.stdout
 
 
 def test_each_stage_runs_alone_and_says_what_it_waits_for(session, tmp_path, monkeypatch):
@@ -398,7 +407,7 @@ def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatc
     run = lambda name: Task(name, State("missing"), name)  # noqa: E731
     views = [[run("a")], [run("a")], [run("a"), run("b")]]
     done = []
-    stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), together=True)
+    stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), True)
     monkeypatch.setattr(
         "jaxlora.runtime.hosts.broadcast", lambda _: [["a", "done", ""], ["b", "missing", ""]]
     )
@@ -416,10 +425,7 @@ def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatc
 def test_all_hosts_train_with_the_rates_that_process_0_has_chosen(session, monkeypatch):
     trained = []
     monkeypatch.setattr("jaxlora.runtime.hosts.broadcast", lambda rates: [2e-3 for _ in rates])
-    monkeypatch.setattr("jaxlora.study.stages.groups", lambda jobs, _: [jobs])
-    monkeypatch.setattr(
-        "jaxlora.study.stages._train_together", lambda _, jobs: trained.extend(job.config for job in jobs)
-    )
+    monkeypatch.setattr("jaxlora.study.stages._train_run", lambda _, config: trained.append(config))
     tasks = STAGE["sweep"].check(session)
     STAGE["sweep"].run(session, tasks)
     assert [config.run_id for config in trained] == [task.name for task in tasks]
@@ -727,7 +733,7 @@ def test_tensorboard_shows_all_runs_in_one_table(finished):
 
 def test_a_run_of_the_study_has_the_identity_of_a_lone_run(finished, session):
     rates = chosen_rates(session)
-    for run in grid.members(session.config, rates):
+    for run in grid.sweep_runs(session.config, rates):
         stored = identity(read_json(finished / run.run_dir / "manifest.json"))
         assert stored["seed"] == run.seed
         assert stored["optim.peak_lr"] == rates[run.lora.condition]
