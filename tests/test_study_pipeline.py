@@ -90,9 +90,7 @@ def test_the_ids_of_other_grids_say_what_differs_and_are_read_back(repository):
         assert (setting.rate, setting.batch_rows) == (run.optim.peak_lr, None)
         assert str(setting.without_rate()) == f"{run.lora.condition}-rank-{run.lora.rank}"
     assert not grid.trials(config)  # the sweep names its own rates
-    sweep = replace(
-        config.sweep, conditions=("all_layer",), ranks=(), learning_rates=(), batch_rows=(512,)
-    )
+    sweep = replace(config.sweep, conditions=("all_layer",), ranks=(), learning_rates=(), batch_rows=(512,))
     (batches,) = grid.sweep_runs(replace(config, sweep=sweep))
     assert (batches.run_id, batches.train.batch_rows) == ("qwen3-8b-ranks-all_layer-batch-512-seed-0", 512)
 
@@ -405,7 +403,8 @@ def test_each_stage_runs_alone_and_says_what_it_waits_for(session, tmp_path, mon
 def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatch):
     """Process 0 has seen two runs, the first of them finished; this process sees one, and the other later."""
     run = lambda name: Task(name, State("missing"), name)  # noqa: E731
-    views = [[run("a")], [run("a")], [run("a"), run("b")]]
+    ended = [Task(name, State("done")) for name in "ab"]
+    views = [[run("a")], [run("a")], [run("a"), run("b")], ended]  # the last is the look after the work
     done = []
     stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), True)
     monkeypatch.setattr(

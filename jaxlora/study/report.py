@@ -55,9 +55,7 @@ def write_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
         (folder / "comparison.json").unlink(missing_ok=True)
         return None
     comparison = compare_evaluations(study.evaluations) | {"made_from": comparison_inputs(study)}
-    write_json_atomic(
-        folder / "comparison.json", comparison | {"content_sha256": _content_sha256(comparison)}
-    )
+    write_derived(folder / "comparison.json", comparison)
     return comparison
 
 
@@ -65,22 +63,26 @@ def stored_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
     """What `comparison.json` holds, if it is unchanged and of exactly these evaluations; else None."""
     if not study.evaluations:
         return None
-    stored = read_or_empty(folder / "comparison.json")
-    written = stored.pop("content_sha256", None)
-    sound = written == _content_sha256(stored) and stored.get("made_from") == comparison_inputs(study)
-    return stored if sound else None
+    stored = read_derived(folder / "comparison.json")
+    return stored if stored.get("made_from") == comparison_inputs(study) else None
 
 
-def read_or_empty(file: Path) -> Record:
-    """The JSON object in a file that can be made again at any time; empty where it holds none."""
+def write_derived(file: Path, content: Record) -> None:
+    """Write a JSON object that can be made again at any time, with a hash of its own."""
+    write_json_atomic(file, content | {"content_sha256": _content_sha256(content)})
+
+
+def read_derived(file: Path) -> Record:
+    """What `write_derived` wrote; empty where the file is not there or has been changed since."""
     try:
-        return read_object(file)
+        content = read_object(file)
     except UserError:
         return {}
+    return content if content.pop("content_sha256", None) == _content_sha256(content) else {}
 
 
-def _content_sha256(comparison: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(comparison, sort_keys=True).encode()).hexdigest()
+def _content_sha256(content: Record) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def comparison_inputs(study: Study) -> dict[str, Any]:

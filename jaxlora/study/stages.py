@@ -27,9 +27,15 @@ from jaxlora.runtime.signals import Interrupted
 from jaxlora.study import STAGE_NAMES, grid
 from jaxlora.study.figures import draw_figures, is_current, plan_figures
 from jaxlora.study.pipeline import Session, Stage, Task
-from jaxlora.study.report import read_or_empty, render_report, stored_comparison, write_comparison
+from jaxlora.study.report import (
+    read_derived,
+    render_report,
+    stored_comparison,
+    write_comparison,
+    write_derived,
+)
 from jaxlora.study.results import Run, load_evaluation, load_run, lowest_nll
-from jaxlora.study.state import ADAPTER_FILES, SELECTED, State, run_hashes, run_state
+from jaxlora.study.state import ADAPTER_FILES, SELECTED, State, run_state, selected_sha256
 from jaxlora.train.loop import Diverged, train
 from jaxlora.train.selection import select_checkpoint, select_learning_rate
 
@@ -106,23 +112,9 @@ def _evaluate(session: Session, tasks: list[Task]) -> None:
 # --- Training -----------------------------------------------------------------------------------------------
 
 
-def _recorded(session: Session) -> dict[str, dict[str, str]]:
-    """The SHA-256 of the runs' files, by run, as `selection.json` noted them; empty where there is none."""
-    files = read_or_empty(session.folder / "selection.json").get("files")
-    return files if isinstance(files, dict) else {}
-
-
 def _run_tasks(session: Session, runs: Sequence[RunConfig]) -> list[Task]:
-    recorded = _recorded(session)
-    return [
-        Task(run.run_id, run_state(run, session.inputs, recorded.get(_place(session, run.run_dir))), run)
-        for run in runs
-    ]
-
-
-def _place(session: Session, run_dir: Path) -> str:
-    """A run's folder below the results."""
-    return run_dir.relative_to(session.results_dir).as_posix()
+    notes = read_derived(session.folder / "selection.json").get("runs", {})
+    return [Task(run.run_id, run_state(run, session.inputs, notes.get(run.run_id)), run) for run in runs]
 
 
 def _check_trials(session: Session) -> list[Task]:
@@ -231,14 +223,13 @@ def selection(session: Session) -> dict[str, Any]:
             "selected_step": step,
             "learning_rate": run.learning_rate(),
             "validation_nll": {str(at): value for at, value in nll.items()},
+            "selected_sha256": selected_sha256(run.directory),
         }
     trials = {
         str(setting): {grid.rate(value): lowest_nll(runs) for value, runs in by_rate.items()}
         for setting, by_rate in study.by_rate().items()
     }
-    finished = [run for run in (*study.runs, *study.trials) if run.status == "completed"]
-    files = {_place(session, run.directory): run_hashes(run.directory) for run in finished}
-    return {"lowest_validation_nll_by_rate": trials, "runs": checkpoints, "files": files}
+    return {"lowest_validation_nll_by_rate": trials, "runs": checkpoints}
 
 
 def _check_same_rows(runs: Sequence[Run]) -> None:
@@ -268,11 +259,11 @@ def _check_selection(session: Session) -> list[Task]:
         return [Task(file.name, _NO_RUN)]
     if not file.is_file():
         return [Task(file.name, State("missing"), content)]
-    return [Task(file.name, State("done" if read_or_empty(file) == content else "redo"), content)]
+    return [Task(file.name, State("done" if read_derived(file) == content else "redo"), content)]
 
 
 def _run_selection(session: Session, tasks: list[Task]) -> None:
-    write_json_atomic(session.folder / "selection.json", tasks[0].item)
+    write_derived(session.folder / "selection.json", tasks[0].item)
 
 
 def _check_export(session: Session) -> list[Task]:

@@ -10,7 +10,7 @@ that it finished with. That a folder exists means nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +33,7 @@ Kind = Literal["done", "missing", "unfinished", "failed", "redo", "damaged", "fo
 DIVERGED = "Diverged"  # the error of a loss that is not finite: every repetition would end in it
 ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
 SELECTED = "selected"  # the folder of a run's selected adapter; a checkpoint can make it again
-# What a finished run is read for after it has ended. The summary comes first: it says what the others are.
-RUN_FILES = ("summary.json", "metrics.jsonl", *(f"{SELECTED}/{name}" for name in ADAPTER_FILES))
+RUN_FILES = ("metrics.jsonl", *(f"{SELECTED}/{name}" for name in ADAPTER_FILES))  # read after a run has ended
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,11 @@ def check_unchanged(then: Inputs, config: RunConfig) -> None:
 # --- Runs ---------------------------------------------------------------------------------------------------
 
 
-def run_state(config: RunConfig, inputs: Inputs, recorded: Mapping[str, str] | None = None) -> State:
+def run_state(config: RunConfig, inputs: Inputs, note: Record | None = None) -> State:
     """How far the training run of this configuration is.
 
     Args:
-      recorded: the SHA-256 of RUN_FILES that a later stage noted; used where the run itself recorded none.
+      note: what `selection.json` says of it; it stands in where the run itself recorded no hashes.
     """
     folder = config.run_dir
     if not (folder / "manifest.json").is_file():
@@ -136,7 +135,7 @@ def run_state(config: RunConfig, inputs: Inputs, recorded: Mapping[str, str] | N
     if different := _differences(manifest, config, inputs):
         return State("foreign", "; ".join(different))
     if is_finished(folder):
-        return _finished_state(folder, recorded or {})
+        return _finished_state(folder, note or {})
     if (folder / "failure.json").is_file():
         error = " ".join(str(read_json(folder / "failure.json").get("error", "no reason recorded")).split())
         return State("failed", error)
@@ -145,35 +144,42 @@ def run_state(config: RunConfig, inputs: Inputs, recorded: Mapping[str, str] | N
     return State("unfinished", f"at step {step:,} of {manifest['schedule']['total_steps']:,}")
 
 
-def run_hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each of RUN_FILES that a run has."""
+def selected_sha256(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a run's selected adapter, as RUN_FILES names them."""
+    return {name: sha for name, sha in _hashes(folder).items() if name.startswith(SELECTED)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in RUN_FILES if (folder / name).is_file()}
 
 
-def _finished_state(folder: Path, recorded: Mapping[str, str]) -> State:
+def _finished_state(folder: Path, note: Record) -> State:
     """Whether a finished run is still what it finished as."""
-    summary, now = read_summary(folder), run_hashes(folder)
+    summary, now = read_summary(folder), _hashes(folder)
+    rows = read_metrics(folder) if "metrics.jsonl" in now else []
     expected = summary.get("sha256")
-    if expected is None:  # written by an earlier version; a note about another summary says nothing of it
-        expected = recorded if recorded.get("summary.json") == now["summary.json"] else {}
+    if (
+        expected is None
+    ):  # written by an earlier version; a note about a run with other losses is not of this one
+        nll = {str(row["step"]): row.get("loss") for row in rows if row["split"] == "validation"}
+        expected = note.get("selected_sha256", {}) if note.get("validation_nll") == nll else {}
     wrong = {}
     for name in RUN_FILES:
         if name not in now:
             wrong[name] = f"{name} is gone"
         elif expected.get(name, now[name]) != now[name]:
             wrong[name] = f"{name} is not what was written (its SHA-256 differs)"
-    if "metrics.jsonl" not in wrong and (text := _contradiction(summary, folder)):
+    if "metrics.jsonl" not in wrong and (text := _contradiction(summary, rows)):
         wrong["metrics.jsonl"] = f"metrics.jsonl and summary.json contradict each other ({text})"
-    if any(not name.startswith(SELECTED) for name in wrong):
+    if "metrics.jsonl" in wrong:
         return State("damaged", "; ".join(wrong.values()))
     if wrong:
         return State("redo", f"finished, but {'; '.join(wrong.values())}")
     return State("done")
 
 
-def _contradiction(summary: Record, folder: Path) -> str | None:
+def _contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
     """Where a run's metrics say something else than its summary, in words."""
-    rows = read_metrics(folder)
     said = {entry["step"]: entry["mean_nll"] for entry in summary.get("validations") or ()}
     found = {row["step"]: row.get("loss") for row in rows if row["split"] == "validation"}
     if said and said != found:
