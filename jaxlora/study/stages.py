@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jaxlora.checkpoints.export import load_selected, write_adapter
+from jaxlora.checkpoints.peft import SETTINGS
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import Benchmark, FilePair, check, report_place, require_gates
 from jaxlora.evals.gsm8k import load_problems
@@ -292,6 +294,8 @@ def _unlike(own: Path, out: Path) -> str | None:
 def _run_export(session: Session, tasks: list[Task]) -> None:
     for task in tasks:
         run, out = task.item
+        if not (out / SETTINGS).is_file():  # the remains of an export, which is not taken for one
+            shutil.rmtree(out, ignore_errors=True)
         write_adapter(load_selected(run.run_dir), out, overwrite=out.exists())
         if different := _unlike(run.run_dir / SELECTED, out):
             raise UserError(
