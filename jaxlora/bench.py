@@ -23,31 +23,31 @@ from jax.sharding import Mesh
 
 from jaxlora.checkpoints.base import random_base
 from jaxlora.config import RunConfig
-from jaxlora.data.batches import choose_layout, ranges, step_batch, train_batches
+from jaxlora.data.batches import ahead, choose_layout, ranges, step_batch
 from jaxlora.data.packing import Batch
 from jaxlora.data.render import RenderedRow
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import count_trainable, init_lora
-from jaxlora.models.attention import decode_backend, pick_backend
+from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
-from jaxlora.runtime.devices import memory_in_use, peak_flops, scan_layers
+from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.sharding import make_mesh, place_batch, place_trained, token_multiple
+from jaxlora.sharding import place_batch, place_trained, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+from jaxlora.train.step import wire as wire_machine
 
 LATE = 2  # steps that the host runs ahead, as in training
 
 
 def wire(config: RunConfig, model: ModelConfig) -> tuple[Mesh, ModelSpec, Compute]:
     """The mesh, the spec and the way to compute that a run of this configuration has on this machine."""
-    mesh, platform = make_mesh(config.mesh), jax.default_backend()
-    spec = ModelSpec(model, config.lora, config.model.dtype, scan_layers(config.model.layers, platform))
-    backend = pick_backend(config.model.attention, platform, config.model.dtype, mesh.size)
-    return mesh, spec, Compute(backend, config.model.remat)
+    machine = wire_machine(config.model, config.mesh)
+    spec = ModelSpec(model, config.lora, config.model.dtype, machine.scan)
+    return machine.mesh, spec, machine.compute()
 
 
 def product_ceiling(size: int = 8192, repeats: int = 20) -> float:
@@ -214,8 +214,9 @@ def _time_training(
     rate = partial(learning_rate, optim=config.optim, plan=plan)
 
     shapes: dict[tuple[int, ...], Batch] = {}
+    batch_of = partial(step_batch, rows, plan.rows_of_step, layout)
     for step in range(1, last + 1):
-        batch = step_batch(rows, plan, layout, step)
+        batch = batch_of(step)
         shapes.setdefault(batch["tokens"].shape, batch)
     first_step_seconds = 0.0
     with CompileCounter() as compiled:
@@ -232,9 +233,7 @@ def _time_training(
     waiting: list[jax.Array] = []
     with CompileCounter() as compiled_again, progress_bar("training", last, "steps") as advance:
         clock = time.perf_counter()
-        for step, batch in train_batches(rows, plan, layout, 1):
-            if step > last:
-                break
+        for step, batch in ahead(batch_of, range(1, last + 1)):
             state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
             tokens += sum(rows[i].n_tokens for i in plan.rows_of_step(step))
             buffer_tokens += batch["tokens"].size
@@ -287,10 +286,10 @@ def bench_decode(
         first, timed = (
             _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend) for _ in range(2)
         )
-   
-    tokens = sum(answer_lengths) rate = tokens / timed.seconds
-   
-    memory = memory_in_use(jax.devices()[0]) return facts | {
+    tokens = sum(answer_lengths)
+    rate = tokens / timed.seconds
+    memory = memory_in_use(jax.devices()[0])
+    return facts | {
         "benchmark": "decode",
         "attention": backend,
         "slots": config.eval.batch_rows,
@@ -329,7 +328,7 @@ def _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend)
             adapter,
             weights,
             prompts,
-            eos_ids=(),
+            stop_ids=(),
             max_new_tokens=max(answer_lengths),
             slots=config.eval.batch_rows,
             limits=answer_lengths,

@@ -246,14 +246,14 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.name: a study names its runs itself; give --config.prefix")
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
-    own, plain, sweep = config.lora.condition, RunConfig(), config.sweep
+    own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (
-        ("seed", "sweep.seeds", config.seed, plain.seed, sweep.seeds),
-        ("lora.condition", "sweep.conditions", own, plain.lora.condition, sweep.conditions),
+        ("seed", "sweep.seeds", config.seed, usual.seed, sweep.seeds),
+        ("lora.targets", "sweep.conditions", own, usual.lora.condition, sweep.conditions),
     ):
         if given != default and swept != (given,):
             raise UserError(
-                f"config.{one}: {given} is of one run, and a study trains {many} ({plain(swept)});"
+                f"config.{one}: ignored by studies, which train {many} ({plain(swept)});"
                 f" give --config.{many}={given}"
             )
 

@@ -98,7 +98,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "dtype": options.dtype,
             "attention": options.attention,
         },
-        "lora": {"condition": options.condition, "rank": options.rank},
+        "lora": {"targets": options.condition, "rank": options.rank},
     }
     if options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
@@ -114,10 +114,10 @@ def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
     Raises:
       UserError: there is no such model, or it has fewer layers.
     """
-    from jaxlora.train.job import locate_model
+    from jaxlora.checkpoints.base import find_base
 
     try:
-        shape = locate_model(config, with_weights=False)[1]
+        shape = find_base(config.model, with_weights=False).config
     except UserError as error:
         raise UserError(str(error).replace("config.model.path", "--model")) from None
     if num_layers is None:

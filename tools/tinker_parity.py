@@ -101,16 +101,16 @@ def compare(words: list[str]) -> int:
     )
     options = parser.parse_args(words)
 
-    from jaxlora.config import ModelSource, RunConfig
+    from jaxlora.checkpoints.base import find_base
+    from jaxlora.config import ModelSource
     from jaxlora.parity.comparing import compare as replay
     from jaxlora.parity.comparing import table
     from jaxlora.parity.recording import load_recording
-    from jaxlora.train.job import locate_model
 
     recording = load_recording(options.recording)
     source = ModelSource(path=options.base or recording.base)
     try:
-        model_dir, _ = locate_model(RunConfig(model=source))
+        model_dir = find_base(source).folder
     except UserError as error:
         raise UserError(str(error).replace("config.model.path", "--base")) from None
     assert model_dir is not None

@@ -341,12 +341,13 @@ def _read_tree(spec: ModelSpec, places: dict[str, Place], slices: dict[str, Any]
                 raise UserError(f"{file}: {key} has shape {given}; r and config.json ask for {expected}")
             if slices[key].get_dtype() not in ("F32", "F16", "BF16"):
                 raise UserError(f"{file}: {key} is {slices[key].get_dtype()}; it must be F32, F16 or BF16")
-            plan.append((key, get_path(tree, weight.path)[part], ... if layer is None else layer, expected))
-    for key, array, layer, (rows, columns) in plan:
+            whole = get_path(tree, weight.path)[part]
+            plan.append((key, whole if layer is None else whole[layer], expected))
+    for key, array, (rows, columns) in plan:
         values = np.asarray(slices[key][:]).astype(np.float32)
         if not np.isfinite(values).all():
             raise UserError(f"{file}: {key} holds NaN or infinity")
-        array[layer][:rows, :columns] = values
+        array[:rows, :columns] = values
     return jax.tree.map(jnp.asarray, tree)
 
 

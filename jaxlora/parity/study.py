@@ -24,6 +24,7 @@ from scipy import stats
 from jaxlora.parity import study_figures as study
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_manifest, read_metrics, read_summary
+from jaxlora.study.grid import Setting
 from jaxlora.study.results import Run
 from jaxlora.train.selection import select_checkpoint
 
@@ -110,7 +111,7 @@ def _load_run(folder: Path) -> Run:
         raise UserError(f"{folder}: this run is {summary.get('status')}; compare it when it is finished")
     metrics = tuple(read_metrics(folder))
     condition, seed = str(summary.get("condition")), summary.get("seed")
-    return Run(folder.name, folder, condition, seed, manifest, metrics, summary, {})
+    return Run(folder.name, folder, Setting(condition), seed, manifest, metrics, summary, {})
 
 
 def _run_points(run: Run) -> list[Point]:

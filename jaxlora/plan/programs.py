@@ -31,18 +31,17 @@ from jaxlora.estimate import (
 )
 from jaxlora.generate.decode import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
 from jaxlora.lora import init_lora
-from jaxlora.models.attention import pick_backend, pick_decode_backend
+from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import Work, count_work
-from jaxlora.runtime.devices import Slice, out_of_memory, scan_layers
+from jaxlora.runtime.devices import Slice, out_of_memory
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     base_shardings,
     decode_mesh,
     decode_shardings,
-    make_mesh,
     named,
     replicated,
     token_multiple,
@@ -50,16 +49,18 @@ from jaxlora.sharding import (
     trained_shardings,
 )
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
+from jaxlora.train.step import wire as wire_machine
 
 
 def wire(
     config: RunConfig, model: ModelConfig, devices: list[jax.Device]
 ) -> tuple[jax.sharding.Mesh, ModelSpec, Compute]:
     """The mesh, the spec and the way to compute that a run has on these TPU chips."""
-    mesh = make_mesh(config.mesh, devices)
-    spec = ModelSpec(model, config.lora, config.model.dtype, scan_layers(config.model.layers, "tpu"))
-    attention = pick_backend(config.model.attention, "tpu", config.model.dtype, mesh.size)
-    return mesh, spec, Compute(attention, config.model.remat)
+    machine = wire_machine(config.model, config.mesh, devices)
+    full = config.train.what == "full"
+    lora = None if full else config.lora
+    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full)
+    return machine.mesh, spec, machine.compute()
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Programs:
 
     @cached_property
     def _decode_mesh(self) -> jax.sharding.Mesh:
-        return decode_mesh(self.mesh, self.model)
+        return decode_mesh(self.mesh, self.model.num_key_value_heads)
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval

@@ -46,8 +46,16 @@ class _Metric(_Identity, total=False):
     model_flops_utilisation: Number | None
 
 
+class _Validation(TypedDict):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    step: Count
+    mean_nll: Number | None
+
+
 class _Summary(_Identity, total=False):
     status: str | None
+    validations: list[_Validation] | None
+    sha256: dict[str, str] | None  # of the run's other files, by their names below its folder
     selected_step: Count | None
     total: Count
     correct_strict: Count
@@ -67,6 +75,14 @@ class _Named(TypedDict, total=False):
     path: Name | None
     fingerprint: Name | None
     condition: Name | None
+    targets: Name | None
+    rank: Count | None
+
+
+class _Train(TypedDict, total=False):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    batch_rows: Count | None
+    what: Name | None
 
 
 class _Config(TypedDict, total=False):
@@ -75,6 +91,10 @@ class _Config(TypedDict, total=False):
     lora: _Named | None
     optim: _Optim | None
     data: Group | None
+    train: _Train | None
+    sweep: Group | None
+    prefix: Name
+    name: Name | None
     seed: Count | None
 
 

@@ -1,6 +1,6 @@
 """Compare the evaluated models of a study: by condition, against the baseline, and problem by problem.
 
-    comparison = compare([baseline, *adapters])          # plain values, ready for comparison.json
+    comparison = compare_evaluations([baseline, *adapters])   # plain values, ready for comparison.json
     comparison["pairs"][0]["strict"]["verdict"]          # "inconclusive" or the name of a condition
 
 Every score is computed twice, strict (the study's, which decides) and numeric (beside it, never instead of
@@ -10,7 +10,7 @@ it). Counts and means are exact fractions until they are written. Tests and inte
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 from typing import Any
@@ -21,7 +21,7 @@ from scipy import stats
 from jaxlora.evals.gsm8k import aggregate
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record
-from jaxlora.study.grid import condition_of, setting_key
+from jaxlora.study.grid import Setting
 
 WINNER_THRESHOLD = 0.01  # a smaller difference of condition means is "inconclusive"; fixed before the runs
 SCORES = {"strict": "correct", "numeric": "correct_numeric"}  # score -> field of a prediction record
@@ -31,21 +31,17 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The predictions of one model; `condition` and `seed` are None for the untouched base.
-
-    `setting` is the condition with whatever else a sweep varies, as `all_layer-rank-4`; None: nothing else.
-    """
+    """The predictions of one model; `setting` and `seed` are None for the untouched base."""
 
     run_id: str
-    condition: str | None
+    setting: Setting | None
     seed: int | None
     records: tuple[Record, ...]
-    setting: str | None = None
 
     @property
-    def group(self) -> str | None:
-        """What is compared: the models of one group differ in their seed only."""
-        return self.setting or self.condition
+    def condition(self) -> str | None:
+        """Where the adapter is; None for the base."""
+        return None if self.setting is None else self.setting.condition
 
     def outcomes(self, score: str) -> np.ndarray:
         """1 where the answer is right, else 0: int64 [problems], in benchmark order."""
@@ -55,35 +51,37 @@ class Evaluation:
         return int(self.outcomes(score).sum())
 
 
-def compare(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> dict[str, Any]:
-    """All tables of the comparison as plain values.
+def compare_evaluations(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> dict[str, Any]:
+    """All tables of the comparison as plain values; `condition` there is a setting's label.
 
     At most one evaluation may be the baseline. What needs an absent baseline or an unpaired seed is null or
     left out, never guessed. Raises `UserError` if the evaluations are not of the same problems, or if two of
     them have the same condition and seed.
     """
     _check_comparable(evaluations)
-    baseline = next((evaluation for evaluation in evaluations if evaluation.condition is None), None)
-    groups = _by_condition(evaluations)
+    baseline = next((evaluation for evaluation in evaluations if evaluation.setting is None), None)
+    by_setting = _by_setting(evaluations)
     return {
         "problems": len(evaluations[0].records),
         "threshold": WINNER_THRESHOLD,
         "confidence": CONFIDENCE,
         "bootstrap_resamples": resamples,
         "baseline": None if baseline is None else _run_row(baseline, None),
-        "runs": [_run_row(run, baseline) for group in groups.values() for run in group],
-        "conditions": [_condition_row(name, runs, baseline, resamples) for name, runs in groups.items()],
-        "pairs": [_pair_row(groups, first, second, resamples) for first, second in _pairs(groups)],
+        "runs": [_run_row(run, baseline) for runs in by_setting.values() for run in runs],
+        "conditions": [
+            _setting_row(setting, runs, baseline, resamples) for setting, runs in by_setting.items()
+        ],
+        "pairs": [_pair_row(by_setting, first, second, resamples) for first, second in _pairs(by_setting)],
     }
 
 
 def _check_comparable(evaluations: Sequence[Evaluation]) -> None:
     if not evaluations:
         raise UserError("there is nothing to compare: no evaluation was found")
-    seen: dict[tuple[str | None, int | None], str] = {}
+    seen: dict[tuple[Setting | None, int | None], str] = {}
     first = evaluations[0]
     for evaluation in evaluations:
-        key = (evaluation.group, evaluation.seed if evaluation.condition else None)
+        key = (evaluation.setting, evaluation.seed if evaluation.setting else None)
         if key in seen:
             raise UserError(f"{evaluation.run_id} and {seen[key]} have the same condition and seed; keep one")
         seen[key] = evaluation.run_id
@@ -99,22 +97,22 @@ def _problems(evaluation: Evaluation) -> list[tuple[Any, ...]]:
     return [tuple(record[field] for field in fields) for record in evaluation.records]
 
 
-def _by_condition(evaluations: Sequence[Evaluation]) -> dict[str, list[Evaluation]]:
-    """Adapters by group, in the order of `setting_key`; seeds ascending."""
-    names = {evaluation.group for evaluation in evaluations if evaluation.group is not None}
+def _by_setting(evaluations: Sequence[Evaluation]) -> dict[Setting, list[Evaluation]]:
+    """Adapters by setting, in the order of settings; seeds ascending."""
+    settings = {evaluation.setting for evaluation in evaluations if evaluation.setting is not None}
     return {
-        name: sorted((run for run in evaluations if run.group == name), key=lambda run: run.seed or 0)
-        for name in sorted(names, key=setting_key)
+        setting: sorted((run for run in evaluations if run.setting == setting), key=lambda run: run.seed or 0)
+        for setting in sorted(settings, key=lambda setting: setting.order)
     }
 
 
-def _pairs(groups: Iterable[str]) -> list[tuple[str, str]]:
+def _pairs(settings: Iterable[Setting]) -> list[tuple[Setting, Setting]]:
     """Two conditions that share all else: ranks, rates or batches of one condition are not paired."""
-
-    def rest(group: str) -> str:
-        return group.removeprefix(condition_of(group))
-
-    return [(first, second) for first, second in combinations(groups, 2) if rest(first) == rest(second)]
+    return [
+        (first, second)
+        for first, second in combinations(settings, 2)
+        if replace(first, condition=second.condition) == second
+    ]
 
 
 # --- One model, one condition -------------------------------------------------------------------------------
@@ -124,7 +122,7 @@ def _run_row(run: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
     delta = {score: baseline and run.correct(score) - baseline.correct(score) for score in SCORES}
     return {
         "run_id": run.run_id,
-        "condition": run.group,
+        "condition": None if run.setting is None else str(run.setting),
         "seed": run.seed,
         **aggregate(run.records),
         "delta_correct_strict": delta["strict"],
@@ -132,13 +130,13 @@ def _run_row(run: Evaluation, baseline: Evaluation | None) -> dict[str, Any]:
     }
 
 
-def _condition_row(
-    name: str, runs: list[Evaluation], baseline: Evaluation | None, resamples: int
+def _setting_row(
+    setting: Setting, runs: list[Evaluation], baseline: Evaluation | None, resamples: int
 ) -> dict[str, Any]:
     counts = [aggregate(run.records) for run in runs]
     answers = sum(row["total"] for row in counts)
     return {
-        "condition": name,
+        "condition": str(setting),
         "seeds": [run.seed for run in runs],
         **{score: _score_row(score, runs, baseline, resamples) for score in SCORES},
         "extraction_failure_rate": sum(row["extraction_failures"] for row in counts) / answers,
@@ -187,22 +185,24 @@ def _format_share(runs: list[Evaluation], baseline: Evaluation | None) -> float 
 # --- Two conditions -----------------------------------------------------------------------------------------
 
 
-def _pair_row(groups: dict[str, list[Evaluation]], first: str, second: str, resamples: int) -> dict[str, Any]:
-    left = {run.seed: run for run in groups[first]}
-    right = {run.seed: run for run in groups[second]}
+def _pair_row(
+    by_setting: dict[Setting, list[Evaluation]], first: Setting, second: Setting, resamples: int
+) -> dict[str, Any]:
+    left = {run.seed: run for run in by_setting[first]}
+    right = {run.seed: run for run in by_setting[second]}
     seeds = [seed for seed in left if seed in right]
     row: dict[str, Any] = {
-        "first": first,
-        "second": second,
+        "first": str(first),
+        "second": str(second),
         "seeds": seeds,
         "unpaired_seeds": sorted(set(left) ^ set(right), key=str),
     }
     for score in SCORES:
-        gap = _mean_accuracy(groups[first], score) - _mean_accuracy(groups[second], score)
+        gap = _mean_accuracy(by_setting[first], score) - _mean_accuracy(by_setting[second], score)
         outcomes = [(left[seed].outcomes(score), right[seed].outcomes(score)) for seed in seeds]
         row[score] = {
             "gap": float(gap),
-            "verdict": verdict(gap, first, second),
+            "verdict": verdict(gap, str(first), str(second)),
             "by_seed": [
                 {"seed": seed} | _paired_row(*pair, resamples)
                 for seed, pair in zip(seeds, outcomes, strict=True)

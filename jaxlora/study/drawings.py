@@ -1,6 +1,6 @@
 """The drawings: each function turns one `Table` into one matplotlib figure.
 
-    figure = draw_validation(table)      # figure.savefig(...) is for jaxlora.study.figures
+    figure = draw_validation_nll(table)      # figure.savefig(...) is for jaxlora.study.figures
 
 Conditions differ in lightness, marker and line style as well as in hue, so that they stay apart in grey and
 for colour-blind readers. An axis that does not begin at zero says so in its label; bars always begin at zero.
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxlora.runtime.files import Record
 from jaxlora.study import tables
-from jaxlora.study.grid import condition_of, setting_key
+from jaxlora.study.grid import Setting
 from jaxlora.study.tables import Table
 
 # Dark, light and middle: told apart by lightness alone. The hues are those of Okabe and Ito, adjusted.
@@ -43,24 +43,23 @@ _NOT_FROM_ZERO = "(axis does not begin at zero)"
 # --- Shared parts -------------------------------------------------------------------------------------------
 
 
-def looks(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+def looks(settings: Iterable[Setting]) -> dict[Setting, dict[str, Any]]:
     """Colour, marker and line style by setting; the study's conditions look the same in every figure.
 
     Several settings of one condition (ranks, say) keep its hue and go from dark to light, with a marker each.
     """
-    names = sorted(set(settings), key=setting_key)
     others = cycle(_OTHER_LOOKS)
-    by_condition: dict[str, list[str]] = {}
-    for name in names:
-        by_condition.setdefault(condition_of(name), []).append(name)
+    by_condition: dict[str, list[Setting]] = {}
+    for setting in sorted(set(settings), key=lambda setting: setting.order):
+        by_condition.setdefault(setting.condition, []).append(setting)
     found = {}
-    for condition, members in by_condition.items():
+    for condition, own in by_condition.items():
         look = _KNOWN_LOOKS.get(condition) or next(others)
-        for place, name in enumerate(members):
-            found[name] = look
-            if len(members) > 1:
-                paler = _mixed(look["color"], 0.65 * place / (len(members) - 1))
-                found[name] = look | {"color": paler, "marker": _MARKERS[place % len(_MARKERS)]}
+        for place, setting in enumerate(own):
+            found[setting] = look
+            if len(own) > 1:
+                paler = _mixed(look["color"], 0.65 * place / (len(own) - 1))
+                found[setting] = look | {"color": paler, "marker": _MARKERS[place % len(_MARKERS)]}
     return found
 
 
@@ -89,7 +88,7 @@ def _label_height(axes: Axes, text: str) -> None:
     axes.set_ylabel(f"{text}\n{_NOT_FROM_ZERO}" if axes.get_ylim()[0] > 0 else text)
 
 
-def _table_looks(table: Table) -> dict[str, dict[str, Any]]:
+def _table_looks(table: Table) -> dict[Setting, dict[str, Any]]:
     return looks(row["setting"] for row in table.rows)
 
 
@@ -167,7 +166,7 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
         high - threshold - room / 6, bar, f"a difference of {threshold:g}", ha="right", va="center", size=8
     )
     axes.set_ylim(len(conditions) - 0.25, -0.55)
-    axes.set_yticks(range(len(conditions)), list(conditions))
+    axes.set_yticks(range(len(conditions)), [str(setting) for setting in conditions])
     axes.grid(axis="y", visible=False)
     note = f" {_NOT_FROM_ZERO}" if axes.get_xlim()[0] > 0 else ""
     axes.set_xlabel(f"share of {table.rows[0]['total']:,} problems answered rightly{note}")
@@ -178,13 +177,13 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
 def draw_disagreement(table: Table) -> Figure:
     """For each seed, how many problems only one of two conditions got right, from zero to both sides."""
     rows = [row for row in table.rows if row["score"] == "strict" and row["seed"] != "all"]
-    colors = looks(condition_of(name) for row in rows for name in (row["first"], row["second"]))
+    colors = looks(Setting(name) for row in rows for name in _conditions(row))
     several = len({_conditions(row) for row in rows}) > 1
     figure, axes = _canvas(table, 1.7 + 0.42 * len(rows))
     for y, row in enumerate(rows):
         for side, count in ((-1, row["only_first"]), (1, row["only_second"])):
-            name = condition_of(row["first"] if side < 0 else row["second"])
-            axes.barh(y, side * count, color=colors[name]["color"], height=0.62)
+            condition = Setting((row["first"] if side < 0 else row["second"]).condition)
+            axes.barh(y, side * count, color=colors[condition]["color"], height=0.62)
             axes.annotate(str(count), (side * count, y), (12 * side, 0), **_BESIDE, ha="center")
     widest = max(max(row["only_first"], row["only_second"]) for row in rows) or 1
     axes.axvline(0, color=_INK, linewidth=1)
@@ -195,30 +194,30 @@ def draw_disagreement(table: Table) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("problems that only one of the two got right (strict score)")
-    for name, look in colors.items():
-        axes.barh(0, 0, color=look["color"], label=f"only {name}")
+    for condition, look in colors.items():
+        axes.barh(0, 0, color=look["color"], label=f"only {condition}")
     figure.legend(loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
 def _conditions(row: Record) -> tuple[str, str]:
-    return condition_of(row["first"]), condition_of(row["second"])
+    return row["first"].condition, row["second"].condition
 
 
 def _row_label(row: Record, several: bool) -> str:
     """What tells this row from the others: the conditions if they vary, what they share besides, the seed."""
     names = [" | ".join(_conditions(row))] if several else []
-    shared = row["first"].removeprefix(condition_of(row["first"])).lstrip("-")
+    shared = "-".join(row["first"].axes)
     return ", ".join([*names, *([shared] if shared else []), f"seed {row['seed']}"])
 
 
-def draw_validation(table: Table) -> Figure:
+def draw_validation_nll(table: Table) -> Figure:
     """One line for each run; the selected checkpoints are ringed."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.9)
     shown = set()
     for (_, setting), rows in _groups(table, "run_id", "setting").items():
-        label = None if setting in shown else setting
+        label = None if setting in shown else str(setting)
         shown.add(setting)
         steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
         axes.plot(steps, values, **look[setting], linewidth=1.3, markersize=4, label=label)
@@ -246,7 +245,7 @@ def draw_learning_rates(table: Table) -> Figure:
             [row["learning_rate"] for row in finished],
             [row["validation_nll"] for row in finished],
         )
-        axes.plot(rates, values, **look[setting], linewidth=1.3, markersize=6, label=setting)
+        axes.plot(rates, values, **look[setting], linewidth=1.3, markersize=6, label=str(setting))
         for row in finished:
             if row["selected"]:
                 _ring(axes, row["learning_rate"], row["validation_nll"])
@@ -274,7 +273,7 @@ def draw_rate_minimum(table: Table) -> Figure:
     groups = _groups(table, "setting")
     for (setting,), rows in groups.items():
         steps, values = [row["step"] for row in rows], [row["validation_nll"] for row in rows]
-        axes.plot(steps, values, **look[setting], linewidth=1.3, markersize=5, label=setting)
+        axes.plot(steps, values, **look[setting], linewidth=1.3, markersize=5, label=str(setting))
         for row in rows if len(groups) <= FEW else ():
             place = (row["step"], row["validation_nll"])
             axes.annotate(tables.rate(row["learning_rate"]), place, (0, 10), **_BESIDE, ha="center")

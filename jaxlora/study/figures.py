@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_json, write_json_atomic, write_text_atomic
 from jaxlora.runtime.progress import progress_bar
 from jaxlora.study import drawings, tables, training_tables
@@ -78,7 +79,7 @@ def _figures(study: Study, comparison: dict[str, Any] | None) -> list[tuple[Tabl
     return [
         *figures,
         (training_tables.accounting(study), drawings.draw_table),
-        (training_tables.validation(study), drawings.draw_validation),
+        (training_tables.validation(study), drawings.draw_validation_nll),
         (training_tables.learning_rates(study), drawings.draw_learning_rates),
         (training_tables.rate_minimum(study), drawings.draw_rate_minimum),
         (training_tables.throughput(study), drawings.draw_throughput),
@@ -107,8 +108,12 @@ def is_current(table: Table, folder: Path, root: Path) -> bool:
     files = [folder / f"{table.name}{end}" for end in (*ENDS, ".provenance.json")]
     if not all(file.is_file() for file in files):
         return False
-    same_data = (folder / f"{table.name}.csv").read_text(encoding="utf-8") == to_csv(table)
-    return same_data and read_json(files[-1]) == provenance(table, folder, root)
+    if (folder / f"{table.name}.csv").read_bytes() != to_csv(table).encode("utf-8"):
+        return False
+    try:
+        return read_json(files[-1]) == provenance(table, folder, root)
+    except UserError:  # not JSON any more: drawn again
+        return False
 
 
 def provenance(table: Table, folder: Path, root: Path) -> Record:

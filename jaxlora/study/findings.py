@@ -250,7 +250,7 @@ def _edges(study: Study) -> list[str]:
     return lines
 
 
-def limits(study: Study, comparison: dict[str, Any] | None, accounting_rows: Sequence[Record]) -> list[str]:
+def caveats(study: Study, comparison: dict[str, Any] | None, accounting_rows: Sequence[Record]) -> list[str]:
     """What a reader must not conclude, as far as the records show it."""
     lines = []
     if comparison and comparison["conditions"]:

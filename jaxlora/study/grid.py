@@ -1,26 +1,25 @@
 """The runs of a study, from its one configuration: the trials, the sweep, and what they are called.
 
     trials(config)[0].run_id                       # "qwen3-8b-attention_only-lr-1e-4"
-    members(config, {"all_layer": 3e-4, ...})      # 6 configurations, each that of one run
+    sweep_runs(config, {"all_layer": 3e-4, ...})   # 6 configurations, one for each run
+    setting_of(manifest["config"], "all_layer")    # Setting("all_layer", rank=4): read back, as data
 
-Every run is a `RunConfig` of its own, and nothing else tells it from a run of `launch/train.py`. An id says
-what differs between the runs: `<prefix>-<condition>[-rank-<r>][-lr-<rate>][-batch-<rows>]-seed-<seed>`.
+Every run is a `RunConfig` of its own, and nothing else tells it from a run of `launch/train.py`. Its name
+says what differs between the runs: `<prefix>-<condition>[-rank-<r>][-lr-<rate>][-batch-<rows>]-seed-<seed>`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from jaxlora.config import RunConfig
 
 TRIALS = "lr-selection"  # the folder of the trials, below the results
 CONDITION_ORDER = ("attention_only", "mlp_only", "all_layer")
-_AXES = "rank|lr|batch"
-_NUMBER = r"\d[0-9.]*(?:e[+-]?\d+)?"
 
 
 def study_dir(config: RunConfig) -> Path:
@@ -34,44 +33,67 @@ def rate(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def setting_of(run_id: str, prefix: str) -> str:
-    """What a run's id says besides prefix and seed: the condition, and what else the sweep varies.
+@dataclass(frozen=True)
+class Setting:
+    """What a study varies between its runs, besides the seed. None: the same in all runs.
 
-    >>> setting_of("tiny-all_layer-rank-4-seed-0", "tiny")
-    'all_layer-rank-4'
+    >>> str(Setting("all_layer", rank=4, rate=3e-4))
+    'all_layer-rank-4-lr-3e-4'
     """
-    return re.sub(r"-seed-\d+$", "", run_id.removeprefix(f"{prefix}-"))
+
+    condition: str  # what is trained, such as `all_layer`
+    rank: int | None = None
+    rate: float | None = None  # the peak learning rate
+    batch_rows: int | None = None
+
+    def __str__(self) -> str:
+        return "-".join([self.condition, *self.axes])
+
+    @property
+    def axes(self) -> list[str]:
+        """The parts of the label after the condition."""
+        parts = [f"rank-{self.rank}"] if self.rank is not None else []
+        parts += [f"lr-{rate(self.rate)}"] if self.rate is not None else []
+        return parts + ([f"batch-{self.batch_rows}"] if self.batch_rows is not None else [])
+
+    @property
+    def order(self) -> tuple[int, str, list[tuple[str, float]]]:
+        """Sort key: the study's conditions in the study's order, others after them; then by number."""
+        known = self.condition in CONDITION_ORDER
+        place = CONDITION_ORDER.index(self.condition) if known else len(CONDITION_ORDER)
+        axes = (("rank", self.rank), ("lr", self.rate), ("batch", self.batch_rows))
+        return place, self.condition, [(name, value) for name, value in axes if value is not None]
+
+    def without_rate(self) -> Setting:
+        """What runs share that differ in nothing but their learning rate and their seed."""
+        return replace(self, rate=None)
 
 
-def rate_of(setting: str) -> float | None:
-    """The learning rate in a setting, where it names one.
+def setting_of(config: Mapping[str, Any], condition: str, trial: bool = False) -> Setting:
+    """The setting of a run, from the configuration that its manifest records.
 
-    >>> rate_of("all_layer-rank-4-lr-3e-4")
-    0.0003
+    Args:
+      config: nested plain values, as `to_dict` gives them; what is missing counts as not varied.
+      condition: as the run's records name it.
+      trial: a run of the learning-rate selection, which varies the rate alone.
     """
-    return dict(_numbers(setting)).get("lr")
+    peak = (config.get("optim") or {}).get("peak_lr")
+    if trial:
+        return Setting(condition, rate=peak)
+    sweep = config.get("sweep") or {}
+    if config.get("name") is None:  # trained on its own, or by a study that varies nothing else
+        return Setting(condition)
+    return Setting(
+        condition,
+        rank=(config.get("lora") or {}).get("rank") if sweep.get("ranks") else None,
+        rate=peak if sweep.get("learning_rates") else None,
+        batch_rows=(config.get("train") or {}).get("batch_rows") if sweep.get("batch_rows") else None,
+    )
 
 
-def without_rate(setting: str) -> str:
-    """The setting with its learning rate left out: runs that differ in nothing but their rate share it."""
-    return re.sub(rf"-lr-{_NUMBER}(?=-|$)", "", setting)
-
-
-def condition_of(setting: str) -> str:
-    """The condition at the beginning of a setting."""
-    return re.split(rf"-(?:{_AXES})-", setting, maxsplit=1)[0]
-
-
-def setting_key(setting: str) -> tuple[int, str, tuple[tuple[str, float], ...]]:
-    """Sort key: the study's conditions in the study's order, others behind them; then by number."""
-    name = condition_of(setting)
-    place = CONDITION_ORDER.index(name) if name in CONDITION_ORDER else len(CONDITION_ORDER)
-    return place, name, tuple(_numbers(setting))
-
-
-def _numbers(setting: str) -> list[tuple[str, float]]:
-    found = re.findall(rf"-({_AXES})-({_NUMBER})(?=-|$)", setting)
-    return [(axis, float(number)) for axis, number in found]
+def run_name(prefix: str, setting: Setting, seed: int | None = None) -> str:
+    """The name of a study's run; of a trial, whose seed is the same for all, without its seed."""
+    return f"{prefix}-{setting}" + ("" if seed is None else f"-seed-{seed}")
 
 
 def selects_rates(config: RunConfig) -> bool:
@@ -87,7 +109,7 @@ def trials(config: RunConfig) -> list[RunConfig]:
     return [
         replace(
             config,
-            name=f"{config.prefix}-{condition}-lr-{rate(peak)}",
+            name=run_name(config.prefix, Setting(condition, rate=peak)),
             results_dir=str(Path(config.results_dir) / TRIALS),
             seed=grid.seed,
             lora=replace(config.lora, targets=condition),
@@ -107,8 +129,8 @@ def _least(first: int, second: int | None) -> int:
     return first if second is None else min(first, second)
 
 
-def members(config: RunConfig, rates: Mapping[str, float] | None = None) -> list[RunConfig]:
-    """The runs of the sweep, a condition's together, so that they can share a compiled program.
+def sweep_runs(config: RunConfig, rates: Mapping[str, float] | None = None) -> list[RunConfig]:
+    """The runs of the sweep, those of one condition next to each other.
 
     Args:
       rates: the chosen learning rate by condition; None: `optim.peak_lr` stands where a choice belongs.
@@ -122,25 +144,17 @@ def members(config: RunConfig, rates: Mapping[str, float] | None = None) -> list
         sweep.learning_rates or [None],
         sweep.seeds,
     ):
-        parts = [config.prefix, condition]
-        parts += [f"rank-{rank}"] if rank else []
-        parts += [f"lr-{rate(peak)}"] if peak else []
-        parts += [f"batch-{rows}"] if rows else []
+        setting = Setting(condition, rank, peak, rows)
+        chosen = (rates or {}).get(condition, config.optim.peak_lr)
         runs.append(
             replace(
                 config,
-                name="-".join([*parts, f"seed-{seed}"]),
+                # With nothing but condition and seed, it is the run that launch/train.py would make.
+                name=run_name(config.prefix, setting, seed) if setting.axes else None,
                 seed=seed,
                 lora=replace(config.lora, targets=condition, rank=rank or config.lora.rank),
-                optim=replace(
-                    config.optim, peak_lr=peak or (rates or {}).get(condition, config.optim.peak_lr)
-                ),
+                optim=replace(config.optim, peak_lr=peak or chosen),
                 train=replace(config.train, batch_rows=rows or config.train.batch_rows),
             )
         )
-    return [replace(run, name=None) if run.name == plain_id(run) else run for run in runs]
-
-
-def plain_id(config: RunConfig) -> str:
-    """The id that a run has when nothing but condition and seed tells it from others."""
-    return replace(config, name=None).run_id
+    return runs

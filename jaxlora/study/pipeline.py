@@ -1,7 +1,7 @@
 """The study as one command: stages in a row, each of which knows what is there and makes what is not.
 
     session = Session(config)
-    run_stages(session, STAGES)        # of jaxlora.study.stages; skips what is there and valid
+    unfinished = run_stages(session, STAGES)   # of jaxlora.study.stages; skips what is there and valid
 
 A stage is two functions: `check` lists its tasks with their states and writes nothing; `run` does those that
 are left. Nothing is remembered between two calls of the command: what is done is read from the files, and a
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from rich.markup import escape
 
-from jaxlora.checkpoints.base import load_base
+from jaxlora.checkpoints.base import find_base
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import report_place
 from jaxlora.estimate import with_mesh
@@ -29,15 +29,15 @@ from jaxlora.evals.gsm8k import Problem
 from jaxlora.evals.run import load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import scan_layers, slice_of
+from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Stop
-from jaxlora.sharding import make_mesh
 from jaxlora.study.grid import study_dir
 from jaxlora.study.results import Study, load_study
-from jaxlora.study.state import Inputs, State, read_inputs
-from jaxlora.train.job import Job, load_job_tokenizer, locate_model, prepare
+from jaxlora.study.state import Inputs, State, check_unchanged, read_inputs
+from jaxlora.train.job import Job, prepare
+from jaxlora.train.step import Machine, wire
 
 LOOK_SECONDS = 120  # an NFS client may go by what it knew of a folder for a minute
 
@@ -53,21 +53,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `together`: all processes of a job on several hosts run it; else the main one alone."""
+    """One stage. `on_every_host`: all processes of a job run it, because it computes; else the main one."""
 
     name: str
     about: str
     check: Callable[[Session], list[Task]]
     run: Callable[[Session, list[Task]], None]
-    together: bool = False
+    on_every_host: bool = False
 
 
 class Session:
     """What the stages share in one process: the configuration, hashes, rows, and the base in memory."""
 
     def __init__(self, config: RunConfig, stop: Stop | None = None):
-        _, model = locate_model(config, with_weights=False)
-        config = with_mesh(config, model, slice_of(jax.devices()))  # one for all runs: they share the base
+        shape = find_base(config.model, with_weights=False).config
+        config = with_mesh(config, shape, slice_of(jax.devices()))  # one for all runs: they share the base
         self.config = replace(config, data=replace(config.data, gate_report=gate_report(config)))
         self.results_dir = Path(config.results_dir)
         self.folder = study_dir(config)
@@ -82,32 +82,38 @@ class Session:
     @cached_property
     def prompts(self) -> tuple[list[Problem], list[list[int]]]:
         """The benchmark's problems and their prompts as token ids."""
-        tokenizer = load_job_tokenizer(self.config, *locate_model(self.config, with_weights=False))
-        return load_prompts(self.config, tokenizer)
+        return load_prompts(self.config, find_base(self.config.model, with_weights=False).tokenizer())
 
     @cached_property
-    def scan(self) -> bool:
-        return scan_layers(self.config.model.layers, jax.default_backend())
+    def machine(self) -> Machine:
+        return wire(self.config.model, self.config.mesh)
 
     @cached_property
     def base(self) -> Tree:
         """The frozen base in the form that training wants, loaded once for all runs and evaluations."""
-        folder, model = locate_model(self.config)
-        mesh = make_mesh(self.config.mesh)
-        assert folder is not None  # `read_inputs` refuses random weights
+        base, mesh = find_base(self.config.model), self.machine.mesh
+        spec = ModelSpec(base.config, None, self.config.model.dtype, self.machine.scan)
         with jax.set_mesh(mesh):
-            return load_base(folder, ModelSpec(model, None, self.config.model.dtype, self.scan), mesh)
+            return base.load(spec, mesh)
 
     def job(self, config: RunConfig) -> Job:
         """The prepared run; rows that the run before has read are not read again."""
         self._job = prepare(config, like=self._job)
         return self._job
 
-    def results(self) -> Study:
+    def check_inputs(self) -> None:
+        """Refuse to go on where data, base or tokenizer are no longer those that the study began with.
+
+        Raises:
+          UserError: names what has changed.
+        """
+        check_unchanged(self.inputs, self.config)
+
+    def results(self, with_evaluations: bool = True) -> Study:
         """All that the results directory holds now."""
         if not self.results_dir.is_dir():
             return Study(self.results_dir, self.config.prefix, (), (), (), {}, ())
-        return load_study(self.results_dir, self.config.prefix)
+        return load_study(self.results_dir, self.config.prefix, with_evaluations)
 
 
 def gate_report(config: RunConfig) -> str | None:
@@ -118,19 +124,44 @@ def gate_report(config: RunConfig) -> str | None:
     return str(study_dir(config) / "contamination.json")
 
 
-def run_stages(session: Session, stages: Sequence[Stage]) -> None:
+def run_stages(session: Session, stages: Sequence[Stage]) -> list[str]:
     """Run these stages in their order; each does only what is left of it.
 
     A stage without anything to work on, because no run has finished, is passed over; alone, it is an error.
+
+    Returns:
+      What is not done at the end, in words; nothing where the stages are complete.
 
     Raises:
       UserError: something that the user must decide or mend, such as a run of another configuration.
       Interrupted: a signal asked to stop; what was done is saved.
     """
+    unfinished: list[str] = []
     for stage in stages:
-        if stage.together or hosts.is_main():
+        if stage.on_every_host or hosts.is_main():
+            if stage.on_every_host or "inputs" in vars(session):  # a report alone needs no data
+                session.check_inputs()
             _run_stage(session, stage, alone=len(stages) == 1)
+        if hosts.is_main():
+            unfinished += _open_work(stage, stage.check(session))
         hosts.barrier(stage.name)
+    return hosts.broadcast(unfinished)
+
+
+def _open_work(stage: Stage, tasks: Sequence[Task]) -> list[str]:
+    """What is left of a stage, tasks in the same state together."""
+    by_state: dict[State, list[str]] = {}
+    for task in tasks:
+        if not task.state.final:
+            by_state.setdefault(task.state, []).append(task.name)
+    lines = []
+    for state, names in by_state.items():
+        shown = ", ".join(names) if len(names) < 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+        text = f"waiting for {state.why}" if state.kind == "waiting" else state.kind
+        if state.why and state.kind != "waiting":
+            text += f" ({state.why})"
+        lines.append(f"stage {stage.name}: {shown} {text}")
+    return lines
 
 
 def _agreed(session: Session, stage: Stage) -> list[Task]:
@@ -154,7 +185,7 @@ def _agreed(session: Session, stage: Stage) -> list[Task]:
 
 
 def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
-    tasks = _agreed(session, stage) if stage.together else stage.check(session)
+    tasks = _agreed(session, stage) if stage.on_every_host else stage.check(session)
     left = [task for task in tasks if not task.state.final]
     if not left:
         console.print(f"[green]✓[/green] {stage.about}")
@@ -166,6 +197,11 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
             raise UserError(
                 f"{task.name}: is there, but of another configuration: {task.state.why}. Give another"
                 " --config.prefix, or --config.overwrite=true to delete it"
+            )
+        if task.state.kind == "damaged":
+            raise UserError(
+                f"{task.item.run_dir}: {task.state.why}. Put back a sound copy, or delete this folder to"
+                " train this run again"
             )
     todo = [task for task in left if task.state.kind != "waiting"]
     if not todo:

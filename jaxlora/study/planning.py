@@ -15,6 +15,7 @@ import jax
 from rich.markup import escape
 from rich.table import Table
 
+from jaxlora.checkpoints.base import find_base
 from jaxlora.config import RunConfig, check_study
 from jaxlora.data.gates import GateStatus, report_place
 from jaxlora.evals.gsm8k import load_problems
@@ -26,7 +27,7 @@ from jaxlora.study import grid
 from jaxlora.study.pipeline import Session, Task
 from jaxlora.study.results import Study, load_study
 from jaxlora.study.stages import STAGES
-from jaxlora.train.job import Job, locate_model, prepare, token_count
+from jaxlora.train.job import Job, prepare, token_count
 
 # One H100 80GB, Qwen3-8B, rank 8, batches of 8 rows: `tools/bench.py`, see the README.
 H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_604, 34_939, 13_421  # tokens a second
@@ -48,7 +49,7 @@ class Speeds:
 
 def speeds(config: RunConfig, study: Study | None) -> Speeds:
     """The measured speeds of the study's own runs and evaluations; what was not measured is assumed."""
-    _, model = locate_model(config, with_weights=False)
+    model = find_base(config.model, with_weights=False).config
     device, count = jax.devices()[0], jax.device_count()
     peak = peak_flops(device)
     factor = H100_PARAMETERS / count_matrix_parameters(model) * (count * peak / H100_FLOPS if peak else 1)
@@ -92,7 +93,7 @@ def _source(runs: int, evaluations: int, assumed: str) -> str:
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class RunSize:
     """Steps and shifted tokens of one training run."""
 
     config: RunConfig
@@ -104,7 +105,7 @@ class PlannedRun:
         return (self.train_tokens / at.train + self.validation_tokens / at.validation) / 3600
 
 
-def plan_runs(config: RunConfig) -> list[PlannedRun]:
+def run_sizes(config: RunConfig) -> list[RunSize]:
     """All trials and runs of the sweep, each prepared as if it began now.
 
     Reads the rows, so a Hub file is fetched; loads no weights. A learning rate that the trials will choose is
@@ -116,15 +117,15 @@ def plan_runs(config: RunConfig) -> list[PlannedRun]:
     check_study(config)
     config = Session(config).config
     gates = _gates_to_come(config)
-    planned: list[PlannedRun] = []
+    sizes: list[RunSize] = []
     job = None
-    for run in (*grid.trials(config), *grid.members(config)):
+    for run in (*grid.trials(config), *grid.sweep_runs(config)):
         try:
             job = prepare(run, with_weights=False, like=job, gates=gates)
         except UserError as error:
             raise UserError(f"{run.run_id}: {error}") from None
-        planned.append(_planned(run, job))
-    return planned
+        sizes.append(_size(run, job))
+    return sizes
 
 
 def _gates_to_come(config: RunConfig) -> GateStatus | None:
@@ -136,8 +137,8 @@ def _gates_to_come(config: RunConfig) -> GateStatus | None:
     return None
 
 
-def _planned(run: RunConfig, job: Job) -> PlannedRun:
-    return PlannedRun(
+def _size(run: RunConfig, job: Job) -> RunSize:
+    return RunSize(
         run,
         job.plan.total_steps,
         token_count(job.train_rows) * run.train.epochs,
@@ -149,8 +150,8 @@ def plan_table(config: RunConfig) -> Table:
     """The whole plan: every run with steps, tokens and hours, the evaluations, and the sum."""
     results = Path(config.results_dir)
     at = speeds(config, load_study(results, config.prefix) if results.is_dir() else None)
-    runs = plan_runs(config)
-    evaluations = len(grid.members(config)) + 1
+    runs = run_sizes(config)
+    evaluations = len(grid.sweep_runs(config)) + 1
     problems = len(load_problems(config.eval.benchmark, config.eval.problems))
     decoding = evaluations * problems * at.answer_tokens / at.decode / 3600
 
@@ -201,7 +202,14 @@ def _hours(value: float) -> str:
 
 # --- Status -------------------------------------------------------------------------------------------------
 
-_COLOURS = {"done": "green", "failed": "red", "foreign": "red", "unfinished": "yellow", "redo": "yellow"}
+_COLOURS = {
+    "done": "green",
+    "failed": "red",
+    "foreign": "red",
+    "damaged": "red",
+    "unfinished": "yellow",
+    "redo": "yellow",
+}
 
 
 def status_tables(session: Session) -> list[Table]:

@@ -24,9 +24,10 @@ from markupsafe import Markup
 
 from jaxlora import __version__
 from jaxlora.evals.answers import strict_match
-from jaxlora.runtime.files import sha256_of, write_json_atomic
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import Record, read_object, sha256_of, write_json_atomic
 from jaxlora.study import findings
-from jaxlora.study.comparison import compare
+from jaxlora.study.comparison import compare_evaluations
 from jaxlora.study.figures import plan_figures
 from jaxlora.study.results import Study
 
@@ -53,14 +54,43 @@ def write_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
     if not study.evaluations:
         (folder / "comparison.json").unlink(missing_ok=True)
         return None
-    comparison = compare(study.evaluations) | {"made_from": comparison_inputs(study)}
-    write_json_atomic(folder / "comparison.json", comparison)
+    comparison = compare_evaluations(study.evaluations) | {"made_from": comparison_inputs(study)}
+    write_derived(folder / "comparison.json", comparison)
     return comparison
+
+
+def stored_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
+    """What `comparison.json` holds, if it is unchanged and of exactly these evaluations; else None."""
+    if not study.evaluations:
+        return None
+    stored = read_derived(folder / "comparison.json")
+    return stored if stored.get("made_from") == comparison_inputs(study) else None
+
+
+def write_derived(file: Path, content: Record) -> None:
+    """Write a JSON object that can be made again at any time, with a hash of its own."""
+    write_json_atomic(file, content | {"content_sha256": _content_sha256(content)})
+
+
+def read_derived(file: Path) -> Record:
+    """What `write_derived` wrote; empty where the file is not there or has been changed since."""
+    try:
+        content = read_object(file)
+    except UserError:
+        return {}
+    return content if content.pop("content_sha256", None) == _content_sha256(content) else {}
+
+
+def _content_sha256(content: Record) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def comparison_inputs(study: Study) -> dict[str, Any]:
     """What a comparison follows from: the code, threshold included, and all predictions, by SHA-256."""
-    code = Path(inspect.getfile(compare)).read_bytes() + Path(inspect.getfile(strict_match)).read_bytes()
+    code = (
+        Path(inspect.getfile(compare_evaluations)).read_bytes()
+        + Path(inspect.getfile(strict_match)).read_bytes()
+    )
     return {
         "code_sha256": hashlib.sha256(code).hexdigest(),
         "predictions_sha256": {
@@ -100,7 +130,7 @@ def _content(study: Study, comparison: dict[str, Any] | None, folder: Path) -> d
         "how": [fact for fact in facts if not fact[0].startswith("config.")],
         "configuration": [fact for fact in facts if fact[0].startswith("config.")],
         "evaluation": findings.evaluation_settings(study),
-        "limits": findings.limits(study, comparison, rows),
+        "limits": findings.caveats(study, comparison, rows),
         "absent": list(dict.fromkeys((*study.absent, *not_drawn))),
         "links": _links(study, folder),
     }

@@ -11,8 +11,7 @@ Expected layout, each run with the files that `jaxlora.runtime.files` describes:
     <results>/<prefix>-base/evaluation/                    the untouched base
     <results>/lr-selection/<prefix>-<condition>-lr-<lr>/   one run for each learning rate
 
-The runs of other grids say more in their ids, such as `<prefix>-<condition>-rank-<r>-lr-<lr>-seed-<seed>`.
-What stands between prefix and seed is a run's setting; runs of one setting differ in their seed only.
+What a run is, is read from its records, never from its name. Runs of one `Setting` differ in their seed only.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jaxlora.embedded import PREFIX as EMBEDDED
-from jaxlora.evals.gsm8k import rescore
+from jaxlora.evals.gsm8k import aggregate, rescore
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_jsonl
 from jaxlora.runtime.records import check_predictions, read_failure, read_manifest, read_metrics, read_summary
+from jaxlora.runtime.remote import EMBEDDED
 from jaxlora.study.comparison import Evaluation
-from jaxlora.study.grid import TRIALS, rate_of, setting_key, setting_of, without_rate
+from jaxlora.study.grid import TRIALS, Setting, run_name, setting_of
 from jaxlora.train.selection import select_checkpoint
 
 
@@ -42,13 +41,17 @@ class Run:
 
     run_id: str
     directory: Path
-    condition: str
+    setting: Setting
     seed: int | None
     manifest: Record
     metrics: tuple[Record, ...]
     summary: Record
     failure: Record
-    setting: str = ""  # the condition, and whatever else the id says besides prefix and seed
+
+    @property
+    def condition(self) -> str:
+        """Where the adapter is, such as `all_layer`."""
+        return self.setting.condition
 
     @property
     def status(self) -> str:
@@ -71,9 +74,7 @@ class Run:
         return select_checkpoint(nll) if any(map(math.isfinite, nll.values())) else None
 
     def learning_rate(self) -> float | None:
-        """The peak learning rate: from the run's id (`...-lr-3e-4`), else from the configuration."""
-        if (named := rate_of(self.run_id)) is not None:
-            return named
+        """The peak learning rate; None where no manifest records it."""
         return ((self.manifest.get("config") or {}).get("optim") or {}).get("peak_lr")
 
     @property
@@ -105,21 +106,23 @@ class Study:
     absent: tuple[str, ...]
 
     def conditions(self) -> list[str]:
+        """The placements that are compared, in the study's order."""
         names = {run.condition for run in (*self.runs, *self.trials)}
         names |= {evaluation.condition for evaluation in self.evaluations if evaluation.condition}
-        return sorted(names, key=setting_key)
+        return sorted(names, key=lambda name: Setting(name).order)
 
-    def by_rate(self) -> dict[str, dict[float, list[Run]]]:
+    def by_rate(self) -> dict[Setting, dict[float, list[Run]]]:
         """The runs that compare learning rates, by what they share and then by rate, seeds together.
 
-        They are the sweep's own where its ids name a rate, else the trials of the selection.
+        They are the sweep's own where it varies the rate, else the trials of the selection.
         """
-        swept = [run for run in self.runs if rate_of(run.setting) is not None]
-        groups: dict[str, dict[float, list[Run]]] = {}
+        swept = [run for run in self.runs if run.setting.rate is not None]
+        found: dict[Setting, dict[float, list[Run]]] = {}
         for run in swept or self.trials:
             if (value := run.learning_rate()) is not None:
-                groups.setdefault(without_rate(run.setting), {}).setdefault(value, []).append(run)
-        return {name: dict(sorted(groups[name].items())) for name in sorted(groups, key=setting_key)}
+                found.setdefault(run.setting.without_rate(), {}).setdefault(value, []).append(run)
+        settings = sorted(found, key=lambda setting: setting.order)
+        return {setting: dict(sorted(found[setting].items())) for setting in settings}
 
     def benchmark(self) -> str:
         """What the models were evaluated on, as a reader would call it."""
@@ -148,23 +151,25 @@ def lowest_nll(runs: Sequence[Run]) -> float | None:
     return fmean(value for value in lowest if value is not None)
 
 
-def load_study(directory: Path, prefix: str) -> Study:
-    """Read everything. A broken file is a `UserError`; a missing one is listed in `Study.absent`."""
+def load_study(directory: Path, prefix: str, with_evaluations: bool = True) -> Study:
+    """Read everything. A broken file is a `UserError`; a missing one is listed in `Study.absent`.
+
+    Args:
+      with_evaluations: False: leave the evaluations unread, as what is chosen before them does.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give the study's results directory")
     base_id = f"{prefix}-base"
     absent: list[str] = []
     runs = _runs(directory, prefix, skip=base_id)
-    trials = _runs(directory / TRIALS, prefix)
+    trials = _runs(directory / TRIALS, prefix, trial=True)
     evaluations: list[Evaluation] = []
     summaries: dict[str, Record] = {}
-    for run_id, condition, seed, setting in [
-        (base_id, None, None, None),
-        *((run.run_id, run.condition, run.seed, run.setting) for run in runs),
-    ]:
-        found = _evaluation(directory / run_id / "evaluation", run_id, condition, seed, setting)
+    subjects = [(base_id, None, None), *((run.run_id, run.setting, run.seed) for run in runs)]
+    for run_id, setting, seed in subjects if with_evaluations else ():
+        found = load_evaluation(directory / run_id / "evaluation", run_id, setting, seed)
         if found is None:
-            what = "the untouched base" if condition is None else run_id
+            what = "the untouched base" if setting is None else run_id
             absent.append(f"There is no finished evaluation of {what}.")
         else:
             evaluations.append(found[0])
@@ -175,25 +180,34 @@ def load_study(directory: Path, prefix: str) -> Study:
     absent += [f"{run.run_id} has no recorded validation." for run in runs if not run.validation_nll()]
     absent += [f"{run.run_id} has no exported adapter." for run in runs if run.adapter() is None]
     absent += _mismatches(runs, summaries)
-    if not trials and all(rate_of(run.setting) is None for run in runs):
+    if not trials and all(run.setting.rate is None for run in runs):
         absent.append("There are no learning-rate selection runs.")
     absent += [f"{run.run_id} is {run.status}{_reason(run)}." for run in trials if run.status != "completed"]
     return Study(directory, prefix, tuple(runs), tuple(trials), tuple(evaluations), summaries, tuple(absent))
 
 
-def _runs(directory: Path, prefix: str, skip: str | None = None) -> list[Run]:
+def _runs(directory: Path, prefix: str, skip: str | None = None, trial: bool = False) -> list[Run]:
+    """The study's runs in a folder, in their order; not those with another study's name, or their own."""
     if not directory.is_dir():
         return []
     runs = []
     for folder in sorted(directory.iterdir()):
         if folder.is_dir() and folder.name.startswith(f"{prefix}-") and folder.name != skip:
-            run = load_run(folder, prefix)
-            if run is not None and folder.name.startswith(f"{prefix}-{run.condition}-"):
+            run = load_run(folder, trial)
+            if run is not None and _belongs(run, prefix, trial):
                 runs.append(run)
-    return sorted(runs, key=lambda run: (setting_key(run.setting), run.learning_rate() or 0, run.seed or 0))
+    return sorted(runs, key=lambda run: (run.setting.order, run.learning_rate() or 0, run.seed or 0))
 
 
-def load_run(folder: Path, prefix: str) -> Run | None:
+def _belongs(run: Run, prefix: str, trial: bool) -> bool:
+    config = run.manifest.get("config") or {}
+    given = config.get("name")  # None: the name is the plain one
+    if given is not None and given != run_name(prefix, run.setting, None if trial else run.seed):
+        return False
+    return config.get("prefix", prefix) == prefix and run.run_id.startswith(f"{prefix}-{run.condition}-")
+
+
+def load_run(folder: Path, trial: bool = False) -> Run | None:
     """One run's files; None where the folder holds no training run."""
     manifest, summary, failure = (
         read(folder) if (folder / name).is_file() else {}
@@ -204,20 +218,24 @@ def load_run(folder: Path, prefix: str) -> Run | None:
         )
     )
     metrics = tuple(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else ()
-    sources: list[Record] = [
-        summary,
-        failure,
-        *metrics[:1],
-        manifest,
-        (manifest.get("config") or {}).get("lora") or {},
-    ]
-    condition = next((source["condition"] for source in sources if source.get("condition")), None)
+    config = manifest.get("config") or {}
+    records: list[Record] = [summary, failure, *metrics[:1], manifest, config]
+    condition = next((found for record in records if (found := record.get("condition"))), None)
+    condition = condition or _placement(config)
     if condition is None:
         return None  # not a training run: an evaluation of the base, or a folder of something else
-    sources.append(manifest.get("config") or {})
-    seed = next((source["seed"] for source in sources if source.get("seed") is not None), None)
-    setting = setting_of(folder.name, prefix)
-    return Run(folder.name, folder, condition, seed, manifest, metrics, summary, failure, setting)
+    seed = next((found for record in records if (found := record.get("seed")) is not None), None)
+    setting = setting_of(config, condition, trial)
+    return Run(folder.name, folder, setting, seed, manifest, metrics, summary, failure)
+
+
+def _placement(config: Record) -> str | None:
+    """What a configuration trains, by the name that records and run ids have for it."""
+    if (config.get("train") or {}).get("what") == "full":
+        return "full"
+    lora = config.get("lora") or {}
+    named = lora.get("targets") or lora.get("condition")  # `condition` in earlier versions
+    return named and named.replace(",", "+")
 
 
 def _reason(run: Run) -> str:
@@ -225,16 +243,21 @@ def _reason(run: Run) -> str:
     return f" ({reason})" if reason else ""
 
 
-def _evaluation(
-    folder: Path, run_id: str, condition: str | None, seed: int | None, setting: str | None
+def load_evaluation(
+    folder: Path, run_id: str, setting: Setting | None, seed: int | None
 ) -> tuple[Evaluation, Record] | None:
-    """A finished evaluation, scored again from its text; None where it is missing or did not finish."""
+    """A finished evaluation, scored again from its text; None where it is missing or did not finish.
+
+    Raises:
+      UserError: it is of another model, or its scores are not those of its texts.
+    """
     predictions = folder / "predictions.jsonl"
     if not predictions.is_file() or not (folder / "summary.json").is_file():
         return None
     summary = read_summary(folder)
     if summary.get("status") != "completed":
         return None
+    condition = None if setting is None else setting.condition
     if summary.get("condition") != condition or (condition is not None and summary.get("seed") != seed):
         found = f"condition {summary.get('condition')}, seed {summary.get('seed')}"
         raise UserError(
@@ -250,7 +273,13 @@ def _evaluation(
                 f"{predictions}: record {number} is stored as correct={json.dumps(old.get('correct'))} "
                 f"but scores {json.dumps(new['correct'])}; evaluate this run again"
             )
-    return Evaluation(run_id, condition, seed, tuple(records), setting), summary
+    for name, value in aggregate(records).items():
+        if summary.get(name, value) != value:
+            raise UserError(
+                f"{folder / 'summary.json'} records {name} {json.dumps(summary[name])}, but the predictions "
+                f"beside it give {json.dumps(value)}; evaluate this run again"
+            )
+    return Evaluation(run_id, setting, seed, tuple(records)), summary
 
 
 def step_of(checkpoint: Any) -> int | None:

@@ -1,19 +1,21 @@
-"""The stages that compute: gates, baseline, trials, sweep, selection, export, evaluation; and their order.
+"""What each stage of a study looks at and does, from the data gates to the report.
 
-Each pair of functions `_check_...` and `_run_...` is one stage; see `jaxlora.study.pipeline`. The stages that
-only write what is known already are in `jaxlora.study.writing`.
+Each pair of functions `_check_...` and `_run_...` is one stage; see `jaxlora.study.pipeline`. A stage that
+only writes what is known already looks at what it would write now, and is done if that is what is there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jaxlora.checkpoints.export import load_selected, write_adapter
-from jaxlora.checkpoints.peft import WEIGHTS
+from jaxlora.checkpoints.peft import SETTINGS
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import Benchmark, FilePair, check, report_place, require_gates
 from jaxlora.evals.gsm8k import load_problems
@@ -21,16 +23,22 @@ from jaxlora.evals.run import evaluation_inputs, show, why_redo
 from jaxlora.evals.subjects import Target, base_target, evaluate_target, run_target
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import MachineError, UserError
-from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic, write_text_atomic
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Interrupted
-from jaxlora.study import grid, writing
+from jaxlora.study import STAGE_NAMES, grid
+from jaxlora.study.figures import draw_figures, is_current, plan_figures
 from jaxlora.study.pipeline import Session, Stage, Task
-from jaxlora.study.results import load_run, lowest_nll
-from jaxlora.study.state import State, run_state
-from jaxlora.train.group import groups
-from jaxlora.train.job import Job
-from jaxlora.train.loop import Diverged, train_group
+from jaxlora.study.report import (
+    read_derived,
+    render_report,
+    stored_comparison,
+    write_comparison,
+    write_derived,
+)
+from jaxlora.study.results import Run, load_evaluation, load_run, lowest_nll
+from jaxlora.study.state import ADAPTER_FILES, SELECTED, State, run_state, selected_sha256
+from jaxlora.train.loop import Diverged, train
 from jaxlora.train.selection import select_checkpoint, select_learning_rate
 
 _NO_RUN = State("waiting", "a finished run (--stage sweep)")
@@ -74,7 +82,14 @@ def _run_gates(session: Session, tasks: list[Task]) -> None:
 
 
 def _evaluation_task(session: Session, target: Target) -> Task:
-    why = why_redo(target.out, evaluation_inputs(target.config, target.subject, *session.prompts))
+    subject = target.subject
+    why = why_redo(target.out, evaluation_inputs(target.config, subject, *session.prompts))
+    if why is None:
+        try:
+            setting = None if subject.condition is None else grid.Setting(subject.condition)
+            load_evaluation(target.out, subject.run_id, setting, subject.seed)
+        except UserError as error:
+            why = str(error)
     state = State("done") if why is None else State("missing") if why == "missing" else State("redo", why)
     return Task(target.subject.run_id, state, target)
 
@@ -91,7 +106,7 @@ def _check_evaluations(session: Session) -> list[Task]:
 def _evaluate(session: Session, tasks: list[Task]) -> None:
     summaries = []
     for task in tasks:
-        target = replace(task.item, spec=replace(task.item.spec, scan=session.scan))
+        target = replace(task.item, spec=replace(task.item.spec, scan=session.machine.scan))
         summaries.append(evaluate_target(target, overwrite=True, frozen=session.base))
     show(summaries)
 
@@ -99,8 +114,13 @@ def _evaluate(session: Session, tasks: list[Task]) -> None:
 # --- Training -----------------------------------------------------------------------------------------------
 
 
+def _run_tasks(session: Session, runs: Sequence[RunConfig]) -> list[Task]:
+    notes = read_derived(session.folder / "selection.json").get("runs", {})
+    return [Task(run.run_id, run_state(run, session.inputs, notes.get(run.run_id)), run) for run in runs]
+
+
 def _check_trials(session: Session) -> list[Task]:
-    return [Task(run.run_id, run_state(run, session.inputs), run) for run in grid.trials(session.config)]
+    return _run_tasks(session, grid.trials(session.config))
 
 
 def chosen_rates(session: Session) -> dict[str, float]:
@@ -117,7 +137,7 @@ def chosen_rates(session: Session) -> dict[str, float]:
     for condition in config.sweep.conditions:
         own = [task for task in tasks if task.item.lora.condition == condition]
         if all(task.state.final for task in own):
-            runs = {task.item.optim.peak_lr: load_run(task.item.run_dir, config.prefix) for task in own}
+            runs = {task.item.optim.peak_lr: load_run(task.item.run_dir, trial=True) for task in own}
             rates[condition] = select_learning_rate(
                 {r: lowest_nll([run] if run else []) for r, run in runs.items()}
             )
@@ -126,13 +146,12 @@ def chosen_rates(session: Session) -> dict[str, float]:
 
 def _check_sweep(session: Session) -> list[Task]:
     rates = chosen_rates(session)
+    own_rates = bool(session.config.sweep.learning_rates)
     tasks = []
-    for run in grid.members(session.config, rates):
-        if run.lora.condition in rates or session.config.sweep.learning_rates:
-            state = run_state(run, session.inputs)
-        else:
-            state = State("waiting", "its learning rate (--stage learning-rates)")
-        tasks.append(Task(run.run_id, state, run))
+    for task in _run_tasks(session, grid.sweep_runs(session.config, rates)):
+        if not own_rates and task.item.lora.condition not in rates:
+            task = replace(task, state=State("waiting", "its learning rate (--stage learning-rates)"))
+        tasks.append(task)
     return tasks
 
 
@@ -141,46 +160,58 @@ def _finished(session: Session) -> list[RunConfig]:
 
 
 def _train_all(session: Session, tasks: list[Task]) -> None:
-    replaced = ("redo", "foreign")
     # Another host may not see the last trial's files yet; it must train with the same rates all the same.
     rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
-    configs = []
-    for task, rate in zip(tasks, rates, strict=True):
-        optim = replace(task.item.optim, peak_lr=rate)
-        configs.append(replace(task.item, optim=optim, overwrite=task.state.kind in replaced))
-    for group in groups([session.job(config) for config in configs], session.config.sweep.fused):
-        _train_together(session, group)
+    for task, peak in zip(tasks, rates, strict=True):
+        if task.state.kind == "redo":
+            console.print(f"{task.name}: {task.state.why}; going back to its last checkpoint", markup=False)
+            _reopen(task.item.run_dir)
+        optim = replace(task.item.optim, peak_lr=peak)
+        _train_run(session, replace(task.item, optim=optim, overwrite=task.state.kind == "foreign"))
 
 
-def _train_together(session: Session, jobs: Sequence[Job]) -> None:
-    """Train these runs. One that fails leaves its `failure.json`, and the study goes on with the others."""
-    names = [job.config.run_id for job in jobs]
+def _reopen(run_dir: Path) -> None:
+    """Make a finished run unfinished: it goes on from its last checkpoint and ends in the same files."""
+    if hosts.is_main():
+        write_json_atomic(run_dir / "summary.json", {"status": "unfinished"})
+    hosts.barrier("reopened run")
+
+
+def _train_run(session: Session, config: RunConfig) -> None:
+    """Train one run. If it fails it leaves its `failure.json`, and the study goes on with the others."""
+    name = config.run_id
+    session.check_inputs()
     try:
-        results = train_group(jobs, session.base, session.stop)
+        result = train(session.job(config), session.base, session.stop)
+    except Diverged as error:
+        text = f"{name} failed: {error}; the study goes on without it"
+        console.print(text, style="red", markup=False)
     except (UserError, MachineError, Interrupted):
         raise
     except Exception as error:
         if hosts.n_processes() > 1:  # perhaps here alone, and the others wait for this run
             raise
-        session.accidents += names
-        text = f"{', '.join(names)} failed: {type(error).__name__}: {error}; the next start tries again"
+        session.accidents.append(name)
+        text = f"{name} failed: {type(error).__name__}: {error}; the next start tries again"
         console.print(text, style="red", markup=False)
-        return
-    for name, result in zip(names, results, strict=True):
-        if isinstance(result, Diverged):
-            text = f"{name} failed: {result}; the study goes on without it"
-            console.print(text, style="red", markup=False)
-        else:
-            text = f"{name}: step {result.step} is selected, validation mean NLL {result.mean_nll:.5f}"
-            console.print(text, markup=False)
+    else:
+        text = f"{name}: step {result.step} is selected, validation mean NLL {result.mean_nll:.5f}"
+        console.print(text, markup=False)
+    session.check_inputs()  # else its manifest might name files that came after its rows were read
 
 
 # --- Selection and export -----------------------------------------------------------------------------------
 
 
 def selection(session: Session) -> dict[str, Any]:
-    """What the two rules chose, and from which numbers: the content of `selection.json`."""
-    study = session.results()
+    """What the two rules chose, and from which numbers and files: the content of `selection.json`.
+
+    Raises:
+      UserError: a run's summary contradicts its metrics, or two runs were trained on different rows.
+    """
+    study = session.results(with_evaluations=False)
+    _check_same_rows(study.runs)
+    _check_same_rows(study.trials)
     checkpoints = {}
     for run in (run for run in study.runs if run.status == "completed"):
         nll = run.validation_nll()
@@ -194,59 +225,151 @@ def selection(session: Session) -> dict[str, Any]:
             "selected_step": step,
             "learning_rate": run.learning_rate(),
             "validation_nll": {str(at): value for at, value in nll.items()},
+            "selected_sha256": selected_sha256(run.directory),
         }
     trials = {
-        setting: {grid.rate(value): lowest_nll(runs) for value, runs in by_rate.items()}
+        str(setting): {grid.rate(value): lowest_nll(runs) for value, runs in by_rate.items()}
         for setting, by_rate in study.by_rate().items()
     }
     return {"lowest_validation_nll_by_rate": trials, "runs": checkpoints}
 
 
+def _check_same_rows(runs: Sequence[Run]) -> None:
+    """Refuse runs whose manifests name the same study but not the same rows, or not the same tokens."""
+    first: dict[tuple[str, str], tuple[str, Any]] = {}
+    for run in runs:
+        for split in ("train", "validation"):
+            data = (run.manifest.get("dataset") or {}).get(split) or {}
+            for name in ("sha256", "tokens_sha256"):
+                if (found := data.get(name)) is None:
+                    continue
+                other, expected = first.setdefault((split, name), (run.run_id, found))
+                if found != expected:
+                    raise UserError(
+                        f"{run.directory}: was not trained on the data of {other} (dataset.{split}.{name}"
+                        " differs in their manifests); delete the wrong one to train it again"
+                    )
+
+
 def _check_selection(session: Session) -> list[Task]:
-    file, content = session.folder / "selection.json", selection(session)
+    file = session.folder / "selection.json"
+    for task in (*_check_trials(session), *_check_sweep(session)):
+        if task.state.kind in ("damaged", "redo"):
+            return [Task(file.name, State("waiting", f"sound files of {task.name}: {task.state.why}"))]
+    content = selection(session)
     if not content["runs"]:
         return [Task(file.name, _NO_RUN)]
     if not file.is_file():
         return [Task(file.name, State("missing"), content)]
-    return [Task(file.name, State("done" if read_json(file) == content else "redo", ""), content)]
+    return [Task(file.name, State("done" if read_derived(file) == content else "redo"), content)]
 
 
 def _run_selection(session: Session, tasks: list[Task]) -> None:
-    write_json_atomic(session.folder / "selection.json", tasks[0].item)
+    write_derived(session.folder / "selection.json", tasks[0].item)
 
 
 def _check_export(session: Session) -> list[Task]:
     tasks = []
     for run in _finished(session):
-        own = run.run_dir / "selected" / WEIGHTS
         out = session.folder / "adapters" / run.run_id
-        if not (out / WEIGHTS).is_file():
+        own = run.run_dir / SELECTED
+        if not out.is_dir():
             state = State("missing")
-        elif sha256_of(out / WEIGHTS) != sha256_of(own):
-            state = State("redo", "the run's adapter is another")
+        elif different := _unlike(own, out):
+            state = State("redo", f"its {different} is not the run's")
         else:
             state = State("done")
         tasks.append(Task(run.run_id, state, (run, out)))
     return tasks or [Task("adapters", _NO_RUN)]
 
 
+def _unlike(own: Path, out: Path) -> str | None:
+    """The first file of an exported adapter that is not byte for byte that of the run; None: all are."""
+    for name in ADAPTER_FILES:
+        if not (out / name).is_file() or sha256_of(out / name) != sha256_of(own / name):
+            return name
+    return None
+
+
 def _run_export(session: Session, tasks: list[Task]) -> None:
     for task in tasks:
         run, out = task.item
+        if not (out / SETTINGS).is_file():  # the remains of an export, which is not taken for one
+            shutil.rmtree(out, ignore_errors=True)
         write_adapter(load_selected(run.run_dir), out, overwrite=out.exists())
-        if sha256_of(out / WEIGHTS) != sha256_of(run.run_dir / "selected" / WEIGHTS):
-            raise UserError(f"{out}: is not what {run.run_dir / 'selected'} holds; train this run again")
+        if different := _unlike(run.run_dir / SELECTED, out):
+            raise UserError(
+                f"{out / different}: is not what {run.run_dir / SELECTED} holds; train this run again"
+            )
 
 
-STAGES = (
-    Stage("gates", "data gates", _check_gates, _run_gates),
-    Stage("baseline", "untouched baseline", _check_baseline, _evaluate, together=True),
-    Stage("learning-rates", "learning-rate trials", _check_trials, _train_all, together=True),
-    Stage("sweep", "main sweep", _check_sweep, _train_all, together=True),
-    Stage("selection", "selection of checkpoints", _check_selection, _run_selection),
-    Stage("export", "export of the selected adapters", _check_export, _run_export),
-    Stage("evaluation", "evaluation of the selected adapters", _check_evaluations, _evaluate, together=True),
-    Stage("comparison", "comparison", writing.check_comparison, writing.run_comparison),
-    Stage("figures", "figures and tables", writing.check_figures, writing.run_figures),
-    Stage("report", "report", writing.check_report, writing.run_report),
+# --- Comparison, figures, report ----------------------------------------------------------------------------
+
+
+def _check_comparison(session: Session) -> list[Task]:
+    study, file = session.results(), session.folder / "comparison.json"
+    if not study.evaluations:
+        return [Task(file.name, State("waiting", "a finished evaluation (--stage baseline, evaluation)"))]
+    if stored_comparison(study, session.folder) is not None:
+        return [Task(file.name, State("done"))]
+    return [Task(file.name, State("redo", "of other evaluations") if file.is_file() else State("missing"))]
+
+
+def _run_comparison(session: Session, _: list[Task]) -> None:
+    write_comparison(session.results(), session.folder)
+
+
+def _check_figures(session: Session) -> list[Task]:
+    study = session.results()
+    comparison, folder = stored_comparison(study, session.folder), session.folder / "figures"
+    if study.evaluations and comparison is None:
+        return [Task("figures", State("waiting", "the comparison (--stage comparison)"))]
+    figures, _ = plan_figures(study, comparison)
+    tasks = []
+    for table, draw in figures:
+        if is_current(table, folder, study.directory):
+            state = State("done")
+        else:
+            state = State("redo" if (folder / f"{table.name}.png").is_file() else "missing")
+        tasks.append(Task(table.name, state, (table, draw)))
+    return tasks or [Task("figures", State("waiting", "a run or an evaluation (--stage sweep)"))]
+
+
+def _run_figures(session: Session, tasks: list[Task]) -> None:
+    draw_figures([task.item for task in tasks], session.folder / "figures", session.results_dir)
+
+
+def _check_report(session: Session) -> list[Task]:
+    if any(task.state.kind != "done" for task in _check_figures(session)):
+        return [Task("report.html", State("waiting", "the figures (--stage figures)"))]
+    study = session.results()
+    tasks = []
+    for name, text in render_report(study, stored_comparison(study, session.folder), session.folder).items():
+        file = session.folder / name
+        same = file.is_file() and file.read_bytes() == text.encode("utf-8")
+        state = State("done") if same else State("redo" if file.is_file() else "missing")
+        tasks.append(Task(name, state, text))
+    return tasks
+
+
+def _run_report(session: Session, tasks: list[Task]) -> None:
+    for task in tasks:
+        write_text_atomic(session.folder / task.name, task.item)
+
+
+_WORK = {
+    "gates": (_check_gates, _run_gates),
+    "baseline": (_check_baseline, _evaluate),
+    "learning-rates": (_check_trials, _train_all),
+    "sweep": (_check_sweep, _train_all),
+    "selection": (_check_selection, _run_selection),
+    "export": (_check_export, _run_export),
+    "evaluation": (_check_evaluations, _evaluate),
+    "comparison": (_check_comparison, _run_comparison),
+    "figures": (_check_figures, _run_figures),
+    "report": (_check_report, _run_report),
+}
+STAGES = tuple(
+    Stage(name, about, *_WORK[name], on_every_host=_WORK[name][1] in (_train_all, _evaluate))
+    for name, about in STAGE_NAMES.items()
 )

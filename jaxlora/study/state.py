@@ -3,27 +3,36 @@
     run_state(config, inputs)       # State("unfinished", "at step 1,204 of 6,338")
 
 A run counts only if its own manifest says that it is the run asked for: the same configuration where that
-changes a result, the same bytes of data, the same base. That a folder exists means nothing.
+changes a result, the same bytes of data, the same base. A finished one counts only while its files are those
+that it finished with. That a folder exists means nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
-from jaxlora.checkpoints.base import fingerprint
-from jaxlora.checkpoints.peft import WEIGHTS
+from jaxlora.checkpoints.base import find_base
+from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS
 from jaxlora.config import RunConfig, to_dict
+from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.data.sources import locate
 from jaxlora.models.families import count_parameters
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import read_json, read_jsonl, sha256_of
-from jaxlora.train.job import locate_model
+from jaxlora.runtime.files import Record, read_json, read_jsonl, sha256_of
+from jaxlora.runtime.records import read_metrics, read_summary
+from jaxlora.runtime.remote import resolve
 from jaxlora.train.manifest import differences, identity
 from jaxlora.train.run_directory import is_finished
 
-Kind = Literal["done", "missing", "unfinished", "failed", "redo", "foreign", "waiting"]
+Kind = Literal["done", "missing", "unfinished", "failed", "redo", "damaged", "foreign", "waiting"]
 DIVERGED = "Diverged"  # the error of a loss that is not finite: every repetition would end in it
+ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
+SELECTED = "selected"  # the folder of a run's selected adapter; a checkpoint can make it again
+RUN_FILES = ("metrics.jsonl", *(f"{SELECTED}/{name}" for name in ADAPTER_FILES))  # read after a run has ended
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,9 @@ class State:
     """How far a piece of work is, and why, in a few words.
 
     done: there and valid. missing: not begun. unfinished: goes on from where it stopped. failed: ended in an
-    error. redo: there, but what it follows from has changed since. foreign: of another configuration, and
-    never overwritten unless asked. waiting: what comes before it is not done.
+    error. redo: there, but what it follows from has changed since, or it can be made again from what is
+    sound. damaged: changed since it was written, and only training again would make it anew. foreign: of
+    another configuration, and never overwritten unless asked. waiting: what comes before it is not done.
     """
 
     kind: Kind
@@ -44,6 +54,9 @@ class State:
         return self.kind == "done" or (self.kind == "failed" and self.why.startswith(DIVERGED))
 
 
+# --- What all runs read -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What all runs of a study share, known by its bytes."""
@@ -52,28 +65,68 @@ class Inputs:
     validation_sha256: str
     base: str  # fingerprint
     parameters: int
+    tokenizer_sha256: str | None  # None: not in a local folder
 
 
 def read_inputs(config: RunConfig) -> Inputs:
-    """Hash the data and the base of a configuration.
+    """Hash the data, the base and the tokenizer of a configuration.
 
     Raises:
       UserError: one of them is not there, or the base is drawn at random, anew for every seed.
     """
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
-    folder, model = locate_model(config)
-    assert folder is not None
+    base = find_base(config.model)
+    assert base.folder is not None
     return Inputs(
         sha256_of(locate(config.data.train_path)),
         sha256_of(locate(config.data.validation_path)),
-        fingerprint(folder),
-        count_parameters(model),
+        base.fingerprint(),
+        count_parameters(base.config),
+        _tokenizer_sha256(resolve(config.model.tokenizer) if config.model.tokenizer else base.folder),
     )
 
 
-def run_state(config: RunConfig, inputs: Inputs) -> State:
-    """How far the training run of this configuration is."""
+def _tokenizer_sha256(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in TOKENIZER_SUFFIXES and file.is_file():
+            digest.update(f"{file.name}\0{sha256_of(file)}\0".encode())
+    return digest.hexdigest()
+
+
+def check_unchanged(then: Inputs, config: RunConfig) -> None:
+    """Refuse to go on where a file that runs have read is another one now.
+
+    Raises:
+      UserError: names the field of the configuration whose file has changed.
+    """
+    now = read_inputs(config)
+    places = {
+        "train_sha256": f"config.data.train_path: {config.data.train_path}",
+        "validation_sha256": f"config.data.validation_path: {config.data.validation_path}",
+        "tokenizer_sha256": f"config.model.tokenizer: {config.model.tokenizer or config.model.path}",
+    }
+    for field in fields(Inputs):
+        if getattr(then, field.name) != getattr(now, field.name):
+            place = places.get(field.name, f"config.model.path: {config.model.path}")
+            raise UserError(
+                f"{place} changed while the study was running. Put back what it was and give the same"
+                " command; a study of the new files needs another --config.prefix"
+            )
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------
+
+
+def run_state(config: RunConfig, inputs: Inputs, note: Record | None = None) -> State:
+    """How far the training run of this configuration is.
+
+    Args:
+      note: what `selection.json` says of it; it stands in where the run itself recorded no hashes.
+    """
     folder = config.run_dir
     if not (folder / "manifest.json").is_file():
         return State("missing")
@@ -81,15 +134,62 @@ def run_state(config: RunConfig, inputs: Inputs) -> State:
     if different := _differences(manifest, config, inputs):
         return State("foreign", "; ".join(different))
     if is_finished(folder):
-        if not (folder / "selected" / WEIGHTS).is_file():
-            return State("redo", f"finished, but selected/{WEIGHTS} is gone")
-        return State("done")
+        return _finished_state(folder, note or {})
     if (folder / "failure.json").is_file():
         error = " ".join(str(read_json(folder / "failure.json").get("error", "no reason recorded")).split())
         return State("failed", error)
     file = folder / "metrics.jsonl"
     step = max((row["step"] or 0 for row in read_jsonl(file)), default=0) if file.is_file() else 0
     return State("unfinished", f"at step {step:,} of {manifest['schedule']['total_steps']:,}")
+
+
+def selected_sha256(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a run's selected adapter, as RUN_FILES names them."""
+    return {name: sha for name, sha in _hashes(folder).items() if name.startswith(SELECTED)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in RUN_FILES if (folder / name).is_file()}
+
+
+def _finished_state(folder: Path, note: Record) -> State:
+    """Whether a finished run is still what it finished as."""
+    summary, now = read_summary(folder), _hashes(folder)
+    rows = read_metrics(folder) if "metrics.jsonl" in now else []
+    expected = summary.get("sha256")
+    if (
+        expected is None
+    ):  # written by an earlier version; a note about a run with other losses is not of this one
+        nll = {str(row["step"]): row.get("loss") for row in rows if row["split"] == "validation"}
+        expected = note.get("selected_sha256", {}) if note.get("validation_nll") == nll else {}
+    wrong = {}
+    for name in RUN_FILES:
+        if name not in now:
+            wrong[name] = f"{name} is gone"
+        elif expected.get(name, now[name]) != now[name]:
+            wrong[name] = f"{name} is not what was written (its SHA-256 differs)"
+    if "metrics.jsonl" not in wrong and (text := _contradiction(summary, rows)):
+        wrong["metrics.jsonl"] = f"metrics.jsonl and summary.json contradict each other ({text})"
+    if "metrics.jsonl" in wrong:
+        return State("damaged", "; ".join(wrong.values()))
+    if wrong:
+        return State("redo", f"finished, but {'; '.join(wrong.values())}")
+    return State("done")
+
+
+def _contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
+    """Where a run's metrics say something else than its summary, in words."""
+    said = {entry["step"]: entry["mean_nll"] for entry in summary.get("validations") or ()}
+    found = {row["step"]: row.get("loss") for row in rows if row["split"] == "validation"}
+    if said and said != found:
+        step = min(step for step in {*said, *found} if said.get(step) != found.get(step))
+        return f"validation of step {step}: {found.get(step)} and {said.get(step)}"
+    for split in ("train", "validation"):
+        total = summary.get(f"{split}_token_count")
+        counted = sum(row.get("token_count") or 0 for row in rows if row["split"] == split)
+        if total is not None and total != counted:
+            return f"{split} tokens: {counted:,} and {total:,}"
+    return None
 
 
 def _differences(manifest: dict[str, Any], config: RunConfig, inputs: Inputs) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.runtime.files import Record
+from jaxlora.study.grid import Setting
 from jaxlora.study.grid import rate as rate
 from jaxlora.study.results import Study
 
@@ -95,6 +96,11 @@ def yes(value: bool) -> str:
     return "yes" if value else ""
 
 
+def _settings(study: Study) -> dict[str, Setting]:
+    """The settings that were evaluated, by the labels that a comparison has for them."""
+    return {str(run.setting): run.setting for run in study.evaluations if run.setting is not None}
+
+
 # --- GSM8K --------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +168,8 @@ def accuracy(study: Study, comparison: dict[str, Any]) -> Table:
         Column("generated_tokens", "Generated tokens", whole),
     )
     baseline = [comparison["baseline"]] if comparison["baseline"] else []
-    rows = tuple(baseline + comparison["runs"])
+    settings = _settings(study)
+    rows = tuple(baseline + [run | {"condition": settings[run["condition"]]} for run in comparison["runs"]])
     note = "Every evaluated model. Differences to the baseline are counts of problems."
     title = f"Accuracy on {study.benchmark()}, every seed"
     return Table("gsm8k_accuracy", title, note, columns, rows, tuple(study.evaluation_files()))
@@ -183,8 +190,9 @@ def disagreement(study: Study, comparison: dict[str, Any]) -> Table | str:
         Column("mcnemar_p", "McNemar p", p_value),
         Column("interval", "95 % interval", interval),
     )
+    settings = _settings(study)
     rows = tuple(
-        {"score": score, "first": pair["first"], "second": pair["second"]} | row
+        {"score": score, "first": settings[pair["first"]], "second": settings[pair["second"]]} | row
         for pair in comparison["pairs"]
         for score in ("strict", "numeric")
         for row in pair[score]["by_seed"]

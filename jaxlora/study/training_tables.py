@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from jaxlora.runtime.files import Record
+from jaxlora.study.grid import Setting
 from jaxlora.study.results import Run, Study, lowest_nll
 from jaxlora.study.tables import ABSENT, Column, Table, nll, percent, rate, whole, yes
 from jaxlora.train.selection import select_learning_rate
@@ -160,7 +161,7 @@ def rate_minimum(study: Study) -> Table | str:
     return Table("learning_rate_minimum", title, note, columns, tuple(rows), inputs)
 
 
-def _compared(by_setting: dict[str, dict[float, list[Run]]]) -> list[Run]:
+def _compared(by_setting: dict[Setting, dict[float, list[Run]]]) -> list[Run]:
     return [run for by_rate in by_setting.values() for runs in by_rate.values() for run in runs]
 
 

@@ -18,6 +18,7 @@ from jaxlora.runtime.files import (
 )
 from jaxlora.study import figures
 from jaxlora.study.comparison import Evaluation
+from jaxlora.study.grid import Setting
 from jaxlora.study.report import render_report, write_comparison
 from jaxlora.study.results import load_study
 
@@ -45,7 +46,8 @@ def prediction(index: int, kind: str) -> dict:
 def evaluation(condition: str | None, seed: int | None, kinds: list[str], prefix: str = "test") -> Evaluation:
     """The evaluation of one model whose answers are of the given kinds, problem by problem."""
     run_id = f"{prefix}-base" if condition is None else f"{prefix}-{condition}-seed-{seed}"
-    return Evaluation(run_id, condition, seed, tuple(prediction(i, kind) for i, kind in enumerate(kinds)))
+    setting = None if condition is None else Setting(condition)
+    return Evaluation(run_id, setting, seed, tuple(prediction(i, kind) for i, kind in enumerate(kinds)))
 
 
 # --- A study directory --------------------------------------------------------------------------------------
@@ -109,7 +111,12 @@ def _write_run(folder: Path, condition: str, seed: int, shift: float, rate: floa
         "code": {"git_sha": "0123abcd", "dirty": False},
         "packages": {"jax": "0.10.2", "flax": "0.12.8"},
         "device": {"platform": "cpu", "kind": "cpu", "count": 1},
-        "config": {"model": {"path": "Qwen/Qwen3-8B"}, "lora": {"condition": condition}, "seed": seed},
+        "config": {
+            "model": {"path": "Qwen/Qwen3-8B"},
+            "lora": {"condition": condition},
+            "optim": {"peak_lr": rate},
+            "seed": seed,
+        },
         "dataset": {"train": {"path": "train.jsonl", "sha256": "ab" * 32, "row_ids": ["a", "b", "c"]}},
     }
     write_json_atomic(folder / "manifest.json", manifest)

@@ -12,7 +12,8 @@ import pytest
 from helpers.study_fixtures import FORMAT, NO_BOX, RIGHT, TRUNCATED, WRONG, evaluation
 
 from jaxlora.runtime.errors import UserError
-from jaxlora.study.comparison import bootstrap_interval, compare, mcnemar_p, verdict
+from jaxlora.study.comparison import bootstrap_interval, compare_evaluations, mcnemar_p, verdict
+from jaxlora.study.grid import Setting
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def study(reference):
             failures = reference[condition][seed]["extraction_failures"]
             kinds[-failures:] = [NO_BOX] * failures
             evaluations.append(evaluation(condition, int(seed), kinds))
-    return compare(evaluations, resamples=999)
+    return compare_evaluations(evaluations, resamples=999)
 
 
 # --- The study's tables -------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_the_pooled_interval_draws_problems_with_all_their_seeds():
     kinds = [RIGHT] * 30 + [WRONG] * 70
     other = [WRONG] * 20 + [RIGHT] * 10 + [WRONG] * 70
     one, three = (
-        compare(
+        compare_evaluations(
             [
                 evaluation(name, seed, answers)
                 for seed in range(n)
@@ -139,7 +140,7 @@ def test_a_gain_that_is_only_format_vanishes_in_the_numeric_score():
     base = evaluation(None, None, [RIGHT] * 50 + [FORMAT] * 40 + [WRONG] * 10)
     format_only = evaluation("attention_only", 0, [RIGHT] * 90 + [WRONG] * 10)
     half = evaluation("all_layer", 0, [RIGHT] * 55 + [FORMAT] * 35 + [RIGHT] * 5 + [WRONG] * 5)
-    result = compare([base, format_only, half], resamples=99)
+    result = compare_evaluations([base, format_only, half], resamples=99)
     first, second = result["conditions"]
     assert first["strict"]["delta_to_baseline"] == pytest.approx(0.4)
     assert first["numeric"]["delta_to_baseline"] == 0
@@ -153,10 +154,12 @@ def test_a_gain_that_is_only_format_vanishes_in_the_numeric_score():
 def test_no_gain_has_no_format_share():
     base = evaluation(None, None, [RIGHT] * 5)
     assert (
-        compare([base, evaluation("a", 0, [RIGHT] * 4 + [WRONG])])["conditions"][0]["format_share_of_gain"]
+        compare_evaluations([base, evaluation("a", 0, [RIGHT] * 4 + [WRONG])])["conditions"][0][
+            "format_share_of_gain"
+        ]
         is None
     )
-    assert compare([evaluation("a", 0, [RIGHT])])["conditions"][0]["format_share_of_gain"] is None
+    assert compare_evaluations([evaluation("a", 0, [RIGHT])])["conditions"][0]["format_share_of_gain"] is None
 
 
 def test_no_box_and_truncation_rates_are_over_all_seeds():
@@ -164,7 +167,7 @@ def test_no_box_and_truncation_rates_are_over_all_seeds():
         evaluation("a", 0, [RIGHT, NO_BOX, TRUNCATED, WRONG]),
         evaluation("a", 1, [RIGHT, RIGHT, RIGHT, NO_BOX]),
     ]
-    row = compare(runs, resamples=99)["conditions"][0]
+    row = compare_evaluations(runs, resamples=99)["conditions"][0]
     assert row["extraction_failure_rate"] == 3 / 8
     assert row["truncation_rate"] == 1 / 8
 
@@ -173,7 +176,7 @@ def test_no_box_and_truncation_rates_are_over_all_seeds():
 
 
 def test_without_a_baseline_deltas_are_null():
-    result = compare([evaluation("a", 0, [RIGHT]), evaluation("b", 0, [WRONG])], resamples=99)
+    result = compare_evaluations([evaluation("a", 0, [RIGHT]), evaluation("b", 0, [WRONG])], resamples=99)
     assert result["baseline"] is None
     assert result["runs"][0]["delta_correct_strict"] is None
     assert result["conditions"][0]["strict"]["delta_to_baseline"] is None
@@ -181,16 +184,16 @@ def test_without_a_baseline_deltas_are_null():
 
 def test_unpaired_seeds_are_named_and_left_out_of_the_paired_tables():
     runs = [evaluation("a", 0, [RIGHT]), evaluation("a", 1, [RIGHT]), evaluation("b", 1, [WRONG])]
-    (pair,) = compare(runs, resamples=99)["pairs"]
+    (pair,) = compare_evaluations(runs, resamples=99)["pairs"]
     assert (pair["seeds"], pair["unpaired_seeds"]) == ([1], [0])
     assert [row["seed"] for row in pair["strict"]["by_seed"]] == [1]
-    (pair,) = compare([runs[0], runs[2]], resamples=99)["pairs"]
+    (pair,) = compare_evaluations([runs[0], runs[2]], resamples=99)["pairs"]
     assert pair["strict"]["pooled"] is None
 
 
 def test_three_conditions_make_three_pairs_in_the_studys_order():
     runs = [evaluation(name, 0, [RIGHT]) for name in ("all_layer", "other", "mlp_only", "attention_only")]
-    pairs = [(pair["first"], pair["second"]) for pair in compare(runs, resamples=99)["pairs"]]
+    pairs = [(pair["first"], pair["second"]) for pair in compare_evaluations(runs, resamples=99)["pairs"]]
     assert pairs[:3] == [
         ("attention_only", "mlp_only"),
         ("attention_only", "all_layer"),
@@ -202,11 +205,11 @@ def test_three_conditions_make_three_pairs_in_the_studys_order():
 def test_different_problems_or_the_same_run_twice_are_refused():
     first = evaluation("a", 0, [RIGHT, RIGHT])
     with pytest.raises(UserError, match="not evaluated on the same problems"):
-        compare([first, evaluation("b", 0, [RIGHT])])
+        compare_evaluations([first, evaluation("b", 0, [RIGHT])])
     with pytest.raises(UserError, match="have the same condition and seed"):
-        compare([first, evaluation("a", 0, [WRONG, RIGHT])])
+        compare_evaluations([first, evaluation("a", 0, [WRONG, RIGHT])])
     with pytest.raises(UserError, match="nothing to compare"):
-        compare([])
+        compare_evaluations([])
 
 
 def test_the_comparison_is_plain_json(study):
@@ -216,13 +219,14 @@ def test_the_comparison_is_plain_json(study):
 def test_in_a_grid_two_conditions_are_paired_where_all_else_is_equal():
     runs = [
         replace(
-            evaluation(condition, seed, [RIGHT] * n + [WRONG] * (9 - n)), setting=f"{condition}-rank-{rank}"
+            evaluation(condition, seed, [RIGHT] * n + [WRONG] * (9 - n)),
+            setting=Setting(condition, rank=rank),
         )
         for condition, n in (("attention_only", 5), ("all_layer", 6))
         for rank in (16, 4)
         for seed in (0, 1)
     ]
-    comparison = compare(runs, resamples=0)
+    comparison = compare_evaluations(runs, resamples=0)
     groups = [f"{condition}-rank-{rank}" for condition in ("attention_only", "all_layer") for rank in (4, 16)]
     assert [row["condition"] for row in comparison["conditions"]] == groups
     assert [(pair["first"], pair["second"]) for pair in comparison["pairs"]] == [

@@ -15,8 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from jaxlora.study import drawings, tables, training_tables
-from jaxlora.study.comparison import compare
+from jaxlora.study.comparison import compare_evaluations
 from jaxlora.study.figures import draw_figures, is_current, plan_figures, to_csv, write_figure
+from jaxlora.study.grid import Setting
 from jaxlora.study.results import load_study
 
 NAMES = {
@@ -38,7 +39,7 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comparison(study):
-    return compare(study.evaluations, resamples=99)
+    return compare_evaluations(study.evaluations, resamples=99)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_study_without_evaluations_still_draws_its_training(study, tmp_path, m
 
 
 def test_conditions_differ_in_lightness_marker_and_line():
-    looks = drawings.looks(["attention_only", "mlp_only", "all_layer"])
+    looks = drawings.looks(map(Setting, ["attention_only", "mlp_only", "all_layer"]))
     grey = [
         sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(look["color"]), strict=True))
         for look in looks.values()
@@ -109,21 +110,23 @@ def test_conditions_differ_in_lightness_marker_and_line():
     assert min(abs(a - b) for i, a in enumerate(grey) for b in grey[:i]) > 0.1
     for part in ("marker", "linestyle", "color"):
         assert len({look[part] for look in looks.values()}) == 3
-    assert drawings.looks(["all_layer"])["all_layer"] == looks["all_layer"]  # the same in every figure
-    others = drawings.looks(["one", "two", "three"])
+    all_layer = Setting("all_layer")
+    assert drawings.looks([all_layer])[all_layer] == looks[all_layer]  # the same in every figure
+    others = drawings.looks(map(Setting, ["one", "two", "three"]))
     assert len({look["color"] for look in others.values()}) == 3
 
 
 def test_settings_of_one_condition_keep_its_hue_and_differ_in_lightness_and_marker():
-    names = [f"{c}-rank-{r}" for c in ("attention_only", "all_layer") for r in (1, 4, 16)]
-    looks = drawings.looks(names)
-    assert list(looks) == names  # by number, not by letter
+    settings = [Setting(c, rank=r) for c in ("attention_only", "all_layer") for r in (1, 4, 16)]
+    looks = drawings.looks(reversed(settings))
+    assert list(looks) == settings  # by number, not by letter
+    all_layer = Setting("all_layer")
     assert (
-        looks["all_layer-rank-1"]["color"].lower()
-        == drawings.looks(["all_layer"])["all_layer"]["color"].lower()
+        looks[Setting("all_layer", rank=1)]["color"].lower()
+        == drawings.looks([all_layer])[all_layer]["color"].lower()
     )
     for condition in ("attention_only", "all_layer"):
-        own = [look for name, look in looks.items() if name.startswith(condition)]
+        own = [look for setting, look in looks.items() if setting.condition == condition]
         sums = [sum(to_rgb(look["color"])) for look in own]
         assert sums == sorted(sums)
         assert len({look["marker"] for look in own}) == 3
@@ -133,7 +136,7 @@ def test_a_figure_is_current_until_its_data_its_files_or_its_inputs_change(
     folder, study, comparison, tmp_path
 ):
     table = training_tables.validation(study)
-    write_figure(table, drawings.draw_validation, tmp_path, study.directory)
+    write_figure(table, drawings.draw_validation_nll, tmp_path, study.directory)
     assert is_current(table, tmp_path, study.directory)
     changed = dataclasses.replace(table, rows=table.rows[:-1])
     assert not is_current(changed, tmp_path, study.directory)
@@ -145,7 +148,7 @@ def test_a_figure_is_current_until_its_data_its_files_or_its_inputs_change(
 def test_an_axis_that_does_not_begin_at_zero_says_so_and_bars_begin_there(study, comparison):
     for table, draw, axis in (
         (tables.accuracy(study, comparison), lambda t: drawings.draw_accuracy(t, 0.01), "x"),
-        (training_tables.validation(study), drawings.draw_validation, "y"),
+        (training_tables.validation(study), drawings.draw_validation_nll, "y"),
         (training_tables.learning_rates(study), drawings.draw_learning_rates, "y"),
         (training_tables.rate_minimum(study), drawings.draw_rate_minimum, "y"),
         (training_tables.throughput(study), drawings.draw_throughput, "x"),

@@ -17,7 +17,7 @@ from helpers.study_fixtures import FORMAT, HOSTILE, NO_BOX, RIGHT, WRONG, build_
 
 from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic
 from jaxlora.study import findings
-from jaxlora.study.comparison import compare
+from jaxlora.study.comparison import compare_evaluations
 from jaxlora.study.report import escape_markdown, script_json
 
 
@@ -84,7 +84,7 @@ def test_the_studys_figures_give_the_studys_verdict(shared):
         for seed in "012":
             right = reference[condition][seed]["correct"]
             runs.append(evaluation(condition, int(seed), [RIGHT] * right + [WRONG] * (1319 - right)))
-    comparison = compare(runs, resamples=99)
+    comparison = compare_evaluations(runs, resamples=99)
     assert findings.headline(comparison) == "Inconclusive: no condition is called better."
     text = findings.verdicts(comparison)[0]
     assert "attention_only solves 90.55 % (mean of seeds 0, 1, 2) and all_layer solves 90.09 %" in text
@@ -94,7 +94,7 @@ def test_the_studys_figures_give_the_studys_verdict(shared):
 def test_a_winner_is_named_and_scores_that_disagree_are_pointed_out():
     first = evaluation("attention_only", 0, [RIGHT] * 60 + [WRONG] * 40)
     second = evaluation("all_layer", 0, [RIGHT] * 50 + [FORMAT] * 10 + [WRONG] * 40)
-    comparison = compare([first, second], resamples=99)
+    comparison = compare_evaluations([first, second], resamples=99)
     assert findings.headline(comparison) == "attention_only scores higher."
     pair, *gains = findings.verdicts(comparison)
     assert "reaches the study's threshold" in pair
@@ -112,7 +112,7 @@ def test_a_winner_is_named_and_scores_that_disagree_are_pointed_out():
 )
 def test_the_share_of_a_gain_that_is_format_is_said(base, adapter, sentence):
     runs = [evaluation(None, None, base), evaluation("all_layer", 0, adapter)]
-    (text,) = findings.verdicts(compare(runs, resamples=99))
+    (text,) = findings.verdicts(compare_evaluations(runs, resamples=99))
     assert sentence in text
     assert ("format" in text) == ("format" in sentence or "25 %" in sentence)
 

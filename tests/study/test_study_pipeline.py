@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +16,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.hf_models import make_checkpoint
@@ -29,7 +30,9 @@ from jaxlora.cli import load_config
 from jaxlora.config import RunConfig, from_dict, to_dict
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
-from jaxlora.study import grid
+from jaxlora.study import STAGE_NAMES, grid
+from jaxlora.study.command import _work
+from jaxlora.study.grid import Setting
 from jaxlora.study.pipeline import Session, Stage, Task, run_stages
 from jaxlora.study.planning import (
     H100_DECODE,
@@ -40,7 +43,7 @@ from jaxlora.study.planning import (
     plan_table,
     status_tables,
 )
-from jaxlora.study.stages import STAGES, chosen_rates
+from jaxlora.study.stages import STAGES, chosen_rates, selection
 from jaxlora.study.state import State
 from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import prepare
@@ -70,7 +73,7 @@ def test_the_trials_are_those_of_the_study(repository):
 
 def test_a_run_of_the_sweep_is_the_run_that_train_would_make(repository):
     config = load_config(repository / "configs/main.py")
-    runs = grid.members(config, {"attention_only": 3e-4, "all_layer": 1e-4})
+    runs = grid.sweep_runs(config, {"attention_only": 3e-4, "all_layer": 1e-4})
     assert [run.run_id for run in runs] == [
         f"qwen3-8b-{condition}-seed-{seed}" for condition in CONDITIONS for seed in (0, 1, 2)
     ]
@@ -81,24 +84,24 @@ def test_a_run_of_the_sweep_is_the_run_that_train_would_make(repository):
 
 def test_the_ids_of_other_grids_say_what_differs_and_are_read_back(repository):
     config = load_config(repository / "configs/rank_sweep.py")
-    runs = grid.members(config)
+    runs = grid.sweep_runs(config)
     assert len({run.run_id for run in runs}) == len(runs) == 24
     assert runs[0].run_id == "qwen3-8b-ranks-attention_only-rank-1-lr-1e-4-seed-0"
     for run in runs:
-        setting = grid.setting_of(run.run_id, config.prefix)
-        assert f"-rank-{run.lora.rank}-" in setting
-        assert grid.rate_of(setting) == run.optim.peak_lr
-        assert grid.condition_of(setting) == run.lora.condition
-        assert grid.without_rate(setting) == f"{run.lora.condition}-rank-{run.lora.rank}"
+        setting = grid.setting_of(to_dict(run), run.lora.condition)
+        assert f"{config.prefix}-{setting}-seed-{run.seed}" == run.run_id
+        assert (setting.condition, setting.rank) == (run.lora.condition, run.lora.rank)
+        assert (setting.rate, setting.batch_rows) == (run.optim.peak_lr, None)
+        assert str(setting.without_rate()) == f"{run.lora.condition}-rank-{run.lora.rank}"
     assert not grid.trials(config)  # the sweep names its own rates
-    (batches,) = grid.members(replace(config, sweep=replace(config.sweep, conditions=("all_layer",), ranks=(),
-                                      learning_rates=(), batch_rows=(512,))))  # fmt: skip
+    sweep = replace(config.sweep, conditions=("all_layer",), ranks=(), learning_rates=(), batch_rows=(512,))
+    (batches,) = grid.sweep_runs(replace(config, sweep=sweep))
     assert (batches.run_id, batches.train.batch_rows) == ("qwen3-8b-ranks-all_layer-batch-512-seed-0", 512)
 
 
 def test_the_longest_prefix_gives_names_that_are_allowed(repository):
     overrides = {"prefix": "p" * 100, "sweep.batch_rows": "128", "sweep.seeds": "2147483647"}
-    for run in grid.members(load_config(repository / "configs/rank_sweep.py", overrides)):
+    for run in grid.sweep_runs(load_config(repository / "configs/rank_sweep.py", overrides)):
         assert len(run.run_id) > 150
         assert from_dict(to_dict(run)) == run  # as an evaluation reads it from a run's files
     with pytest.raises(UserError, match=r"config\.prefix: 101 characters"):
@@ -106,13 +109,14 @@ def test_the_longest_prefix_gives_names_that_are_allowed(repository):
 
 
 def test_settings_are_ordered_by_number():
-    names = [
-        "all_layer-rank-16",
-        "attention_only-rank-4",
-        "all_layer-rank-4-lr-1e-3",
-        "all_layer-rank-4-lr-3e-4",
+    settings = [
+        Setting("all_layer", rank=16),
+        Setting("attention_only", rank=4),
+        Setting("all_layer", rank=4, rate=1e-3),
+        Setting("all_layer", rank=4, rate=3e-4),
     ]
-    assert sorted(names, key=grid.setting_key) == [names[1], names[3], names[2], names[0]]
+    ordered = sorted(settings, key=lambda setting: setting.order)
+    assert ordered == [settings[1], settings[3], settings[2], settings[0]]
 
 
 def embedded(repository: Path, name: str, results: Path, **fields: object) -> RunConfig:
@@ -214,7 +218,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
 
     shown = Console(width=200, file=io.StringIO())
     monkeypatch.setattr("jaxlora.train.display.console", shown)
-    jobs = [prepare(run, with_weights=False) for run in grid.members(config)[:2]]
+    jobs = [prepare(run, with_weights=False) for run in grid.sweep_runs(config)[:2]]
     with TrainingDisplay(jobs, first_step=1) as display:
         display.show(1, [0.5, 0.25], display.rate(100, 2))
         display.validated(2, {job.config.run_id: {2: 0.5} for job in jobs})
@@ -379,7 +383,13 @@ def test_the_status_of_a_finished_study_is_done_everywhere(session):
 
 
 def test_the_command_offers_the_stages_that_there_are(repository):
-    assert runpy.run_path(str(repository / "launch/study.py"))["STAGE_NAMES"] == tuple(STAGE)
+    assert tuple(STAGE_NAMES) == tuple(STAGE)
+    watched = "import sys; from jaxlora.study.command import main\ntry: main(argv=['--help'])\n"
+    watched += "finally: assert 'jax' not in sys.modules"  # so that help and mistakes answer at once
+    shown = subprocess.run(
+        [sys.executable, "-c", watched], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert f"{{{','.join(STAGE)}}}" in shown.stdout
 
 
 def test_each_stage_runs_alone_and_says_what_it_waits_for(session, tmp_path, monkeypatch):
@@ -397,9 +407,10 @@ def test_each_stage_runs_alone_and_says_what_it_waits_for(session, tmp_path, mon
 def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatch):
     """Process 0 has seen two runs, the first of them finished; this process sees one, and the other later."""
     run = lambda name: Task(name, State("missing"), name)  # noqa: E731
-    views = [[run("a")], [run("a")], [run("a"), run("b")]]
+    ended = [Task(name, State("done")) for name in "ab"]
+    views = [[run("a")], [run("a")], [run("a"), run("b")], ended]  # the last is the look after the work
     done = []
-    stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), together=True)
+    stage = Stage("sweep", "", lambda _: views.pop(0), lambda _, tasks: done.extend(tasks), True)
     monkeypatch.setattr(
         "jaxlora.runtime.hosts.broadcast", lambda _: [["a", "done", ""], ["b", "missing", ""]]
     )
@@ -417,10 +428,7 @@ def test_a_host_that_sees_the_shared_folder_late_looks_again(session, monkeypatc
 def test_all_hosts_train_with_the_rates_that_process_0_has_chosen(session, monkeypatch):
     trained = []
     monkeypatch.setattr("jaxlora.runtime.hosts.broadcast", lambda rates: [2e-3 for _ in rates])
-    monkeypatch.setattr("jaxlora.study.stages.groups", lambda jobs, _: [jobs])
-    monkeypatch.setattr(
-        "jaxlora.study.stages._train_together", lambda _, jobs: trained.extend(job.config for job in jobs)
-    )
+    monkeypatch.setattr("jaxlora.study.stages._train_run", lambda _, config: trained.append(config))
     tasks = STAGE["sweep"].check(session)
     STAGE["sweep"].run(session, tasks)
     assert [config.run_id for config in trained] == [task.name for task in tasks]
@@ -430,17 +438,243 @@ def test_all_hosts_train_with_the_rates_that_process_0_has_chosen(session, monke
 # --- What is not valid is done again, and nothing else ------------------------------------------------------
 
 
-def test_an_adapter_whose_bytes_changed_is_exported_and_evaluated_again(session):
-    run, other = (f"tiny-{condition}-seed-0" for condition in CONDITIONS)
-    weights = Path("results") / run / "selected" / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert states(session, "sweep") == {run: "done", other: "done"}
-    assert states(session, "export") == {run: "redo", other: "done"}
-    assert states(session, "evaluation") == {run: "redo", other: "done"}
-    run_stages(session, [STAGE["export"]])
-    assert states(session, "export") == {run: "done", other: "done"}
+RUN, OTHER = (f"tiny-{condition}-seed-0" for condition in CONDITIONS)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "jaxlora.json")
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def record_hashes(run: Path) -> None:
+    """Let the summary of a run hold the hashes of its other files, as that of every run should."""
+    names = ["metrics.jsonl", *(f"selected/{name}" for name in ADAPTER_FILES)]
+    found = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
+    write_json_atomic(run / "summary.json", read_json(run / "summary.json") | {"sha256": found})
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "noted by the selection"])
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+def test_a_damaged_adapter_is_made_again_from_its_checkpoint(session, name, recorded):
+    run, exported = Path("results") / RUN, session.folder / "adapters" / RUN
+    if recorded:
+        record_hashes(run)
+        (session.folder / "selection.json").unlink()
+    before = {file: (run / "selected" / file).read_bytes() for file in ADAPTER_FILES}
+    checkpoints = {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")}
+    flip(run / "selected" / name)
+    (task, _) = STAGE["sweep"].check(session)
+    assert task.state == State(
+        "redo", f"finished, but selected/{name} is not what was written (its SHA-256 differs)"
+    )
+    assert states(session, "export") == {OTHER: "done"}  # what is damaged is neither exported nor evaluated
+    assert states(session, "evaluation") == {OTHER: "done"}
+    with pytest.raises(
+        UserError, match=f"stage selection: .* waits for sound files of {RUN}: .*selected/{name}"
+    ):
+        run_stages(session, [STAGE["selection"]])
+    assert run_stages(session, [STAGE["sweep"]]) == []
+    assert {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")} == checkpoints
+    for folder in (run / "selected", exported):
+        assert {file: (folder / file).read_bytes() for file in ADAPTER_FILES} == before
+    assert states(session, "export") == states(session, "evaluation") == {RUN: "done", OTHER: "done"}
+
+
+@pytest.mark.parametrize("name", ADAPTER_FILES)
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_damaged_export_is_written_again(session, name, damage):
+    exported, own = session.folder / "adapters" / RUN, Path("results") / RUN / "selected"
+    damage(exported / name)
+    assert states(session, "export") == {RUN: "redo", OTHER: "done"}
+    assert run_stages(session, [STAGE["export"]]) == []
+    assert (exported / name).read_bytes() == (own / name).read_bytes()
+
+
+def test_an_export_with_another_alpha_is_written_again(session):
+    settings = session.folder / "adapters" / RUN / "adapter_config.json"
+    write_json_atomic(settings, read_json(settings) | {"lora_alpha": 64})
+    assert states(session, "export") == {RUN: "redo", OTHER: "done"}
+
+
+def edit_row(file: Path, split: str, **changes: object) -> None:
+    """Change the first row of a split in a run's metrics."""
+    rows = read_jsonl(file)
+    rows[[row["split"] for row in rows].index(split)] |= changes
+    write_jsonl_atomic(file, rows)
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "text"),
+    [("validation", {"loss": 0.25}, "validation of step 2: 0.25 and "),
+     ("train", {"token_count": 1}, "train tokens: ")],
+)  # fmt: skip
+@pytest.mark.parametrize("stage", ["learning-rates", "sweep"])
+def test_metrics_that_contradict_their_summary_stop_the_study_and_are_named(
+    session, stage, split, changes, text
+):
+    task = STAGE[stage].check(session)[0]
+    if stage == "learning-rates":
+        text = text.replace("step 2", "step 1")
+    edit_row(task.item.run_dir / "metrics.jsonl", split, **changes)
+    named = f"{task.item.run_dir}: metrics.jsonl and summary.json contradict each other ({text}"
+    with pytest.raises(UserError, match=re.escape(named)) as refused:
+        run_stages(session, STAGES)
+    assert "delete this folder to train this run again" in str(refused.value)
+    assert "overwrite" not in str(refused.value)
+
+
+def test_metrics_that_moved_without_a_contradiction_are_named_by_their_hash(session):
+    record_hashes(Path("results") / RUN)
+    assert states(session, "sweep") == {RUN: "done", OTHER: "done"}
+    edit_row(Path("results") / RUN / "metrics.jsonl", "train", tokens_per_second=1e9)
+    assert states(session, "sweep") == {RUN: "damaged", OTHER: "done"}
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not what was written \(its SHA-256 differs\)"):
+        run_stages(session, [STAGE["sweep"]])
+
+
+def test_a_truncated_trial_is_named_and_no_good_run_is_to_be_deleted(session):
+    (trial,) = Path("results/lr-selection").glob(
+        f"tiny-all_layer-lr-{grid.rate(chosen_rates(session)['all_layer'])}"
+    )
+    lines = (trial / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (trial / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert set(states(session, "sweep").values()) == {"done", "waiting"}  # none is of another configuration
+    with pytest.raises(UserError, match=f"{trial}: metrics.jsonl and summary.json contradict each other"):
+        run_stages(session, [STAGE["learning-rates"], STAGE["sweep"]])
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b"\xff"], ids=["edited", "torn", "a list", "no text"])
+def test_an_edited_comparison_is_computed_again(session, content):
+    file = session.folder / "comparison.json"
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b'"accuracy": 0.0', b'"accuracy": 1.0') if content is None else content)
+    assert file.read_bytes() != before
+    assert states(session, "comparison") == {"comparison.json": "redo"}
+    assert set(states(session, "figures").values()) == {"waiting"}  # nothing is drawn from it
+    assert run_stages(session, STAGES) == []
+    assert file.read_bytes() == before
+
+
+def test_an_edited_selection_is_made_again_and_believed_in_nothing(session):
+    file = session.folder / "selection.json"
+    before = file.read_bytes()
+    digest = read_json(file)["runs"][RUN]["selected_sha256"]["selected/adapter_config.json"]
+    file.write_bytes(before.replace(digest.encode(), b"0" * 64))
+    assert states(session, "sweep") == {RUN: "done", OTHER: "done"}
+    assert states(session, "selection") == {"selection.json": "redo"}
+    assert run_stages(session, [STAGE["selection"]]) == []
+    assert file.read_bytes() == before
+
+
+def test_an_evaluation_whose_totals_are_not_those_of_its_answers_is_redone(session):
+    summary = Path("results") / RUN / "evaluation" / "summary.json"
+    write_json_atomic(summary, read_json(summary) | {"accuracy": 1.0})
+    (task, _) = STAGE["evaluation"].check(session)
+    assert task.state.kind == "redo"
+    assert "records accuracy 1.0, but the predictions beside it give 0.0" in task.state.why
+
+
+def test_a_figure_whose_provenance_is_broken_is_drawn_again(session):
+    (session.folder / "figures/validation_nll.provenance.json").write_text("{")
+    assert states(session, "figures")["validation_nll"] == "redo"
+
+
+# --- What was read must not change under a study ------------------------------------------------------------
+
+
+@pytest.fixture
+def moving(session, repository, tmp_path) -> Session:
+    """The session over data, base and tokenizer that a test may change, their hashes taken."""
+    for name in ("train.jsonl", "val.jsonl"):
+        shutil.copy(repository / "jaxlora/embedded/data" / name, tmp_path / name)
+    shutil.copytree(session.config.model.path, tmp_path / "base")
+    config = replace(
+        session.config,
+        model=replace(session.config.model, path=str(tmp_path / "base")),
+        data=replace(
+            session.config.data,
+            train_path=str(tmp_path / "train.jsonl"),
+            validation_path=str(tmp_path / "val.jsonl"),
+        ),
+    )
+    moving = Session(config)
+    assert set(states(moving, "learning-rates").values()) == {"done"}
+    return moving
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("train.jsonl", "data.train_path"), ("val.jsonl", "data.validation_path"),
+     ("base/model.safetensors", "model.path"), ("base/tokenizer_config.json", "model.tokenizer")],
+)  # fmt: skip
+def test_files_that_change_between_two_stages_stop_the_study(moving, tmp_path, name, field):
+    file = tmp_path / name
+    file.write_bytes(
+        file.read_bytes() + b"\n" if file.suffix != ".safetensors" else file.read_bytes()[:-1] + b"~"
+    )
+    with pytest.raises(UserError, match=rf"config\.{field}: .* changed while the study was running"):
+        run_stages(moving, [STAGE["sweep"]])
+
+
+def test_data_that_changes_while_a_run_reads_it_stops_the_study(moving, tmp_path, monkeypatch):
+    """The run's manifest might name the new file, though its rows are those of the old one."""
+    run_stages(moving, [STAGE["gates"]])
+    shutil.rmtree(Path("results") / RUN)
+
+    def change(job, *_):
+        (tmp_path / "train.jsonl").write_text("")
+        return SimpleNamespace(step=2, mean_nll=0.5)
+
+    monkeypatch.setattr("jaxlora.study.stages.train", change)
+    with pytest.raises(UserError, match="changed while the study was running"):
+        run_stages(moving, [STAGE["sweep"]])
+
+
+@pytest.mark.parametrize("name", ["sha256", "tokens_sha256"])
+def test_runs_that_were_trained_on_different_rows_are_not_compared(session, name):
+    manifest = read_json(Path("results") / OTHER / "manifest.json")
+    manifest["dataset"]["train"][name] = "0" * 64
+    write_json_atomic(Path("results") / OTHER / "manifest.json", manifest)
+    with pytest.raises(UserError, match=rf"{OTHER}: .* the data of {RUN} \(dataset\.train\.{name} differs"):
+        selection(session)
+
+
+# --- A study that is not finished says so -------------------------------------------------------------------
+
+
+def test_a_study_without_a_finished_run_is_not_a_success(session, capsys):
+    for run in (RUN, OTHER):
+        fail(Path("results") / run, "Diverged: step 2: loss nan")
+    assert _work(session, None) == 2  # the same command would end in the same way
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "the study is not finished: stage selection: selection.json waiting for a finished run" in shown
+    assert "the report is" not in shown
+
+
+def test_a_run_that_failed_and_one_that_waits_for_it_are_named(session, monkeypatch, capsys):
+    fail(Path("results/lr-selection/tiny-all_layer-lr-1e-3"), "XlaRuntimeError: out of memory")
+
+    def break_down(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("jaxlora.study.stages.train", break_down)
+    assert _work(session, None) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "tiny-all_layer-lr-1e-3 failed (XlaRuntimeError: out of memory)" in shown
+    assert f"stage sweep: {OTHER} waiting for its learning rate" in shown
+    assert shown.rstrip().endswith("The same command tries again")
+    assert session.accidents == ["tiny-all_layer-lr-1e-3"]
+
+
+def test_a_finished_study_is_a_success(session, capsys):
+    assert _work(session, None) == 0
+    assert "the report is results/tiny-report/report.html" in " ".join(capsys.readouterr().err.split())
+
+
+# --- Evaluations of something else --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -728,7 +962,7 @@ def test_tensorboard_shows_all_runs_in_one_table(finished):
 
 def test_a_run_of_the_study_has_the_identity_of_a_lone_run(finished, session):
     rates = chosen_rates(session)
-    for run in grid.members(session.config, rates):
+    for run in grid.sweep_runs(session.config, rates):
         stored = identity(read_json(finished / run.run_dir / "manifest.json"))
         assert stored["seed"] == run.seed
         assert stored["optim.peak_lr"] == rates[run.lora.condition]

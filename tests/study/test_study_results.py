@@ -11,7 +11,7 @@ from helpers.study_fixtures import RATES, SELECTED, build_study
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import append_jsonl, read_json, write_json_atomic
 from jaxlora.study import tables, training_tables
-from jaxlora.study.comparison import compare
+from jaxlora.study.comparison import compare_evaluations
 from jaxlora.study.results import load_study
 
 
@@ -90,7 +90,7 @@ def test_a_failed_run_is_named_with_its_reason_and_not_selected(root):
     write_json_atomic(folder / "failure.json", {"error": "FloatingPointError: loss nan"})
     study = load_study(root, "test")
     assert "test-all_layer-lr-0.0003 is failed (FloatingPointError: loss nan)." in study.absent
-    rows = [row for row in training_tables.learning_rates(study).rows if row["setting"] == "all_layer"]
+    rows = [row for row in training_tables.learning_rates(study).rows if str(row["setting"]) == "all_layer"]
     assert [(row["learning_rate"], row["status"], row["selected"]) for row in rows] == [
         (1e-4, "completed", False),
         (3e-4, "failed", False),
@@ -128,7 +128,7 @@ def test_an_empty_or_missing_directory_is_plain_about_it(tmp_path):
 
 def test_the_primary_table_puts_the_baseline_first_and_both_scores_side_by_side(root):
     study = load_study(root, "test")
-    table = tables.primary(study, compare(study.evaluations, resamples=99))
+    table = tables.primary(study, compare_evaluations(study.evaluations, resamples=99))
     base, attention, _ = table.rows
     assert (base["condition"], base["strict_mean"], base["numeric_mean"]) == (
         "untouched base",
@@ -156,7 +156,7 @@ def test_the_pointwise_minimum_is_the_lowest_of_all_rates_at_each_step(root):
         {"step": 10, "split": "validation", "loss": 0.1},
     )
     rows = training_tables.rate_minimum(load_study(root, "test")).rows
-    assert [(row["step"], row["learning_rate"]) for row in rows if row["setting"] == "all_layer"] == [
+    assert [(row["step"], row["learning_rate"]) for row in rows if str(row["setting"]) == "all_layer"] == [
         (10, 1e-3), (20, 3e-4), (30, 3e-4), (40, 3e-4), (50, 3e-4),
     ]  # fmt: skip
     assert len(rows) == 10
