@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -188,7 +187,12 @@ def _check_asked(
     odd += [name for name, weight in sorted(absent.items()) if weight.path not in kinds]
     if odd:
         named = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in odd))
-        raise UserError(f"{file}: target_modules and the tensors of {WEIGHTS} disagree about {named}")
+        given = [
+            name
+            for name in ("target_modules", "layers_to_transform", "exclude_modules")
+            if settings.get(name)
+        ]
+        raise UserError(f"{file}: {' and '.join(given)} and the tensors of {WEIGHTS} disagree about {named}")
     _require_tensors(
         [f"{name}.{part}.weight" for name in sorted(absent) for part in PARTS.values()], {}, folder / WEIGHTS
     )
@@ -240,31 +244,30 @@ def _shape(
     settings: dict[str, Any], places: dict[str, Place], config: ModelConfig, folder: Path
 ) -> tuple[LoraConfig, tuple[AdapterShape, ...]]:
     """Placement, rank and alpha of the adapter; and those of each layer, where they are not the same."""
-    ranks, scales = {}, {}
+    ranks, alphas = {}, {}
     for name in places:
         rank = _own(settings.get("rank_pattern"), name, settings["r"], folder / SETTINGS)
         alpha = float(_own(settings.get("alpha_pattern"), name, settings["lora_alpha"], folder / SETTINGS))
         ranks[name] = rank
-        # Rank-stabilised adapters are scaled by alpha / sqrt(r), where plain ones are by alpha / r.
-        scales[name] = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+        # Rank-stabilised adapters are scaled by alpha / sqrt(r), where ours are by alpha / r.
+        alphas[name] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
     paths = {weight.path for weight, _ in places.values()}
     lora = LoraConfig(
         targets=_targets(paths, config),
         rank=max(ranks.values()),
-        alpha=float(settings["lora_alpha"]),
+        alpha=next(iter(alphas.values())),
         output_head="lm_head" in paths,
     )
     whole = {name for name, (weight, _) in adaptable_modules(config).items() if weight.path in paths}
-    if whole == set(places) and len(set(ranks.values())) == len(set(scales.values())) == 1:
-        (scale,) = set(scales.values())
-        plain = scale == lora.alpha / lora.rank
-        return (lora if plain else replace(lora, alpha=scale * lora.rank)), ()
+    if whole == set(places) and len(set(ranks.values())) == len(set(alphas.values())) == 1:
+        return lora, ()
     shapes = []
     for weight in ModelSpec(config, lora).adapted:
         layers = range(config.num_hidden_layers) if weight.stacked else (None,)
         names = [module_name((weight, layer)) for layer in layers]
-        own = tuple(ranks.get(name, 0) for name in names), tuple(scales.get(name, 0.0) for name in names)
-        shapes.append(AdapterShape(weight.path, *own))
+        own = tuple(ranks.get(name, 0) for name in names)
+        scales = tuple(alphas[name] / ranks[name] if name in ranks else 0.0 for name in names)
+        shapes.append(AdapterShape(weight.path, own, scales))
     return lora, tuple(shapes)
 
 
@@ -289,11 +292,9 @@ def _targets(paths: set[str], config: ModelConfig) -> str:
 
 def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path | None, file: Path) -> None:
     """Take copies of the base's weights, which PEFT may store, out of `slices`; they must equal them."""
-    keys = {}
-    for weight in ModelSpec(config).table:
-        for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
-            key = weight.hf_key.format(layer=layer)
-            keys[key] = keys[key.removesuffix("weight") + "base_layer.weight"] = key
+    keys = {name: name for name in ("model.embed_tokens.weight", "lm_head.weight")}  # save_embedding_layers
+    keys |= {f"{name}.base_layer.weight": f"{name}.weight" for name in adaptable_modules(config)}
+    keys["model.embed_tokens.base_layer.weight"] = "model.embed_tokens.weight"
     copies = [name for name in slices if name in keys]
     if not copies:
         return
@@ -338,7 +339,10 @@ def _read_tree(spec: ModelSpec, places: dict[str, Place], slices: dict[str, Any]
             key = f"{name}.{PARTS[part]}.weight"
             given = tuple(slices[key].get_shape())
             if given != expected:
-                raise UserError(f"{file}: {key} has shape {given}; r and config.json ask for {expected}")
+                sizes = "r, rank_pattern" if spec.shapes else "r"
+                raise UserError(
+                    f"{file}: {key} has shape {given}; {sizes} and config.json ask for {expected}"
+                )
             if slices[key].get_dtype() not in ("F32", "F16", "BF16"):
                 raise UserError(f"{file}: {key} is {slices[key].get_dtype()}; it must be F32, F16 or BF16")
             whole = get_path(tree, weight.path)[part]

@@ -72,8 +72,9 @@ def run_config(config: RunConfig, run: Path) -> RunConfig:
 def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Target:
     """What a finished run selected; written to `<run>/evaluation`.
 
-    Model, dtype and what was trained are the run's own, as its manifest records them. Only the place of the
-    base and of its tokenizer come from `config`, because they may have moved: the base's files must be the same.
+    Model, dtype and what was trained are the run's own, as its manifest records them. Only the places of the
+    base and of its tokenizer come from `config`, because they may have moved: the base's files must be the
+    same.
 
     Raises:
       UserError: the run is unfinished or contradicts itself, its data was not gated, or the base is another.

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jaxlora.data.render import SYSTEM_PROMPT
-from jaxlora.runtime.remote import embedded_path, resolve
 from jaxlora.embedded.corpus import pretraining_documents, pretraining_texts
 from jaxlora.embedded.files import (
     ROWS,
@@ -35,6 +34,7 @@ from jaxlora.embedded.word_problems import (
     split_of,
 )
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.remote import embedded_path, resolve
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 TOKENIZER = AutoTokenizer.from_pretrained(str(embedded_path("base")))

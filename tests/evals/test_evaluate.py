@@ -18,7 +18,6 @@ from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.cli import load_config
 from jaxlora.data.gates import Benchmark, FilePair, check
 from jaxlora.data.render import render_prompts
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.evals.gsm8k import load_problems, rescore
 from jaxlora.evals.run import evaluation_inputs, load_prompts
 from jaxlora.evals.subjects import base_target, fetch_adapter
@@ -27,7 +26,8 @@ from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, write_json_atomic
-from jaxlora.train.job import load_job_tokenizer, prepare
+from jaxlora.runtime.remote import embedded_path
+from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
 from jaxlora.train.manifest import make_manifest
 
@@ -251,7 +251,7 @@ def test_another_chat_template_makes_an_evaluation_another_one(base, tmp_path):
     inputs = []
     for folder in (base, other):
         target = base_target(load_config("configs/tiny.py", options(folder, tmp_path)))
-        tokenizer = load_job_tokenizer(target.config, target.model_dir, target.spec.config)
+        tokenizer = target.base.tokenizer()
         inputs.append(
             evaluation_inputs(target.config, target.subject, *load_prompts(target.config, tokenizer))
         )

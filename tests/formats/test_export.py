@@ -15,13 +15,12 @@ from helpers.hf_models import make_checkpoint
 from safetensors.numpy import load_file
 from transformers import Qwen3ForCausalLM
 
-from jaxlora.checkpoints import huggingface
+from jaxlora.checkpoints import base as base_files
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import ModelSource, RunConfig, to_dict
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
-from jaxlora.train.job import base_fingerprint
 
 
 def make_run(folder, base, placement, seed=4, **model):
@@ -34,7 +33,7 @@ def make_run(folder, base, placement, seed=4, **model):
     export_adapter(
         folder / "selected", spec, lora, str(base), seed=seed, extra={"run_id": run_id, "step": 30}
     )
-    print_hash = base_fingerprint(config, base, spec.config)
+    print_hash = base_files.find_base(source, seed).fingerprint()
     write(
         folder / "manifest.json",
         {"run_id": run_id, "config": to_dict(config), "base": {"fingerprint": print_hash}},

@@ -11,17 +11,15 @@ import fsspec
 import jax
 import numpy as np
 import pytest
-from jaxlora.train.member import load_frozen
 from helpers.hf_models import make_checkpoint
 
-from jaxlora.checkpoints.base import fingerprint
+from jaxlora.checkpoints.base import find_base, fingerprint
 from jaxlora.cli import load_config
 from jaxlora.config import MeshConfig
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.remote import mirror, mirrors, weights_of
+from jaxlora.runtime.remote import embedded_path, mirror, mirrors, weights_of
 from jaxlora.sharding import make_mesh
-from jaxlora.train.job import locate_model, prepare
+from jaxlora.train.job import load_frozen, prepare
 
 # --- In a bucket --------------------------------------------------------------------------------------------
 
@@ -56,11 +54,14 @@ def test_it_gives_the_same_job_the_same_weights_and_the_same_fingerprint(reposit
     assert [row.tokens.tolist() for row in there.train_rows] == [
         row.tokens.tolist() for row in here.train_rows
     ]
-    assert not list(there.model_dir.glob("*.safetensors"))
-    assert fingerprint(there.model_dir) == fingerprint(here.model_dir)
+    assert not list(there.base.folder.glob("*.safetensors"))
+    assert fingerprint(there.base.folder) == fingerprint(here.base.folder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        loaded = [load_frozen(dataclasses.replace(job, mesh=mesh)) for job in (here, there)]
+        loaded = [
+            load_frozen(dataclasses.replace(job, machine=dataclasses.replace(job.machine, mesh=mesh)))
+            for job in (here, there)
+        ]
     jax.tree.map(np.testing.assert_array_equal, *loaded)
 
 
@@ -146,26 +147,26 @@ def test_a_part_of_a_model_in_the_cache_is_not_taken_for_the_whole(repository, l
     assert gone
     for file in set(local.iterdir()) - gone:
         shutil.copy(file, cached / file.name)
-    folder, _ = locate_model(hub_config(repository))
+    folder = find_base(hub_config(repository).model).folder
     assert (folder, asked) == (cached, [("someone/model", True), ("someone/model", False)])
     assert fingerprint(folder) == fingerprint(local)
-    assert locate_model(hub_config(repository))[0] == cached
+    assert find_base(hub_config(repository).model).folder == cached
     assert asked[2:] == [("someone/model", True)]
 
 
 def test_a_plan_needs_no_weights_and_a_tokenizer_elsewhere_no_tokenizer(repository, local, hub):
     cached, asked = hub
     shutil.copy(local / "config.json", cached)
-    locate_model(hub_config(repository, **{"model.tokenizer": "embedded:base"}), with_weights=False)
+    find_base(hub_config(repository, **{"model.tokenizer": "embedded:base"}).model, with_weights=False)
     assert asked == [("someone/model", True)]
-    locate_model(hub_config(repository), with_weights=False)
+    find_base(hub_config(repository).model, with_weights=False)
     assert not list(cached.glob("*.safetensors"))
 
 
 def test_a_chat_template_in_a_file_of_its_own_is_fetched(repository, local, hub):
     """As Transformers 5 writes it."""
     (local / "chat_template.jinja").write_text("{{ messages }}")
-    folder, _ = locate_model(hub_config(repository), with_weights=False)
+    folder = find_base(hub_config(repository).model, with_weights=False).folder
     assert (folder / "chat_template.jinja").is_file()
 
 
@@ -180,4 +181,4 @@ def test_a_part_of_a_model_without_a_network_is_one_line(repository, tmp_path, m
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_path("base") / name, snapshot / name)
     with pytest.raises(UserError, match=r"'someone/model': was not fetched whole: .*config\.json: missing"):
-        locate_model(hub_config(repository))
+        find_base(hub_config(repository).model)

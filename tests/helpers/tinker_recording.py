@@ -21,9 +21,9 @@ from helpers.hf_models import make_checkpoint
 from helpers.tinker_server import local_server
 from jaxlora.data.render import RenderedRow, load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.parity.recording import Settings, record
 from jaxlora.parity.tinker_service import TinkerBackend
+from jaxlora.runtime.remote import embedded_path
 
 TOKENIZER = load_tokenizer("embedded:base")
 SETTINGS = Settings(conditions=("all_layer",), reduction="sequence_mean")

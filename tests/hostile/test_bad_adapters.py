@@ -27,10 +27,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import ModelConfig
 from jaxlora.parity.tinker_service import unpack_adapter
+from jaxlora.runtime.remote import embedded_path
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

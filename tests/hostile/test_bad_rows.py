@@ -17,10 +17,10 @@ from jaxlora.data.gsm8k_source import convert
 from jaxlora.data.render import load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
 from jaxlora.data.sources import MAX_LINE_BYTES, parse_object
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.evals.answers import extract_boxed, numeric_match, strict_match
 from jaxlora.evals.gsm8k import aggregate, count, load_problems, rescore
 from jaxlora.runtime.files import read_jsonl
+from jaxlora.runtime.remote import embedded_path
 
 ROW = {
     "row_id": "a1",

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from jaxlora.data import render
 from jaxlora.data.render import load_tokenizer, render_batch
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.remote import embedded_path
 
 BASE = embedded_path("base")
 TOKENIZER = json.loads((BASE / "tokenizer.json").read_bytes())

@@ -111,7 +111,7 @@ def test_the_host_reads_no_condition_between_tokens(small):
 def test_progress_counts_every_answer_once(small):
     spec, lora, frozen = small
     finished: list[int] = []
-    options = {"eos_ids": (), "max_new_tokens": 20, "slots": 8, "progress": finished.append}
+    options = {"stop_ids": (), "max_new_tokens": 20, "slots": 8, "progress": finished.append}
     generate(spec, lora, frozen, random_prompts(20), limits=[1 + i for i in range(20)], **options)
     assert sum(finished) == 20
 
@@ -121,7 +121,7 @@ def test_progress_counts_every_answer_once(small):
 def test_merged_and_unmerged_adapters_give_the_same_tokens(small, scan, shape):
     spec, lora, frozen = small
     prompts = random_prompts(12)
-    options = {"eos_ids": (), "max_new_tokens": 24, "slots": 12}
+    options = {"stop_ids": (), "max_new_tokens": 24, "slots": 12}
     plain = ModelSpec(spec.config, None, "float32", scan=False)
     expected = generate(plain, {}, merge_lora(spec, lora, frozen), prompts, **options)
     assert generate(spec, lora, frozen, prompts, **options) == expected

@@ -220,7 +220,7 @@ class TestTraining:
         make_checkpoint(tmp_path)
         spec, _ = load(tmp_path, PLACEMENTS["attention_only"], "bfloat16")
         state = init_state(init_lora(spec, seed=0), OptimConfig())
-        for moment in (state.adam.mu, state.adam.nu):
+        for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
             assert jax.tree.structure(moment) == jax.tree.structure(state.trained)
             assert {x.dtype for x in jax.tree.leaves(moment)} == {jnp.dtype("float32")}
 

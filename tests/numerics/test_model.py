@@ -10,9 +10,6 @@ import torch
 from helpers.hf_models import CONFIGURATIONS, make_checkpoint, our_model
 
 from jaxlora.models.attention import segment_attention
-from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.families import load_model_config
-from jaxlora.sharding import make_mesh
 
 
 def our_logits(spec, frozen, tokens, positions, segment_ids):

@@ -15,7 +15,7 @@ from jaxlora.config import LoraConfig, OptimConfig
 from jaxlora.data.packing import choose_sizes, cut_into_buffers, pack, pad
 from jaxlora.data.render import shifted
 from jaxlora.lora import init_lora
-from jaxlora.train.step import Compute, batch_nll, init_state, make_train_step
+from jaxlora.train.step import Compute, buffer_loss, init_state, make_train_step
 
 
 def test_every_token_is_in_its_place():
@@ -66,7 +66,11 @@ def model(tmp_path_factory):
 
 def loss_and_gradients(model, batches):
     spec, frozen, lora = model
-    of_buffer = jax.jit(jax.value_and_grad(lambda lora, b: batch_nll(spec, lora, frozen, b, Compute())))
+
+    def loss(lora, buffer):
+        return buffer_loss(spec, lora, frozen, buffer, Compute(), "cross_entropy", False)[0]
+
+    of_buffer = jax.jit(jax.value_and_grad(loss))
     buffers = [jax.tree.map(lambda x, i=i: x[i], b) for b in batches for i in range(len(b["tokens"]))]
     return jax.tree.map(lambda *parts: sum(parts), *[of_buffer(lora, buffer) for buffer in buffers])
 

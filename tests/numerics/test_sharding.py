@@ -212,9 +212,9 @@ def test_a_large_adapter_is_split_and_a_small_one_is_not():
     for rank, ways in ((8, 1), (256, 2)):
         spec = model_spec(rank)
         state = place_trained(mesh, spec, init_state(host_weights(spec)[1], OptimConfig()))
-        for leaf in jax.tree.leaves((state.trained, state.adam[1:])):
+        for leaf in jax.tree.leaves((state.trained, state.opt_state[0][1:])):
             assert leaf.addressable_shards[0].data.size * ways == leaf.size
-        assert state.adam[0].sharding.is_fully_replicated
+        assert state.opt_state[0].count.sharding.is_fully_replicated
 
 
 def test_tokens_of_a_packed_buffer_and_rows_of_a_padded_batch_are_split_over_chips():

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import LoraConfig
-from jaxlora.runtime.remote import embedded_path
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
@@ -34,6 +33,7 @@ from jaxlora.parity.study import (
 )
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import append_jsonl, metric_record, read_json, summary_record, write_json_atomic
+from jaxlora.runtime.remote import embedded_path
 
 
 def test_the_figures_are_the_studys_own(shared):

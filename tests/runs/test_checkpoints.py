@@ -34,9 +34,8 @@ def state_of(step: int, size: int = 64):
     """A state that differs from step to step."""
     a = jax.random.normal(jax.random.key(step), (2, 4, size))
     state = init_state({"q_proj": {"lora_a": a, "lora_b": -a}}, OptimConfig())
-    return state._replace(
-        adam=state.adam._replace(count=jnp.int32(step), nu=jax.tree.map(jnp.abs, state.trained))
-    )
+    adam = state.opt_state[0]._replace(count=jnp.int32(step), nu=jax.tree.map(jnp.abs, state.trained))
+    return state._replace(opt_state=(adam,))
 
 
 def progress_of(step: int) -> dict:

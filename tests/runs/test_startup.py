@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxlora.train.member import fresh_state, load_frozen
 
 from jaxlora.cli import load_config
 from jaxlora.config import MeshConfig
@@ -15,7 +14,7 @@ from jaxlora.generate import decode as generate
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh
 from jaxlora.train import startup
-from jaxlora.train.job import prepare
+from jaxlora.train.job import fresh_state, load_frozen, prepare
 
 
 class Start:
@@ -25,9 +24,9 @@ class Start:
         small = {"data.train_rows": "8", "data.validation_rows": "8"}
         job = prepare(load_config(repository / "configs" / "tiny.py", small | fields))
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        self.job = dataclasses.replace(job, mesh=mesh)
+        self.job = dataclasses.replace(job, machine=dataclasses.replace(job.machine, mesh=mesh))
         with jax.set_mesh(mesh):
-            self.lora, self.frozen = fresh_state(self.job).lora, load_frozen(self.job)
+            self.lora, self.frozen = fresh_state(self.job).trained, load_frozen(self.job)
 
     def check(self, lora=None) -> startup.StartCheck:
         with jax.set_mesh(self.job.mesh):

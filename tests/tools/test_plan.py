@@ -17,9 +17,8 @@ from jax.sharding import NamedSharding
 
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
 from jaxlora.estimate import REMATS, attention_flops, candidates, estimate, factors, roofline, with_mesh
-from jaxlora.models.families import published_config
+from jaxlora.models.families import count_parameters, published_config
 from jaxlora.models.spec import ModelConfig
-from jaxlora.models.families import count_parameters
 from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload
@@ -243,16 +242,20 @@ def test_axes_that_are_not_given_are_one_and_fsdp_takes_what_is_left(given, expe
 def test_decoding_never_gathers_weights():
     model = published_config("qwen3-8b")
     devices = jax.devices()[:8]
-    mesh = decode_mesh(make_mesh(MeshConfig(), devices), model)
+    mesh = decode_mesh(make_mesh(MeshConfig(), devices), model.num_key_value_heads)
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 8}
     fewer_heads = replace(model, num_key_value_heads=4)
-    assert dict(decode_mesh(mesh, fewer_heads).shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert dict(decode_mesh(mesh, fewer_heads.num_key_value_heads).shape) == {
+        "data": 2,
+        "fsdp": 1,
+        "tensor": 4,
+    }
 
 
 @pytest.mark.parametrize(("n", "tensor"), [(1, 1), (2, 2), (3, 1), (4, 4), (5, 1), (6, 2), (7, 1), (8, 8)])
 def test_any_number_of_devices_decodes_split_by_heads_as_far_as_they_allow(n, tensor):
     mesh = make_mesh(MeshConfig(), jax.devices()[:n])
-    decoding = decode_mesh(mesh, published_config("qwen3-8b"))
+    decoding = decode_mesh(mesh, published_config("qwen3-8b").num_key_value_heads)
     assert dict(decoding.shape) == {"data": n // tensor, "fsdp": 1, "tensor": tensor}
     assert set(decoding.devices.flat) == set(mesh.devices.flat)
 
