@@ -33,7 +33,7 @@ HOST_TOOLS = {
     # A mount of worker 0's folder is a link to it here.
     "sudo": """echo "$*" >> "$FAKE_CLOUD/sudo-$FAKE_HOST"
 if [ "$1" = tee ]; then cat >> "$FAKE_CLOUD/sudo-$FAKE_HOST"; fi
-if [ "$1" = mount ]; then rmdir "$7"; ln -s "$FAKE_CLOUD/host-0/jaxlora/src/results" "$7"; fi""",
+if [ "$1" = mount ]; then rmdir "$7"; ln -s "$FAKE_CLOUD/host-0/${7#"$HOME"/}" "$7"; fi""",
     "preempt": """echo '{"state": "PREEMPTED", "hosts": 1}' > "$FAKE_CLOUD/nodes/study"
 if [ -e "$FAKE_CLOUD/queue/study" ]; then echo SUSPENDED > "$FAKE_CLOUD/queue/study"; fi""",
 }
