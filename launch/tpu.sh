@@ -64,7 +64,7 @@ END
 
 say() { printf 'tpu: %s\n' "$*" >&2; }
 stop_with() { # CODE MESSAGE
-  printf 'error: %s\n' "$2" >&2
+  printf 'error: %s\n' "${2//[[:cntrl:]]/?}" >&2 # one line, whatever was typed
   exit "$1"
 }
 
@@ -151,7 +151,7 @@ check() {
 
 check_results() {
   case /$results/ in
-    //* | */./* | */../*) stop_with 2 "--results must be a folder inside the checkout, not '$results'" ;;
+    *//* | */./* | */../*) stop_with 2 "--results must be a folder inside the checkout, not '$results'" ;;
     /-*) stop_with 2 "--results needs a folder, and '$results' looks like an option" ;;
     *[]\*\?[]* | *[[:cntrl:]]*) # gcloud reads the first four as wildcards
       stop_with 2 "--results cannot hold *, ?, [, ] or control characters: give the folder another name" ;;

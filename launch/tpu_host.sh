@@ -36,8 +36,8 @@ setup() { # HOSTS RESULTS REVISION DIRTY
   mkdir -p "$HOME_DIR/src" "$HOME_DIR/attempts"
   cd "$HOME_DIR/src"
   # Files of an earlier copy go, results and data stay.
-  if [[ -f ../files ]]; then grep -v '/$' ../files | tr '\n' '\0' | xargs -0 rm -f --; fi
-  tar -tzf ~/jaxlora.tar.gz >../files
+  if [[ -f ../files ]]; then grep -av '/$' ../files | tr '\n' '\0' | xargs -0 rm -f --; fi
+  tar --quoting-style=literal -tzf ~/jaxlora.tar.gz >../files
   tar -xzf ~/jaxlora.tar.gz
   printf 'JAXLORA_GIT_SHA=%s JAXLORA_GIT_DIRTY=%s\n' "$3" "$4" >../revision # the archive has no .git
   # The images ship an older Python than the package needs; uv brings one.
