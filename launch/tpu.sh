@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command on a Cloud TPU slice: creates the slice, copies this checkout to it, runs the command on
-# every host, copies logs and results to a bucket, resumes after a preemption, tears the slice down.
-# launch/tpu_slice.sh knows the slice; launch/tpu_host.sh is the half of it that runs on the hosts.
+# every host, copies logs and results to a bucket, resumes after a preemption, and tears the slice down.
+# launch/tpu_slice.sh manages the slice; launch/tpu_host.sh is the half that runs on the hosts.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR
@@ -16,14 +16,15 @@ Runs COMMAND on every host of a Cloud TPU slice. For example, the whole study on
   launch/tpu.sh all --name study --zone us-west4-a --type v5e-8 --queued --spot \
       --bucket gs://my-bucket -- python launch/study.py --config configs/main.py
 
-Add --dry-run to see every cloud command first; then none is run.
+Add --dry-run to see every cloud command first, without running any.
 
 steps
   all      up, run, and down once COMMAND has succeeded and its results are in the bucket
   up       create the slice, or wait for it; copy this checkout; install the package
   run      up where needed, start COMMAND, show its output, resume it after a preemption. Given again
-           while COMMAND runs, it follows it. COMMAND goes on when this script is interrupted.
-  status   what the slice and the command on it are doing
+           while COMMAND is running, it follows that run. COMMAND keeps running when this script is
+           interrupted.
+  status   show what the slice and the command on it are doing
   logs     follow the output of the last COMMAND
   stop     ask COMMAND to save and end; the slice stays
   down     stop COMMAND, copy its results, delete the slice
@@ -34,31 +35,32 @@ options
   --project PROJECT    project; default: that of your gcloud configuration
   --type TYPE          v4-8, v4-16, ... v5e-4, v5e-8, v5e-16, ... v5p-8, ... v6e-4, v6e-8, ... (v4 and
                        v5p count two a chip, v5e and v6e one; v5litepod-8 is the same as v5e-8)
-  --spot               cheaper; may be taken away at any time. The run resumes by itself.
+  --spot               cheaper, but may be taken away at any time; the run then resumes by itself
   --queued             wait in the queue for a slice instead of asking again and again
   --bucket gs://...    where logs and results are copied, under NAME/, every minute; a new slice starts
                        from there. Needed by `all` and by --spot.
   --results FOLDER     folder that COMMAND writes to, relative to the checkout; default: results
   --again              `run` and `all`: run COMMAND again although it has succeeded on this slice
   --keep               `all` does not delete the slice at the end
-  --max-failures N     how often a COMMAND that failed is started again; default 2
-  --max-resumes N      how often it resumes after a preemption or a lost connection; default 100
-  --max-wait SECONDS   the longest wait for a slice; default 259200 (three days)
+  --max-failures N     how many times a COMMAND that failed is started again; default 2
+  --max-resumes N      how many times it resumes after a preemption or a lost connection; default 100
+  --max-wait SECONDS   the longest time to wait for a slice; default 259200 (three days)
   --poll-min SECONDS   wait before looking again, doubled each time up to --poll-max; defaults 10 and 300
   --create-flag=FLAG   passed on to the create command, such as --create-flag=--subnetwork=tpu; repeatable
   --connect-flag=FLAG  passed on to ssh and scp, such as --connect-flag=--internal-ip; repeatable
   --dry-run            print the cloud commands and run none
 
-COMMAND must be resumable: given again, it continues. Its exit code decides what follows: 0 is done, 2 is
-a mistake in the command or its configuration (nothing is retried), 75 means that it was interrupted and
-has saved (it resumes), anything else is a failure (retried --max-failures times).
+COMMAND must be resumable: started again, it continues. Its exit code decides what happens next: 0 means
+done, 2 a mistake in the command or its configuration (nothing is retried), 75 that it was interrupted and
+has saved (it resumes), and anything else a failure (retried --max-failures times).
 
-HF_TOKEN, when set, reaches the hosts through standard input as a file that only you can read. It is in no
-command line and no log. Uncommitted changes of tracked files are copied too; untracked files are not.
+HF_TOKEN, when set, is sent to the hosts over standard input and kept there in a file that only you can
+read. It appears in no command line and no log. Uncommitted changes to tracked files are copied too;
+untracked files are not.
 
 Exit code: that of COMMAND; 2 for a mistake that you can correct; 1 when the cloud failed; 74 when `all`
 kept the slice because COMMAND, though it succeeded, left nothing new under --results; 130 when
-interrupted, and then the slice and COMMAND go on.
+interrupted, in which case the slice and COMMAND keep running.
 END
 }
 
@@ -128,7 +130,7 @@ check() {
   [[ $zone =~ ^[a-z][-a-z0-9]*$ ]] || stop_with 2 "--zone must look like us-west4-a, not '$zone'"
   [[ -z $project || $project =~ ^[a-z0-9][-a-z0-9.:]*$ ]] \
     || stop_with 2 "--project must be a project ID such as my-project, not '$project'"
-  [[ -z $bucket || $bucket =~ ^gs://[a-z0-9][-_.a-z0-9]*(/[-_.a-zA-Z0-9]+)*$ ]] \
+  [[ -z $bucket || $bucket =~ ^gs://[a-zA-Z0-9][-_.a-zA-Z0-9]*(/[-_.=+@,a-zA-Z0-9]+)*$ ]] \
     || stop_with 2 "--bucket must look like gs://my-bucket or gs://my-bucket/folder, not '$bucket'"
   check_results
   case $step in
@@ -160,7 +162,7 @@ check_results() {
 
 # ---- the checkout ------------------------------------------------------------------------------------
 
-# This checkout, with the uncommitted changes of tracked files, as one archive for the whole session.
+# Packs this checkout, with the uncommitted changes to tracked files, as one archive for the whole session.
 pack() {
   local tree untracked
   git -C "$root" rev-parse --quiet --verify HEAD >/dev/null 2>&1 \

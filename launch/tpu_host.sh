@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What launch/tpu.sh runs on each host of a TPU slice. It is copied to the home directory there; nobody
-# calls it by hand.
+# needs to call it by hand.
 #
 #   bash tpu_host.sh setup HOSTS RESULTS REVISION DIRTY         unpack the code, make the environment; of
 #                                                               several HOSTS, ~/tpu_addresses lists them
@@ -11,7 +11,7 @@
 #   bash tpu_host.sh status | logs | stop
 #
 # COMMAND runs detached from the connection, under a supervisor: a broken connection or a closed laptop
-# does not stop it, and connecting again with the same ATTEMPT follows it instead of starting it twice.
+# does not stop it, and connecting again with the same ATTEMPT follows it rather than starting it twice.
 #
 # ~/jaxlora/src              the unpacked checkout, where COMMAND runs
 # ~/jaxlora/venv             its Python environment
@@ -35,7 +35,7 @@ STOP_SECONDS=${JAXLORA_STOP_SECONDS:-60}
 setup() { # HOSTS RESULTS REVISION DIRTY
   mkdir -p "$HOME_DIR/src" "$HOME_DIR/attempts"
   cd "$HOME_DIR/src"
-  # Files of an earlier copy go, results and data stay.
+  # The files of an earlier copy go; results and data stay.
   if [[ -f ../files ]]; then grep -av '/$' ../files | tr '\n' '\0' | xargs -0 rm -f --; fi
   tar --quoting-style=literal -tzf ~/jaxlora.tar.gz >../files
   tar -xzf ~/jaxlora.tar.gz
@@ -120,7 +120,7 @@ run() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
   local attempt=$1 folder=$HOME_DIR/attempts/$1 new history=20 wrote=no
   shift
   if [[ ! -e $folder ]]; then
-    # The lock is taken before the folder gets its name: who sees the folder sees a held lock.
+    # The lock is taken before the folder gets its name, so whoever sees the folder sees a held lock.
     new=$(mktemp -d "$HOME_DIR/attempts/.new-XXXXXX")
     exec 9>"$new/lock"
     flock 9
@@ -159,7 +159,7 @@ supervise() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
   stop "$attempt"
   restore "$results" "$bucket" || { finish "$folder" 69; return; }
   touch "$folder/started"
-  sleep 0.05 # files get the time of the kernel's last tick; what COMMAND writes shall be newer
+  sleep 0.05 # files get the time of the kernel's last tick; whatever COMMAND writes must be newer
   export PATH=$HOME_DIR/venv/bin:$PATH VIRTUAL_ENV=$HOME_DIR/venv PYTHONUNBUFFERED=1
   # shellcheck disable=SC2046
   export $(cat "$HOME_DIR/revision")
@@ -173,23 +173,27 @@ supervise() { # ATTEMPT HOSTS RESULTS BUCKET COMMAND...
   if ! push "$folder" "$results" "$bucket" && ! { sleep "$PUSH_SECONDS"; push "$folder" "$results" "$bucket"; }; then
     echo "the results could not be copied to $bucket"
     if ((code == 0)); then code=74; fi
-  elif wrote_something "$folder" "$results"; then
+  elif ((WORKER == 0)) && wrote_something "$folder" "$results"; then
     touch "$folder/wrote"
   fi
   finish "$folder" "$code"
 }
 
-# Whether RESULTS holds a file that is newer than the start of COMMAND. That is the start of its first
-# attempt, since a later one may have nothing left to do; after a success everything begins anew. Only times
-# that this machine's kernel gave are compared: copies from the bucket bring their own modification times.
+# Whether RESULTS holds a file that is newer than the start of COMMAND: that of its first attempt since its
+# last success, because a later attempt may find nothing left to do. Only times that this machine's kernel set
+# are compared, since copies bring the modification times of other machines. Files of the checkout do not
+# count: each new copy of it writes them again.
 wrote_something() { # FOLDER RESULTS
-  local folder start=''
+  local folder start='' written
   while read -r folder; do
     if ! cmp -s "$folder/command" "$1/command" || [[ ! -e $folder/started ]]; then continue; fi
     if [[ -z $start ]]; then start=$folder/started; fi
     if [[ -e $folder/wrote && $(exit_code "$folder") == 0 ]] && cmp -s "$folder/target" "$1/target"; then start=''; fi
   done < <(attempts)
-  [[ -d $2 && -n $(find "$2/" -name .compiled -prune -o -type f ! -name '*.lock' -cnewer "$start" -print -quit) ]]
+  [[ -d $2 ]] || return
+  written=$(find -H "$2" -name .compiled -prune -o -type f ! -name '*.lock' -cnewer "$start" -print \
+    | grep -avxFf ../files) || true
+  [[ -n $written ]]
 }
 
 finish() { # FOLDER CODE
@@ -197,13 +201,14 @@ finish() { # FOLDER CODE
   mv "$1/exit.new" "$1/exit"
 }
 
-# A new machine starts from what the one before copied to the bucket.
+# A new machine starts from what the previous one copied to the bucket.
 restore() { # RESULTS BUCKET
   local listing
   if [[ -z $2 || -e $HOME_DIR/restored ]] || ((WORKER != 0)); then return 0; fi
   mkdir -p "$1"
   if listing=$(gcloud storage ls "$2/results/" 2>&1); then
     gcloud storage rsync "$2/results" "$1" --recursive --quiet || return
+    find "$HOME_DIR/attempts" -name started -exec touch {} + # nothing of this is newer than any start
   elif [[ $listing != *"matched no objects"* ]]; then
     echo "$listing"
     return 1
@@ -212,7 +217,7 @@ restore() { # RESULTS BUCKET
 }
 
 # Everything but the checkpoints goes first: metrics.jsonl in the bucket is never older than a checkpoint
-# beside it, however suddenly the machine goes. Nothing is ever deleted from the bucket.
+# beside it, however suddenly the machine disappears. Nothing is ever deleted from the bucket.
 push() { # FOLDER RESULTS BUCKET
   local quiet=(--no-user-output-enabled --quiet) lock='.*\.lock$' code=0
   [[ -n $3 ]] || return 0

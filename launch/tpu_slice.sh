@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# The slice as launch/tpu.sh sees it: its type, its state, creating it, waiting for it, deleting it.
-# Sourced by launch/tpu.sh, whose options (name, zone, spot, ...) it reads; it changes `fresh` (the slice
-# was created anew and has no code yet) and `delay` (seconds until the next look).
+# The slice as launch/tpu.sh sees it: its type and state, and how to create it, wait for it and delete it.
+# Sourced by launch/tpu.sh, whose options (name, zone, spot, ...) it reads; it sets `fresh` (the slice was
+# just created and has no code yet) and `delay` (seconds until the next look).
 # shellcheck disable=SC2154,SC2034
 
 # Cloud TPU's own name of the type, the image that goes with it, and the number of hosts.
@@ -73,7 +73,7 @@ list_addresses() {
   [[ -n $dry_run ]] || (($(wc -l <"$scratch/tpu_addresses") == hosts))
 }
 
-# The ssh flags notice a machine that is gone; without them a connection to it hangs for ever.
+# The ssh flags notice a machine that is gone; without them a connection to it would hang forever.
 on_hosts() { # WORKER COMMAND...
   cloud compute tpus tpu-vm ssh "$name" --worker="$1" --command="$(quote "${@:2}")" \
     --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=20 "${where[@]}" \
@@ -123,7 +123,7 @@ create_slice() {
   elif grep -qiE 'ALREADY_EXISTS|already exists' "$scratch/errors"; then
     say "$name exists already"
   elif grep -qiE 'capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|INTERNAL|DEADLINE|timed out' "$scratch/errors"; then
-    say "the zone has none to give now"
+    say "the zone has no capacity now"
   else
     stop_with 2 "the cloud refused to create $name; its message is above"
   fi
@@ -140,7 +140,7 @@ delete_slice() {
   fi
 }
 
-# Returns when the slice is there, whatever it takes within --max-wait.
+# Returns once the slice is ready, whatever that takes within --max-wait.
 ensure_slice() {
   local state waited=0 refused=0
   delay=$poll_min
@@ -163,7 +163,7 @@ ensure_slice() {
     if ((waited >= max_wait)); then
       stop_with 1 "no slice within $max_wait seconds ($name is $state); $how_to_end"
     fi
-    # The seconds slept, not those of the clock, which may be set in the meantime.
+    # Seconds slept rather than seconds by the clock, which may be set in the meantime.
     waited=$((waited + (delay > 0 ? delay : 1)))
     pause
   done

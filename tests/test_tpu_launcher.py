@@ -257,7 +257,9 @@ class TestItIsUsableByANewcomer:
         script = str(cloud.checkout / "launch" / "tpu.sh")
         for options, message in BAD_VALUES:
             words = [script, "up", "--name=a", "--zone=z", "--type=v4-8", *options]
-            result = subprocess.run(words, env=cloud.environment(), capture_output=True, text=True)
+            result = subprocess.run(
+                words, env=cloud.environment(), capture_output=True, text=True, timeout=20
+            )
             assert (options, result.returncode) == (options, 2)
             assert len(result.stderr.splitlines()) == 1, options
             assert message in errors(result.stderr)[0], options
@@ -628,6 +630,21 @@ class TestASliceGoesOnlyWhenItsResultsAreInTheBucket:
     def test_nothing_under_results_keeps_it(self, cloud: Cloud, program: str) -> None:
         cloud.program(program)
         self.kept(cloud, cloud.run(step="all"))
+
+    def test_files_of_the_checkout_are_not_new_however_often_they_are_copied(self, cloud: Cloud) -> None:
+        (cloud.checkout / "results").mkdir()
+        (cloud.checkout / "results" / "README").write_text("Results go here.")
+        cloud.program(self.ELSEWHERE)
+        for _ in range(2):
+            self.kept(cloud, cloud.run(step="all"))
+
+    def test_what_a_later_start_fetches_from_the_bucket_is_not_new(self, cloud: Cloud) -> None:
+        cloud.program(self.ELSEWHERE)
+        assert cloud.run("--bucket=").returncode == 0
+        cloud.results().mkdir(parents=True)
+        (cloud.results() / "starts").write_text("start\n")
+        self.kept(cloud, cloud.run(step="all"))
+        assert cloud.host_file("src/results/run/starts").exists()
 
     def test_the_empty_folder_that_hosts_share_is_nothing(self, cloud: Cloud) -> None:
         cloud.program(self.ELSEWHERE)
