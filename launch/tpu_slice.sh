@@ -1,13 +1,13 @@
 # shellcheck shell=bash
-# The slice as launch/tpu.sh sees it: its type, its state, creating it, waiting for it, deleting it.
-# Sourced by launch/tpu.sh, whose options (name, zone, spot, ...) it reads; it changes `fresh` (the slice
-# was created anew and has no code yet) and `delay` (seconds until the next look).
+# The slice as launch/tpu.sh sees it: its type and state, and how to create it, wait for it and delete it.
+# Sourced by launch/tpu.sh, whose options (name, zone, spot, ...) it reads; it sets `fresh` (the slice was
+# just created and has no code yet) and `delay` (seconds until the next look).
 # shellcheck disable=SC2154,SC2034
 
 # Cloud TPU's own name of the type, the image that goes with it, and the number of hosts.
 resolve_type() {
   local family=${type%%-*} size=${type#*-} cores_a_host=4
-  [[ $type =~ ^(v4|v5p|v5e|v5litepod|v6e)-[1-9][0-9]*$ ]] \
+  [[ $type =~ ^(v4|v5p|v5e|v5litepod|v6e)-[1-9][0-9]{0,4}$ ]] \
     || stop_with 2 "--type must be like v4-8, v5e-8, v5p-8 or v6e-8, not '$type'"
   case $family in
     v4) accelerator=v4-$size version=tpu-ubuntu2204-base ;;
@@ -66,7 +66,14 @@ state_of() { # KIND FIELD
   fi
 }
 
-# The ssh flags notice a machine that is gone; without them a connection to it hangs for ever.
+# The private addresses of the slice's hosts, for the one that lends them its folder.
+list_addresses() {
+  cloud compute tpus tpu-vm describe "$name" --format="value(networkEndpoints[].ipAddress)" "${where[@]}" </dev/null \
+    | tr -cs '0-9.' '\n' | grep -xE '([0-9]{1,3}\.){3}[0-9]{1,3}' >"$scratch/tpu_addresses" || true
+  [[ -n $dry_run ]] || (($(wc -l <"$scratch/tpu_addresses") == hosts))
+}
+
+# The ssh flags notice a machine that is gone; without them a connection to it would hang forever.
 on_hosts() { # WORKER COMMAND...
   cloud compute tpus tpu-vm ssh "$name" --worker="$1" --command="$(quote "${@:2}")" \
     --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=20 "${where[@]}" \
@@ -116,7 +123,7 @@ create_slice() {
   elif grep -qiE 'ALREADY_EXISTS|already exists' "$scratch/errors"; then
     say "$name exists already"
   elif grep -qiE 'capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|INTERNAL|DEADLINE|timed out' "$scratch/errors"; then
-    say "the zone has none to give now"
+    say "the zone has no capacity now"
   else
     stop_with 2 "the cloud refused to create $name; its message is above"
   fi
@@ -133,9 +140,9 @@ delete_slice() {
   fi
 }
 
-# Returns when the slice is there, whatever it takes within --max-wait.
+# Returns once the slice is ready, whatever that takes within --max-wait.
 ensure_slice() {
-  local state start=$SECONDS refused=0
+  local state waited=0 refused=0
   delay=$poll_min
   while :; do
     state=$(slice_state)
@@ -153,9 +160,11 @@ ensure_slice() {
       STOPPED) cloud compute tpus tpu-vm start "$name" "${where[@]}" || true ;;
       *) say "$name is $state; looking again in ${delay}s" ;;
     esac
-    if ((SECONDS - start >= max_wait)); then
+    if ((waited >= max_wait)); then
       stop_with 1 "no slice within $max_wait seconds ($name is $state); $how_to_end"
     fi
+    # Seconds slept rather than seconds by the clock, which may be set in the meantime.
+    waited=$((waited + (delay > 0 ? delay : 1)))
     pause
   done
 }

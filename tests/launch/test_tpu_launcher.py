@@ -33,7 +33,7 @@ HOST_TOOLS = {
     # A mount of worker 0's folder is a link to it here.
     "sudo": """echo "$*" >> "$FAKE_CLOUD/sudo-$FAKE_HOST"
 if [ "$1" = tee ]; then cat >> "$FAKE_CLOUD/sudo-$FAKE_HOST"; fi
-if [ "$1" = mount ]; then rmdir "$7"; ln -s "$FAKE_CLOUD/host-0/jaxlora/src/results" "$7"; fi""",
+if [ "$1" = mount ]; then rmdir "$7"; ln -s "$FAKE_CLOUD/host-0/${7#"$HOME"/}" "$7"; fi""",
     "preempt": """echo '{"state": "PREEMPTED", "hosts": 1}' > "$FAKE_CLOUD/nodes/study"
 if [ -e "$FAKE_CLOUD/queue/study" ]; then echo SUSPENDED > "$FAKE_CLOUD/queue/study"; fi""",
 }
@@ -171,6 +171,36 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
 
+def given_as(option: str, values: list[str], message: str) -> list[tuple[list[str], str]]:
+    return [([f"--{option}={value}"], f"--{option} {message}") for value in values]
+
+
+BAD_VALUES = [
+    *given_as("poll-min", ["", "-1", "1.5", "0x10", "1e3", " 1", "9" * 10], "needs a whole number"),
+    *given_as("poll-max", ["1" + "0" * 18], "needs a whole number from 0 to 999,999,999"),
+    *given_as("max-wait", ["3 days", "9" * 30], "needs a whole number"),
+    *given_as("max-failures", ["a[0]"], "needs a whole number"),
+    *given_as("max-resumes", ["1\n2"], "needs a whole number"),
+    *given_as("results", ["", ".", "/", "/a", "a/.", "./a", "a/../b", "a//b"], "must be a folder inside"),
+    *given_as("results", ["a*", "a?", "a[1]", "a]", "a\nb", "a\tb"], "cannot hold"),
+    (["--results", "--spot"], "looks like an option"),
+    *given_as("spot", ["no", ""], "takes no value"),
+    *given_as("queued", ["false"], "takes no value"),
+    *given_as("again", ["0"], "takes no value"),
+    *given_as("keep", ["no"], "takes no value"),
+    *given_as("dry-run", ["no"], "takes no value"),
+    *given_as("zone", ["us west4", "us-west4-a\n", "US-WEST4-A", "-a", "*"], "must look like"),
+    *given_as("project", ["my project", "$p", "-p"], "must be a project ID"),
+    *given_as(
+        "bucket", ["gs://", "gs:///a", "gs://a b", "gs://a*", "gs://a/b?", "gs://a//b"], "must look like"
+    ),
+    *given_as("create-flag", ["", "subnetwork=tpu", "--"], "needs a flag of gcloud"),
+    *given_as("connect-flag", ["", "-x"], "needs a flag of gcloud"),
+    *given_as("name", ["a" * 64, "a\n", "é"], "needs lowercase letters"),
+    *given_as("type", ["v4-" + 20 * "8", "v5e-08", "v5e-8\n"], "must be like"),
+]
+
+
 class TestItIsUsableByANewcomer:
     def test_help_shows_steps_options_and_an_example(self, cloud: Cloud) -> None:
         result = cloud.launch("--help")
@@ -213,6 +243,39 @@ class TestItIsUsableByANewcomer:
         assert message in errors(result.stderr)[0]
         assert cloud.calls() == []
 
+    @pytest.mark.parametrize("token", ["hf_a hf_b", "hf_a\r", "hf_a\nhf_b"])
+    def test_a_token_of_several_words_is_refused_before_anything_is_created(
+        self, cloud: Cloud, token: str
+    ) -> None:
+        result = cloud.run(HF_TOKEN=token)
+        assert result.returncode == 2
+        assert "HF_TOKEN holds a space or a line break" in errors(result.stderr)[0]
+        assert "hf_" not in result.stderr
+        assert cloud.calls() == []
+
+    def test_every_value_is_checked_before_the_cloud_is_asked(self, cloud: Cloud) -> None:
+        script = str(cloud.checkout / "launch" / "tpu.sh")
+        for options, message in BAD_VALUES:
+            words = [script, "up", "--name=a", "--zone=z", "--type=v4-8", *options]
+            result = subprocess.run(
+                words, env=cloud.environment(), capture_output=True, text=True, timeout=20
+            )
+            assert (options, result.returncode) == (options, 2)
+            assert len(result.stderr.splitlines()) == 1, options
+            assert message in errors(result.stderr)[0], options
+        assert cloud.calls() == []
+
+    def test_numbers_with_leading_zeros_are_decimal(self, cloud: Cloud) -> None:
+        cloud.plan({"match": " create ", "exit": 1, "stderr": "no more capacity", "times": 4})
+        waits = cloud.folder / "waits"
+        cloud.tool("laptop-bin", "sleep", f"echo $1 >> {waits}")
+        cloud.program(RESUMABLE + "case $(wc -l < results/run/starts) in [1-9]) exit 75;; 1?) exit 3;; esac")
+        limits = ["--max-wait=0089", "--max-resumes=09", "--max-failures=010"]
+        result = cloud.run("--poll-min=08", "--poll-max=000000000025", *limits)
+        assert result.returncode == 0, result.stderr
+        assert waits.read_text().split() == ["8", "16", "25", "25", "25"] + ["8"] * 19
+        assert cloud.starts() == 20
+
     def test_a_missing_gcloud_is_said(self, cloud: Cloud) -> None:
         (cloud.folder / "laptop-bin" / "gcloud").unlink()
         environment = {**cloud.environment(), "PATH": str(cloud.folder / "laptop-bin")}
@@ -228,6 +291,11 @@ class TestItIsUsableByANewcomer:
         assert "gs://other cannot be read" in errors(result.stderr)[0]
         assert cloud.verbs() == []
 
+    def test_the_folder_in_the_bucket_need_not_exist_yet(self, cloud: Cloud) -> None:
+        result = cloud.run("--bucket=gs://bucket/new/folder", step="all")
+        assert result.returncode == 0, result.stderr
+        assert (cloud.bucket / "new" / "folder" / "study" / "results" / "run" / "starts").exists()
+
     @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
     def test_the_scripts_are_clean_to_shellcheck(self) -> None:
         scripts = [str(LAUNCH / script) for script in SCRIPTS]
@@ -238,7 +306,11 @@ class TestItIsUsableByANewcomer:
 class TestDryRunTellsTheTruth:
     @pytest.mark.parametrize(
         "options",
-        [["--spot", "--queued", "--project=p"], *(pytest.param(o, marks=SLOW) for o in ([], ["--spot"]))],
+        [
+            ["--spot", "--queued", "--project=p"],
+            ["--type=v5e-16"],
+            *(pytest.param(o, marks=SLOW) for o in ([], ["--spot"])),
+        ],
     )
     def test_it_prints_the_commands_that_a_real_run_makes(self, cloud: Cloud, options: list[str]) -> None:
         def normal(calls: list[list[str]]) -> list[list[str]]:
@@ -249,6 +321,9 @@ class TestDryRunTellsTheTruth:
         dry = cloud.run(*options, "--dry-run", step="all")
         assert dry.returncode == 0
         assert cloud.calls() == []
+        assert (
+            "leave something new under results; otherwise study is kept and the exit code is 74" in dry.stderr
+        )
         real = cloud.run(*options, step="all")
         assert real.returncode == 0, real.stderr
         assert normal(printed(dry.stdout)) == normal([["gcloud", *call] for call in cloud.calls()])
@@ -357,6 +432,18 @@ class TestTheCheckoutArrives:
         assert cloud.host_file("src/data/rows.jsonl").read_text() == "kept"
         assert cloud.git("status", "--short").splitlines() == ["M new.txt", "?? forgotten.txt"]
 
+    @pytest.mark.parametrize("name", ["é日本.txt", "a b.txt", "back\\slash.txt", '"quoted".txt', "-f"])
+    def test_an_old_file_of_any_name_goes(self, cloud: Cloud, name: str) -> None:
+        (cloud.checkout / name).write_text("old")
+        cloud.program(RESUMABLE)
+        assert cloud.launch("up").returncode == 0
+        assert cloud.host_file("src") / name in cloud.host_file("src").iterdir()
+        (cloud.checkout / name).unlink()
+        cloud.program(RESUMABLE)
+        assert cloud.launch("up").returncode == 0
+        assert cloud.host_file("src") / name not in cloud.host_file("src").iterdir()
+        assert cloud.host_file("src/train.sh").exists()
+
     def test_the_locked_versions_and_the_package_are_installed_on_every_host(self, cloud: Cloud) -> None:
         assert cloud.launch("up", "--type=v5e-16").returncode == 0
         for host in range(4):
@@ -413,6 +500,7 @@ HARD_WORDS = [
         "'\\''",
     ],
 ]
+HARD_FOLDERS = ["my results", 'it\'s "$HOME"', "a\\040b #1", "é日本 (rw)", "deep/er {a,b}"]
 ANY_CHARACTER = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 
 
@@ -514,6 +602,209 @@ class TestWhatTheCommandReportsDecides:
         assert result.returncode == 1
         assert "the results could not be copied to gs://bucket/study" in errors(result.stderr)[0]
         assert cloud.state() == "READY"
+
+
+class TestASliceGoesOnlyWhenItsResultsAreInTheBucket:
+    ELSEWHERE = "mkdir -p out; echo x > out/y"
+
+    def kept(self, cloud: Cloud, result: subprocess.CompletedProcess) -> None:
+        assert result.returncode == 74
+        (line,) = errors(result.stderr)
+        assert line.startswith(
+            "error: COMMAND succeeded but left nothing new under results, so study is kept: "
+        )
+        assert "--results" in line
+        assert line.endswith("to end the cost: launch/tpu.sh down --name study --zone us-west4-a")
+        assert cloud.state() == "READY"
+        assert "delete" not in cloud.verbs()
+
+    @pytest.mark.parametrize(
+        "program",
+        [
+            ELSEWHERE,
+            "true",
+            "mkdir -p results/run/checkpoints",
+            "mkdir -p results/.compiled/a; touch results/.run.lock results/.compiled/a/program",
+        ],
+    )
+    def test_nothing_under_results_keeps_it(self, cloud: Cloud, program: str) -> None:
+        cloud.program(program)
+        self.kept(cloud, cloud.run(step="all"))
+
+    def test_files_of_the_checkout_are_not_new_however_often_they_are_copied(self, cloud: Cloud) -> None:
+        (cloud.checkout / "results").mkdir()
+        (cloud.checkout / "results" / "README").write_text("Results go here.")
+        cloud.program(self.ELSEWHERE)
+        for _ in range(2):
+            self.kept(cloud, cloud.run(step="all"))
+
+    def test_what_a_later_start_fetches_from_the_bucket_is_not_new(self, cloud: Cloud) -> None:
+        cloud.program(self.ELSEWHERE)
+        assert cloud.run("--bucket=").returncode == 0
+        cloud.results().mkdir(parents=True)
+        (cloud.results() / "starts").write_text("start\n")
+        self.kept(cloud, cloud.run(step="all"))
+        assert cloud.host_file("src/results/run/starts").exists()
+
+    def test_the_empty_folder_that_hosts_share_is_nothing(self, cloud: Cloud) -> None:
+        cloud.program(self.ELSEWHERE)
+        self.kept(cloud, cloud.run("--type=v5e-16", step="all"))
+        assert cloud.host_file("src/results").is_dir()
+
+    def test_keep_changes_nothing_about_it(self, cloud: Cloud) -> None:
+        cloud.program(self.ELSEWHERE)
+        self.kept(cloud, cloud.run("--keep", step="all"))
+
+    def test_run_says_it(self, cloud: Cloud) -> None:
+        cloud.program(self.ELSEWHERE)
+        result = cloud.run()
+        assert result.returncode == 0
+        assert "tpu: it left nothing new under results" in result.stderr.splitlines()
+        cloud.program(RESUMABLE)
+        assert "left nothing new" not in cloud.run("--again").stderr
+
+    def test_results_that_came_from_the_bucket_are_not_new(self, cloud: Cloud) -> None:
+        old = cloud.results() / "starts"
+        old.parent.mkdir(parents=True)
+        old.write_text("start\n")
+        os.utime(old, (4e9, 4e9))  # by the clock of another machine
+        cloud.program(f"{self.ELSEWHERE}; test -e results/run/starts")
+        self.kept(cloud, cloud.run(step="all"))
+
+    def test_results_of_an_earlier_success_are_not_new(self, cloud: Cloud) -> None:
+        assert cloud.run("--keep", step="all").returncode == 0
+        cloud.program(self.ELSEWHERE)
+        self.kept(cloud, cloud.run("--again", step="all"))
+
+    def test_a_file_written_anew_is_new_whatever_its_date(self, cloud: Cloud) -> None:
+        cloud.program("mkdir -p results; echo x > results/y; touch -d 1990-01-01 results/y")
+        assert cloud.run(step="all").returncode == 0
+        assert cloud.state() is None
+
+    def test_the_right_folder_given_afterwards_ends_it(self, cloud: Cloud) -> None:
+        cloud.program("[ -e out/y ] && exit; " + self.ELSEWHERE)  # the second time nothing is left to do
+        self.kept(cloud, cloud.run(step="all"))
+        result = cloud.run("--results=out", step="all")
+        assert result.returncode == 0, result.stderr
+        assert (cloud.bucket / "study" / "results" / "y").read_text() == "x\n"
+        assert cloud.state() is None
+
+    def test_a_corrected_program_given_afterwards_ends_it(self, cloud: Cloud) -> None:
+        cloud.program(self.ELSEWHERE)
+        self.kept(cloud, cloud.run(step="all"))
+        cloud.program(RESUMABLE)
+        assert cloud.run(step="all").returncode == 0
+        assert cloud.state() is None
+
+    @pytest.mark.parametrize("end", ["exit 3", "exit 75", "preempt; exit 75"])
+    def test_an_attempt_that_finds_nothing_left_to_do_counts_what_came_before(
+        self, cloud: Cloud, end: str
+    ) -> None:
+        cloud.program(f"[ -e results/y ] && exit; mkdir -p results; echo x > results/y; {end}")
+        result = cloud.run(step="all")
+        assert result.returncode == 0, result.stderr
+        assert (cloud.bucket / "study" / "results" / "y").exists()
+        assert cloud.state() is None
+
+    def test_results_of_a_run_without_a_bucket_reach_it_before_the_slice_goes(self, cloud: Cloud) -> None:
+        cloud.program("[ -e results/y ] && exit; mkdir -p results; echo x > results/y")
+        assert cloud.run("--bucket=").returncode == 0
+        assert not (cloud.bucket / "study").exists()
+        result = cloud.run(step="all")
+        assert result.returncode == 0, result.stderr
+        assert (cloud.bucket / "study" / "results" / "y").exists()
+
+    @pytest.mark.parametrize(
+        ("first", "told"),
+        [
+            (["--bucket="], "--results 'results' and no --bucket"),
+            (["--results=o ut"], "--results 'o ut' and --bucket gs://bucket"),
+        ],
+    )
+    def test_a_command_that_runs_for_another_folder_or_bucket_is_not_followed(
+        self, cloud: Cloud, first: list[str], told: str
+    ) -> None:
+        cloud.program('touch "$FAKE_CLOUD/runs"; until [ -e "$FAKE_CLOUD/finish" ]; do sleep 0.1; done')
+        run = subprocess.Popen(
+            cloud.line("run", *first, command=("bash", "train.sh")),
+            env=cloud.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while not (cloud.folder / "runs").exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        result = cloud.run(step="all")
+        assert result.returncode == 2
+        assert errors(result.stderr) == [
+            f"error: study runs this command with {told}; give those, or end it (launch/tpu.sh stop)"
+        ]
+        (cloud.folder / "finish").touch()
+        assert run.wait(timeout=30) == 0
+
+
+class TestTheClockOfTheLaptopDecidesNothing:
+    def at(self, cloud: Cloud, moment: str) -> None:
+        cloud.tool("laptop-bin", "date", f"echo {moment}")
+
+    def test_attempts_of_one_second_are_two(self, cloud: Cloud) -> None:
+        self.at(cloud, "20260101T000000Z")
+        assert cloud.run().returncode == 0
+        assert "start number 2" in cloud.run("--again").stdout
+        assert cloud.starts() == 2
+
+    @pytest.mark.parametrize("step", ["run", "status", "logs"])
+    def test_a_clock_that_was_ahead_hides_no_running_command(self, cloud: Cloud, step: str) -> None:
+        self.at(cloud, "20990101T000000Z")
+        assert cloud.run(command=("bash", "train.sh", "ahead")).returncode == 0
+        self.at(cloud, "20260101T000000Z")
+        cloud.program(TestAnInterruptionTearsNothingDown.WAITS)
+        run = subprocess.Popen(
+            cloud.line("run", "--again", command=("bash", "train.sh", "ahead")),
+            env=cloud.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        assert run.stdout is not None
+        while "start number 2" not in run.stdout.readline():
+            assert run.poll() is None
+        os.killpg(run.pid, signal.SIGINT)
+        run.communicate(timeout=30)
+        if step == "status":
+            assert "worker 0: running: bash train.sh ahead" in cloud.launch("status").stdout
+        elif step == "logs":
+            with pytest.raises(subprocess.TimeoutExpired) as followed:
+                subprocess.run(cloud.line("logs"), env=cloud.environment(), capture_output=True, timeout=1.5)
+            assert b"start number 2 with ahead" in followed.value.stdout
+        else:
+            (cloud.folder / "finish").touch()
+            result = cloud.run(command=("bash", "train.sh", "ahead"))
+            assert result.returncode == 0, result.stderr
+        (cloud.folder / "finish").touch()
+        while not (cloud.results() / "starts").exists():
+            time.sleep(0.05)
+        assert len(cloud.host_file("src/results/run/starts").read_text().splitlines()) == 2
+
+    def test_a_clock_that_is_set_ends_no_wait(self, cloud: Cloud, tmp_path: Path) -> None:
+        script = f"""source {LAUNCH / "tpu_slice.sh"}
+        poll_min=10 max_wait=60 name=study how_to_end=end slept=0
+        slice_state() {{ if ((slept < 30)); then echo CREATING; else echo READY; fi; }}
+        pause() {{ SECONDS=$((SECONDS + 1000000)) slept=$((slept + delay)); }}
+        say() {{ :; }}
+        stop_with() {{ echo "$2"; exit "$1"; }}
+        ensure_slice
+        slice_state() {{ echo CREATING; }}
+        pause() {{ SECONDS=0; }}
+        ensure_slice"""
+        result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
+        assert (result.returncode, result.stdout) == (
+            1,
+            "no slice within 60 seconds (study is CREATING); end\n",
+        )
 
 
 class TestItResumesAfterAPreemption:
@@ -694,10 +985,46 @@ class TestSeveralHosts:
             line for line in lender if re.match(rf"{folder} .*\(rw,sync,.*anonuid={os.getuid()}", line)
         ]
         networks = [line.removeprefix(f"{cloud.host_file('src/results')} ").split("(")[0] for line in exports]
-        assert networks == ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
+        assert networks == ["10.130.0.2", "10.130.0.3", "10.130.0.4", "10.130.0.5"]  # the hosts, nobody else
+        assert all("(rw,sync,no_subtree_check,secure,all_squash," in line for line in exports)
+        assert lender[2:] == ["tee /etc/exports.d/jaxlora.exports", *exports, "exportfs -ra"]
         assert lender[0] == "apt-get -o DPkg::Lock::Timeout=600 update -qq"
         assert lender[1].endswith("install -qq -y nfs-kernel-server")
         assert borrower[2].startswith("mount -t nfs -o actimeo=1 t1v-n-fake-w-0:")
+
+    def test_hosts_without_known_addresses_share_nothing(self, cloud: Cloud) -> None:
+        cloud.plan({"match": "ipAddress", "exit": 1, "times": 3})
+        result = cloud.launch("up", "--type=v5e-16")
+        assert result.returncode == 1
+        assert (
+            "the addresses of the 4 hosts of study are not known; to end the cost" in errors(result.stderr)[0]
+        )
+        assert not list(cloud.folder.glob("sudo-*"))
+
+    @pytest.mark.parametrize("name", HARD_FOLDERS)
+    def test_a_results_folder_of_any_name_is_shared_and_copied(self, cloud: Cloud, name: str) -> None:
+        cloud.program('mkdir -p "$1"; echo x > "$1/part-$FAKE_HOST"')
+        result = cloud.run(
+            "--type=v5e-16", f"--results={name}", step="all", command=("bash", "train.sh", name)
+        )
+        assert result.returncode == 0, result.stderr
+        copied = cloud.bucket / "study" / "results"
+        assert sorted(path.name for path in copied.iterdir()) == [f"part-{host}" for host in range(4)]
+        exports = [line for line in (cloud.folder / "sudo-0").read_text().splitlines() if "(rw," in line]
+        for line in exports:
+            path, client = line.split(" ")  # else exports(5) reads another path, or other clients
+            assert client.startswith("10.130.0.")
+            octal = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), path.encode())
+            assert octal.decode() == str(cloud.host_file("src") / name)
+            assert not set(path) & set("\"'#")
+
+    def test_a_host_that_gives_its_full_name_is_known_by_its_number(self, cloud: Cloud) -> None:
+        cloud.tool("host-bin", "hostname", 'echo "t1v-n-fake-w-$FAKE_HOST.us-west4-a.c.project.internal"')
+        cloud.program("mkdir -p results; echo x > results/part-$FAKE_HOST; echo out $FAKE_HOST")
+        result = cloud.run("--type=v5e-16")
+        assert result.returncode == 0, result.stderr
+        assert "out 1" not in result.stdout
+        assert "mount -t nfs -o actimeo=1 t1v-n-fake-w-0:" in (cloud.folder / "sudo-3").read_text()
 
     def test_one_preempted_host_outweighs_the_failures_it_causes(self, cloud: Cloud) -> None:
         cloud.program(
@@ -866,8 +1193,17 @@ class TestEndingIt:
             time.sleep(0.05)
         os.killpg(run.pid, signal.SIGINT)
         run.wait(timeout=30)
+        cloud.host_file("src/results/late").touch()
         assert cloud.launch("stop").returncode == 0
         assert "ended with exit code 137" in cloud.launch("status").stdout
+        assert (cloud.bucket / "study" / "results" / "late").exists()
+
+    def test_an_exit_code_that_was_cut_off_counts_as_killed(self, cloud: Cloud) -> None:
+        assert cloud.run().returncode == 0
+        (code,) = cloud.folder.glob("host-0/jaxlora/attempts/*/exit")
+        code.write_text("")
+        assert "ended with exit code 137" in cloud.launch("status").stdout
+        assert "start number 2" in cloud.run().stdout
 
     def test_logs_come_from_the_bucket_when_the_slice_is_gone(self, cloud: Cloud) -> None:
         assert cloud.run(step="all", command=("bash", "train.sh", "hello")).returncode == 0
