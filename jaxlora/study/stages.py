@@ -160,7 +160,7 @@ def _finished(session: Session) -> list[RunConfig]:
 
 
 def _train_all(session: Session, tasks: list[Task]) -> None:
-    # Another host may not see the last trial's files yet; it must train with the same rates all the same.
+    # Another host may not see the last trial's files yet; it must train with the same rates nevertheless.
     rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
     for task, peak in zip(tasks, rates, strict=True):
         if task.state.kind == "redo":
@@ -276,7 +276,7 @@ def _check_export(session: Session) -> list[Task]:
         if not out.is_dir():
             state = State("missing")
         elif different := _unlike(own, out):
-            state = State("redo", f"its {different} is not the run's")
+            state = State("redo", f"its {different} differs from the run's")
         else:
             state = State("done")
         tasks.append(Task(run.run_id, state, (run, out)))
