@@ -201,7 +201,7 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
                 f"{task.name}: exists, but was made with another configuration: {task.state.why}. Give"
                 " another --config.prefix, or --config.overwrite=true to delete it"
             )
-        if task.state.kind == "damaged":
+        if task.state.kind == "damaged" and not session.config.overwrite:
             raise UserError(
                 f"{task.item.run_dir}: {task.state.why}. Put back a sound copy, or delete this folder to"
                 " train this run again"

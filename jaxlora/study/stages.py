@@ -167,7 +167,9 @@ def _train_all(session: Session, tasks: list[Task]) -> None:
             console.print(f"{task.name}: {task.state.why}; going back to its last checkpoint", markup=False)
             _reopen(task.item.run_dir)
         optim = replace(task.item.optim, peak_lr=peak)
-        _train_run(session, replace(task.item, optim=optim, overwrite=task.state.kind == "foreign"))
+        _train_run(
+            session, replace(task.item, optim=optim, overwrite=task.state.kind in ("foreign", "damaged"))
+        )
 
 
 def _reopen(run_dir: Path) -> None:
@@ -181,6 +183,8 @@ def _train_run(session: Session, config: RunConfig) -> None:
     """Train one run. If it fails it leaves its `failure.json`, and the study goes on with the others."""
     name = config.run_id
     session.check_inputs()
+    if hosts.is_main():  # what it notes is of the run as it was
+        (session.folder / "selection.json").unlink(missing_ok=True)
     try:
         result = train(session.job(config), session.base, session.stop)
     except Diverged as error:
