@@ -34,7 +34,7 @@ _OTHER_LOOKS: list[dict[str, Any]] = [
     {"color": "#222222", "marker": "P", "linestyle": (0, (1, 1))},
 ]
 _MARKERS = "osD^vP*Xph"
-FEW = 4  # so many lines have room for a legend and for words beside their points
+FEW = 4  # up to this many lines leave room for a legend and for words beside their points
 _INK = "#222222"
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 9}
 _NOT_FROM_ZERO = "(axis does not begin at zero)"

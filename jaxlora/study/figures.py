@@ -57,7 +57,7 @@ def draw_figures(figures: Sequence[tuple[Table, Drawing]], folder: Path, root: P
 def plan_figures(
     study: Study, comparison: dict[str, Any] | None
 ) -> tuple[list[tuple[Table, Drawing]], list[str]]:
-    """The figures that the study has data for, and one sentence for each that it has not."""
+    """The figures that the study has data for, and one sentence for each that it cannot draw."""
     figures = _figures(study, comparison)
     absent = [table for table, _ in figures if isinstance(table, str)]
     return [(table, draw) for table, draw in figures if isinstance(table, Table)], absent

@@ -1,6 +1,6 @@
 """The sentences of the report: the question, the verdict, how it was run, and what it cannot say.
 
-Every sentence follows from the comparison and the runs' own records; what is not recorded is said so.
+Every sentence follows from the comparison and the runs' own records; what they do not record, it says.
 """
 
 from __future__ import annotations

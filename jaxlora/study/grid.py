@@ -97,7 +97,7 @@ def run_name(prefix: str, setting: Setting, seed: int | None = None) -> str:
 
 
 def selects_rates(config: RunConfig) -> bool:
-    """Whether trials choose the learning rates. Not where the sweep names its own, or there is no grid."""
+    """Whether trials choose the learning rates: not if the sweep names its own, or there are none."""
     return bool(config.selection.learning_rates) and not config.sweep.learning_rates
 
 

@@ -1,11 +1,11 @@
-"""The study as one command: stages in a row, each of which knows what is there and makes what is not.
+"""The study as one command: a row of stages, each of which sees what is there and makes what is missing.
 
     session = Session(config)
     unfinished = run_stages(session, STAGES)   # of jaxlora.study.stages; skips what is there and valid
 
 A stage is two functions: `check` lists its tasks with their states and writes nothing; `run` does those that
-are left. Nothing is remembered between two calls of the command: what is done is read from the files, and a
-file counts only if the hashes that it records are those of its inputs now. So the command can be stopped or
+are left. Nothing is remembered between two starts of the command: what is done is read from the files, and a
+file counts only while the hashes that it records are those of its inputs. So the command can be stopped or
 killed anywhere; started again, it ends in the same report.
 """
 
@@ -39,7 +39,7 @@ from jaxlora.study.state import Inputs, State, check_unchanged, read_inputs
 from jaxlora.train.job import Job, prepare
 from jaxlora.train.step import Machine, wire
 
-LOOK_SECONDS = 120  # an NFS client may go by what it knew of a folder for a minute
+LOOK_SECONDS = 120  # an NFS client may show an old view of a folder for a minute
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Session:
             return base.load(spec, mesh)
 
     def job(self, config: RunConfig) -> Job:
-        """The prepared run; rows that the run before has read are not read again."""
+        """The prepared run; rows that the previous run has read are not read again."""
         self._job = prepare(config, like=self._job)
         return self._job
 
@@ -133,7 +133,7 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> list[str]:
       What is not done at the end, in words; nothing where the stages are complete.
 
     Raises:
-      UserError: something that the user must decide or mend, such as a run of another configuration.
+      UserError: something that the user must decide or fix, such as a run of another configuration.
       Interrupted: a signal asked to stop; what was done is saved.
     """
     unfinished: list[str] = []
@@ -195,10 +195,10 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
             raise UserError(f"stage {stage.name}: {task.name} waits for {task.state.why}")
         if task.state.kind == "foreign" and not session.config.overwrite:
             raise UserError(
-                f"{task.name}: is there, but of another configuration: {task.state.why}. Give another"
-                " --config.prefix, or --config.overwrite=true to delete it"
+                f"{task.name}: exists, but was made with another configuration: {task.state.why}. Give"
+                " another --config.prefix, or --config.overwrite=true to delete it"
             )
-        if task.state.kind == "damaged":
+        if task.state.kind == "damaged" and not session.config.overwrite:
             raise UserError(
                 f"{task.item.run_dir}: {task.state.why}. Put back a sound copy, or delete this folder to"
                 " train this run again"

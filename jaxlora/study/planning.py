@@ -1,7 +1,7 @@
 """What a study will do and how long it may take (`--dry-run`), and how far it is (`--status`).
 
-Both write nothing. An estimate says what it rests on: the speed of this study's own runs where there are any,
-else that of one H100 as the README states it, scaled by the model's size and by the devices at hand.
+Neither writes anything. An estimate says what it rests on: the speed of this study's own runs if there are
+any, else that of one H100 as the README states it, scaled by the model's size and the devices at hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxlora.train.job import Job, prepare, token_count
 # One H100 80GB, Qwen3-8B, rank 8, batches of 8 rows: `tools/bench.py`, see the README.
 H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_604, 34_939, 13_421  # tokens a second
 H100_FLOPS, H100_PARAMETERS = 989e12, 7.568e9
-LARGEST_FACTOR = 100  # a model much smaller is not bound by its products: the comparison would say nothing
+LARGEST_FACTOR = 100  # a far smaller model is not limited by matrix products, so this would say nothing
 ANSWER_TOKENS = 200  # an answer of the study is 172 (adapters) to 283 (base) tokens long
 
 
@@ -48,7 +48,7 @@ class Speeds:
 
 
 def speeds(config: RunConfig, study: Study | None) -> Speeds:
-    """The measured speeds of the study's own runs and evaluations; what was not measured is assumed."""
+    """The speeds of the study's own runs and evaluations; what has not been measured is assumed."""
     model = find_base(config.model, with_weights=False).config
     device, count = jax.devices()[0], jax.device_count()
     peak = peak_flops(device)
@@ -82,7 +82,7 @@ def speeds(config: RunConfig, study: Study | None) -> Speeds:
 
 
 def _source(runs: int, evaluations: int, assumed: str) -> str:
-    """Where speeds come from that were measured in so many runs and evaluations, and assumed otherwise."""
+    """Where the speeds come from: measured in this many runs and evaluations, or assumed."""
     if not runs and not evaluations:
         return assumed
     training = (
@@ -106,13 +106,13 @@ class RunSize:
 
 
 def run_sizes(config: RunConfig) -> list[RunSize]:
-    """All trials and runs of the sweep, each prepared as if it began now.
+    """The sizes of all trials and runs of the sweep, each prepared as if it started now.
 
-    Reads the rows, so a Hub file is fetched; loads no weights. A learning rate that the trials will choose is
-    the configured one, which changes no count.
+    Reads the rows, so files on the Hub are fetched; loads no weights. Until the trials have chosen a learning
+    rate, the configured one stands in; no count depends on it.
 
     Raises:
-      UserError: what would stop a run, perhaps after hours of others.
+      UserError: something that would stop a run, perhaps hours from now.
     """
     check_study(config)
     config = Session(config).config
@@ -129,7 +129,7 @@ def run_sizes(config: RunConfig) -> list[RunSize]:
 
 
 def _gates_to_come(config: RunConfig) -> GateStatus | None:
-    """The state after the study's first stage where that writes the report of the data gates; else None."""
+    """The gates' state once the first stage has written their report; None if it will not write one."""
     data = config.data
     report = report_place(data.train_path, data.gate_report)
     if report is None or not report.is_file() or report.parent == grid.study_dir(config):
@@ -192,7 +192,7 @@ def plan_table(config: RunConfig) -> Table:
 
 
 def _name(config: RunConfig, run_id: str) -> str:
-    """A run's name after its study's, which would be the same in each row."""
+    """A run's name without the study's prefix, which would be the same in each row."""
     return escape(run_id.removeprefix(f"{config.prefix}-"))
 
 
@@ -213,7 +213,7 @@ _COLOURS = {
 
 
 def status_tables(session: Session) -> list[Table]:
-    """How far every stage is, and every run."""
+    """How far along each stage and each run is."""
     stages = Table(title="stages", title_justify="left")
     for name in ("stage", "state", "why"):
         stages.add_column(name, no_wrap=name != "why", overflow="fold")

@@ -50,7 +50,7 @@ _ARTIFACTS = (
 
 
 def write_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
-    """Compare, and write `comparison.json`; without any evaluation there is none, and none stays behind."""
+    """Compare and write `comparison.json`; without an evaluation, delete one that is left from before."""
     if not study.evaluations:
         (folder / "comparison.json").unlink(missing_ok=True)
         return None

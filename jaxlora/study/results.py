@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """All that a results directory holds of one study."""
+    """Everything that a results directory holds of one study."""
 
     directory: Path
     prefix: str

@@ -160,14 +160,16 @@ def _finished(session: Session) -> list[RunConfig]:
 
 
 def _train_all(session: Session, tasks: list[Task]) -> None:
-    # Another host may not see the last trial's files yet; it must train with the same rates all the same.
+    # Another host may not see the last trial's files yet; it must train with the same rates nevertheless.
     rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
     for task, peak in zip(tasks, rates, strict=True):
         if task.state.kind == "redo":
             console.print(f"{task.name}: {task.state.why}; going back to its last checkpoint", markup=False)
             _reopen(task.item.run_dir)
         optim = replace(task.item.optim, peak_lr=peak)
-        _train_run(session, replace(task.item, optim=optim, overwrite=task.state.kind == "foreign"))
+        _train_run(
+            session, replace(task.item, optim=optim, overwrite=task.state.kind in ("foreign", "damaged"))
+        )
 
 
 def _reopen(run_dir: Path) -> None:
@@ -181,6 +183,8 @@ def _train_run(session: Session, config: RunConfig) -> None:
     """Train one run. If it fails it leaves its `failure.json`, and the study goes on with the others."""
     name = config.run_id
     session.check_inputs()
+    if hosts.is_main():  # what it notes is of the run as it was
+        (session.folder / "selection.json").unlink(missing_ok=True)
     try:
         result = train(session.job(config), session.base, session.stop)
     except Diverged as error:
@@ -276,7 +280,7 @@ def _check_export(session: Session) -> list[Task]:
         if not out.is_dir():
             state = State("missing")
         elif different := _unlike(own, out):
-            state = State("redo", f"its {different} is not the run's")
+            state = State("redo", f"its {different} differs from the run's")
         else:
             state = State("done")
         tasks.append(Task(run.run_id, state, (run, out)))

@@ -10,7 +10,7 @@ that it finished with. That a folder exists means nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -130,11 +130,14 @@ def run_state(config: RunConfig, inputs: Inputs, note: Record | None = None) -> 
     folder = config.run_dir
     if not (folder / "manifest.json").is_file():
         return State("missing")
+    finished = _finished_state(folder, note or {}) if is_finished(folder) else None
+    if finished is not None and finished.kind == "damaged":
+        return finished  # first, because a damaged manifest may look like that of another run
     manifest = read_json(folder / "manifest.json")
     if different := _differences(manifest, config, inputs):
         return State("foreign", "; ".join(different))
-    if is_finished(folder):
-        return _finished_state(folder, note or {})
+    if finished is not None:
+        return finished
     if (folder / "failure.json").is_file():
         error = " ".join(str(read_json(folder / "failure.json").get("error", "no reason recorded")).split())
         return State("failed", error)
@@ -145,32 +148,34 @@ def run_state(config: RunConfig, inputs: Inputs, note: Record | None = None) -> 
 
 def selected_sha256(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file of a run's selected adapter, as RUN_FILES names them."""
-    return {name: sha for name, sha in _hashes(folder).items() if name.startswith(SELECTED)}
+    return _hashes(folder, [name for name in RUN_FILES if name.startswith(SELECTED)])
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in RUN_FILES if (folder / name).is_file()}
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _finished_state(folder: Path, note: Record) -> State:
     """Whether a finished run is still what it finished as."""
-    summary, now = read_summary(folder), _hashes(folder)
-    rows = read_metrics(folder) if "metrics.jsonl" in now else []
+    summary, rows, wrong = read_summary(folder), [], {}
+    try:
+        rows = read_metrics(folder)
+    except UserError as error:
+        wrong["metrics.jsonl"] = str(error)
     expected = summary.get("sha256")
-    if (
-        expected is None
-    ):  # written by an earlier version; a note about a run with other losses is not of this one
+    if expected is None:  # of an earlier version; a note about a run with other losses is not about this one
         nll = {str(row["step"]): row.get("loss") for row in rows if row["split"] == "validation"}
         expected = note.get("selected_sha256", {}) if note.get("validation_nll") == nll else {}
-    wrong = {}
-    for name in RUN_FILES:
+    names = dict.fromkeys((*RUN_FILES, *expected))
+    now = _hashes(folder, names)
+    for name in names:
         if name not in now:
             wrong[name] = f"{name} is gone"
         elif expected.get(name, now[name]) != now[name]:
             wrong[name] = f"{name} is not what was written (its SHA-256 differs)"
     if "metrics.jsonl" not in wrong and (text := _contradiction(summary, rows)):
         wrong["metrics.jsonl"] = f"metrics.jsonl and summary.json contradict each other ({text})"
-    if "metrics.jsonl" in wrong:
+    if any(not name.startswith(SELECTED) for name in wrong):
         return State("damaged", "; ".join(wrong.values()))
     if wrong:
         return State("redo", f"finished, but {'; '.join(wrong.values())}")

@@ -451,7 +451,7 @@ def flip(file: Path) -> None:
 
 def record_hashes(run: Path) -> None:
     """Let the summary of a run hold the hashes of its other files, as that of every run should."""
-    names = ["metrics.jsonl", *(f"selected/{name}" for name in ADAPTER_FILES)]
+    names = ["manifest.json", "metrics.jsonl", *(f"selected/{name}" for name in ADAPTER_FILES)]
     found = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
     write_json_atomic(run / "summary.json", read_json(run / "summary.json") | {"sha256": found})
 
@@ -580,6 +580,34 @@ def test_an_evaluation_whose_totals_are_not_those_of_its_answers_is_redone(sessi
 def test_a_figure_whose_provenance_is_broken_is_drawn_again(session):
     (session.folder / "figures/validation_nll.provenance.json").write_text("{")
     assert states(session, "figures")["validation_nll"] == "redo"
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\n", None], ids=["torn", "no text", "gone"])
+def test_metrics_that_cannot_be_read_are_named_and_trained_again_where_asked(session, content):
+    metrics = Path("results") / RUN / "metrics.jsonl"
+    before = [row["loss"] for row in read_jsonl(metrics)]
+    if content is None:
+        metrics.unlink()
+    else:
+        metrics.write_bytes(content + metrics.read_bytes())
+    with pytest.raises(
+        UserError, match=rf"results/{RUN}: .*metrics\.jsonl.* delete this folder to train this run"
+    ):
+        run_stages(session, [STAGE["sweep"]])
+    asked = Session(replace(session.config, overwrite=True))
+    assert run_stages(asked, [STAGE["sweep"]]) == []
+    after = [row["loss"] for row in read_jsonl(metrics)]  # compiled with other options than the command's
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_a_manifest_that_was_edited_after_its_run_is_named(session):
+    run = Path("results") / RUN
+    record_hashes(run)
+    manifest = read_json(run / "manifest.json")
+    manifest["config"]["lora"]["rank"] = 4  # looks like another configuration, and is not
+    write_json_atomic(run / "manifest.json", manifest)
+    (task, _) = STAGE["sweep"].check(session)
+    assert task.state == State("damaged", "manifest.json is not what was written (its SHA-256 differs)")
 
 
 # --- What was read must not change under a study ------------------------------------------------------------

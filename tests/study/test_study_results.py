@@ -12,6 +12,7 @@ from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import append_jsonl, read_json, write_json_atomic
 from jaxlora.study import tables, training_tables
 from jaxlora.study.comparison import compare_evaluations
+from jaxlora.study.grid import Setting
 from jaxlora.study.results import load_study
 
 
@@ -48,6 +49,54 @@ def test_another_study_in_the_same_directory_is_left_alone(root):
     assert len(study.runs) == 6
     assert len(study.trials) == 6
     assert study.absent == ()
+
+
+def record_config(run, **fields):
+    """Add to the configuration in a run's manifest."""
+    manifest = read_json(run / "manifest.json")
+    for name, value in fields.items():
+        own = manifest["config"].get(name)
+        manifest["config"][name] = own | value if isinstance(own, dict) else value
+    write_json_atomic(run / "manifest.json", manifest)
+
+
+def test_what_a_run_is_stands_in_its_manifest_and_not_in_its_name(root):
+    """Nothing after the condition in these names is a number that the manifest does not confirm."""
+    run = root / "test-all_layer-rank-4-lr-3e-4-seed-0"
+    shutil.move(root / "test-all_layer-seed-0", run)
+    record_config(run, lora={"rank": 4}, train={"batch_rows": 16}, name=run.name)
+    sweep = {"ranks": [1, 4], "learning_rates": [3e-4, 1e-3], "batch_rows": []}
+    assert run.name not in {found.run_id for found in load_study(root, "test").runs}  # a name of its own
+    record_config(run, sweep=sweep)
+    (found,) = (found for found in load_study(root, "test").runs if found.run_id == run.name)
+    assert found.setting == Setting("all_layer", rank=4, rate=3e-4)
+    record_config(
+        run, sweep=sweep | {"batch_rows": [16, 32]}, name="test-all_layer-rank-4-lr-3e-4-batch-16-seed-0"
+    )
+    (found,) = (found for found in load_study(root, "test").runs if found.run_id == run.name)
+    assert found.setting == Setting("all_layer", rank=4, rate=3e-4, batch_rows=16)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_list_of_modules_is_a_placement_and_the_placement_has_an_old_name(root, old):
+    run = root / "test-q_proj+v_proj-seed-0"
+    shutil.move(root / "test-all_layer-seed-0", run)
+    manifest = read_json(run / "manifest.json")
+    manifest["config"]["lora"] = {"condition": "q_proj+v_proj"} if old else {"targets": "q_proj,v_proj"}
+    write_json_atomic(run / "manifest.json", manifest)
+    for name in ("summary.json", "metrics.jsonl"):
+        (run / name).unlink()
+    shutil.rmtree(run / "evaluation")
+    assert [
+        found.run_id for found in load_study(root, "test").runs if found.condition == "q_proj+v_proj"
+    ] == [run.name]
+
+
+def test_a_study_whose_prefix_ends_like_a_condition_is_another_study(root):
+    build_study(root, seeds=(0,), prefix="test-all_layer")
+    for run in root.glob("test-all_layer-*_*-seed-0"):
+        record_config(run, prefix="test-all_layer")
+    assert len(load_study(root, "test").runs) == 6
 
 
 @pytest.mark.parametrize(
