@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.data.curation import is_prompt_wrapper, is_suspicious, last_box, normal_answer
+from jaxlora.data.boxes import last_box
+from jaxlora.data.curation import is_prompt_wrapper, is_suspicious, normal_answer
 from jaxlora.data.gates import find_pairs
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
 from jaxlora.data.review import review_page
