@@ -12,10 +12,14 @@ import argparse
 from pathlib import Path
 
 from jaxlora.data.gates import REPORT_NAME, Benchmark, FilePair, check, find_pairs
+from jaxlora.data.leaks import CONTAINED, EQUAL, SAME_WORDS
 from jaxlora.evals.gsm8k import load_problems
 from jaxlora.runtime.errors import UserError, run_main
 from jaxlora.runtime.files import write_json_atomic
 from jaxlora.runtime.progress import console
+from jaxlora.runtime.terminal import harmless
+
+VERBS = {EQUAL: "is", SAME_WORDS: "has the words of", CONTAINED: "contains"}
 
 
 def main() -> int:
@@ -67,8 +71,10 @@ def main() -> int:
         text = f"{verdict}  {gate['name']:<18} {gate['overlaps']:>6,} overlaps  {file}"
         console.print(text, style=colour, markup=False)
         for row in gate["overlapping"][:3]:
-            also = f" is {', '.join(row['example_ids'])}" if "example_ids" in row else ""
-            console.print(f"          row {row['row_id']} (line {row['line']}){also}", markup=False)
+            hits = zip(row.get("example_ids", ()), row.get("rules", ()), strict=True)
+            also = ", ".join(f"{VERBS[rule]} {example_id}" for example_id, rule in hits)
+            line = harmless(f"          row {row['row_id']} (line {row['line']}) {also}".rstrip())
+            console.print(line, markup=False, soft_wrap=True)
     print(report_path)
     return 0 if report["passed"] else 1
 
