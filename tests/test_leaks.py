@@ -68,9 +68,9 @@ class TestWhereAQuestionHides:
             (chat(("user", "Write a problem."), ("assistant", f"Here: {QUESTION}")), "contained"),
             (
                 chat(
-                    ("user", QUESTION[:60]),
+                    ("user", QUESTION[:74]),
                     ("assistant", "Go on."),
-                    ("user", QUESTION[60:]),
+                    ("user", QUESTION[74:]),
                     ("assistant", "9"),
                 ),
                 "equal",
@@ -200,7 +200,7 @@ class TestReport:
         report["gates"][0]["rule"] = "no benchmark question equals the problem of a training row"
         write_json_atomic(tmp_path / "contamination.json", report)
         with pytest.raises(
-            UserError, match=r"benchmark_overlap: .* another version .*check_dataset.py again"
+            UserError, match=r"benchmark_overlap: .* a version with another rule; .*check_dataset.py again"
         ):
             require_gates(pair.train, pair.validation, None, False)
 

@@ -36,7 +36,8 @@ RULES = {
         "no benchmark question is in a training row, whatever its source; every turn is searched. equal: the"
         " row's problem is the question, both canonical (Unicode NFKC, lower case, stripped, white space"
         " collapsed). same_words: a turn is the question but for case, punctuation and white space."
-        f" contained: a turn contains a question of at least {CONTAINED_WORDS} words and {CONTAINED_LETTERS} letters"
+        f" contained: a turn contains it (only questions of {CONTAINED_WORDS} words and"
+        f" {CONTAINED_LETTERS} letters or more)"
     ),
     "shared_row_id": "no row_id is in both train and validation",
     "shared_problem": "no canonical problem is in both train and validation",
@@ -328,8 +329,8 @@ def _judge(place: Path, train: str, validation: str) -> tuple[dict[str, bool], s
         )
     if other := [name for name, rule in RULES.items() if rules[name] != rule]:
         return gates, (
-            f"gate {', '.join(other)}: {place} was written by another version, whose rule was another;"
-            " run tools/check_dataset.py again"
+            f"gate {', '.join(other)}: {place} was written by a version with another rule; run"
+            " tools/check_dataset.py again"
         )
     if failed := [f"gate {name} failed with {n} overlaps" for name, passed, n in entries if not passed]:
         return gates, f"{'; '.join(failed)} (see {place}); remove these rows from the data"
