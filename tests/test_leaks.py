@@ -272,3 +272,30 @@ class TestRealBenchmark:
         start = time.process_time()
         assert index.find([text], text) == []
         assert time.process_time() - start < 20
+
+
+class TestEveryFormat:
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"instruction": "Solve.", "input": QUESTION, "output": "9"},
+            {"prompt": QUESTION, "completion": "9"},
+            {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": "9"}]},
+            {"text": f"Q: {QUESTION} A: 9"},
+        ],
+        ids=["alpaca", "prompt", "sharegpt", "text"],
+    )
+    def test_that_can_be_trained_on_is_searched(self, tmp_path, row):
+        assert [example for example, _ in leaks(tmp_path, row)] == ["q"]
+
+    @pytest.mark.parametrize(
+        "name", ["bom.jsonl", "blank_last.jsonl", "plain.parquet", "list.json", "plain.jsonl.gz"]
+    )
+    def test_and_so_is_every_container(self, shared, tmp_path, name):
+        rows = shared / "cases/rows"
+        first = json.loads((rows / "plain.jsonl").read_text().splitlines()[0])
+        question = next(turn["content"] for turn in first["messages"] if turn["role"] == "user")
+        pair = FilePair(str(rows / name), str(rows / "val1.jsonl"))
+        found = check([pair], Benchmark("b", [("it", question)]))["gates"][0]
+        assert found["overlaps"] >= 1
+        assert found["overlapping"][0]["line"] == 1

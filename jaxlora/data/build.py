@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from jaxlora.data import curation
+from jaxlora.data.containers import container_of, parquet_bytes
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.runtime.errors import UserError
@@ -39,6 +40,10 @@ PROGRESS_EVERY = 1000  # rows
 MAX_ROW_BYTES = 32 * 2**20  # of a row, raw and rendered: eight times the longest that training takes
 # A compressed source may unpack to more than a disk holds. Real text compresses ten to thirty times.
 FREE_BYTES, MAX_EXPANSION = 2**28, 200
+_EXPANDS = (
+    f"the source unpacks to more than {MAX_EXPANSION} times its own size; is it a real dataset? If so,"
+    " convert it to JSONL"
+)
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,7 @@ class _Spool:
         if len(lines) > MAX_ROW_BYTES:
             raise ValueError(f"the row has {len(lines):,} bytes; at most {MAX_ROW_BYTES:,} can be used")
         if self.limit is not None and self.file.tell() + len(lines) > self.limit:
-            raise ValueError(
-                f"the source unpacks to more than {MAX_EXPANSION} times its own size; is it a real dataset?"
-                " If so, convert it to JSONL"
-            )
+            raise ValueError(_EXPANDS)
         self.rows[source].append(len(self.starts))
         self.keys[source].append(key)
         self.origins.append(self.sources.index(source))
@@ -162,7 +164,11 @@ def _most_bytes(source: str) -> int | None:
     """What a compressed source may unpack to; None for plain text and for the Hub, which is streamed."""
     if not is_file_source(source) or source.endswith((".jsonl", ".json")):
         return None
-    return FREE_BYTES + MAX_EXPANSION * locate(source).stat().st_size
+    path = locate(source)
+    limit = FREE_BYTES + MAX_EXPANSION * path.stat().st_size
+    if container_of(path) == "Parquet" and parquet_bytes(path) > limit:  # a page is unpacked whole, in memory
+        raise UserError(f"{source}: {_EXPANDS}")
+    return limit
 
 
 def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[str, Any]:

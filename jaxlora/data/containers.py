@@ -97,6 +97,17 @@ def count_rows(path: Path) -> int | None:
     return count_lines(path) if kind == "JSON lines" else None
 
 
+def parquet_bytes(path: Path) -> int:
+    """Bytes of a Parquet file's columns before compression, as the file itself says; 0 if it is inside gzip."""
+    with _errors(path, lambda: 1, "Parquet "):
+        if _compression(path):
+            return 0
+        import pyarrow.parquet
+
+        file = pyarrow.parquet.read_metadata(path)
+        return sum(int(file.row_group(i).total_byte_size) for i in range(file.num_row_groups))
+
+
 # --- Lines --------------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlora.data.containers import count_rows, is_text, read_rows
 from jaxlora.data.curation import problem_key
+from jaxlora.data.formats import find_format, to_example
 from jaxlora.data.leaks import CONTAINED_LETTERS, CONTAINED_WORDS, EQUAL, LEAK_RULES, QuestionIndex
-from jaxlora.data.rows import parse_rendered
-from jaxlora.data.sources import HUB_PREFIX, count_lines, is_text, locate, parse_object, read_lines
+from jaxlora.data.sources import HUB_PREFIX, locate
 from jaxlora.embedded import resolve
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object, sha256_of
@@ -114,40 +115,48 @@ class GateRow:
     """What the gates need of a row: its id, its problem, its source, and all of its texts, turn by turn."""
 
     row_id: str
-    problem: str  # of a rendered row: its user turns
+    problem: str  # of a conversation: its user turns
     source: str
     texts: tuple[str, ...]
 
 
-def read_row(line: bytes) -> GateRow:
-    """A raw or rendered row.
+def read_row(record: dict[str, Any]) -> GateRow:
+    """A raw row, or a row of any format that can be trained on.
 
     Raises:
-      ValueError: the line is neither, or holds half a surrogate pair; the message has no place in it.
+      ValueError: the record is neither, or holds half a surrogate pair; the message has no place in it.
     """
-    row = parse_object(line)
-    if "messages" in row:
-        row = parse_rendered(line)
-        turns = row["messages"] if isinstance(row["messages"], list) else []
-        asked = [
-            turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"
-        ]
-        if not asked or not all(isinstance(content, str) for content in asked):
-            raise ValueError("messages hold no user turn with text")
-        problem = "\n".join(map(str, asked))
-        texts = tuple(_strings([turns, row.get("tools")]))
-    else:
-        for name in ("row_id", "source", "problem"):
-            if not isinstance(row.get(name), str):
-                raise ValueError(
-                    f"no text in field {name!r}; a row has messages, or row_id, source and problem"
-                )
-        problem = row["problem"]
-        texts = tuple(_strings([problem, row.get("generated_solution")]))
-    source = row.get("source") or ""
-    if not all(map(is_text, (row["row_id"], source, *texts))):
+    row = _raw_row(record) if "problem" in record and "messages" not in record else _training_row(record)
+    if not all(map(is_text, (row.row_id, row.source, *row.texts))):
         raise ValueError("holds half a surrogate pair, which is not text")
-    return GateRow(row["row_id"], problem, source, texts)
+    return row
+
+
+def _raw_row(record: dict[str, Any]) -> GateRow:
+    for name in ("row_id", "source", "problem"):
+        if not isinstance(record.get(name), str):
+            raise ValueError(
+                f"no text in field {name!r}; raw rows have 'row_id', 'source' and 'problem', others messages"
+            )
+    texts = _strings([record["problem"], record.get("generated_solution")])
+    return GateRow(record["row_id"], record["problem"], record["source"], tuple(texts))
+
+
+def _training_row(record: dict[str, Any]) -> GateRow:
+    try:
+        row_format = find_format(record)
+    except ValueError:
+        return _raw_row(record)  # which says what a row needs here
+    example = to_example(row_format, record)
+    source = record.get("source") or ""
+    if example.text is not None:
+        return GateRow(example.row_id, example.text, source, (example.text,))
+    turns = example.messages if isinstance(example.messages, list) else []
+    asked = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
+    if not asked or not all(isinstance(content, str) for content in asked):
+        raise ValueError("messages hold no user turn with text")
+    texts = _strings([turns, example.tools])
+    return GateRow(example.row_id, "\n".join(map(str, asked)), source, tuple(texts))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -168,10 +177,12 @@ def _read(path: str, root: str, index: QuestionIndex | None = None) -> _Rows:
     file = locate(path)
     name = path.removeprefix(root.rstrip("/") + "/") if root else path
     rows = _Rows(name, sha256_of(file), file.stat().st_size, [], [], [], array("q"), [])
-    with progress_bar(f"reading {name}", count_lines(file), "rows") as advance:
-        for number, line in read_lines(file):
+    with progress_bar(f"reading {name}", count_rows(file), "rows") as advance:
+        for number, _, record in read_rows(file):
             try:
-                row = read_row(line)
+                if isinstance(record, ValueError):
+                    raise record
+                row = read_row(record)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
             key = problem_key(row.problem)

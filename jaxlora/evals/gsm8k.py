@@ -18,7 +18,7 @@ from typing import Any
 from jaxlora.data.boxes import extract_boxed
 from jaxlora.data.sources import is_text
 from jaxlora.embedded import resolve
-from jaxlora.evals.answers import normalize, numeric_match, strict_match
+from jaxlora.evals.answers import normalize, numeric_match, read_number, strict_match
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_numbered_jsonl
 
