@@ -15,12 +15,12 @@ from jaxlora.data.build import BuildPlan, build, verify
 from jaxlora.runtime.errors import UserError
 
 
-def write_parquet(path, solutions):
+def write_parquet(path, solutions, **options):
     rows = [
         {"problem": f"How {i}?", "generated_solution": text, "expected_answer": "4", "problem_source": "math"}
         for i, text in enumerate(solutions)
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="zstd")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, compression="zstd", **options)
     return BuildPlan(str(path), None, path.parent / "out")
 
 
@@ -48,7 +48,9 @@ class TestExpansion:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
     def test_pages_that_unpack_to_gigabytes_are_not_unpacked(self, tmp_path):
-        write_parquet(tmp_path / "bomb.parquet", ["x" * 4_000_000 + " \\boxed{4}"] * 250)
+        write_parquet(
+            tmp_path / "bomb.parquet", ["x" * 4_000_000 + " \\boxed{4}"] * 250, use_dictionary=False
+        )
         code = (
             "import re, sys; from pathlib import Path; from jaxlora.data.build import *\n"
             "try: build(BuildPlan(sys.argv[1], None, Path(sys.argv[2])))\n"
