@@ -37,8 +37,8 @@ SHOWN_LINES = 5  # skipped lines named in the printed report
 class RowOptions:
     """How rows are understood.
 
-    `columns` are the only ones read, under the format's names (`{"prompt": "question"}`); `ignore_columns` are
-    left out; `split` is of a Hub dataset.
+    `columns` are the only ones read, under the format's names (`{"prompt": "question"}`); `ignore_columns`
+    are left out; `split` is of a Hub dataset.
     """
 
     loss_on: LossOn = "last"
@@ -130,7 +130,7 @@ def iter_rendered(
     """
     options = reader.options
     used = 0
-    for batch in _batches(records, lambda: BATCH_ROWS if most is None else min(BATCH_ROWS, most - used)):
+    while batch := _take(records, BATCH_ROWS if most is None else min(BATCH_ROWS, most - used)):
         results: dict[int, RenderedRow | UserError] = {}
         good: list[tuple[int, Example]] = []
         for number, record in batch:
@@ -152,18 +152,14 @@ def iter_rendered(
         yield from ((number, results[number]) for number, _ in batch)
 
 
-def _batches(records: Iterator[tuple[int, int, Any]], rows: Any) -> Iterator[list[tuple[int, Any]]]:
-    """Records together, at most `rows()` and, but for a single one, about `BATCH_BYTES`."""
+def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int, Any]]:
+    """The next records: at most so many, and no more than about `BATCH_BYTES`, or one."""
     batch: list[tuple[int, Any]] = []
     held = 0
-    for number, size, record in records:
-        batch.append((number, record))
-        held += size
-        if len(batch) >= rows() or held >= BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+    while len(batch) < rows and held < BATCH_BYTES and (record := next(records, None)):
+        batch.append((record[0], record[2]))
+        held += record[1]
+    return batch
 
 
 def load_rendered_rows(
