@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jaxlora.data.control import guard_of
+from jaxlora.data.control import guard_of, rust_panics
 from jaxlora.data.limits import bounded
 from jaxlora.data.masks import Span, marks_answers, spans_of_prefixes, spans_of_template, weights_of
 from jaxlora.data.messages import (
@@ -124,18 +124,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not tokenizer.chat_template:
         raise UserError(f"tokenizer {name!r}: has no chat template; use the tokenizer of a chat model")
     return tokenizer
-
-
-@contextmanager
-def rust_panics(what: str) -> Iterator[None]:
-    """A panic in the tokenizer's Rust code, which Python sees as a `BaseException`, becomes one line."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3 gives its type no place to import it from
-            raise
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(f"{what}: it panics: {reason}; use another tokenizer") from None
 
 
 def largest_token_id(tokenizer: Tokenizer) -> int:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlora.data.containers import container_of, count_rows, read_rows
+from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
-from jaxlora.data.messages import Example
+from jaxlora.data.messages import Example, strings_of
 from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import locate, parse_object, read_hub
 from jaxlora.runtime.errors import UserError
@@ -135,8 +136,10 @@ def iter_rendered(
         good: list[tuple[int, Example]] = []
         for number, record in batch:
             try:
-                good.append((number, reader.read(record)))
-            except ValueError as error:
+                example = reader.read(record)
+                _check_size(example, guard_of(tokenizer).longest_token, max_length)
+                good.append((number, example))
+            except (ValueError, UserError) as error:
                 results[number] = UserError(str(error))
         rendered = render_batch(
             tokenizer,
@@ -160,6 +163,14 @@ def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int,
         batch.append((record[0], record[2]))
         held += record[1]
     return batch
+
+
+def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
+    """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
+    characters = sum(map(len, strings_of([example.text, example.messages, example.tools])))
+    at_least = characters // longest_token
+    if max_length is not None and at_least > max_length:
+        raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")
 
 
 def load_rendered_rows(
