@@ -85,7 +85,7 @@ class TestRows:
             b'{"messages": NaN}',
             b'"messages"',
             b"\x00" * 1000,
-            b"\xef\xbb\xbf" + json.dumps(ROW).encode(),
+            b" \xef\xbb\xbf" + json.dumps(ROW).encode(),
             json.dumps(ROW | {"messages": [{"role": "user", "content": "\ud800"}]}).encode(),
             json.dumps(ROW | {"messages": [*ROW["messages"]] * 100_000}).encode(),
             json.dumps(ROW | {"messages": [{"role": "user", "content": "word " * 10**6}]}).encode(),

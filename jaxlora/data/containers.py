@@ -1,6 +1,6 @@
-"""What is inside a file of rows: JSON lines, a JSON list, CSV or Parquet, each also compressed by gzip or zstd.
+"""What is inside a file of rows: JSON lines, a JSON list, CSV or Parquet, each also in gzip or zstd.
 
-    for number, size, row in read_rows(Path("train.json.zst")): ...   # row: a dict, or a ValueError saying why not
+    for number, size, row in read_rows(Path("train.json.zst")): ...   # row: a dict, or the ValueError of one
     for number, line in read_lines(Path("train.jsonl.gz")): ...
 
 The first bytes of a file say how it is compressed and packed, not its name. A mark of UTF-8 at the beginning
@@ -86,15 +86,15 @@ def container_of(path: Path) -> str:
 
 def count_rows(path: Path) -> int | None:
     """Rows of a file, for a progress bar; None where only reading would tell."""
-    with _errors(path, lambda: 1):
-        if _compression(path):
-            return None
-        kind = container_of(path)
-        if kind == "Parquet":
-            import pyarrow.parquet
+    kind = container_of(path)
+    if _compression(path) or kind not in ("JSON lines", "Parquet"):
+        return None
+    if kind == "JSON lines":
+        return count_lines(path)
+    import pyarrow.parquet
 
-            return int(pyarrow.parquet.read_metadata(path).num_rows)
-    return count_lines(path) if kind == "JSON lines" else None
+    with _errors(path, lambda: 1, "Parquet "):
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
 def parquet_bytes(path: Path) -> int:
@@ -197,9 +197,7 @@ def _read_list(path: Path) -> Iterator[Row]:
             try:
                 value, end = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
-                reason = (
-                    error if isinstance(error, json.JSONDecodeError) else "too deep, or too long a number"
-                )
+                reason = error if isinstance(error, json.JSONDecodeError) else "too deep, or a huge number"
                 raise UserError(f"{path}:{number}: broken JSON list: {reason}") from None
             try:
                 yield number, end - at, _object(value)

@@ -11,6 +11,8 @@ added tokens is what counts: `all_special_tokens` lacks those that are not calle
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -18,6 +20,8 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Scanner
 from tokenizers.models import WordLevel
+
+from jaxlora.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -34,6 +38,7 @@ class Guard:
 
     scanner: Scanner
     special: frozenset[str]
+    longest_token: int  # characters that one token can stand for
 
     def find(self, text: str, special_only: bool = False) -> str | None:
         """The first control token in the text, as the tokenizer writes it; None: there is none.
@@ -41,10 +46,24 @@ class Guard:
         The scanner is the tokenizers' own automaton with nothing but the added tokens, so that it finds what
         the tokenizer finds, in time linear in the text, however many tokens there are.
         """
-        for token in self.scanner.encode(text, add_special_tokens=False).tokens:
+        with rust_panics("the tokenizer's normaliser fails on this text"):
+            tokens = self.scanner.encode(text, add_special_tokens=False).tokens
+        for token in tokens:
             if token != _ORDINARY and (token in self.special or not special_only):
                 return token
         return None
+
+
+@contextmanager
+def rust_panics(what: str) -> Iterator[None]:
+    """A panic in the tokenizer's Rust code, which Python sees as a `BaseException`, becomes one line."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 gives its type no place to import it from
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UserError(f"{what}: it panics: {reason}; use another tokenizer") from None
 
 
 _guards: WeakKeyDictionary[Any, Guard] = WeakKeyDictionary()
@@ -68,4 +87,5 @@ def _make(tokenizer: Tokenizer) -> Guard:
     if backend is not None and backend.normalizer is not None:
         scanner.normalizer = backend.normalizer  # some tokens are looked for in the normalised text
     scanner.add_tokens([token for content, token in added.items() if content.strip(_BLANKS)])
-    return Guard(scanner, frozenset(special))
+    longest = max(map(len, (*tokenizer.get_vocab(), *added)), default=1)
+    return Guard(scanner, frozenset(special), longest)

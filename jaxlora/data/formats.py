@@ -21,25 +21,8 @@ from jaxlora.data.messages import LOSS_KEYS, Example, Message
 
 Record = dict[str, Any]
 NAMED = ("row_id", "source", "expected_answer")  # text that says something of a row and is never rendered
-ABOUT = frozenset(
-    (
-        *NAMED,
-        *[
-            "id",
-            "uuid",
-            "idx",
-            "index",
-            "dataset",
-            "category",
-            "language",
-            "lang",
-            "tags",
-            "metadata",
-            "license",
-        ],
-    )
-)
-ABOUT |= {"prompt_id", "topic", "difficulty", "url", "created_at"}
+ABOUT = {*NAMED, "id", "uuid", "idx", "index", "dataset", "category", "language", "lang", "tags", "metadata"}
+ABOUT |= {"license", "prompt_id", "topic", "difficulty", "url", "created_at"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {
     name: name for name in ("user", "assistant", "system")
 }
@@ -168,10 +151,9 @@ def _of_prompt(record: Record) -> list[Message]:
 
 
 def _without_loss(message: Any) -> Any:
-    given = isinstance(message, dict) and message.get("role") == "assistant"
-    return (
-        {key: value for key, value in message.items() if key != "train"} | {"weight": 0} if given else message
-    )
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return message
+    return {key: value for key, value in message.items() if key != "train"} | {"weight": 0}
 
 
 def _pair(asked: Any, answer: Any) -> list[Message]:
@@ -200,8 +182,8 @@ def _tools(record: Record) -> Any:
             raise ValueError("tools is text that is not JSON; give a list of tool definitions") from None
     if record.get("chat_template_kwargs"):
         raise ValueError(
-            "has the key 'chat_template_kwargs': a row cannot set the template's variables; remove it (thoughts"
-            " are switched on by data.enable_thinking)"
+            "has the key 'chat_template_kwargs': a row cannot set the template's variables; remove it"
+            " (data.enable_thinking switches thoughts on)"
         )
     return tools or None
 

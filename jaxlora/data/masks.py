@@ -1,6 +1,6 @@
 """Where the answers are in a rendered conversation, for loss on all assistant turns.
 
-    spans = spans_of_template(tokenizer, turns, tools, full)     # a template that marks them: {% generation %}
+    spans = spans_of_template(tokenizer, turns, tools, full)     # the template marks them: {% generation %}
     spans = spans_of_prefixes(turns, full, write)                # any other: by prefix differences
     weights = weights_of(spans, offsets)                         # float32 [tokens]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,14 +41,16 @@ def spans_of_template(tokenizer: Tokenizer, turns: Sequence[Turn], tools: Any, f
     """The spans between the template's own marks, without those of turns that do not learn."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), (spans,) = render_jinja_template(
+    variables: dict[str, Any] = tokenizer.special_tokens_map | {"enable_thinking": turns[-1].thinks}
+    render: Any = render_jinja_template  # its types are narrower than what it takes and gives
+    texts, (spans,) = render(
         [[turn.message for turn in turns]],
         tools=tools,
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
-        **(tokenizer.special_tokens_map | {"enable_thinking": turns[-1].thinks}),
+        **variables,
     )
-    if text != full:
+    if texts != [full]:
         raise ValueError("it writes another text when its answers are marked")
     answers = [turn for turn in turns if turn.message["role"] == "assistant"]
     if len(spans) == len(answers):
@@ -79,7 +82,7 @@ def spans_of_prefixes(
         if not alone.startswith(prompt):
             raise UserError(_inexact(index, "the full render does not begin with the prompt prefix"))
         answer = alone[len(prompt) :]
-        for start in _prompt_ends(full, prompt, lambda i=index, t=thinks: write(i, True, not t)):
+        for start in _prompt_ends(full, prompt, partial(write, index, True, not thinks)):
             if full.startswith(answer, start) and answer:
                 break
         else:
@@ -111,14 +114,11 @@ def weights_of(spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
     """
     starts, ends = offsets[:, 0], offsets[:, 1]
     weights = np.zeros(len(offsets), dtype=np.float32)
-    edges = np.unique(ends)
+    known = {0, *ends.tolist()}
     for first, last in spans:
         for edge in (first, last):
-            known = edge == 0 or edges[min(np.searchsorted(edges, edge), len(edges) - 1)] == edge
-            if not known or np.any((starts < edge) & (edge < ends)):
-                raise UserError(
-                    "a token holds the end of a prompt and the beginning of an answer, or the reverse"
-                )
+            if edge not in known or np.any((starts < edge) & (edge < ends)):
+                raise UserError("loss_on=all: a token lies on both sides of the edge of an answer")
         weights[(starts >= first) & (ends <= last) & (starts < ends)] = 1.0
     if not weights.any():
         raise UserError("all-zero loss mask: no answer carries loss")

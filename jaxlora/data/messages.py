@@ -212,8 +212,8 @@ def _thinks(place: str, message: Message, enable_thinking: bool) -> bool:
     where = "reasoning_content" if thoughts else "<think>"
     if not enable_thinking:
         raise UserError(
-            f"{place} holds thoughts ({where}), but thinking is off, so the full render does not begin with the"
-            " prompt prefix; set data.enable_thinking, or remove the thoughts"
+            f"{place} holds thoughts ({where}), but thinking is off, so the full render does not begin with"
+            " the prompt prefix; set data.enable_thinking, or remove the thoughts"
         )
     if thoughts and any(tag in thoughts for tag in THOUGHTS):
         raise UserError(f"{place} has <think> or </think> in reasoning_content; give the bare thoughts")

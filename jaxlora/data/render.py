@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from jaxlora.data.control import guard_of
+from jaxlora.data.control import guard_of, rust_panics
 from jaxlora.data.limits import bounded
 from jaxlora.data.masks import Span, marks_answers, spans_of_prefixes, spans_of_template, weights_of
 from jaxlora.data.messages import (
@@ -124,18 +124,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not tokenizer.chat_template:
         raise UserError(f"tokenizer {name!r}: has no chat template; use the tokenizer of a chat model")
     return tokenizer
-
-
-@contextmanager
-def rust_panics(what: str) -> Iterator[None]:
-    """A panic in the tokenizer's Rust code, which Python sees as a `BaseException`, becomes one line."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3 gives its type no place to import it from
-            raise
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(f"{what}: it panics: {reason}; use another tokenizer") from None
 
 
 def largest_token_id(tokenizer: Tokenizer) -> int:
@@ -240,8 +228,9 @@ def render_batch(
             texts[place] = _render(tokenizer, example, loss_on, enable_thinking)
         except UserError as error:
             results[place] = error
+    with_prefix = [rendered for rendered in texts.values() if rendered.prefix is not None]
     ids = _encode_each(
-        tokenizer, [t for r in texts.values() if r.prefix is not None for t in (r.prefix, r.full)]
+        tokenizer, [t for rendered in with_prefix for t in (str(rendered.prefix), rendered.full)]
     )
     for place, rendered in texts.items():
         try:
@@ -314,16 +303,14 @@ class _Writer:
         """Templates pass over what they do not know; a row's tools and tool calls must not go that way."""
         messages, thinking = [turn.message for turn in self.turns], self.turns[-1].thinks
         if self.tools and self._text(messages, False, None, thinking) == full:
-            raise UserError(
-                "the row has the key 'tools', which this chat template does not render; remove it"
-            )
+            raise UserError("the row has the key 'tools', which the chat template leaves out; remove it")
         for index, message in enumerate(messages):
             if "tool_calls" in message:
                 without = {key: value for key, value in message.items() if key != "tool_calls"}
                 others = [*messages[:index], without, *messages[index + 1 :]]
                 if self._text(others, False, self.tools, thinking) == full:
                     raise UserError(
-                        f"message {index + 1} has the key 'tool_calls', which this chat template does not render"
+                        f"message {index + 1} has the key 'tool_calls', which the chat template leaves out"
                     )
 
     def check_that_thoughts_are_rendered(self, index: int, full: str) -> None:
@@ -331,7 +318,7 @@ class _Writer:
         thoughts = self.turns[index].message.get("reasoning_content")
         if thoughts and thoughts.strip() not in full:
             raise UserError(
-                f"message {index + 1} has the key 'reasoning_content', which this chat template does not render;"
+                f"message {index + 1} has the key 'reasoning_content', which the chat template leaves out;"
                 " write the thoughts into content, as <think>...</think>"
             )
 
@@ -339,9 +326,10 @@ class _Writer:
 def _row_after_prefix(
     rendered: _Rendered, prefix: list[int] | UserError, full: list[int] | UserError
 ) -> RenderedRow:
-    for ids in (prefix, full):
-        if isinstance(ids, UserError):
-            raise ids
+    if isinstance(prefix, UserError):
+        raise prefix
+    if isinstance(full, UserError):
+        raise full
     if full[: len(prefix)] != prefix:
         at = next((i for i, (a, b) in enumerate(zip(full, prefix, strict=False)) if a != b), len(full))
         raise UserError(f"the full render does not begin with the prompt prefix: they part at token {at}")
@@ -356,7 +344,7 @@ def _row_after_prefix(
 
 
 def _row_of_spans(tokenizer: Tokenizer, rendered: _Rendered) -> RenderedRow:
-    """A row whose spans of text learn; without spans it is plain text, which the tokenizer may begin itself."""
+    """A row whose spans learn; one without spans is plain text, which the tokenizer may begin itself."""
     spans = rendered.spans
     if spans is not None and not tokenizer.is_fast:
         raise UserError("loss_on=all needs a tokenizer that tells where its tokens are; this one does not")

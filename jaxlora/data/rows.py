@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlora.data.containers import container_of, count_rows, read_rows
+from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
-from jaxlora.data.messages import Example
+from jaxlora.data.messages import Example, strings_of
 from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import locate, parse_object, read_hub
 from jaxlora.runtime.errors import UserError
@@ -37,8 +38,8 @@ SHOWN_LINES = 5  # skipped lines named in the printed report
 class RowOptions:
     """How rows are understood.
 
-    `columns` are the only ones read, under the format's names (`{"prompt": "question"}`); `ignore_columns` are
-    left out; `split` is of a Hub dataset.
+    `columns` are the only ones read, under the format's names (`{"prompt": "question"}`); `ignore_columns`
+    are left out; `split` is of a Hub dataset.
     """
 
     loss_on: LossOn = "last"
@@ -130,13 +131,15 @@ def iter_rendered(
     """
     options = reader.options
     used = 0
-    for batch in _batches(records, lambda: BATCH_ROWS if most is None else min(BATCH_ROWS, most - used)):
+    while batch := _take(records, BATCH_ROWS if most is None else min(BATCH_ROWS, most - used)):
         results: dict[int, RenderedRow | UserError] = {}
         good: list[tuple[int, Example]] = []
         for number, record in batch:
             try:
-                good.append((number, reader.read(record)))
-            except ValueError as error:
+                example = reader.read(record)
+                _check_size(example, guard_of(tokenizer).longest_token, max_length)
+                good.append((number, example))
+            except (ValueError, UserError) as error:
                 results[number] = UserError(str(error))
         rendered = render_batch(
             tokenizer,
@@ -152,18 +155,22 @@ def iter_rendered(
         yield from ((number, results[number]) for number, _ in batch)
 
 
-def _batches(records: Iterator[tuple[int, int, Any]], rows: Any) -> Iterator[list[tuple[int, Any]]]:
-    """Records together, at most `rows()` and, but for a single one, about `BATCH_BYTES`."""
+def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int, Any]]:
+    """The next records: at most so many, and no more than about `BATCH_BYTES`, or one."""
     batch: list[tuple[int, Any]] = []
     held = 0
-    for number, size, record in records:
-        batch.append((number, record))
-        held += size
-        if len(batch) >= rows() or held >= BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+    while len(batch) < rows and held < BATCH_BYTES and (record := next(records, None)):
+        batch.append((record[0], record[2]))
+        held += record[1]
+    return batch
+
+
+def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
+    """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
+    characters = sum(map(len, strings_of([example.text, example.messages, example.tools])))
+    at_least = characters // longest_token
+    if max_length is not None and at_least > max_length:
+        raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")
 
 
 def load_rendered_rows(
