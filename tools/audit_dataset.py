@@ -1,4 +1,4 @@
-"""Audit a dataset: quality report, token statistics, and a review pack that a person can leaf through.
+"""Audit a dataset: quality report, token statistics, and a pack of rows for a person to read.
 
 python tools/audit_dataset.py DIR --tokenizer Qwen/Qwen3-8B --out AUDIT_DIR
 

@@ -1,4 +1,4 @@
-"""Audit a rendered dataset: quality report, token statistics, and a pack of rows for a person to read.
+"""Audit a dataset: quality report, token statistics, and a pack of rows for a person to read.
 
     audit(find_rendered(Path("data/mine")), tokenizer, "Qwen/Qwen3-8B", Path("audit"), seed=0, pack_rows=100)
 
@@ -40,7 +40,7 @@ LONGEST_ROWS = 10
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the audit keeps of a row: where it is, what is odd about it, and its shifted token counts."""
+    """What the audit keeps of a row: its place, what is suspect about it, and its shifted token counts."""
 
     split: str
     line: int
@@ -53,7 +53,7 @@ class RowFacts:
 
 
 def find_rendered(folder: Path) -> dict[str, str]:
-    """The rendered files of a dataset by split: in its `rendered/` folder, or in itself.
+    """The rendered files of a dataset by split: in its `rendered/` folder, or else in the folder itself.
 
     Raises:
       UserError: there are none.
@@ -64,7 +64,7 @@ def find_rendered(folder: Path) -> dict[str, str]:
 
 
 def flags_of(problem: str, solution: str, expected_answer: str | None) -> tuple[str, ...]:
-    """Everything that the acceptance gate would hold against a row, not only the first reason."""
+    """Every rule of the acceptance gate that the row breaks, not only the first."""
     flags = []
     box = last_box(solution)
     if box is None:

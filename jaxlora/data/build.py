@@ -48,13 +48,13 @@ _EXPANDS = (
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What to build from where to where."""
+    """What to build, from which source, and where to put it."""
 
-    source: str  # a .jsonl or .parquet file, or a Hub dataset
+    source: str  # a file of rows or a Hub dataset
     split: str | None  # of a Hub dataset
     out: Path
-    sources: tuple[str, ...] = curation.SOURCES  # values of `problem_source` to keep, in visiting order
-    revision: str | None = None  # of a Hub dataset; none: the newest, which is then recorded
+    sources: tuple[str, ...] = curation.SOURCES  # values of `problem_source` to keep, in grouping order
+    revision: str | None = None  # of a Hub dataset; None: the newest, which the manifest records
     overwrite: bool = False
 
 

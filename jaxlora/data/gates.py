@@ -55,7 +55,7 @@ class FilePair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where the questions come from, and `(example id, question)` pairs."""
+    """The questions as `(example id, question)` pairs, and where they come from."""
 
     name: str
     questions: Sequence[tuple[str, str]]
@@ -63,7 +63,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class GateStatus:
-    """What training records about its data: is it gated, by which report, and if not, why."""
+    """What training records about its data: whether it passed the gates, by which report, and if not, why."""
 
     passed: bool
     overridden: bool
@@ -90,10 +90,10 @@ class _Rows:
 
 
 def find_pairs(folder: Path) -> list[FilePair]:
-    """The pairs of files of a dataset: `train.jsonl` and `val.jsonl` in it, in `raw/` and in `rendered/`.
+    """The pairs of a dataset's files: `train.jsonl` and `val.jsonl` in the folder, in `raw/`, in `rendered/`.
 
     Raises:
-      UserError: there is no folder or no pair, or a training file is without its validation file.
+      UserError: there is no such folder, it holds no pair, or half of a pair is missing.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the --out of tools/build_dataset.py")
@@ -259,9 +259,9 @@ def _gates(train: _Rows, validation: _Rows) -> list[dict[str, Any]]:
 
 
 def report_place(train_path: str, given: str | None = None) -> Path | None:
-    """Where the report is: as given, or of a local training file beside it or beside its `rendered/` folder.
+    """Where the report is: as given, else beside the training file or its folder `rendered/` or `raw/`.
 
-    None: of a Hub file, unless it is given.
+    None for a file on the Hub, unless it is given.
     """
     if given:
         return Path(given)
@@ -276,7 +276,7 @@ def report_place(train_path: str, given: str | None = None) -> Path | None:
 def require_gates(
     train_path: str, validation_path: str, report_path: str | None, allow_ungated: bool
 ) -> GateStatus:
-    """Refuse to train on data that is not gated; with `allow_ungated`, say so in red and go on.
+    """Refuse data that has not passed the gates; with `allow_ungated`, say so in red and go on.
 
     Raises:
       UserError: the report is missing, stale or failed, naming the gate; or a data file does not exist.

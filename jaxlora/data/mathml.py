@@ -2,9 +2,9 @@ r"""Text with LaTeX in it as safe HTML: formulas as MathML, which browsers draw 
 
     text_to_html(r"so $x < \frac{1}{2}$")     # Markup('so <math ...>...</math>')
 
-`latex2mathml` converts; its tree is written out again here, with a list of allowed elements and attributes
-and everything else escaped, because it lets markup through (`\text{<script>}`, `\href`). A formula that it
-does not know is shown as it is, in a monospace font. A lone dollar sign is money, not a formula.
+`latex2mathml` converts, but it lets markup through (`\text{<script>}`, `\href`). So its tree is written out
+again here with only the listed elements and attributes, and everything else escaped. A formula that cannot be
+converted is shown as it stands, in a monospace font. A lone dollar sign is money, not a formula.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _formulas(text: str) -> Iterator[_Formula]:
 def formula_to_html(latex: str, source: str, display: bool) -> Markup:
     """One formula; `source` is what stood in the text, and what is shown where conversion fails."""
     fallback = Markup("<code class=tex>{}</code>").format(source)
-    if len(latex) > LONGEST_FORMULA or _depth_errs(latex):
+    if len(latex) > LONGEST_FORMULA or _is_unbalanced(latex):
         return fallback
     try:
         tree = convert_to_element(latex, display="block" if display else "inline")
@@ -107,8 +107,8 @@ def formula_to_html(latex: str, source: str, display: bool) -> Markup:
         return fallback
 
 
-def _depth_errs(latex: str) -> bool:
-    r"""Whether braces are unbalanced, which the converter would take for empty arguments."""
+def _is_unbalanced(latex: str) -> bool:
+    """Whether braces are unbalanced; the converter would take a missing one for an empty argument."""
     depth = 0
     for brace in re.findall(r"(?<!\\)[{}]", latex):
         depth += 1 if brace == "{" else -1

@@ -1,9 +1,9 @@
-"""The review page: rows of a dataset on one self-contained HTML page that a person can leaf through.
+"""The review page: rows of a dataset on one self-contained HTML page for a person to read.
 
     page = review_page(pack, inputs, special_tokens=["<|im_end|>"], seed=0)
 
-No network, no library: the page holds its own style and script, and its content policy allows only these two,
-by their hashes. Everything from the data is escaped by jinja2 or by `jaxlora.data.mathml`.
+The page needs no network and no library. It holds its own style and script, and its content policy allows
+only these two, by their hashes. Everything from the data is escaped by jinja2 or by `jaxlora.data.mathml`.
 """
 
 from __future__ import annotations

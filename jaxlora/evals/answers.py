@@ -4,8 +4,8 @@ r"""Compare an answer with the reference, in two ways.
     numeric_match(r"\$460", "460")                # True: the same number in another format
 
 The strict score is the study's and decides every result. The numeric score stands beside it and shows how
-much of a difference is only the format of the answer. Both are pure functions of two short strings; they
-use exact arithmetic, evaluate nothing, and take time linear in the length of the text.
+much of a difference is only a matter of format. Both are pure functions of two short strings; they use exact
+arithmetic, never evaluate what they read, and take time linear in the length of the text.
 """
 
 from __future__ import annotations
