@@ -1,4 +1,4 @@
-"""Audit a dataset: quality report, token statistics, and a review pack that a person can leaf through.
+"""Audit a dataset: quality report, token statistics, and a pack of rows for a person to read.
 
 python tools/audit_dataset.py DIR --tokenizer Qwen/Qwen3-8B --out AUDIT_DIR
 
@@ -14,6 +14,7 @@ from typing import Any
 from jaxlora.data.audit import audit, find_rendered
 from jaxlora.data.render import load_tokenizer
 from jaxlora.runtime.errors import UserError, run_main
+from jaxlora.runtime.terminal import harmless
 
 BAR_WIDTH = 40
 
@@ -51,7 +52,7 @@ def _print(quality: dict[str, Any], tokens: dict[str, Any]) -> None:
     by_source = ", ".join(
         f"{rows:,} {source or 'unnamed'}" for source, rows in quality["rows_by_source"].items()
     )
-    print(f"rows: {quality['rows']:,} ({by_source})")
+    print(harmless(f"rows: {quality['rows']:,} ({by_source})"))
     print(f"boxed-match rate: {'no expected answers' if rate is None else f'{rate:.4f}'}")
     print(f"suspicious hits: {quality['suspicious_hits']:,}; wrappers: {quality['prompt_wrapper_hits']:,}")
     for name in ("with_system_prompt", "without_system_prompt"):

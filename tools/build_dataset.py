@@ -21,6 +21,7 @@ from jaxlora.data.sources import is_file_source
 from jaxlora.data.study_dataset import SOURCE, SPLIT, differences
 from jaxlora.runtime.errors import UserError, run_main
 from jaxlora.runtime.progress import console
+from jaxlora.runtime.terminal import harmless
 
 
 def main() -> int:
@@ -89,7 +90,8 @@ def _summarise(manifest: dict[str, Any]) -> None:
             f"{count:,} {name}" for name, count in manifest["rejected"][source].items() if count
         )
         accepted = manifest["accepted"][source]
-        print(f"{source}: {candidates:,} candidates, {accepted:,} accepted; rejected: {reasons or 'none'}")
+        counts = f"{candidates:,} candidates, {accepted:,} accepted; rejected: {reasons or 'none'}"
+        print(harmless(f"{source}: {counts}"))
     for part, rows in manifest["split_rows"].items():
         print(f"{part}: {rows['total']:,} rows in {manifest['split_groups'][part]:,} groups")
     for name, file in manifest["files"].items():
@@ -99,7 +101,7 @@ def _summarise(manifest: dict[str, Any]) -> None:
 def _compare(manifest: dict[str, Any]) -> int:
     lines = differences(manifest)
     for line in lines:
-        console.print(f"differs: {line}", style="red", markup=False)
+        console.print(harmless(f"differs: {line}"), style="red", markup=False)
     if lines:
         console.print(f"not the study's data: {len(lines)} figures differ", style="bold red")
         return 1

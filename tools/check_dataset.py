@@ -1,4 +1,4 @@
-"""Run the data gates and write their report, which training asks for.
+"""Run the data gates and write the report that training asks for.
 
 python tools/check_dataset.py DIR --benchmark openai/gsm8k        # -> DIR/contamination.json
 python tools/check_dataset.py DIR --benchmark gsm8k/test.jsonl
@@ -12,23 +12,28 @@ import argparse
 from pathlib import Path
 
 from jaxlora.data.gates import REPORT_NAME, Benchmark, FilePair, check, find_pairs
+from jaxlora.data.leaks import CONTAINED, EQUAL, SAME_WORDS
 from jaxlora.evals.gsm8k import load_problems
 from jaxlora.runtime.errors import UserError, run_main
 from jaxlora.runtime.files import write_json_atomic
 from jaxlora.runtime.progress import console
+from jaxlora.runtime.terminal import harmless
+
+VERBS = {EQUAL: "is", SAME_WORDS: "has the words of", CONTAINED: "contains"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Check that no benchmark question is in the training rows and that train and validation"
-        " share no row and no problem. The report holds the SHA-256 of every file; training refuses others.",
+        description="Check that no benchmark question is in the training rows, and that train and validation"
+        " share no row and no problem. The report holds the SHA-256 of every file, and training accepts it"
+        " for these files only.",
         epilog="exit code: 0 all gates passed, 1 a gate failed, 2 the check could not be made",
     )
     parser.add_argument(
         "dir",
         nargs="?",
         metavar="DIR",
-        help="holds train.jsonl and val.jsonl, or raw/ and rendered/ with these",
+        help="folder with train.jsonl and val.jsonl, or with raw/ and rendered/ that hold them",
     )
     parser.add_argument("--train", help="instead of DIR: one training file, local or hf://")
     parser.add_argument("--validation", help="instead of DIR: the validation file that goes with it")
@@ -36,7 +41,9 @@ def main() -> int:
         "--benchmark", required=True, help="GSM8K-like test rows: a JSONL file, hf:// path, or openai/gsm8k"
     )
     parser.add_argument(
-        "--report", type=Path, help=f"where the report goes (default: DIR/{REPORT_NAME}); it is replaced"
+        "--report",
+        type=Path,
+        help=f"where the report goes (default: DIR/{REPORT_NAME}); an older one is replaced",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be compared, and stop")
     options = parser.parse_args()
@@ -67,8 +74,10 @@ def main() -> int:
         text = f"{verdict}  {gate['name']:<18} {gate['overlaps']:>6,} overlaps  {file}"
         console.print(text, style=colour, markup=False)
         for row in gate["overlapping"][:3]:
-            also = f" is {', '.join(row['example_ids'])}" if "example_ids" in row else ""
-            console.print(f"          row {row['row_id']} (line {row['line']}){also}", markup=False)
+            hits = zip(row.get("example_ids", ()), row.get("rules", ()), strict=True)
+            also = ", ".join(f"{VERBS[rule]} {example_id}" for example_id, rule in hits)
+            line = harmless(f"          row {row['row_id']} (line {row['line']}) {also}".rstrip())
+            console.print(line, markup=False, soft_wrap=True)
     print(report_path)
     return 0 if report["passed"] else 1
 

@@ -1,16 +1,19 @@
-"""Show rendered rows as the model will see them: loss mask coloured, control tokens visible, tokens counted.
+"""Show rows as the model will see them: format, loss mask and control tokens in sight, tokens counted.
 
 python tools/preview.py --config configs/tiny.py
 python tools/preview.py --config configs/main.py --rows 3 --config.data.train_path=rendered/train.jsonl
 
-Grey: the prompt, no loss. Green: the answer, which carries loss, with its end-of-turn token and newline.
+Grey: no loss. Green, or between ⟦ and ⟧ where there is no colour: what carries loss, with its end-of-turn
+token and newline. Characters that a terminal would act on are shown as escapes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
@@ -37,14 +40,16 @@ def main() -> None:
         path, tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row, limit=options.rows
     )
     console = Console(highlight=False)
+    marks = ("⟦", "⟧") if console.no_color or console.color_system is None else ("", "")
     for row in rows:
-        console.print(f"[bold]row {escape(row.row_id)}[/bold]: {describe_counts(row)}")
-        console.print(coloured(row, tokenizer), soft_wrap=True)
+        console.print(f"[bold]row {escape(printable(row.row_id))}[/bold]: {describe_counts(row)}")
+        console.print(coloured(row, tokenizer, marks), soft_wrap=True)
+    answer = "answer: loss".join(marks)
     legend = Text.assemble(
-        ("prompt: no loss", MASKED), "  ", ("answer: loss", LEARNED), "  ", ("control token", CONTROL)
+        ("prompt: no loss", MASKED), "  ", (answer, LEARNED), "  ", ("control token", CONTROL)
     )
     console.print(legend)
-    console.print(report.describe(), markup=False)
+    console.print(printable(report.describe()), markup=False)
 
 
 def describe_counts(row: RenderedRow) -> str:
@@ -54,19 +59,30 @@ def describe_counts(row: RenderedRow) -> str:
     return f"{prompt} prompt + {answer} answer tokens; {row.n_tokens} after the shift by one"
 
 
-def coloured(row: RenderedRow, tokenizer: Tokenizer) -> Text:
-    """The row's text with its mask as colour; every line end is shown as ↵."""
+def coloured(row: RenderedRow, tokenizer: Tokenizer, marks: tuple[str, str] = ("", "")) -> Text:
+    """The row's text with its mask as colour, between `marks` where it carries loss; line ends as ↵."""
     control = [*tokenizer.all_special_tokens, "\n"]
     splitter = re.compile("(" + "|".join(map(re.escape, control)) + ")")
     text = Text()
-    cut = row.prompt_length
-    for tokens, style in ((row.tokens[:cut], MASKED), (row.tokens[cut:], LEARNED)):
-        for piece in splitter.split(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)):
+    edges = [0, *(np.flatnonzero(np.diff(row.weights)) + 1), len(row.tokens)]
+    for start, end in itertools.pairwise(edges):
+        learned = row.weights[start] > 0
+        style = LEARNED if learned else MASKED
+        text.append(marks[0] if learned else "", style=style)
+        for piece in splitter.split(
+            tokenizer.decode(row.tokens[start:end], clean_up_tokenization_spaces=False)
+        ):
             if piece == "\n":
                 text.append("↵\n", style=style)
             else:
-                text.append(piece, style=CONTROL if piece in control else style)
+                text.append(printable(piece), style=CONTROL if piece in control else style)
+        text.append(marks[1] if learned else "", style=style)
     return text
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what is not printed but acted on, such as the codes of a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Audit a rendered dataset: quality report, token statistics, and a pack of rows for a person to read.
+"""Audit a dataset: quality report, token statistics, and a pack of rows for a person to read.
 
     audit(find_rendered(Path("data/mine")), tokenizer, "Qwen/Qwen3-8B", Path("audit"), seed=0, pack_rows=100)
 
@@ -11,24 +11,28 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlora.data.curation import is_prompt_wrapper, is_suspicious, last_box, normal_answer
+from jaxlora.data.boxes import last_box
+from jaxlora.data.containers import count_rows, read_rows
+from jaxlora.data.curation import is_prompt_wrapper, is_suspicious, normal_answer
+from jaxlora.data.formats import find_format, to_example
 from jaxlora.data.gates import find_pairs
-from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
+from jaxlora.data.messages import Example
+from jaxlora.data.render import RenderedRow, Tokenizer, render_batch
 from jaxlora.data.review import review_page
-from jaxlora.data.rows import BATCH_ROWS, parse_rendered
-from jaxlora.data.sources import count_lines, locate, read_lines
+from jaxlora.data.sources import locate
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of, write_json_atomic, write_jsonl_atomic, write_text_atomic
 from jaxlora.runtime.progress import progress_bar
 
 OUTPUTS = ("quality.json", "tokens.json", "review.jsonl", "review.html")
+BATCH_ROWS = 512  # rows tokenised together
 BIN_TOKENS = 64
 FLAGGED_SHARE = 0.3  # of the review pack, at most
 LONGEST_ROWS = 10
@@ -36,7 +40,7 @@ LONGEST_ROWS = 10
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the audit keeps of a row: where it is, what is odd about it, and its shifted token counts."""
+    """What the audit keeps of a row: its place, what is suspect about it, and its shifted token counts."""
 
     split: str
     line: int
@@ -49,7 +53,7 @@ class RowFacts:
 
 
 def find_rendered(folder: Path) -> dict[str, str]:
-    """The rendered files of a dataset by split: in its `rendered/` folder, or in itself.
+    """The rendered files of a dataset by split: in its `rendered/` folder, or else in the folder itself.
 
     Raises:
       UserError: there are none.
@@ -60,7 +64,7 @@ def find_rendered(folder: Path) -> dict[str, str]:
 
 
 def flags_of(problem: str, solution: str, expected_answer: str | None) -> tuple[str, ...]:
-    """Everything that the acceptance gate would hold against a row, not only the first reason."""
+    """Every rule of the acceptance gate that the row breaks, not only the first."""
     flags = []
     box = last_box(solution)
     if box is None:
@@ -74,10 +78,51 @@ def flags_of(problem: str, solution: str, expected_answer: str | None) -> tuple[
     return tuple(flags)
 
 
-def _turns(messages: list[dict[str, str]]) -> tuple[str, str]:
-    """Problem (the user turns) and solution (the last turn) of a conversation."""
-    problem = "\n".join(message["content"] for message in messages if message["role"] == "user")
-    return problem, messages[-1]["content"]
+@dataclass(frozen=True)
+class _Row:
+    """A row of a file: the record as it stands there, and what it means."""
+
+    line: int
+    record: dict[str, Any]
+    example: Example
+
+    @property
+    def problem(self) -> str:
+        """The user turns."""
+        turns = self.example.messages
+        return "\n".join(str(turn["content"]) for turn in turns if turn["role"] == "user")
+
+    @property
+    def solution(self) -> str:
+        """The last turn, or all of a plain text."""
+        text = self.example.text
+        return str(self.example.messages[-1]["content"]) if text is None else text
+
+
+def _read(path: str) -> Iterator[_Row]:
+    """The rows of a file, of whatever format; `UserError` with file and line where one has none."""
+    for number, _, record in read_rows(locate(path)):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            yield _Row(number, record, to_example(find_format(record), record))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+
+
+def _render(path: str, tokenizer: Tokenizer, rows: Sequence[_Row], with_system: bool) -> list[RenderedRow]:
+    examples = [row.example for row in rows]
+    if not with_system:
+        examples = [
+            replace(example, messages=[turn for turn in example.messages if turn["role"] != "system"])
+            for example in examples
+        ]
+    rendered = []
+    for row, result in zip(rows, render_batch(tokenizer, examples), strict=True):
+        if isinstance(result, UserError):
+            raise UserError(f"{path}:{row.line}: {result}")
+        rendered.append(result)
+    return rendered
 
 
 def read_facts(split: str, path: str, tokenizer: Tokenizer) -> Iterator[RowFacts]:
@@ -86,32 +131,21 @@ def read_facts(split: str, path: str, tokenizer: Tokenizer) -> Iterator[RowFacts
     Raises:
       UserError: a row cannot be used for training; names file and line.
     """
-    lines = read_lines(locate(path))
-    while batch := list(islice(lines, BATCH_ROWS)):
-        rows = []
-        for number, line in batch:
-            try:
-                rows.append(parse_rendered(line))
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: {error}") from None
-        rendered = render_batch(tokenizer, [(row["row_id"], row["messages"]) for row in rows])
-        for (number, _), result in zip(batch, rendered, strict=True):
-            if isinstance(result, UserError):
-                raise UserError(f"{path}:{number}: {result}")
-        bare = [[turn for turn in row["messages"] if turn["role"] != "system"] for row in rows]
-        bare_ids = encode_texts(tokenizer, [chat_text(tokenizer, messages, False) for messages in bare])
-        for (number, _), row, full, ids in zip(batch, rows, rendered, bare_ids, strict=True):
-            assert isinstance(full, RenderedRow)
-            expected = row.get("expected_answer")
+    lines = _read(path)
+    while rows := list(islice(lines, BATCH_ROWS)):
+        complete = _render(path, tokenizer, rows, with_system=True)
+        bare = _render(path, tokenizer, rows, with_system=False)
+        for row, full, without in zip(rows, complete, bare, strict=True):
+            expected = row.record.get("expected_answer")
             yield RowFacts(
                 split=split,
-                line=number,
-                row_id=row["row_id"],
-                source=row.get("source") or "",
+                line=row.line,
+                row_id=full.row_id,
+                source=row.record.get("source") or "",
                 has_expected=expected is not None,
-                flags=flags_of(*_turns(row["messages"]), expected),
+                flags=flags_of(row.problem, row.solution, expected),
                 tokens=full.n_tokens,
-                tokens_without_system=len(ids) - 1,
+                tokens_without_system=without.n_tokens,
             )
 
 
@@ -184,17 +218,16 @@ def review_pack(
 ) -> list[dict[str, Any]]:
     """The chosen rows in full, with the two texts that the loss mask divides."""
     wanted = {(row.split, row.line) for row, _ in chosen}
-    lines = {
-        (split, number): line
+    rows = {
+        (split, row.line): row
         for split, path in files.items()
-        for number, line in read_lines(locate(path))
-        if (split, number) in wanted
+        for row in _read(path)
+        if (split, row.line) in wanted
     }
     pack = []
     for index, (facts, reason) in enumerate(chosen, start=1):
-        row = parse_rendered(lines[facts.split, facts.line])
-        (rendered,) = render_batch(tokenizer, [(row["row_id"], row["messages"])])
-        assert isinstance(rendered, RenderedRow)
+        row = rows[facts.split, facts.line]
+        (rendered,) = _render(files[facts.split], tokenizer, [row], with_system=True)
         cut = rendered.prompt_length
         pack.append(
             {
@@ -204,12 +237,12 @@ def review_pack(
                 "line": facts.line,
                 "row_id": facts.row_id,
                 "source": facts.source,
-                "expected_answer": row.get("expected_answer"),
-                "box": last_box(row["messages"][-1]["content"]),
+                "expected_answer": row.record.get("expected_answer"),
+                "box": last_box(row.solution),
                 "flags": list(facts.flags),
                 "prompt_tokens": cut,
                 "answer_tokens": len(rendered.tokens) - cut,
-                "messages": row["messages"],
+                "messages": row.example.messages,
                 "masked_text": tokenizer.decode(rendered.tokens[:cut], clean_up_tokenization_spaces=False),
                 "learned_text": tokenizer.decode(rendered.tokens[cut:], clean_up_tokenization_spaces=False),
             }
@@ -237,7 +270,7 @@ def audit(
     facts: list[RowFacts] = []
     for split, path in files.items():
         before = len(facts)
-        with progress_bar(f"auditing {split}", count_lines(locate(path)), "rows") as advance:
+        with progress_bar(f"auditing {split}", count_rows(locate(path)), "rows") as advance:
             for row in read_facts(split, path, tokenizer):
                 facts.append(row)
                 advance(1)

@@ -20,38 +20,69 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from jaxlora.data import curation
+from jaxlora.data.containers import container_of, parquet_bytes
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.files import read_object, sha256_of, write_json_atomic
 from jaxlora.runtime.folders import put_in_place
 from jaxlora.runtime.progress import progress_bar
 
 MANIFEST_NAME = "manifest.json"
 FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")
 PROGRESS_EVERY = 1000  # rows
+MAX_ROW_BYTES = 32 * 2**20  # of a row, raw and rendered: eight times the longest that training takes
+# A compressed source may unpack to more than a disk holds. Real text compresses ten to thirty times.
+FREE_BYTES, MAX_EXPANSION = 2**28, 200
+_EXPANDS = (
+    f"the source unpacks to more than {MAX_EXPANSION} times its own size; is it a real dataset? If so,"
+    " convert it to JSONL"
+)
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What to build from where to where."""
+    """What to build, from which source, and where to put it."""
 
-    source: str  # a .jsonl or .parquet file, or a Hub dataset
+    source: str  # a file of rows or a Hub dataset
     split: str | None  # of a Hub dataset
     out: Path
-    sources: tuple[str, ...] = curation.SOURCES  # values of `problem_source` to keep, in visiting order
-    revision: str | None = None  # of a Hub dataset; none: the newest, which is then recorded
+    sources: tuple[str, ...] = curation.SOURCES  # values of `problem_source` to keep, in grouping order
+    revision: str | None = None  # of a Hub dataset; None: the newest, which the manifest records
     overwrite: bool = False
+
+
+_Counts = dict[str, Annotated[int, Field(ge=0, lt=2**63)]]
+
+
+class _Manifest(TypedDict):
+    """What later code reads of a manifest."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    rows_read: Annotated[int, Field(ge=0, lt=2**63)]
+    candidates: _Counts
+    accepted: _Counts
+    rejected: dict[str, _Counts]
+    split_rows: dict[str, _Counts]
+    split_groups: _Counts
+    files: dict[str, Any]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 class _Spool:
     """Accepted rows: two lines each on disk, raw and rendered; in memory, 17 bytes and the problem's key."""
 
-    def __init__(self, file: IO[bytes], sources: Sequence[str]) -> None:
+    def __init__(self, file: IO[bytes], sources: Sequence[str], limit: int | None) -> None:
         self.file = file
+        self.limit = limit  # bytes; None: no limit
         self.sources = list(sources)
         self.starts = array("q")  # by row number, that is in stream order
         self.origins = array("B")  # index of the row's source
@@ -59,6 +90,11 @@ class _Spool:
         self.keys: dict[str, list[bytes]] = {source: [] for source in sources}
 
     def add(self, source: str, key: bytes, lines: bytes) -> None:
+        """Append a row; `ValueError` if it is too long, or if it is one too many."""
+        if len(lines) > MAX_ROW_BYTES:
+            raise ValueError(f"the row has {len(lines):,} bytes; at most {MAX_ROW_BYTES:,} can be used")
+        if self.limit is not None and self.file.tell() + len(lines) > self.limit:
+            raise ValueError(_EXPANDS)
         self.rows[source].append(len(self.starts))
         self.keys[source].append(key)
         self.origins.append(self.sources.index(source))
@@ -92,7 +128,7 @@ def build(plan: BuildPlan) -> dict[str, Any]:
 def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     revision = None if is_file_source(plan.source) else hub_revision(plan.source, plan.revision)
     with (folder / "spool").open("w+b") as file:
-        spool = _Spool(file, plan.sources)
+        spool = _Spool(file, plan.sources, _most_bytes(plan.source))
         counts = _accept_rows(plan, revision, spool)
         accepted = {source: len(rows) for source, rows in spool.rows.items()}
         split = curation.split_by_problem([(spool.rows[s], spool.keys[s]) for s in plan.sources])
@@ -122,6 +158,17 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     }
     write_json_atomic(folder / MANIFEST_NAME, manifest)
     return manifest
+
+
+def _most_bytes(source: str) -> int | None:
+    """What a compressed source may unpack to; None for plain text and for the Hub, which is streamed."""
+    if not is_file_source(source) or source.endswith((".jsonl", ".json")):
+        return None
+    path = locate(source)
+    limit = FREE_BYTES + MAX_EXPANSION * path.stat().st_size
+    if container_of(path) == "Parquet" and parquet_bytes(path) > limit:  # a page is unpacked whole, in memory
+        raise UserError(f"{source}: {_EXPANDS}")
+    return limit
 
 
 def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[str, Any]:
@@ -155,6 +202,8 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
                 spool.add(source, key, "\n".join((*lines, "")).encode())
             except UnicodeEncodeError:
                 raise UserError(f"{place}: holds half a surrogate pair, which is not text") from None
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from None
     if not read:
         raise UserError(f"{plan.source}: is empty; there are no rows to build from")
     wanted = " or ".join(plan.sources)
@@ -258,9 +307,17 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a built dataset, with the hashes and sizes that its files really have.
 
     Raises:
-      UserError: there is no manifest, or a file is missing.
+      UserError: there is no manifest, it is damaged, or a file is missing.
     """
-    manifest = read_json(folder / MANIFEST_NAME)
+    manifest = read_object(folder / MANIFEST_NAME)
+    try:
+        _MANIFEST.validate_python(manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{folder / MANIFEST_NAME}: {name}: {first['msg']}; build the dataset again"
+        ) from None
     for name in FILES:
         path = folder / name
         if not path.is_file():

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring as _encode  # text as JSON, non-ASCII kept
 from typing import Generic, TypeVar
 
+from jaxlora.data.boxes import last_box
 from jaxlora.data.render import SYSTEM_PROMPT
 
 SOURCES = ("gsm8k", "math")
@@ -74,26 +75,6 @@ PROBLEM_PHRASES = re.compile(
 )
 
 _SYSTEM = _encode(SYSTEM_PROMPT)
-_BOX = "\\boxed{"
-_BRACE = re.compile(r"[{}]")
-
-
-def last_box(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, by matching braces; None if there is none or it is unclosed.
-
-    This is the literal `\boxed{` searched from the right: of nested boxes the inner one counts, and an
-    unclosed last box makes earlier ones irrelevant.
-    """
-    start = text.rfind(_BOX)
-    if start < 0:
-        return None
-    start += len(_BOX)
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += 1 if brace.group() == "{" else -1
-        if depth == 0:
-            return text[start : brace.start()]
-    return None
 
 
 def normal_answer(answer: str) -> str:

@@ -3,35 +3,42 @@
     report = check([FilePair(train, validation)], Benchmark("openai/gsm8k", questions))
     status = require_gates(train_path, validation_path, None, allow_ungated=False)
 
-`check` returns what it compared, by which rule, with which result, and the SHA-256 of every input; kept as
-`contamination.json`, it is the report that `require_gates` asks for: data whose report is missing, stale (a
-file changed since) or failed is refused. All comparisons are between canonical problems: NFKC, lower case,
-white space collapsed.
+`check` returns what it compared, by which rule and with which result, and the SHA-256 of every input. Saved
+as `contamination.json`, this is the report that `require_gates` asks for. Data is refused if its report is
+missing, failed, stale (a file has changed since) or made by other rules. Canonical means NFKC, lower case and
+white space collapsed; `jaxlora.data.leaks` finds benchmark questions in other forms.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxlora.data.containers import count_rows, is_text, read_rows
 from jaxlora.data.curation import problem_key
-from jaxlora.data.rows import parse_rendered
-from jaxlora.data.sources import HUB_PREFIX, count_lines, locate, parse_object, read_lines
+from jaxlora.data.formats import find_format, to_example
+from jaxlora.data.leaks import CONTAINED_LETTERS, CONTAINED_WORDS, EQUAL, LEAK_RULES, QuestionIndex
+from jaxlora.data.sources import HUB_PREFIX, locate
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object, sha256_of
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.remote import resolve
 
 REPORT_NAME = "contamination.json"
+PROGRESS_EVERY = 1000  # rows
 RULES = {
     "benchmark_overlap": (
-        "no benchmark question equals the problem of a training row, whatever its source, both canonical"
-        " (Unicode NFKC, lower case, stripped, white space collapsed)"
+        "no benchmark question is in a training row, whatever its source; every turn is searched. equal: the"
+        " row's problem is the question, both canonical (Unicode NFKC, lower case, stripped, white space"
+        " collapsed). same_words: a turn is the question but for case, punctuation and white space."
+        f" contained: a turn contains it (only questions of {CONTAINED_WORDS} words and"
+        f" {CONTAINED_LETTERS} letters or more)"
     ),
     "shared_row_id": "no row_id is in both train and validation",
     "shared_problem": "no canonical problem is in both train and validation",
@@ -48,7 +55,7 @@ class FilePair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where the questions come from, and `(example id, question)` pairs."""
+    """The questions as `(example id, question)` pairs, and where they come from."""
 
     name: str
     questions: Sequence[tuple[str, str]]
@@ -56,7 +63,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class GateStatus:
-    """What training records about its data: is it gated, by which report, and if not, why."""
+    """What training records about its data: whether it passed the gates, by which report, and if not, why."""
 
     passed: bool
     overridden: bool
@@ -70,7 +77,7 @@ class GateStatus:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Ids, problem keys and sources of one file, in file order."""
+    """What the gates compare of one file, row by row in file order."""
 
     path: str
     sha256: str
@@ -78,13 +85,15 @@ class _Rows:
     ids: list[str]
     problems: list[bytes]  # problem keys
     sources: list[str]
+    lines: array[int]
+    leaks: list[dict[str, Any]]  # rows with a benchmark question, as the report lists them
 
 
 def find_pairs(folder: Path) -> list[FilePair]:
-    """The pairs of files of a dataset: `train.jsonl` and `val.jsonl` in it, in `raw/` and in `rendered/`.
+    """The pairs of a dataset's files: `train.jsonl` and `val.jsonl` in the folder, in `raw/`, in `rendered/`.
 
     Raises:
-      UserError: there is no folder or no pair, or a training file is without its validation file.
+      UserError: there is no such folder, it holds no pair, or half of a pair is missing.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the --out of tools/build_dataset.py")
@@ -101,47 +110,96 @@ def find_pairs(folder: Path) -> list[FilePair]:
     return pairs
 
 
-def read_problem(line: bytes) -> tuple[str, str, str]:
-    """Row id, problem and source of a raw or a rendered row; the problem of a rendered row is its user turns.
+@dataclass(frozen=True)
+class GateRow:
+    """What the gates need of a row: its id, its problem, its source, and all of its texts, turn by turn."""
+
+    row_id: str
+    problem: str  # of a conversation: its user turns
+    source: str
+    texts: tuple[str, ...]
+
+
+def read_row(record: dict[str, Any]) -> GateRow:
+    """A raw row, or a row of any format that can be trained on.
 
     Raises:
-      ValueError: the line is neither; the message has no place in it.
+      ValueError: the record is neither, or holds half a surrogate pair; the message has no place in it.
     """
-    row = parse_object(line)
-    if "messages" in row:
-        row = parse_rendered(line)
-        turns = row["messages"] if isinstance(row["messages"], list) else []
-        asked = [
-            turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"
-        ]
-        if not asked or not all(isinstance(content, str) for content in asked):
-            raise ValueError("messages hold no user turn with text")
-        return row["row_id"], "\n".join(map(str, asked)), row.get("source") or ""
+    row = _raw_row(record) if "problem" in record and "messages" not in record else _training_row(record)
+    if not all(map(is_text, (row.row_id, row.source, *row.texts))):
+        raise ValueError("holds half a surrogate pair, which is not text")
+    return row
+
+
+def _raw_row(record: dict[str, Any]) -> GateRow:
     for name in ("row_id", "source", "problem"):
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"no text in field {name!r}; a row has messages, or row_id, source and problem")
-    return row["row_id"], row["problem"], row["source"]
+        if not isinstance(record.get(name), str):
+            raise ValueError(
+                f"no text in field {name!r}; raw rows have 'row_id', 'source' and 'problem', others messages"
+            )
+    texts = _strings([record["problem"], record.get("generated_solution")])
+    return GateRow(record["row_id"], record["problem"], record["source"], tuple(texts))
 
 
-def _read(path: str, root: str) -> _Rows:
+def _training_row(record: dict[str, Any]) -> GateRow:
+    try:
+        row_format = find_format(record)
+    except ValueError:
+        return _raw_row(record)  # which says what a row needs here
+    example = to_example(row_format, record)
+    source = record.get("source") or ""
+    if example.text is not None:
+        return GateRow(example.row_id, example.text, source, (example.text,))
+    turns = example.messages if isinstance(example.messages, list) else []
+    asked = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"]
+    if not asked or not all(isinstance(content, str) for content in asked):
+        raise ValueError("messages hold no user turn with text")
+    texts = _strings([turns, example.tools])
+    return GateRow(example.row_id, "\n".join(map(str, asked)), source, tuple(texts))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, in order: a turn may have parts, tool calls and reasoning."""
+    stack = [value]  # not recursive: JSON may be nested as deeply as Python's stack
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            stack += reversed(value)
+        elif isinstance(value, dict):
+            stack += reversed([item for name, item in value.items() if name != "role"])
+
+
+def _read(path: str, root: str, index: QuestionIndex | None = None) -> _Rows:
+    """Read one file; with an index, look for benchmark questions in it."""
     file = locate(path)
     name = path.removeprefix(root.rstrip("/") + "/") if root else path
-    ids, problems, sources = [], [], []
-    with progress_bar(f"reading {name}", count_lines(file), "rows") as advance:
-        for number, line in read_lines(file):
+    rows = _Rows(name, sha256_of(file), file.stat().st_size, [], [], [], array("q"), [])
+    with progress_bar(f"reading {name}", count_rows(file), "rows") as advance:
+        for number, _, record in read_rows(file):
             try:
-                row_id, problem, source = read_problem(line)
-                problems.append(problem_key(problem))
-            except UnicodeEncodeError:
-                raise UserError(f"{path}:{number}: the problem holds half a surrogate pair") from None
+                if isinstance(record, ValueError):
+                    raise record
+                row = read_row(record)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
-            ids.append(row_id)
-            sources.append(source)
-            advance(1)
-    if not ids:
+            key = problem_key(row.problem)
+            rows.ids.append(row.row_id)
+            rows.problems.append(key)
+            rows.sources.append(row.source)
+            rows.lines.append(number)
+            if index and (hits := index.find(row.texts, row.problem, key)):
+                leak = {"row_id": row.row_id, "source": row.source, "line": number}
+                rows.leaks.append(
+                    leak | {"example_ids": [hit for hit, _ in hits], "rules": [rule for _, rule in hits]}
+                )
+            if number % PROGRESS_EVERY == 0:
+                advance(PROGRESS_EVERY)
+    if not rows.ids:
         raise UserError(f"{path}: is empty; there is nothing to check")
-    return _Rows(name, sha256_of(file), file.stat().st_size, ids, problems, sources)
+    return rows
 
 
 def check(pairs: Sequence[FilePair], benchmark: Benchmark, root: str = "") -> dict[str, Any]:
@@ -152,26 +210,25 @@ def check(pairs: Sequence[FilePair], benchmark: Benchmark, root: str = "") -> di
     Raises:
       UserError: a file is missing, empty, or has a row that is neither raw nor rendered.
     """
-    questions: dict[bytes, list[str]] = {}
-    for example_id, question in benchmark.questions:
-        questions.setdefault(problem_key(question), []).append(example_id)
+    index = QuestionIndex(benchmark.questions)
     texts = "\n".join(json.dumps(question) for _, question in benchmark.questions)
     files: list[dict[str, Any]] = []
     gates: list[dict[str, Any]] = []
     for pair in pairs:
-        train, validation = _read(pair.train, root), _read(pair.validation, root)
+        train, validation = _read(pair.train, root, index), _read(pair.validation, root)
         for role, rows in (("train", train), ("validation", validation)):
             files.append(
                 {"role": role, "path": rows.path, "sha256": rows.sha256, "bytes": rows.size}
                 | {"rows": len(rows.ids), "rows_by_source": dict(sorted(Counter(rows.sources).items()))}
             )
-        gates += _gates(train, validation, questions)
+        gates += _gates(train, validation)
     return {
         "passed": all(gate["passed"] for gate in gates),
         "benchmark": {
             "name": benchmark.name,
             "sha256": sha256_of(resolve(benchmark.name)) if resolve(benchmark.name).is_file() else None,
             "questions": len(benchmark.questions),
+            "questions_too_short_for_containment": index.short_questions,
             "questions_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         },
         "files": files,
@@ -179,44 +236,32 @@ def check(pairs: Sequence[FilePair], benchmark: Benchmark, root: str = "") -> di
     }
 
 
-def _gates(train: _Rows, validation: _Rows, questions: dict[bytes, list[str]]) -> list[dict[str, Any]]:
-    leaks = [
-        {"row_id": row_id, "source": source, "line": line, "example_ids": questions[problem]}
-        for line, (row_id, problem, source) in enumerate(
-            zip(train.ids, train.problems, train.sources, strict=True), start=1
-        )
-        if problem in questions
-    ]
+def _gates(train: _Rows, validation: _Rows) -> list[dict[str, Any]]:
     ids, problems = set(train.ids), set(train.problems)
-    shared_ids = [
-        {"row_id": row_id, "line": line}
-        for line, row_id in enumerate(validation.ids, start=1)
-        if row_id in ids
-    ]
-    shared_problems = [
-        {"row_id": row_id, "line": line}
-        for line, (row_id, problem) in enumerate(
-            zip(validation.ids, validation.problems, strict=True), start=1
-        )
-        if problem in problems
-    ]
+    rows = list(zip(validation.lines, validation.ids, validation.problems, strict=True))
+    shared_ids = [{"row_id": row_id, "line": line} for line, row_id, _ in rows if row_id in ids]
+    shared_problems = [{"row_id": row_id, "line": line} for line, row_id, key in rows if key in problems]
     compared = {"train_sha256": train.sha256, "validation_sha256": validation.sha256}
     counts = {"train_rows": len(train.ids), "validation_rows": len(validation.ids)}
     results: list[dict[str, Any]] = []
-    for name, found in zip(RULES, (leaks, shared_ids, shared_problems), strict=True):
+    for name, found in zip(RULES, (train.leaks, shared_ids, shared_problems), strict=True):
         results.append(
             {"name": name, "rule": RULES[name], "passed": not found, "overlaps": len(found)}
             | {"counts": counts, **compared, "overlapping": found}
         )
-    # The study's own rule looks at rows from gsm8k only; ours contains it, and this is its count.
-    results[0]["overlaps_with_source_gsm8k"] = sum(leak["source"] == "gsm8k" for leak in leaks)
+    strictest = Counter(leak["rules"][0] for leak in train.leaks)
+    results[0]["overlaps_by_rule"] = {rule: strictest[rule] for rule in LEAK_RULES}
+    # The study's own gate looks at rows from gsm8k only and knows the first rule only: this is its count.
+    results[0]["overlaps_with_source_gsm8k"] = sum(
+        leak["source"] == "gsm8k" and leak["rules"][0] == EQUAL for leak in train.leaks
+    )
     return results
 
 
 def report_place(train_path: str, given: str | None = None) -> Path | None:
-    """Where the report is: as given, or of a local training file beside it or beside its `rendered/` folder.
+    """Where the report is: as given, else beside the training file or its folder `rendered/` or `raw/`.
 
-    None: of a Hub file, unless it is given.
+    None for a file on the Hub, unless it is given.
     """
     if given:
         return Path(given)
@@ -231,7 +276,7 @@ def report_place(train_path: str, given: str | None = None) -> Path | None:
 def require_gates(
     train_path: str, validation_path: str, report_path: str | None, allow_ungated: bool
 ) -> GateStatus:
-    """Refuse to train on data that is not gated; with `allow_ungated`, say so in red and go on.
+    """Refuse data that has not passed the gates; with `allow_ungated`, say so in red and go on.
 
     Raises:
       UserError: the report is missing, stale or failed, naming the gate; or a data file does not exist.
@@ -274,6 +319,7 @@ def _judge(place: Path, train: str, validation: str) -> tuple[dict[str, bool], s
             for gate in report["gates"]
             if (gate["train_sha256"], gate["validation_sha256"]) == (train, validation)
         ]
+        rules = {str(gate["name"]): gate["rule"] for gate in report["gates"]}
         known = {str(file["sha256"]) for file in report["files"]}
     except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         return (
@@ -291,6 +337,11 @@ def _judge(place: Path, train: str, validation: str) -> tuple[dict[str, bool], s
         return (
             gates,
             f"gate {', '.join(missing)}: not in {place} for these files; run tools/check_dataset.py again",
+        )
+    if other := [name for name, rule in RULES.items() if rules[name] != rule]:
+        return gates, (
+            f"gate {', '.join(other)}: {place} was written by a version with another rule; run"
+            " tools/check_dataset.py again"
         )
     if failed := [f"gate {name} failed with {n} overlaps" for name, passed, n in entries if not passed]:
         return gates, f"{'; '.join(failed)} (see {place}); remove these rows from the data"

@@ -4,8 +4,8 @@ r"""GSM8K's own rows as rows of the curation source's schema.
     # {"problem": "... 48/2 ...", "expected_answer": "24", "problem_source": "gsm8k",
     #  "generated_solution": "48/2 = 24 clips.\n\nThe final answer is $\boxed{24}$."}
 
-The calculator marks `<<...>>` are dropped, the line `#### ANSWER` becomes a boxed sentence, and the answer is
-kept as it is written (so `1,000` keeps its comma on both sides).
+The calculator marks `<<...>>` are dropped, the line `#### ANSWER` becomes a sentence with a box, and the
+answer is kept as it is written: `1,000` keeps its comma in the box and in `expected_answer`.
 """
 
 from __future__ import annotations

@@ -2,32 +2,38 @@ r"""Text with LaTeX in it as safe HTML: formulas as MathML, which browsers draw 
 
     text_to_html(r"so $x < \frac{1}{2}$")     # Markup('so <math ...>...</math>')
 
-`latex2mathml` converts; its tree is written out again here, with a list of allowed elements and attributes
-and everything else escaped, because it lets markup through (`\text{<script>}`, `\href`). A formula that it
-does not know is shown as it is, in a monospace font. A lone dollar sign is money, not a formula.
+`latex2mathml` converts, but it lets markup through (`\text{<script>}`, `\href`). So its tree is written out
+again here with only the listed elements and attributes, and everything else escaped. A formula that cannot be
+converted is shown as it stands, in a monospace font. A lone dollar sign is money, not a formula.
 """
 
 from __future__ import annotations
 
 import html
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import convert_to_element
 from markupsafe import Markup, escape
 
-# $$..$$, \[..\], \(..\), an environment, $..$ by the rule of pandoc (no space inside, no digit after),
-# and a box outside any of these.
-_FORMULA = re.compile(
-    r"\$\$(?P<dollars>[^$]+)\$\$"
-    r"|\\\[(?P<bracket>.+?)\\\]"
-    r"|\\\((?P<paren>.+?)\\\)"
-    r"|(?P<environment>\\begin\{(?P<name>align\*?|equation\*?|gather\*?|cases|[bpv]?matrix)\}.+?\\end\{(?P=name)\})"
-    r"|(?<![\\$])\$(?P<dollar>[^\s$](?:[^$\n]{0,600}?[^\s$\\])?)\$(?!\d)"
-    r"|(?P<box>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]*\})*\})*\})",
-    re.DOTALL,
+# Where a formula may begin: $$..$$, \[..\], \(..\), an environment, $..$, and a box outside any of these.
+_OPENING = re.compile(
+    r"\$\$|\\\[|\\\(|(?<![\\$])\$"
+    r"|\\begin\{(?P<name>align\*?|equation\*?|gather\*?|cases|[bpv]?matrix)\}|(?=\\boxed\{)"
 )
-_DISPLAY = ("dollars", "bracket", "environment")
+_CLOSING = {"\\[": "\\]", "\\(": "\\)"}
+_DOLLARS = re.compile(r"\$\$(?P<inner>[^$]+)\$\$")
+# By the rule of pandoc: no space inside, no digit after. Otherwise the dollar sign is money.
+_DOLLAR = re.compile(r"\$(?P<inner>[^\s$](?:[^$\n]{0,600}?[^\s$\\])?)\$(?!\d)")
+_BOX = re.compile(r"(?P<inner>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]*\})*\})*\})")
+_SELF_CONTAINED = {
+    "$$": _DOLLARS,
+    "$": _DOLLAR,
+    "": _BOX,
+}  # none can search further than the next `$` or line
+LONGEST_FORMULA = 4000  # characters; the converter takes more than linear time
 # fmt: off
 _ELEMENTS = {
     "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup",
@@ -47,19 +53,52 @@ def text_to_html(text: str) -> Markup:
     """The text, escaped, with its formulas as MathML or, where that fails, as monospace source."""
     parts: list[Markup] = []
     end = 0
-    for match in _FORMULA.finditer(text):
-        kind = str(match.lastgroup)
-        parts.append(escape(text[end : match.start()]))
-        parts.append(formula_to_html(match[kind], match.group(), display=kind in _DISPLAY))
-        end = match.end()
+    for formula in _formulas(text):
+        parts.append(escape(text[end : formula.start]))
+        parts.append(formula_to_html(formula.inner, text[formula.start : formula.end], formula.display))
+        end = formula.end
     parts.append(escape(text[end:]))
     return Markup("").join(parts)
+
+
+@dataclass(frozen=True)
+class _Formula:
+    start: int
+    end: int
+    inner: str  # without its delimiters, unless the converter needs them
+    display: bool
+
+
+def _formulas(text: str) -> Iterator[_Formula]:
+    """The formulas from left to right, in time linear in the text.
+
+    A pattern for a whole formula would search to the end of the text from every opening that nothing closes.
+    Here, a closing that is not found once is not looked for again.
+    """
+    position = 0
+    absent: set[str] = set()  # closings that do not occur from here on
+    while opening := _OPENING.search(text, position):
+        start, mark = opening.start(), opening.group()
+        position = start + 1
+        if short := _SELF_CONTAINED.get(mark):
+            if match := short.match(text, start):
+                position = match.end()
+                yield _Formula(start, position, match["inner"], display=mark == "$$")
+            continue
+        closing = f"\\end{{{opening['name']}}}" if opening["name"] else _CLOSING[mark]
+        found = -1 if closing in absent else text.find(closing, opening.end() + 1)  # one character at least
+        if found < 0:
+            absent.add(closing)
+            continue
+        position = found + len(closing)
+        inner = text[start:position] if opening["name"] else text[opening.end() : found]
+        yield _Formula(start, position, inner, display=mark != "\\(")
 
 
 def formula_to_html(latex: str, source: str, display: bool) -> Markup:
     """One formula; `source` is what stood in the text, and what is shown where conversion fails."""
     fallback = Markup("<code class=tex>{}</code>").format(source)
-    if _depth_errs(latex):
+    if len(latex) > LONGEST_FORMULA or _is_unbalanced(latex):
         return fallback
     try:
         tree = convert_to_element(latex, display="block" if display else "inline")
@@ -68,8 +107,8 @@ def formula_to_html(latex: str, source: str, display: bool) -> Markup:
         return fallback
 
 
-def _depth_errs(latex: str) -> bool:
-    r"""Whether braces are unbalanced, which the converter would take for empty arguments."""
+def _is_unbalanced(latex: str) -> bool:
+    """Whether braces are unbalanced; the converter would take a missing one for an empty argument."""
     depth = 0
     for brace in re.findall(r"(?<!\\)[{}]", latex):
         depth += 1 if brace == "{" else -1

@@ -3,26 +3,40 @@
     tokenizer = load_tokenizer("Qwen/Qwen3-8B")
     (row,) = render_batch(tokenizer, [("a1", messages)])            # training: a RenderedRow or a UserError
     (prompt,) = render_prompts(tokenizer, ["What is 2 + 3?"])       # evaluation
+    prompt = render_chat(tokenizer, messages)                       # a chat so far
 
 Training and evaluation both come through here, so they cannot disagree about the template. The text is what
 the tokenizer's own chat template writes with thinking off, and it is tokenised in one go.
 
-The prompt prefix is the same conversation up to the last assistant turn, with the generation prompt. Loss
-weights are 0 up to the prefix's length and 1 after it: the answer, `<|im_end|>` and the newline after it
-carry loss. In a conversation of several turns only the last assistant turn carries loss.
+With `loss_on="last"` the prompt prefix is the same conversation up to the last assistant turn, with the
+generation prompt. Loss weights are 0 up to the prefix's length and 1 after it: the answer, `<|im_end|>` and
+the newline after it carry loss. With `loss_on="all"` each assistant turn does, as `masks` finds them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from jaxlora.data.control import guard_of, rust_panics
 from jaxlora.data.limits import bounded
+from jaxlora.data.masks import Span, marks_answers, spans_of_prefixes, spans_of_template, weights_of
+from jaxlora.data.messages import (
+    Example,
+    Message,
+    Turn,
+    check_messages,
+    check_prompt,
+    check_text,
+)
 from jaxlora.data.sources import is_text
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.folders import file_in
@@ -33,9 +47,7 @@ if TYPE_CHECKING:
 else:  # importing transformers takes seconds, and most of the data tools never tokenise
     Tokenizer = Any
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
-MAX_MESSAGES, MAX_CHARACTERS = 1000, 4_000_000  # a longer conversation would take minutes to tokenise
+LossOn = Literal["last", "all"]
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30  # what rendering one conversation may take
 
 SYSTEM_PROMPT = (
@@ -45,11 +57,12 @@ SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """One conversation as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted."""
+    """One row as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted."""
 
     row_id: str
     tokens: np.ndarray
     weights: np.ndarray
+    prompt_id: str = ""  # rows of one question have one: a hash of its canonical text
 
     @property
     def n_tokens(self) -> int:
@@ -58,7 +71,7 @@ class RenderedRow:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens of the prompt prefix, which carry no loss."""
+        """Tokens that carry no loss: those of the prompt prefix, where only the last answer carries loss."""
         return int(len(self.weights) - np.count_nonzero(self.weights))
 
 
@@ -94,11 +107,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             if file.suffix in TOKENIZER_SUFFIXES:
                 file_in(folder, file.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if is_local else name, trust_remote_code=False, local_files_only=is_local
-        )
+        with rust_panics(f"tokenizer {name!r}: cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder) if is_local else name, trust_remote_code=False, local_files_only=is_local
+            )
         tokenizer.decode(encode_texts(tokenizer, ["a"])[0])  # wrong settings show when they are first used
         tokenizer.all_special_tokens, tokenizer.eos_token_id  # noqa: B018
+    except UserError:
+        raise
     except Exception as error:  # transformers and the Hub client raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason}") from None
@@ -107,101 +123,210 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def chat_text(tokenizer: Tokenizer, messages: Sequence[Message], generation_prompt: bool) -> str:
-    """The chat template's own text, thinking off.
+def largest_token_id(tokenizer: Tokenizer) -> int:
+    """The largest id that the tokenizer can write; a model's vocabulary must be larger.
+
+    Not the number of tokens: ids may have gaps, and added tokens may have any id.
+    """
+    return max((*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder), default=-1)
+
+
+def chat_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    generation_prompt: bool,
+    *,
+    tools: Any = None,
+    enable_thinking: bool = False,
+) -> str:
+    """The chat template's own text, thinking off unless `enable_thinking`.
 
     Raises:
       UserError: the template refuses these messages.
     """
+    with template_errors():
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            enable_thinking=enable_thinking,
+        )
+    assert isinstance(text, str), type(text)
+    return checked_text(text)
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """Bounds a template's time and memory, and says what it refuses in one line."""
     try:
         with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
-            )
+            yield
     except Exception as error:  # templates raise jinja's errors and, through missing fields, Python's
         reason = str(error) or type(error).__name__
         raise UserError(f"the chat template refuses the conversation: {reason}") from None
-    assert isinstance(text, str), type(text)
+
+
+def checked_text(text: str) -> str:
+    """The text that a template wrote, if it is one."""
     if not is_text(text):
         raise UserError("the chat template writes half a surrogate pair, which is not text")
     return text
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that already hold their control tokens; nothing is added or cut."""
-    if not texts:
-        return []
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
-
-
-def check_messages(messages: Any, control_tokens: Sequence[str] = ()) -> None:
-    """A conversation that can be trained on ends with a non-empty assistant turn after a user turn.
+    """Token ids of texts that already hold their control tokens; nothing is added or cut.
 
     Raises:
-      UserError: it does not; says what is wrong.
+      UserError: the tokenizer fails on one of them.
     """
-    if not isinstance(messages, list):
-        raise UserError(f"messages is {type(messages).__name__}, not a list")
-    if len(messages) > MAX_MESSAGES:
-        raise UserError(f"{len(messages)} messages; at most {MAX_MESSAGES} can be rendered")
-    characters = 0
-    for index, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise UserError(f"message {index} is {type(message).__name__}, not an object")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise UserError(f"message {index} has role {role!r}; allowed are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise UserError(f"message {index} has content of type {type(content).__name__}, not text")
-        if not is_text(content):
-            raise UserError(f"message {index} holds half a surrogate pair, which is not text")
-        if (characters := characters + len(content)) > MAX_CHARACTERS:
-            raise UserError(f"more than {MAX_CHARACTERS} characters; a conversation of a book cannot be used")
-        for control in control_tokens:
-            if control in content:  # it would become the control token and end the turn early
-                raise UserError(f"message {index} holds the control token {control!r}")
-    if not messages or messages[-1]["role"] != "assistant":
-        raise UserError("no assistant turn at the end")
-    if not messages[-1]["content"].strip():
-        raise UserError("empty answer")
-    if all(message["role"] != "user" for message in messages):
-        raise UserError("no user turn before the answer")
+    if not texts:
+        return []
+    with rust_panics("the tokenizer fails on this text"):
+        return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+
+
+# --- Training rows ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """The text of a row before it is tokenised; one of `prefix`, `spans` or neither (all learns) is given."""
+
+    row_id: str
+    prompt_id: str
+    full: str
+    prefix: str | None = None
+    spans: tuple[Span, ...] | None = None
 
 
 def render_batch(
-    tokenizer: Tokenizer, conversations: Sequence[tuple[str, list[Message]]]
+    tokenizer: Tokenizer,
+    conversations: Sequence[Example | tuple[str, list[Message]]],
+    *,
+    loss_on: LossOn = "last",
+    enable_thinking: bool = False,
 ) -> list[RenderedRow | UserError]:
-    """Render `(row_id, messages)` pairs; a conversation that cannot be used gives its `UserError` instead.
+    """Render examples, or `(row_id, messages)`; one that cannot be used gives its `UserError` instead.
 
     Batches are tokenised together, which is many times faster than one conversation at a time.
+
+    Args:
+      loss_on: the last answer carries loss, or all of them; either way without turns of weight 0.
+      enable_thinking: answers with thoughts are rendered with thinking on; without, they are refused.
     """
-    control = tokenizer.all_special_tokens
-    results: list[RenderedRow | UserError | None] = [None] * len(conversations)
-    texts: list[str] = []
-    places: list[int] = []
-    for place, (_, messages) in enumerate(conversations):
+    examples = [row if isinstance(row, Example) else Example(*row) for row in conversations]
+    results: list[RenderedRow | UserError | None] = [None] * len(examples)
+    texts: dict[int, _Rendered] = {}
+    for place, example in enumerate(examples):
         try:
-            check_messages(messages, control)
-            prefix = chat_text(tokenizer, messages[:-1], generation_prompt=True)
-            full = chat_text(tokenizer, messages, generation_prompt=False)
+            texts[place] = _render(tokenizer, example, loss_on, enable_thinking)
         except UserError as error:
             results[place] = error
-        else:
-            texts += [prefix, full]
-            places.append(place)
-    ids = encode_texts(tokenizer, texts)
-    for place, prefix_ids, full_ids in zip(places, ids[0::2], ids[1::2], strict=True):
-        row_id = conversations[place][0]
+    with_prefix = [rendered for rendered in texts.values() if rendered.prefix is not None]
+    ids = _encode_each(
+        tokenizer, [t for rendered in with_prefix for t in (str(rendered.prefix), rendered.full)]
+    )
+    for place, rendered in texts.items():
         try:
-            results[place] = _row(row_id, prefix_ids, full_ids)
+            if rendered.prefix is not None:
+                results[place] = _row_after_prefix(rendered, next(ids), next(ids))
+            else:
+                results[place] = _row_of_spans(tokenizer, rendered)
         except UserError as error:
             results[place] = error
     return results  # type: ignore[return-value]  # every place is filled above
 
 
-def _row(row_id: str, prefix: list[int], full: list[int]) -> RenderedRow:
+def _encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int] | UserError]:
+    """The ids of each text, encoded together; where that fails, one by one, to know which text it was."""
+    try:
+        yield from encode_texts(tokenizer, texts)
+    except UserError:
+        for text in texts:
+            try:
+                yield encode_texts(tokenizer, [text])[0]
+            except UserError as error:
+                yield error
+
+
+def _render(tokenizer: Tokenizer, example: Example, loss_on: LossOn, enable_thinking: bool) -> _Rendered:
+    guard = guard_of(tokenizer)
+    if example.text is not None:
+        check_text(example.text, guard)
+        return _Rendered(example.row_id, _prompt_id(example.text), example.text)
+    turns = check_messages(example, guard, enable_thinking)
+    question = next(turn.message["content"] for turn in turns if turn.message["role"] == "user")
+    last = len(turns) - 1
+    write = _Writer(tokenizer, turns, example.tools)
+    full = write(len(turns), False, turns[last].thinks)
+    write.check_that_all_is_rendered(full)
+    known = example.row_id, _prompt_id(question), full
+    if loss_on == "last":
+        if not turns[last].learns:
+            raise UserError("all-zero loss mask: the last answer has weight 0; remove the row or the weight")
+        prefix = write(last, True, turns[last].thinks)
+        write.check_that_thoughts_are_rendered(last, full)
+        return _Rendered(*known, prefix=prefix)
+    if marks_answers(tokenizer, example.tools):
+        with template_errors():
+            spans = spans_of_template(tokenizer, turns, example.tools, full)
+    else:
+        spans = spans_of_prefixes(turns, full, write)
+        for index, turn in enumerate(turns):
+            if turn.learns:
+                write.check_that_thoughts_are_rendered(index, full)
+    return _Rendered(*known, spans=tuple(spans))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the first turns of one conversation: `write(length, generation_prompt, enable_thinking)`."""
+
+    tokenizer: Tokenizer
+    turns: list[Turn]
+    tools: Any
+
+    def __call__(self, length: int, generation_prompt: bool, enable_thinking: bool) -> str:
+        messages = [turn.message for turn in self.turns[:length]]
+        return self._text(messages, generation_prompt, self.tools, enable_thinking)
+
+    def _text(self, messages: list[Message], prompt: bool, tools: Any, thinking: bool) -> str:
+        return chat_text(self.tokenizer, messages, prompt, tools=tools, enable_thinking=thinking)
+
+    def check_that_all_is_rendered(self, full: str) -> None:
+        """Templates pass over what they do not know; a row's tools and tool calls must not go that way."""
+        messages, thinking = [turn.message for turn in self.turns], self.turns[-1].thinks
+        if self.tools and self._text(messages, False, None, thinking) == full:
+            raise UserError("the row has the key 'tools', which the chat template leaves out; remove it")
+        for index, message in enumerate(messages):
+            if "tool_calls" in message:
+                without = {key: value for key, value in message.items() if key != "tool_calls"}
+                others = [*messages[:index], without, *messages[index + 1 :]]
+                if self._text(others, False, self.tools, thinking) == full:
+                    raise UserError(
+                        f"message {index + 1} has the key 'tool_calls', which the chat template leaves out"
+                    )
+
+    def check_that_thoughts_are_rendered(self, index: int, full: str) -> None:
+        """As above, of the thoughts of a turn that is trained on."""
+        thoughts = self.turns[index].message.get("reasoning_content")
+        if thoughts and thoughts.strip() not in full:
+            raise UserError(
+                f"message {index + 1} has the key 'reasoning_content', which the chat template leaves out;"
+                " write the thoughts into content, as <think>...</think>"
+            )
+
+
+def _row_after_prefix(
+    rendered: _Rendered, prefix: list[int] | UserError, full: list[int] | UserError
+) -> RenderedRow:
+    if isinstance(prefix, UserError):
+        raise prefix
+    if isinstance(full, UserError):
+        raise full
     if full[: len(prefix)] != prefix:
         at = next((i for i, (a, b) in enumerate(zip(full, prefix, strict=False)) if a != b), len(full))
         raise UserError(f"the full render does not begin with the prompt prefix: they part at token {at}")
@@ -212,7 +337,38 @@ def _row(row_id: str, prefix: list[int], full: list[int]) -> RenderedRow:
     tokens = np.asarray(full, dtype=np.int32)
     weights = np.ones(len(full), dtype=np.float32)
     weights[: len(prefix)] = 0.0
-    return RenderedRow(row_id, tokens, weights)
+    return RenderedRow(rendered.row_id, tokens, weights, rendered.prompt_id)
+
+
+def _row_of_spans(tokenizer: Tokenizer, rendered: _Rendered) -> RenderedRow:
+    """A row whose spans learn; one without spans is plain text, which the tokenizer may begin itself."""
+    spans = rendered.spans
+    if spans is not None and not tokenizer.is_fast:
+        raise UserError("loss_on=all needs a tokenizer that tells where its tokens are; this one does not")
+    with rust_panics("the tokenizer fails on this text"):
+        encoded = tokenizer(
+            rendered.full,
+            add_special_tokens=spans is None,
+            return_offsets_mapping=spans is not None,
+            verbose=False,
+        )
+    tokens = np.asarray(encoded["input_ids"], dtype=np.int32)
+    if len(tokens) < 2:
+        raise UserError("fewer than two tokens; there is nothing to predict")
+    if spans is None:
+        weights = np.ones(len(tokens), dtype=np.float32)
+    else:
+        weights = weights_of(spans, np.asarray(encoded["offset_mapping"], dtype=np.int64))
+    return RenderedRow(rendered.row_id, tokens, weights, rendered.prompt_id)
+
+
+def _prompt_id(question: str) -> str:
+    """16 hex digits that are the same however a question is cased, spaced and composed."""
+    text = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- Prompts ------------------------------------------------------------------------------------------------
 
 
 def prompt_messages(question: str) -> list[Message]:
@@ -224,5 +380,30 @@ def render_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[
     """Token ids of the prompts that ask these questions: the prefixes that training rows of them would have.
 
     They are tokenised together.
+
+    Raises:
+      UserError: a question holds a control token; names its number.
     """
-    return encode_texts(tokenizer, [chat_text(tokenizer, prompt_messages(q), True) for q in questions])
+    texts = []
+    for number, question in enumerate(questions, start=1):
+        try:
+            texts.append(_prompt_text(tokenizer, prompt_messages(question), False))
+        except UserError as error:
+            raise UserError(f"question {number}: {error}") from None
+    return encode_texts(tokenizer, texts)
+
+
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, enable_thinking: bool = False
+) -> list[int]:
+    """Token ids of the prompt that asks for the next answer of a chat.
+
+    Raises:
+      UserError: a message holds a control token, or the template refuses the chat.
+    """
+    return encode_texts(tokenizer, [_prompt_text(tokenizer, messages, enable_thinking)])[0]
+
+
+def _prompt_text(tokenizer: Tokenizer, messages: Sequence[Message], enable_thinking: bool) -> str:
+    checked = check_prompt(list(messages), guard_of(tokenizer))
+    return chat_text(tokenizer, checked, True, enable_thinking=enable_thinking)

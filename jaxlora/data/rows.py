@@ -1,32 +1,52 @@
-"""Rendered rows from JSONL: read, check, tokenise.
+"""Training rows from a file or a Hub dataset: read, map to messages, check, tokenise.
 
     rows, report = load_rendered_rows("rendered/train.jsonl", tokenizer, max_length=4096,
                                       on_bad_row="error", limit=None)
+    print(report.describe())        # names the format that was found
 
-A line is `{"row_id": ..., "source": ..., "expected_answer": ..., "messages": [...]}`; only `messages` is
-needed. A row that cannot be used (broken JSON, wrong types, no assistant turn, empty answer, an all-zero
-mask, longer than the limit) stops the reading with its file and line. With `on_bad_row="skip"` it is left
-out instead, counted by reason, and listed in the report. Nothing is cut and nothing is left out in silence.
+The study's line is `{"row_id": ..., "source": ..., "expected_answer": ..., "messages": [...]}`; only
+`messages` is needed, and `formats` knows other kinds. A row that cannot be used (broken JSON, wrong types, no
+assistant turn, empty answer, an all-zero mask, longer than the limit) stops the reading with its file and
+line. With `on_bad_row="skip"` it is left out instead, counted by reason, and listed in the report. Nothing is
+cut and nothing is left out in silence.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlora.data.render import RenderedRow, Tokenizer, render_batch
-from jaxlora.data.sources import count_lines, locate, parse_object, read_lines
+from jaxlora.data.containers import container_of, count_rows, read_rows
+from jaxlora.data.control import guard_of
+from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
+from jaxlora.data.messages import Example, strings_of
+from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
+from jaxlora.data.sources import locate, parse_object, read_hub
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import progress_bar
 
 BATCH_ROWS = 512  # rows tokenised together
+BATCH_BYTES = 4 * 2**20  # but no more than this, or one row
 SHOWN_LINES = 5  # skipped lines named in the printed report
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are understood.
+
+    `columns` are the only ones read, under the format's names (`{"prompt": "question"}`); `ignore_columns`
+    are left out; `split` is of a Hub dataset.
+    """
+
+    loss_on: LossOn = "last"
+    enable_thinking: bool = False
+    columns: Mapping[str, str] | None = None
+    ignore_columns: Collection[str] = ()
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,17 +59,26 @@ class BadRow:
 
 @dataclass(frozen=True)
 class RowReport:
-    """What was read: lines looked at, rows used, rows skipped and why, tokens in shifted counts."""
+    """What was read: lines looked at, rows used, rows skipped and why, tokens in shifted counts.
+
+    `duplicates` are used rows whose tokens and weights an earlier one has, too.
+    """
 
     path: str
     lines: int
     used: int
     skipped: tuple[BadRow, ...]
     tokens: int
+    kind: str = ""  # format and container, such as "Alpaca rows in CSV"
+    duplicates: int = 0
 
     def describe(self) -> str:
         """One line, such as `train.jsonl: 98 rows, 21,004 tokens; skipped 2: empty answer (line 7) ...`."""
         text = f"{self.path}: {self.used:,} rows, {self.tokens:,} tokens"
+        if self.kind:
+            text += f" ({self.kind})"
+        if self.duplicates:
+            text += f"; {self.duplicates:,} are copies of earlier rows"
         if not self.skipped:
             return text
         shown = "; ".join(f"line {bad.line}: {bad.reason}" for bad in self.skipped[:SHOWN_LINES])
@@ -59,47 +88,89 @@ class RowReport:
         )
 
 
-def conversation_id(messages: Any) -> str:
-    """The id of a row that names none: 20 hex digits of the SHA-256 of its messages as JSON."""
-    text = json.dumps(messages, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("ascii")).hexdigest()[:20]
-
-
 def parse_rendered(line: bytes) -> dict[str, Any]:
-    """One rendered JSONL line, types checked and `row_id` filled in; the renderer checks the messages.
+    """One rendered JSONL line, keys and types checked, `row_id` filled in; the renderer checks the messages.
 
     Raises:
-      ValueError: broken JSON, a missing field or a wrong type; the message has no place in it.
+      ValueError: broken JSON, a missing or unknown field or a wrong type; the message has no place in it.
     """
     row = parse_object(line)
-    if "messages" not in row:
-        raise ValueError("no field 'messages'; rendered rows have one, raw rows have to be rendered first")
-    for name in ("row_id", "source", "expected_answer"):
-        if row.get(name) is not None and not isinstance(row[name], str):
-            raise ValueError(f"{name} is {type(row[name]).__name__}, not text")
-    row["row_id"] = row.get("row_id") or conversation_id(row["messages"])
-    return row
+    return row | {"row_id": to_example(MESSAGES, row).row_id}
+
+
+class _Reader:
+    """Maps the records of one file; the first that fits a format decides for all."""
+
+    def __init__(self, options: RowOptions) -> None:
+        self.options = options
+        self.format: Format | None = None
+
+    def read(self, record: dict[str, Any] | ValueError) -> Example:
+        """Raises `ValueError` where the record is none, or does not fit."""
+        if isinstance(record, ValueError):
+            raise record
+        if self.options.columns is not None:
+            record = choose_columns(record, self.options.columns)
+        self.format = self.format or find_format(record)
+        return to_example(self.format, record, self.options.ignore_columns)
 
 
 def iter_rendered(
-    path: Path, tokenizer: Tokenizer, max_length: int | None
+    records: Iterator[tuple[int, int, dict[str, Any] | ValueError]],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    reader: _Reader,
+    most: int | None = None,
 ) -> Iterator[tuple[int, RenderedRow | UserError]]:
-    """Stream `(line, rendered row or what is wrong with it)` in file order. `max_length` is in tokens."""
-    lines = read_lines(path)
-    while batch := list(islice(lines, BATCH_ROWS)):
+    """Stream `(line, rendered row or what is wrong with it)` in file order.
+
+    Args:
+      records: `(line, bytes, record)`; how many are held at once is bounded by their bytes.
+      max_length: in tokens.
+      most: rows that will be used; no more are read ahead.
+    """
+    options = reader.options
+    used = 0
+    while batch := _take(records, BATCH_ROWS if most is None else min(BATCH_ROWS, most - used)):
         results: dict[int, RenderedRow | UserError] = {}
-        good: list[tuple[int, dict[str, Any]]] = []
-        for number, line in batch:
+        good: list[tuple[int, Example]] = []
+        for number, record in batch:
             try:
-                good.append((number, parse_rendered(line)))
-            except ValueError as error:
+                example = reader.read(record)
+                _check_size(example, guard_of(tokenizer).longest_token, max_length)
+                good.append((number, example))
+            except (ValueError, UserError) as error:
                 results[number] = UserError(str(error))
-        rendered = render_batch(tokenizer, [(row["row_id"], row["messages"]) for _, row in good])
+        rendered = render_batch(
+            tokenizer,
+            [example for _, example in good],
+            loss_on=options.loss_on,
+            enable_thinking=options.enable_thinking,
+        )
         for (number, _), result in zip(good, rendered, strict=True):
             if max_length is not None and isinstance(result, RenderedRow) and len(result.tokens) > max_length:
                 result = UserError(f"{len(result.tokens)} tokens, longer than the limit of {max_length}")
             results[number] = result
+            used += isinstance(result, RenderedRow)
         yield from ((number, results[number]) for number, _ in batch)
+
+
+def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int, Any]]:
+    """The next records: at most so many, and no more than about `BATCH_BYTES`, or one."""
+    batch: list[tuple[int, Any]] = []
+    held = 0
+    while len(batch) < rows and held < BATCH_BYTES and (record := next(records, None)):
+        batch.append((record[0], record[2]))
+        held += record[1]
+    return batch
+
+
+def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
+    """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
+    characters = sum(map(len, strings_of([example.text, example.messages, example.tools])))
+    at_least = characters // longest_token
+    if max_length is not None and at_least > max_length:
+        raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")
 
 
 def load_rendered_rows(
@@ -109,19 +180,21 @@ def load_rendered_rows(
     max_length: int,
     on_bad_row: Literal["error", "skip"] = "error",
     limit: int | None = None,
+    options: RowOptions | None = None,
 ) -> tuple[list[RenderedRow], RowReport]:
-    """All rows of a rendered JSONL file (local or `hf://`), or the first `limit` usable ones, in file order.
+    """All rows of a file (local or `hf://`) or Hub dataset, or the first `limit` usable ones, in file order.
 
     Raises:
       UserError: a row cannot be used and `on_bad_row` is "error" (names file and line); or none can be used.
     """
-    file = locate(path)
+    reader = _Reader(options or RowOptions())
+    records, total, container = _open(str(path), reader.options)
     rows: list[RenderedRow] = []
     skipped: list[BadRow] = []
     seen = 0
-    total = count_lines(file)
-    with progress_bar(f"tokenising {file.name}", min(limit or total, total), "rows") as advance:
-        for number, result in iter_rendered(file, tokenizer, max_length):
+    shown = limit if total is None else min(limit or total, total)
+    with progress_bar(f"tokenising {Path(path).name}", shown, "rows") as advance:
+        for number, result in iter_rendered(records, tokenizer, max_length, reader, limit):
             seen = number
             if isinstance(result, RenderedRow):
                 rows.append(result)
@@ -137,4 +210,23 @@ def load_rendered_rows(
         raise UserError(
             f"{path}: no usable row" + (f"; most are bad because: {reasons[0][0]}" if reasons else "")
         )
-    return rows, RowReport(str(path), seen, len(rows), tuple(skipped), sum(row.n_tokens for row in rows))
+    kind = f"{reader.format.name} rows in {container}" if reader.format else ""
+    tokens = sum(row.n_tokens for row in rows)
+    report = RowReport(str(path), seen, len(rows), tuple(skipped), tokens, kind, count_duplicates(rows))
+    return rows, report
+
+
+def count_duplicates(rows: list[RenderedRow]) -> int:
+    """Rows whose tokens and weights an earlier one has, too."""
+    distinct = {hashlib.sha256(row.tokens.tobytes() + row.weights.tobytes()).digest() for row in rows}
+    return len(rows) - len(distinct)
+
+
+def _open(source: str, options: RowOptions) -> tuple[Iterator[tuple[int, int, Any]], int | None, str]:
+    """The records of a file or Hub dataset with line and bytes, how many if known, and what holds them."""
+    if options.split is not None:
+        stream = read_hub(source, options.split, None)
+        records = ((number, 0, record) for number, (_, record) in enumerate(stream, start=1))
+        return records, None, f"the Hub's split {options.split}"
+    file = locate(source)
+    return read_rows(file), count_rows(file), container_of(file)

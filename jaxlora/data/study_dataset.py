@@ -1,6 +1,6 @@
-"""The dataset of the study, `openmath_original_clean`: where it comes from and what a right build gives.
+"""The study's dataset, `openmath_original_clean`: where it comes from and what a correct build gives.
 
-These are the retained figures of the study. They are compared with, never copied into, what a build finds.
+These are the study's retained figures. What a build finds is compared with them, never copied from them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ STUDY: dict[str, Any] = {
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any] | None = None, place: str = "") -> list[str]:
-    """Every figure of `wanted` (default: the study's) that `found` has otherwise, as one line each."""
+    """One line for each figure of `wanted` (default: the study's) that differs in `found`."""
     lines: list[str] = []
     for key, value in (STUDY if wanted is None else wanted).items():
         name = f"{place}.{key}" if place else key

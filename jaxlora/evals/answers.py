@@ -1,12 +1,11 @@
-r"""Find the boxed answer in a generated solution and compare it with the reference, in two ways.
+r"""Compare an answer with the reference, in two ways.
 
-    extract_boxed(r"... so \boxed{\$460}")        # r"\$460"
     strict_match(r"\$460", "460")                 # False: the study's score compares decimals or text
     numeric_match(r"\$460", "460")                # True: the same number in another format
 
 The strict score is the study's and decides every result. The numeric score stands beside it and shows how
-much of a difference is only the format of the answer. Both are pure functions of two short strings; they
-use exact arithmetic, evaluate nothing, and take time linear in the length of the text.
+much of a difference is only a matter of format. Both are pure functions of two short strings; they use exact
+arithmetic, never evaluate what they read, and take time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -16,26 +15,7 @@ import re
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-_BOX = re.compile(r"\\boxed\s*\{")
 _OUTER_MATH = (("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, found by matching braces; None where there is none.
-
-    An unclosed last box is a failed extraction: earlier boxes do not count.
-    """
-    start = None
-    for match in _BOX.finditer(text):
-        start = match.end()
-    if start is None:
-        return None
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position]
-    return None
 
 
 def normalize(answer: str) -> str:

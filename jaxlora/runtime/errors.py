@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the one place where they are turned into an exit code.
+"""Errors that a user can act on, and the one place where they become an exit code.
 
 raise UserError("lora.rank is 0; it must be at least 1")    # -> "error: lora.rank is 0; ...", exit code 2
 add_number(parser, "--steps", default=24)                   # --steps 0: such a line, from any tool
@@ -10,11 +10,14 @@ import argparse
 import errno
 import math
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from jaxlora.runtime.redaction import without_secrets
+from jaxlora.runtime.terminal import harmless
 
 LONGEST = 1000  # characters of the line that a user is shown
 # A path that cannot be used is a mistake of whoever named it; other errors of a disk may pass.
@@ -39,7 +42,13 @@ on_failure: list[Callable[[str, int], None]] = []
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; print a `UserError` or `MachineError` as one line on stderr and exit."""
+    """Run an entry point; print a `UserError` or `MachineError` as one line on stderr and exit.
+
+    Any other error ends the process as in plain Python, but its traceback is printed without keys and tokens:
+    the log may go to a bucket or into a public issue. The same holds for errors of threads.
+    """
+    sys.excepthook = _print_traceback
+    threading.excepthook = lambda failed: _print_traceback(*failed[:3])
     try:
         code = _path_errors(main)
     except (UserError, MachineError) as error:
@@ -49,8 +58,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         raise SystemExit(error.exit_code) from None
     except (Exception, KeyboardInterrupt) as error:
         if on_failure:
-            traceback.print_exc()
-            _failed(" ".join(f"{type(error).__name__}: {error}".split()), 1)
+            _print_traceback(type(error), error, error.__traceback__)
+            _failed(f"{type(error).__name__}: {one_line(error)}", 1)
         raise
     raise SystemExit(code or 0)
 
@@ -88,6 +97,15 @@ def one_line(error: BaseException) -> str:
     text = " ".join(without_secrets(str(error)).split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """As Python prints it, but without secrets and terminal escapes."""
+    if kind is not SystemExit:  # of a thread: it ends quietly
+        text = "".join(traceback.format_exception(kind, error, trace))
+        print(harmless(without_secrets(text)), file=sys.stderr, end="", flush=True)
 
 
 def _path_errors(main: Callable[[], int | None]) -> int | None:

@@ -11,6 +11,7 @@ append repair.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -182,14 +183,18 @@ def _parse(content: bytes) -> Any:
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The bytes of an ordinary file; `UserError` where it is missing, no file, or larger than `limit`."""
+    """The bytes of an ordinary text file without the UTF-8 mark that some editors put at its beginning.
+
+    Raises:
+      UserError: it is missing, no file, or larger than `limit`.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path} is a directory or a device; name a file")
         if status.st_size > limit:
             raise UserError(f"{path} is larger than {limit} bytes; is it the right file?")
-        return path.read_bytes()
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxlora.data.boxes import last_box
 from jaxlora.data.curation import (
     REASONS,
     canonical_problem,
     is_prompt_wrapper,
     is_suspicious,
-    last_box,
     normal_answer,
     problem_key,
     reject_reason,

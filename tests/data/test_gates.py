@@ -84,7 +84,8 @@ class TestPlantedLeaksAreCaught:
         assert not report["passed"]
         assert verdicts(report) == {"benchmark_overlap": 1, "shared_row_id": 0, "shared_problem": 0}
         found = report["gates"][0]["overlapping"]
-        assert found == [{"row_id": "leaked", "source": "gsm8k", "line": 8, "example_ids": ["gsm8k-0001"]}]
+        place = {"row_id": "leaked", "source": "gsm8k", "line": 8}
+        assert found == [place | {"example_ids": ["gsm8k-0001"], "rules": ["equal"]}]
 
     def test_a_leak_is_one_whatever_its_source_and_the_studys_count_is_kept_apart(self, tmp_path, make):
         train, validation = clean(make)

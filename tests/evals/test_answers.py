@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.evals.answers import extract_boxed, normalize, numeric_match, read_number, strict_match
+from jaxlora.data.boxes import extract_boxed
+from jaxlora.evals.answers import normalize, numeric_match, read_number, strict_match
 
 # --- Extraction ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
+from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, needs_separator, rescore, score
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import (
     METRIC_FIELDS,
@@ -170,10 +170,48 @@ def test_the_aggregate_adds_up_every_record():
         "extraction_failure_rate": 0.25,
         "truncated": 1,
         "truncation_rate": 0.25,
+        "references_with_separators": 0,
+        "wrong_by_separators": 0,
         "prompt_tokens": 100,
         "generated_tokens": 518,
     }
     assert aggregate([])["accuracy"] is None
+
+
+def test_right_answers_that_are_wrong_for_a_comma_are_counted_and_stay_wrong():
+    problem = Problem(0, "gsm8k-0000", "How much?", "2,125")
+    answers = [r"\boxed{2125}", r"\boxed{2,125}", r"\boxed{\$2125}", r"\boxed{2126}", "none"]
+    totals = aggregate([score(problem, answer, 1, 1, "stop") for answer in answers])
+    assert totals["correct_strict"] == 1
+    assert totals["correct_numeric"] == 3
+    assert totals["references_with_separators"] == 5
+    assert totals["wrong_by_separators"] == 2
+    assert not needs_separator("1, 2")
+    assert not needs_separator("2125")
+
+
+def test_fourteen_references_of_the_real_benchmark_need_their_comma(shared):
+    problems = load_problems(str(shared / "data" / "gsm8k" / "test.jsonl"))
+    plain = [problem.reference_answer.replace(",", "") for problem in problems]
+    records = [
+        score(p, f"\\boxed{{{answer}}}", 1, 1, "stop") for p, answer in zip(problems, plain, strict=True)
+    ]
+    totals = aggregate(records)
+    assert totals["references_with_separators"] == totals["wrong_by_separators"] == 14
+    assert totals["correct_strict"] == 1319 - 14
+    assert totals["correct_numeric"] == 1319
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\n\n", "\r\n\r\n", "\n  \n\t\n"])
+def test_a_byte_order_mark_and_blank_last_lines_are_no_problems(tmp_path, ending):
+    content = "\ufeff" + json.dumps({"question": "Q", "answer": "#### 1"}) + ending
+    (tmp_path / "test.jsonl").write_text(content, encoding="utf-8", newline="")
+    assert [problem.question for problem in load_problems(str(tmp_path / "test.jsonl"))] == ["Q"]
+    record = score(PROBLEM, r"\boxed{460}", 1, 1, "stop")
+    (tmp_path / "p.jsonl").write_text("\ufeff" + json.dumps(record) + ending, encoding="utf-8", newline="")
+    assert rescore(tmp_path / "p.jsonl") == [record]
+    (tmp_path / "one.json").write_text("\ufeff{}" + ending, encoding="utf-8", newline="")
+    assert read_json(tmp_path / "one.json") == {}
 
 
 # --- Files of a run -----------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ import atheris
 
 with atheris.instrument_imports(include=["jaxlora"]):
     from jaxlora.checkpoints.tensors import read_header
+    from jaxlora.data.boxes import extract_boxed
     from jaxlora.data.mathml import text_to_html
     from jaxlora.data.rows import parse_rendered
-    from jaxlora.evals.answers import extract_boxed, numeric_match, strict_match
+    from jaxlora.evals.answers import numeric_match, strict_match
     from jaxlora.evals.gsm8k import rescore
     from jaxlora.runtime.errors import UserError
 
