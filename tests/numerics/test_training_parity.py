@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers.hf_models import make_checkpoint
 from helpers.rows import random_rows
+from helpers.torch_loss import torch_summed_nll
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 
 from jaxlora.checkpoints.base import load_base
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, TrainConfig
 from jaxlora.data.packing import pack
-from jaxlora.data.render import RenderedRow, shifted
+from jaxlora.data.render import shifted
 from jaxlora.lora import get_path, init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
@@ -51,19 +52,6 @@ def difference(lora, model) -> float:
             theirs.append(parameter.detach().numpy().ravel())
     ours, theirs = np.concatenate(ours), np.concatenate(theirs)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
-def torch_summed_nll(model, rows: list[RenderedRow]) -> torch.Tensor:
-    """Sum over weighted targets of -log p; padding lies on the right, where causal attention never looks."""
-    length = max(row.n_tokens for row in rows)
-    tokens, targets = torch.zeros(2, len(rows), length, dtype=torch.long)
-    weights = torch.zeros(len(rows), length)
-    for i, row in enumerate(rows):
-        for buffer, values in zip((tokens, targets, weights), shifted(row), strict=True):
-            buffer[i, : row.n_tokens] = torch.tensor(values)
-    logits = model(input_ids=tokens).logits.float()
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return (weights.flatten() * nll).sum()
 
 
 @pytest.mark.parametrize("condition", ["attention_only", "all_layer"])
