@@ -1,7 +1,7 @@
 """The study: Qwen3-8B, attention only against all layers, on curated OpenMathInstruct-2.
 
     python launch/study.py --config configs/main.py        # everything: trials, six runs, evaluation, report
-    python launch/train.py --config configs/main.py --config.lora.condition=attention_only --config.seed=1
+    python launch/train.py --config configs/main.py --config.lora.targets=attention_only --config.seed=1
 
 The rows are the published dataset of the study; to train on files of your own, set
 `--config.data.train_path` and `--config.data.validation_path`. Every other value is the study's.

@@ -43,8 +43,12 @@ def _target_list(value: Any) -> Any:
     return ",".join(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
+_PLACEMENTS = "|".join(get_args(Condition))
+_MODULE = r"[a-z][a-z0-9_]*_proj|lm_head"
 Targets = Annotated[
-    str, BeforeValidator(_target_list), Field(pattern=r"^[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*$", max_length=500)
+    str,
+    BeforeValidator(_target_list),
+    Field(pattern=rf"^({_PLACEMENTS}|({_MODULE})(,({_MODULE}))*)$", max_length=500),
 ]
 Remat = bool | Literal["elementwise"]
 _NOT_EMPTY = Field(min_length=1)
@@ -243,7 +247,7 @@ def check_study(config: RunConfig) -> None:
       UserError: names the field, and the one that a study takes.
     """
     if config.name is not None:
-        raise UserError("config.name: a study names its runs itself; give --config.prefix")
+        raise UserError("config.name is ignored by studies, which name their runs; set config.prefix")
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
@@ -253,8 +257,8 @@ def check_study(config: RunConfig) -> None:
     ):
         if given != default and swept != (given,):
             raise UserError(
-                f"config.{one}: ignored by studies, which train {many} ({plain(swept)});"
-                f" give --config.{many}={given}"
+                f"config.{one} is ignored by studies; set config.{many} (now {plain(swept)}), as in"
+                f" --config.{many}={given}"
             )
 
 
@@ -318,6 +322,8 @@ def allowed(kind: Any) -> str:
         base, *extras = get_args(kind)
         words = [allowed(base)]
         for extra in extras:
+            if isinstance(extra, BeforeValidator):  # of targets
+                return f"{allowed(Condition)}, or modules with commas, such as q_proj,v_proj"
             for rule in getattr(extra, "metadata", []):
                 if getattr(rule, "min_length", 0):
                     words[0] = words[0].removesuffix(", or none")

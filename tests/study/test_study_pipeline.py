@@ -177,7 +177,7 @@ def test_a_plan_says_what_it_rests_on_and_never_nan(repository, tmp_path, monkey
      ({"lora.output_head": "true"}, "config.lora.output_head: this model ties its head"),
      ({"mesh.fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 does not fit"),
      ({"model.random_weights": "true"}, "config.model.random_weights: the runs of a study share one base"),
-     ({"seed": 3}, "config.seed: 3 is of one run, and a study trains sweep.seeds (0,1,2)"),
+     ({"seed": 3}, "config.seed is ignored by studies; set config.sweep.seeds (now 0,1,2)"),
      ({"data.gate_report": "failed.json"}, "data gates: ")],
 )  # fmt: skip
 def test_the_plan_refuses_a_study_that_must_fail(repository, tmp_path, monkeypatch, fields, message):
@@ -218,14 +218,14 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
 
     shown = Console(width=200, file=io.StringIO())
     monkeypatch.setattr("jaxlora.train.display.console", shown)
-    jobs = [prepare(run, with_weights=False) for run in grid.sweep_runs(config)[:2]]
-    with TrainingDisplay(jobs, first_step=1) as display:
-        display.show(1, [0.5, 0.25], display.rate(100, 2))
-        display.validated(2, {job.config.run_id: {2: 0.5} for job in jobs})
+    job = prepare(grid.sweep_runs(config)[0], with_weights=False)
+    with TrainingDisplay(job, first_step=1) as display:
+        display.show(1, 0.5, display.rate(100))
+        display.validated(2, {2: 0.5})
     text = shown.file.getvalue()  # type: ignore[attr-defined]
-    assert "[red]t-attention_only-seed-0 and 1 more" in text
-    assert "loss 0.5000 0.2500" in text
-    assert "[red]t-attention_only-seed-1, step 2: validation mean NLL 0.50000 (best so far)" in text
+    assert "[red]t-attention_only-seed-0" in text
+    assert "loss 0.5000" in text
+    assert "step 2: validation mean NLL 0.50000 (best so far)" in text
 
 
 # --- A whole study, in seconds ------------------------------------------------------------------------------
