@@ -225,8 +225,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
         reader = csv.reader(text, delimiter=separator, strict=True)
         for cells in reader:
             number = reader.line_num
-            if not cells:
-                continue
+            if not cells or (len(cells) < len(names) and not cells[0].strip() and len(cells) == 1):
+                continue  # an empty line
             size = sum(map(len, cells))
             if len(cells) != len(names):
                 yield number + 1, size, ValueError(f"{len(cells)} cells, but the header names {len(names)}")

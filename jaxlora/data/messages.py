@@ -69,10 +69,11 @@ def check_messages(example: Example, guard: Guard, enable_thinking: bool = False
         place = f"message {index}"
         _check_shape(place, message, called)
         called = called or bool(message.get("tool_calls"))
-        characters += _check_strings(place, message, guard)
+        turn = _turn(place, message, enable_thinking)
+        characters += _check_strings(place, turn.message, guard)  # as rendered: arguments may come escaped
         if characters > MAX_CHARACTERS:
             raise UserError(f"more than {MAX_CHARACTERS} characters; a conversation of a book cannot be used")
-        turns.append(_turn(place, message, enable_thinking))
+        turns.append(turn)
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("no assistant turn at the end")
     if not turns[-1].message["content"].strip() and "tool_calls" not in turns[-1].message:
@@ -156,7 +157,7 @@ def _check_strings(place: str, message: Message, guard: Guard) -> int:
     An answer may hold the tokens that a model writes itself, such as `<tool_call>`, but none that ends it.
     """
     answer = message["role"] == "assistant"
-    rest = [value for key, value in message.items() if key not in ("role", "content", *LOSS_KEYS)]
+    rest = [value for key, value in message.items() if key not in ("role", "content")]
     characters = _check_each(place, strings_of(message.get("content")), guard, special_only=answer)
     return characters + _check_each(place, strings_of(rest), guard, special_only=False)
 
