@@ -351,6 +351,27 @@ class TestContainers:
         assert "line is longer than" in refusal(path, tokenizer)
 
 
+class TestHubDatasets:
+    def test_a_split_is_read_as_a_file_is(self, tokenizer, monkeypatch, capsys):
+        asked = []
+
+        def load_dataset(name, **options):
+            asked.append((name, options))
+            return iter([RECORDS["Alpaca"]] * 3)
+
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        rows, report = load("owner/name", tokenizer, limit=2, split="train")
+        assert asked == [("owner/name", {"split": "train", "streaming": True, "revision": None})]
+        assert len(rows) == 2
+        assert report.kind == "Alpaca rows in the Hub's split train"
+        assert "streaming owner/name" in capsys.readouterr().err
+
+    def test_without_a_network_it_is_one_line(self, tokenizer):
+        with pytest.raises(UserError, match=r"owner/name\[train\]:1: cannot be streamed") as error:
+            load("owner/name", tokenizer, split="train")
+        assert "\n" not in str(error.value)
+
+
 def test_long_rows_are_not_held_together(tmp_path):
     """The memory of a process that reads forty rows of ten million letters, beyond what it needs for one."""
     path = tmp_path / "x.jsonl"
