@@ -372,18 +372,14 @@ class TestHubDatasets:
         assert "\n" not in str(error.value)
 
 
-def test_long_rows_are_not_held_together(tmp_path):
-    """The memory of a process that reads forty rows of ten million letters, beyond what it needs for one."""
-    path = tmp_path / "x.jsonl"
-    with path.open("w") as file:
-        for number in range(40):
-            letters = "abcdefghij"[number % 10] * 10_000_000
-            file.write(json.dumps({"messages": [{"role": "user", "content": letters}, MESSAGES[1]]}) + "\n")
+def memory_to_read(path):
+    """Bytes that a process needs to read this file of unusable rows, beyond those that it needs anyway."""
     code = (
         "import resource, sys\n"
         "from jaxlora.data.render import load_tokenizer\n"
         "from jaxlora.data.rows import load_rendered_rows\n"
         "from jaxlora.runtime.errors import UserError\n"
+        "import pyarrow.parquet\n"
         "tokenizer = load_tokenizer('embedded:base')\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n"
@@ -394,4 +390,28 @@ def test_long_rows_are_not_held_together(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) * 1024 < 200 * 2**20  # 400 MB of letters
+    return int(done.stdout) * 1024
+
+
+def long_records():
+    for number in range(40):
+        letters = "abcdefghij"[number % 10] * 10_000_000
+        yield {"messages": [{"role": "user", "content": letters}, MESSAGES[1]]}
+
+
+def test_long_rows_are_not_held_together(tmp_path):
+    path = tmp_path / "x.jsonl"
+    with path.open("w") as file:
+        for record in long_records():
+            file.write(json.dumps(record) + "\n")
+    assert memory_to_read(path) < 200 * 2**20  # 400 MB of letters
+
+
+def test_a_small_parquet_file_of_long_rows_is_not_unpacked_at_once(tmp_path):
+    path = tmp_path / "x.parquet"
+    row = next(long_records())
+    kind = pyarrow.Table.from_pylist([{"messages": MESSAGES}]).schema
+    with pyarrow.parquet.ParquetWriter(path, kind, compression="zstd") as writer:
+        writer.write_table(pyarrow.concat_tables([pyarrow.Table.from_pylist([row], kind)] * 40))
+    assert path.stat().st_size < 100_000
+    assert memory_to_read(path) < 200 * 2**20  # 400 MB of letters

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlora.data.containers import is_text
+from jaxlora.data.containers import is_text, strings_of
 from jaxlora.data.control import Guard
 from jaxlora.runtime.errors import UserError
 
@@ -116,19 +116,6 @@ def check_tools(tools: Any, guard: Guard) -> int:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise UserError("tools is not a list of tool definitions, each an object")
     return _check_each("tools", strings_of(tools), guard, special_only=False)
-
-
-def strings_of(value: Any) -> Iterator[str]:
-    """All strings of a JSON value, names of fields included."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):  # Parquet's maps are lists of pairs
-            waiting += item
 
 
 def _check_shape(place: str, message: Any, called: bool) -> None:

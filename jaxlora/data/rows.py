@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlora.data.containers import container_of, count_rows, read_rows
+from jaxlora.data.containers import container_of, count_rows, read_rows, strings_of
 from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
-from jaxlora.data.messages import Example, strings_of
+from jaxlora.data.messages import Example
 from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import locate, parse_object, read_hub
 from jaxlora.runtime.errors import UserError
