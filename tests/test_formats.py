@@ -415,3 +415,12 @@ def test_a_small_parquet_file_of_long_rows_is_not_unpacked_at_once(tmp_path):
         writer.write_table(pyarrow.concat_tables([pyarrow.Table.from_pylist([row], kind)] * 40))
     assert path.stat().st_size < 100_000
     assert memory_to_read(path) < 200 * 2**20  # 400 MB of letters
+
+
+def test_a_book_is_refused_before_it_is_tokenised(tokenizer, tmp_path):
+    record = {"messages": [{"role": "user", "content": "word " * 400_000}, MESSAGES[1]]}
+    message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer)
+    longest = max(map(len, tokenizer.get_vocab()))
+    assert (
+        f":1: at least {(2_000_000 + len(ANSWER)) // longest} tokens, longer than the limit of 500" in message
+    )

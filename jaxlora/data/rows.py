@@ -167,7 +167,9 @@ def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int,
 
 def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
     """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
-    characters = sum(map(len, strings_of([example.text, example.messages, example.tools])))
+    messages = example.messages if isinstance(example.messages, list) else []  # they are checked later
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    characters = sum(map(len, strings_of([example.text, *contents])))
     at_least = characters // longest_token
     if max_length is not None and at_least > max_length:
         raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")
