@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlora.data.containers import container_of, count_rows, read_rows
+from jaxlora.data.containers import container_of, count_rows, read_rows, strings_of
 from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
-from jaxlora.data.messages import Example, strings_of
+from jaxlora.data.messages import Example
 from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import locate, parse_object, read_hub
 from jaxlora.runtime.errors import UserError
@@ -167,7 +167,9 @@ def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int,
 
 def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
     """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
-    characters = sum(map(len, strings_of([example.text, example.messages, example.tools])))
+    messages = example.messages if isinstance(example.messages, list) else []  # they are checked later
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    characters = sum(map(len, strings_of([example.text, *contents])))
     at_least = characters // longest_token
     if max_length is not None and at_least > max_length:
         raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")

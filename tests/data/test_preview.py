@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,3 +42,14 @@ def test_a_wrong_field_or_count_is_one_line_and_exit_code_2(repository):
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert done.stdout == ""
+
+
+def test_the_mask_is_readable_without_colour_and_the_format_is_named(repository, tmp_path):
+    row = {"instruction": "Say it.", "output": "It\x1b]0;title\x07\x1b[2J is."}
+    (tmp_path / "own.json").write_text(json.dumps([row]))
+    done = preview(repository, "--rows", "1", f"--config.data.train_path={tmp_path / 'own.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "⟦It\\x1b]0;title\\x07\\x1b[2J is.<|im_end|>↵\n⟧" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\x07" not in done.stdout
+    assert "Alpaca rows in JSON list" in " ".join(done.stdout.split())
