@@ -14,8 +14,8 @@ SEED = 20260420
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> kills.Lab:
-    return kills.Lab(tmp_path_factory.mktemp("kills"))
+def lab(tmp_path_factory, compiled) -> kills.Lab:
+    return kills.Lab(tmp_path_factory.mktemp("kills"), compiled)
 
 
 def random_signals(lab: kills.Lab, number: int, send) -> int:
