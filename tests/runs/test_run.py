@@ -19,11 +19,6 @@ from jaxlora.runtime.files import write_json_atomic
 from jaxlora.train import run_directory as artifacts
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, compiled) -> kills.Lab:
-    return kills.Lab(tmp_path_factory.mktemp("runs"), compiled)
-
-
 @pytest.fixture
 def folder(lab) -> Path:
     """A folder for one run."""
