@@ -7,18 +7,18 @@ import os
 import subprocess
 import sys
 
+from helpers import forks
+
 from jaxlora.data.render import load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
 
-
-def preview(repository, *arguments, environment=None):
-    command = [sys.executable, "tools/preview.py", "--config", "configs/tiny.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment)
+COMMAND = ("tools/preview.py", "--config", "configs/tiny.py")
 
 
 def test_shows_rows_control_tokens_mask_colours_and_counts(repository):
     colour = {"FORCE_COLOR": "1", "COLUMNS": "200", "TERM": "xterm-256color"}
-    done = preview(repository, "--rows", "2", environment=os.environ | colour)
+    command = [sys.executable, *COMMAND, "--rows", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=os.environ | colour)
     assert done.returncode == 0, done.stderr
     rows, _ = load_rendered_rows(
         "embedded:data/train.jsonl", load_tokenizer("embedded:base"), max_length=256, limit=2
@@ -38,7 +38,7 @@ def test_shows_rows_control_tokens_mask_colours_and_counts(repository):
 
 def test_a_wrong_field_or_count_is_one_line_and_exit_code_2(repository):
     for argument in ("--config.data.trian_path=x", "--rows=0", "--config.data.train_path=none.jsonl"):
-        done = preview(repository, argument)
+        done = forks.run([*COMMAND, argument], cwd=repository)
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert done.stdout == ""

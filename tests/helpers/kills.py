@@ -7,12 +7,10 @@ which phase the run is, and to kill the process at a named moment.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import json
 import mmap
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from helpers.forks import keep_every_program, server, wrap
 from helpers.xla_flags import xla_flags
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,16 +44,6 @@ PHASES = {
 }
 # phases within others: the innermost names the kill
 INNER = ["metrics", "hashing", "publishing", "pruning", "saving", "validation", "writing a checkpoint"]
-PRELOAD = [
-    "helpers.kills",
-    "jaxlora.train.loop",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "tensorboard.summary",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.qwen2.tokenization_qwen2",
-    "transformers.tokenization_utils_tokenizers",
-]
 
 
 RUN_ID = "tiny-all_layer-seed-0"
@@ -85,17 +74,12 @@ def options(folder: Path) -> list[str]:
     return config + [f"--config.{name}={value}" for name, value in fields.items()]
 
 
-def server() -> multiprocessing.context.BaseContext:
-    """A context whose processes are forks of a process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
-
-
 class Run:
     """One process of the entry point over a results folder, with its standard error in a file."""
 
-    def __init__(self, context, words: list[str], folder: Path, moment: str | None = None, nth: int = 1):
+    def __init__(
+        self, words: list[str], folder: Path, compiled: Path, moment: str | None = None, nth: int = 1
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "results" / RUN_ID
         start = time.monotonic_ns()
@@ -104,8 +88,8 @@ class Run:
         self._size = self._written()
         self.started = time.monotonic()
         words = [*words, f"--config.results_dir={folder / 'results'}"]
-        arguments = (words, str(folder.parent / "compiled"), str(self._log), str(self._phases), moment, nth)
-        self.process = context.Process(target=_child, args=arguments)
+        arguments = (words, str(compiled), str(self._log), str(self._phases), moment, nth)
+        self.process = server().Process(target=_child, args=arguments)
         self.process.start()
 
     def send(self, signum: int) -> None:
@@ -152,9 +136,9 @@ class Run:
 class Lab:
     """Runs of one small job, in folders of their own, and what an undisturbed one gives."""
 
-    def __init__(self, folder: Path, *words: str):
+    def __init__(self, folder: Path, compiled: Path, *words: str):
         self.folder, self.options = folder, [*options(folder / "model"), *words]
-        self.context = server()
+        self.compiled = compiled
         self.kills: Counter[str] = Counter()
         self.resumed: list[float] = []
         self._folders = 0
@@ -168,7 +152,7 @@ class Lab:
 
     def start(self, folder: Path, *words: str, moment: str | None = None, nth: int = 1) -> Run:
         """Start or resume the run of a folder, with further options."""
-        return Run(self.context, [*self.options, *words], folder, moment, nth)
+        return Run([*self.options, *words], folder, self.compiled, moment, nth)
 
     def kill_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
         """Start or resume, and die at this moment."""
@@ -209,7 +193,7 @@ def _child(words: list[str], cache: str, log: str, phases: str, moment: str | No
     sys.argv = ["train.py", *words]
     with open(phases, "r+b") as file:
         _announce_phases(mmap.mmap(file.fileno(), len(PHASES)))
-    _wrap("jaxlora.runtime.devices", None, "setup", _keep_every_program)
+    keep_every_program()
     if moment is not None:
         MOMENTS[moment](_countdown(nth))
     specification = importlib.util.spec_from_file_location("launch_train", REPOSITORY / "launch" / "train.py")
@@ -228,26 +212,7 @@ def _announce_phases(board: mmap.mmap) -> None:
             finally:
                 board[index] -= 1
 
-        _wrap(*place, announcing)
-
-
-def _keep_every_program(original, *arguments) -> None:
-    import jax
-
-    original(*arguments)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _wrap(module: str, owner: str | None, name: str, around: Callable) -> None:
-    place = importlib.import_module(module)
-    place = getattr(place, owner) if owner else place
-    original = getattr(place, name)
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        return around(original, *args, **kwargs)
-
-    setattr(place, name, wrapped)
+        wrap(*place, announcing)
 
 
 # --- Moments ------------------------------------------------------------------------------------------------
@@ -271,7 +236,7 @@ def _before(module: str, owner: str | None, name: str) -> Callable:
                 die()
             return original(*args, **kwargs)
 
-        _wrap(module, owner, name, around)
+        wrap(module, owner, name, around)
 
     return install
 
@@ -284,7 +249,7 @@ def _after(module: str, owner: str | None, name: str) -> Callable:
                 die()
             return result
 
-        _wrap(module, owner, name, around)
+        wrap(module, owner, name, around)
 
     return install
 
@@ -299,7 +264,7 @@ def _part_of_a_line(share: float) -> Callable:
                 die()
             return original(path, record)
 
-        _wrap("jaxlora.train.run_directory", None, "append_jsonl", around)
+        wrap("jaxlora.train.run_directory", None, "append_jsonl", around)
 
     return install
 
@@ -315,7 +280,7 @@ def _half_json(module: str, file: str) -> Callable:
                 die()
             return original(path, value)
 
-        _wrap(module, None, "write_json_atomic", around)
+        wrap(module, None, "write_json_atomic", around)
 
     return install
 
@@ -351,7 +316,7 @@ def _half_exported(now: Iterator[bool]) -> None:
             die()
         return original(tensors, path, *args, **kwargs)
 
-    _wrap("jaxlora.checkpoints.peft", None, "save_file", around)
+    wrap("jaxlora.checkpoints.peft", None, "save_file", around)
 
 
 STATE, FILES, LOOP = "jaxlora.checkpoints.run_state", "jaxlora.train.run_directory", "jaxlora.train.loop"

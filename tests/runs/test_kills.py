@@ -13,11 +13,6 @@ from helpers import kills
 SEED = 20260420
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> kills.Lab:
-    return kills.Lab(tmp_path_factory.mktemp("kills"))
-
-
 def random_signals(lab: kills.Lab, number: int, send) -> int:
     """Disturb runs `number` times at random times, each run until it is finished; returns how many runs."""
     choose = random.Random(SEED)

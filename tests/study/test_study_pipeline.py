@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import replace
@@ -19,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.forks import Fork
 from helpers.hf_models import make_checkpoint
 from helpers.xla_flags import xla_flags
 from rich.console import Console
@@ -261,35 +260,27 @@ def model_dir(tmp_path_factory, repository) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(model_dir, repository, tmp_path_factory):
-    """A function that starts the command in a working directory; compiled programs are shared."""
-    cache = tmp_path_factory.mktemp("compiled")
+def study(model_dir, repository):
+    """A function that starts the command in a working directory."""
 
-    def start(folder: Path, *words: str, **fields: object) -> subprocess.Popen:
+    def start(folder: Path, *words: str, **fields: object) -> Fork:
         values = FIELDS | {"model.path": model_dir} | fields
-        environment = os.environ | {
-            "XLA_FLAGS": xla_flags(devices=1),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "PYTHONPATH": str(repository),
-        }
-        command = [
-            sys.executable,
-            str(repository / "launch/study.py"),
-            "--config",
-            str(repository / "configs/tiny.py"),
-        ]
-        overrides = [f"--config.{name}={value}" for name, value in values.items()]
-        return subprocess.Popen(
-            [*command, *overrides, *words], cwd=folder, env=environment, text=True, stderr=subprocess.PIPE
-        )
+        command = [repository / "launch/study.py", "--config", repository / "configs/tiny.py"]
+        command += [f"--config.{name}={value}" for name, value in values.items()]
+        log = folder.parent / f"{folder.name}-{time.monotonic_ns()}.log"
+        environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
+        return Fork([*command, *words], cwd=folder, environment=environment, log=log)
 
     return start
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == code, errors
-    return " ".join(errors.split())
+def finish(process: Fork, code: int = 0) -> str:
+    try:
+        ended = process.wait(900)
+    finally:
+        process.kill()
+    assert ended == code, process.text
+    return " ".join(process.text.split())
 
 
 @pytest.fixture(scope="module")
@@ -879,7 +870,7 @@ def test_another_grid_with_a_run_that_diverges_ends_in_a_report_that_says_so(stu
 # --- Stopped anywhere ---------------------------------------------------------------------------------------
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+def wait_for(condition, process: Fork, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -902,8 +893,7 @@ def test_a_study_killed_in_the_middle_ends_in_the_same_report(finished, study, t
     file = tmp_path / "results" / PLACES[place]
     wait_for(lambda: file.is_file() and file.stat().st_size > 0, process)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the study ended before it was killed"
+    assert process.wait(60) == -signal.SIGKILL, "the study ended before it was killed"
     assert not (tmp_path / "results/tiny-report/report.html").exists()
     finish(study(tmp_path))
     assert report_of(tmp_path) == report_of(finished)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
+from helpers import forks
 
 from jaxlora.cli import field_table, load_config
 from jaxlora.config import RunConfig, check_study, from_dict, to_dict
@@ -148,8 +147,8 @@ def test_two_axes_cannot_both_take_what_is_left(repository):
     ],
 )
 def test_the_command_ends_with_one_line_and_code_2_and_writes_nothing(repository, tmp_path, arguments):
-    command = [sys.executable, repository / "launch/train.py", "--config", repository / "configs/tiny.py"]
-    done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [repository / "launch/train.py", "--config", repository / "configs/tiny.py"]
+    done = forks.run([*command, *arguments], cwd=tmp_path)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
