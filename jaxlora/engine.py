@@ -114,7 +114,8 @@ class Engine:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return self.base.tokenizer()
+        """The base's tokenizer; without a chat template, texts are prompts as they are."""
+        return self.base.tokenizer(chat=False)
 
     @cached_property
     def frozen(self) -> Tree:
@@ -433,6 +434,8 @@ class Trainer:
         yield batch, [[lengths[i] for i in part] for part in cut_into_buffers(lengths, most)]
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
+            return encode_texts(self.engine.tokenizer, [prompt])[0]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):

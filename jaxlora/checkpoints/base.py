@@ -34,7 +34,7 @@ from jaxlora.checkpoints.tensors import (
     stream,
 )
 from jaxlora.config import ModelSource
-from jaxlora.data.render import Tokenizer, chat_text, encode_texts, load_tokenizer
+from jaxlora.data.render import Tokenizer, chat_text, encode_texts, largest_token_id, load_tokenizer
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import load_model_config, published_config
@@ -104,7 +104,7 @@ class Base:
             raise UserError("config.model.tokenizer: neither it nor the model names an end-of-turn token")
         return tuple(found)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self, chat: bool = True) -> Tokenizer:
         """The tokenizer named by the configuration, or the model's own; the model must know all of its ids.
 
         Raises:
@@ -113,10 +113,10 @@ class Base:
         name = self.source.tokenizer or (str(self.folder) if self.folder else None)
         if name is None:
             raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
-        tokenizer = load_tokenizer(name)
-        if len(tokenizer) > self.config.vocab_size:
+        tokenizer = load_tokenizer(name, chat)
+        if (top := largest_token_id(tokenizer)) >= self.config.vocab_size:
             known = self.config.vocab_size
-            raise UserError(f"config.model.tokenizer: {len(tokenizer)} tokens, but the model knows {known}")
+            raise UserError(f"config.model.tokenizer: has token {top}, but the model knows {known} tokens")
         return tokenizer
 
 

@@ -80,7 +80,11 @@ def make_manifest(job: Job) -> dict[str, Any]:
     device = jax.devices()[0]
     datasets = {
         "train": (config.data.train_path, job.train_rows, job.reports[0]),
-        "validation": (config.data.validation_path, job.validation_rows, job.reports[1]),
+        "validation": (
+            config.data.validation_path or config.data.train_path,
+            job.validation_rows,
+            job.reports[1],
+        ),
     }
     return {
         "run_id": config.run_id,

@@ -47,7 +47,8 @@ def test_a_wrong_field_or_count_is_one_line_and_exit_code_2(repository):
 def test_the_mask_is_readable_without_colour_and_the_format_is_named(repository, tmp_path):
     row = {"instruction": "Say it.", "output": "It\x1b]0;title\x07\x1b[2J is."}
     (tmp_path / "own.json").write_text(json.dumps([row]))
-    done = preview(repository, "--rows", "1", f"--config.data.train_path={tmp_path / 'own.json'}")
+    words = [*COMMAND, "--rows", "1", f"--config.data.train_path={tmp_path / 'own.json'}"]
+    done = forks.run(words, cwd=repository)
     assert done.returncode == 0, done.stderr
     assert "⟦It\\x1b]0;title\\x07\\x1b[2J is.<|im_end|>↵\n⟧" in done.stdout
     assert "\x1b" not in done.stdout
