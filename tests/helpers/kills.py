@@ -39,7 +39,7 @@ PHASES = {
     "hashing": ("jaxlora.checkpoints.run_state", None, "hashes"),
     "publishing": ("jaxlora.checkpoints.run_state", "RunState", "_publish"),
     "pruning": ("jaxlora.checkpoints.run_state", "RunState", "_prune"),
-    "training": ("jaxlora.train.loop", None, "_advance"),
+    "training": ("jaxlora.train.loop", "Run", "to_the_end"),
     "export": ("jaxlora.train.run_directory", "RunDirectory", "export_selected"),
     "summary": ("jaxlora.train.run_directory", "RunDirectory", "finish"),
 }
@@ -359,7 +359,7 @@ MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
     "half a manifest": _half_json(FILES, "manifest.json"),
     "manifest written, nothing else": _after(FILES, None, "_take_over"),
     "curves deleted, not yet rewritten": _before(FILES, None, "write_settings"),
-    "between rewind and first step": _before(LOOP, None, "_advance"),
+    "between rewind and first step": _before(LOOP, "Run", "to_the_end"),
     "a step computed, not yet recorded": _before(LOOP, "StepLog", "add"),
     "one byte of a metrics line": _part_of_a_line(0),
     "half a metrics line": _part_of_a_line(0.5),
@@ -379,7 +379,7 @@ MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
 }
 
 AFTER_TRAINING = "finished, not evaluated"  # comes only with eval.after_training
-MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_adapter")
+MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_selected")
 
 
 # --- What a finished run is ---------------------------------------------------------------------------------
