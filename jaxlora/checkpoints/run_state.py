@@ -70,7 +70,8 @@ class RunState:
         if hosts.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
         hosts.barrier("checkpoint folder")
-        # Orbax takes `[` and `\\` in a path for a pattern, and `x:/` for an address. The folder's number has none.
+        # Orbax takes `[` and `\\` in a path for a pattern and `gs:/` for a bucket: it gets the open folder's
+        # number instead of its name.
         self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         number = _OPEN_FOLDERS / str(self._handle)
         self._for_orbax = number if number.exists() else self._folder

@@ -3,10 +3,10 @@
     for name, fault in DAMAGE.items(): fault(run / "summary.json")
     with small_disk(folder, "600k") as disk: ...
 
-`try_damage` does each fault to each file of a copied run, gives the command again, and counts what came of it.
-The only ends allowed: the outcome of an undisturbed run, or exit code 2 and one line. Whatever is written by
-another command can be tried in the same way: it needs a `start` that returns a process with `wait` and `log`,
-and an `outcome`.
+`try_damage` does faults to files of a copied run, gives the command again, and counts what came of it. The
+only ends allowed: the outcome of an undisturbed run, or exit code 2 and one line that names the file. What
+another command writes is tried in the same way: give a `start` whose result has `wait` and `log`, and a
+`check` of the outcome.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ JSON_DAMAGE: dict[str, Callable[[Path], object]] = {
     "lists deeper down": write(
         '{"status": ["completed"], "config": {"lora": []}, "dataset": {"train": []}, "files": {"a": []}}\n'
     ),
-    "numbers where texts belong": write('{"status": 1, "dataset": {"train": {"sha256": 1}}, "files": {"a": 1}}\n'),
+    "numbers where texts belong": write(
+        '{"status": 1, "dataset": {"train": {"sha256": 1}}, "files": {"a": 1}}\n'
+    ),
 }
 
 

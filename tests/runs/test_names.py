@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from helpers import kills
-from helpers.trials import one_line
+from helpers.trials import one_line, small_disk
 
 import jaxlora.checkpoints.run_state as module
 from jaxlora.checkpoints.run_state import RunState
@@ -22,7 +23,18 @@ from jaxlora.train import run_directory
 from jaxlora.train.display import draw_validation
 
 NAMES = (
-    *("two words", " first", "new\nline", "tab\t", "st*r", "what?", "tiny[lr=1e-3]", "]", "{a,b}", "back\\slash"),
+    *(
+        "two words",
+        " first",
+        "new\nline",
+        "tab\t",
+        "st*r",
+        "what?",
+        "tiny[lr=1e-3]",
+        "]",
+        "{a,b}",
+        "back\\slash",
+    ),
     *("it's", '"quoted"', "$x_1^2$", "%s", "#", "a:b", "gs:", "~", "-dash", "漢字 ü", "e\u0301", "x" * 200),
 )
 STATE = {"a": jnp.arange(6.0), "b": {"c": jnp.ones((3, 4), jnp.bfloat16), "n": jnp.int32(7)}}
@@ -77,21 +89,23 @@ class TestReadBack:
         writer.wait_until_finished()
         (folder / "3" / "progress.json").write_text('{"step": 3}')
         (folder / "3" / "sha256.json").write_text(json.dumps(module.hashes(folder / "3")))
-        with RunState(folder, {}) as store, pytest.raises(UserError, match=r"step 3 \(its arrays cannot be read"):
+        with (
+            RunState(folder, {}) as store,
+            pytest.raises(UserError, match=r"step 3 \(its arrays cannot be read"),
+        ):
             store.restore(STATE)
 
     def test_a_lost_array_is_seen_before_it_is_published(self, tmp_path, monkeypatch):
         original = module.RunState._read_back
 
         def lose(self, place, shapes):
-            files = [path for path in (tmp_path / ".writing-1/state/ocdbt.process_0/d").iterdir()]
-            for file in files:
+            for file in (tmp_path / ".writing-1/state/ocdbt.process_0/d").iterdir():
                 file.unlink()
             original(self, place, shapes)
 
         monkeypatch.setattr(module.RunState, "_read_back", lose)
         with RunState(tmp_path, {}) as store:
-            store.save(1, STATE, {"step": 1})
+            store.save(1, STATE | {"large": jnp.arange(10_000.0)}, {"step": 1})
             with pytest.raises(UserError, match="cannot be read back"):
                 store.wait()
         assert list(tmp_path.iterdir()) == []
@@ -119,8 +133,8 @@ def lab(tmp_path_factory) -> kills.Lab:
 
 def test_a_run_of_a_hostile_name_in_a_hostile_folder_is_killed_resumed_and_completed(lab, monkeypatch):
     prefix = "tiny[lr=1e-3] {a} $x_1^2$ 漢"
-    monkeypatch.setattr(kills, "RUN_ID", f"{prefix}-all_layer-seed-0")
-    folder, words = lab.folder / "run [1] it's\n*?", (f"--config.prefix={prefix}",)
+    monkeypatch.setattr(lab, "run_id", f"{prefix}-all_layer-seed-0")
+    folder, words = lab.folder / "run [1] it's *?", (f"--config.prefix={prefix}",)
     lab.kill_at(folder, "published, older ones not deleted", *words, nth=3)
     run = lab.start(folder, *words)
     assert run.wait() == 0, run.log()
@@ -154,9 +168,14 @@ class TestNamesThatAreRefused:
         )
 
     def test_a_folder_that_cannot_be_written(self, lab):
-        run = lab.start(lab.new_folder(), "--config.results_dir=/proc/results")
-        assert run.wait() == 2, run.log()
-        assert "/proc/results" in one_line(run.log())
+        folder = lab.new_folder()
+        with small_disk(folder / "results", "1m") as change:
+            change("1m,ro")
+            run = lab.start(folder)
+            assert run.wait() == 2, run.log()
+            assert re.search(r"error: .*results.*Read-only file system", one_line(run.log()))
+            change("50m,rw")
+            lab.finish(folder)
 
 
 def test_a_lock_is_never_made_for_a_name_that_is_refused(tmp_path):
