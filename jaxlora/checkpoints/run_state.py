@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,12 +40,22 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from jaxlora.runtime import hosts
-from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.errors import UserError, one_line
 from jaxlora.runtime.files import Record, is_disk_full, read_object, sha256_of, write_json_atomic
 from jaxlora.runtime.folders import sync
 from jaxlora.runtime.progress import console
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here
+_unraisable = sys.unraisablehook
+
+
+def _without_closed_loops(found: Any) -> None:
+    """After an error Orbax closes its event loop; each writer still on its way would print a trace."""
+    if "Event loop is closed" not in str(found.exc_value):
+        _unraisable(found)
+
+
+sys.unraisablehook = _without_closed_loops
 KEPT = 2  # newest checkpoints that are kept, beside the best
 STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
 READ_BACK = 2**20  # bytes; larger arrays are opened before a checkpoint is published, but not read whole
@@ -89,7 +100,7 @@ class RunState:
         except Exception as late:
             if error is None:
                 raise
-            console.print(f"the save in progress failed as well: {late}", markup=False)
+            console.print(f"the save in progress failed as well: {one_line(late)}", markup=False)
         finally:
             self._thread.shutdown()
             self._orbax.close()

@@ -236,6 +236,7 @@ class RunDirectory:
         """Write the picture and `summary.json`: the run is complete."""
         if not hosts.is_main():
             return
+        self._check_ours()
         try:
             draw_validation(self.path / "validation.png", validations, step, self.job.config.run_id)
         except Exception as error:  # a picture never decides whether a run is complete
@@ -371,7 +372,7 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     if path.exists() and any(path.iterdir()):
         if not (path / "manifest.json").is_file():
             raise UserError(
-                f"{path}: exists and is not a run (it has no manifest.json); choose another results_dir or prefix"
+                f"{path}: exists and is not a run (no manifest.json); choose another results_dir or prefix"
             )
         old = read_manifest(path)
         different = differences(identity(old), identity(manifest))

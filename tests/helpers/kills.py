@@ -403,6 +403,7 @@ def _half_exported(now: Iterator[bool]) -> None:
 
 STATE, FILES, LOOP = "jaxlora.checkpoints.run_state", "jaxlora.train.run_directory", "jaxlora.train.loop"
 MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
+    "gate looked at, rows not read": _before("jaxlora.train.job", None, "_load_rows"),
     "rows read, no manifest": _before(FILES, None, "make_manifest"),
     "half a manifest": _half_json(FILES, "manifest.json"),
     "manifest written, nothing else": _after(FILES, None, "_take_over"),

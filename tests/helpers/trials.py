@@ -110,7 +110,7 @@ def try_damage(
         if code == 2:
             message = one_line(run.log())
             ends["one line"] += 1
-            assert Path(name).name in message, f"{fault} in {name} is not named: {message}"
+            assert str(folder) in message, f"{fault} in {name}: the line names no place: {message}"
         else:
             check(folder)
             ends["made good"] += 1
