@@ -308,6 +308,8 @@ def _lock(file: Path, run: Path) -> Iterator[None]:
       MachineError: a process of another host has it.
     """
     with _exclusive(file, run) as handle:
+        if os.fstat(handle).st_nlink > 1:
+            raise UserError(f"{file}: is another name of some other file; remove this name")
         os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()} (since {started})\n".encode())
@@ -325,11 +327,11 @@ def _exclusive(file: Path, run: Path) -> Iterator[int]:
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                 raise
-            raise UserError(f"{file}: is no plain file, but a link or a folder; remove it") from None
+            raise UserError(f"{file}: must be a plain file, not a link or a folder") from None
         try:
             opened = os.fstat(handle)
-            if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
-                raise UserError(f"{file}: is no plain file, but a link or a device; remove it")
+            if not stat.S_ISREG(opened.st_mode):
+                raise UserError(f"{file}: must be a plain file, not a device")
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -38,6 +39,17 @@ def finished(lab) -> Path:
     folder = lab.new_folder()
     shutil.copytree(lab.whole.path.parent, folder / "results")
     return folder
+
+
+def fill(disk: Path) -> Path:
+    """Fill a disk to its last byte; the file that does it."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for size in (2**16, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size) == size:
+                    pass
+    return filler
 
 
 def newest(folder: Path) -> str:
@@ -140,6 +152,25 @@ class TestFullDisks:
     def test_disks_that_fill_up_later(self, lab):
         for size in self.SIZES[1:]:
             self.try_disk(lab, size)
+
+    @pytest.mark.parametrize(
+        "moment",
+        [
+            "a step computed, not yet recorded",
+            "checkpoint begun",
+            "half an adapter exported",
+            "exported, no summary",
+        ],
+    )
+    def test_a_disk_that_fills_up_at_any_moment(self, lab, moment):
+        folder = lab.new_folder()
+        with small_disk(folder / "results", "50m"):
+            run = lab.pause_at(folder, moment)
+            filler = fill(folder / "results")
+            assert run.go_on() == 2, run.log()
+            assert "the disk is full" in one_line(run.log())
+            filler.unlink()
+            lab.finish(folder)
 
     def test_a_file_system_that_says_only_at_the_sync_that_it_is_full(self, tmp_path, monkeypatch):
         original = run_state.sync
