@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -21,10 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.checkpoints.base import Base, fingerprint
 from jaxlora.checkpoints.peft import (
+    FINGERPRINT,
     METADATA,
     PARTS,
     PREFIX,
+    RENDERED_BY,
     SETTINGS,
     WEIGHTS,
     Place,
@@ -39,7 +43,7 @@ from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import weight_files
+from jaxlora.runtime.remote import EMBEDDED, is_remote, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -51,7 +55,7 @@ _KNOWN = {
 }
 # Initialisations that leave the base as it is; PiSSA, OLoRA, LoftQ and others train against a changed one.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e6
+_MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e30  # above it, float32 products overflow
 _MAX_PATTERNS = 10_000
 
 
@@ -106,6 +110,44 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
         raise UserError(f"{file}: not a readable safetensors file: {error}") from None
     check_lora(spec, tree)
     return Adapter(lora, tree, _read_metadata(folder, settings, lora), shapes)
+
+
+def other_base(metadata: dict[str, Any], base: Base) -> str | None:
+    """Why an adapter cannot be one of this base, in words; None where nothing proves it.
+
+    A fingerprint that the adapter records decides. Without one, only names of the same kind can differ: a
+    folder here may be a copy of what the adapter knows by a Hub name, and has the right shapes.
+    """
+    recorded, named, here = metadata.get(FINGERPRINT), metadata["base_model"], base.source.path
+    if recorded is not None:
+        if not base.has_weights or base.fingerprint() == recorded:
+            return None
+        return f"was trained on another base than {here!r} (their files differ){_called(named)}"
+    if not named or base.is_drawn:
+        return None
+    theirs, ours = _known_name(named), _known_name(here)
+    if theirs is not None and ours is not None:
+        return f"names the base {named!r}, not {here!r}" if theirs != ours else None
+    if theirs is None and base.has_weights and not is_remote(named) and Path(named).is_dir():
+        with suppress(UserError, OSError):  # what cannot be read proves nothing
+            if weight_files(named) and fingerprint(named) != base.fingerprint():
+                return f"names the base {named!r}, whose files differ from those of {here!r}"
+    return None
+
+
+def _called(named: str | None) -> str:
+    return f", named {named!r}" if named else ""
+
+
+def _known_name(path: str) -> str | None:
+    """The name by which everybody knows a base: of the Hub, or shipped; None of any other place."""
+    if path.startswith(EMBEDDED):
+        return path
+    for part in Path(path).parts:  # a snapshot in the Hub client's cache
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/").lower()
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) and not Path(path).exists()
+    return path.lower() if is_name else None
 
 
 def _our_name(key: str) -> str:
@@ -370,7 +412,8 @@ def _read_metadata(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> 
         if value is not None and (type(value) is not int or not 0 <= value < 2**63):
             raise UserError(f"{file}: {name} is {value!r}; it must be a whole number or null")
     base = settings.get("base_model_name_or_path")
-    for name, value in (("run_id", recorded.get("run_id")), ("base_model_name_or_path", base)):
+    hashes = [(name, recorded.get(name)) for name in (FINGERPRINT, RENDERED_BY)]
+    for name, value in (("run_id", recorded.get("run_id")), ("base_model_name_or_path", base), *hashes):
         if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= 1000):
             raise UserError(f"{folder}: {name} is {value!r:.100}; it must be a name or null")
     return recorded | found | {"seed": seed, "base_model": base}
