@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -37,6 +38,7 @@ from jaxlora.checkpoints.peft import (
 )
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import Condition, LoraConfig
+from jaxlora.data.limits import bounded
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import AdapterShape, ModelConfig
@@ -56,7 +58,7 @@ _KNOWN = {
 # Initialisations that leave the base as it is; PiSSA, OLoRA, LoftQ and others train against a changed one.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e30  # above it, float32 products overflow
-_MAX_PATTERNS = 10_000
+_MAX_PATTERNS, _MAX_REPEATS, _PATTERN_SECONDS = 10_000, 10, 10.0
 
 
 class Adapter(NamedTuple):
@@ -102,8 +104,9 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
                 slices[name] = handle.get_slice(key)
             _check_copies(slices, config, base, file)
             places = _places(slices, config, file)
-            _check_asked(settings, places, config, folder)
-            lora, shapes = _shape(settings, places, config, folder)
+            with _bounded_patterns(folder / SETTINGS):
+                _check_asked(settings, places, config, folder)
+                lora, shapes = _shape(settings, places, config, folder)
             spec = ModelSpec(config, lora, shapes=shapes)
             tree = _read_tree(spec, places, slices, file)
     except (SafetensorError, OSError) as error:
@@ -250,7 +253,7 @@ def _asked(
         asked = {name for name, (weight, _) in adaptable.items() if weight.path in kinds}
     else:
         asked = {name for name in adaptable if _names_module(targets, name, file)}
-    if layers is not None:
+    if layers is not None and layers != []:
         chosen = layers if isinstance(layers, list) else [layers]
         asked = {name for name in asked if adaptable[name][1] in chosen}
     if excluded := settings.get("exclude_modules"):
@@ -270,13 +273,28 @@ def _names_module(targets: Any, name: str, file: Path) -> bool:
 
 
 def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
-    """A pattern of the file's, unless it could take for ever: no repeated groups, no references."""
+    """A pattern of the file's, unless it could take for ever: repeated groups, references, many repeats."""
     try:
-        if len(pattern) > 1000 or re.search(r"\)[*+{]|\\[1-9]|\(\?P?[<=!(]", pattern):
+        repeats = len(re.findall(r"(?<!\\)[*+]|\{\d*,\}", pattern))
+        if (
+            len(pattern) > 1000
+            or repeats > _MAX_REPEATS
+            or re.search(r"\)[*+{]|\\[1-9]|\(\?(P[=>]|\()", pattern)
+        ):
             raise ValueError("too complex")
         return _cached_pattern(pattern)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: the pattern {pattern!r:.80} cannot be used: {error}") from None
+
+
+@contextmanager
+def _bounded_patterns(file: Path) -> Iterator[None]:
+    """What the checks of each pattern let through may still be slow where there are thousands of them."""
+    try:
+        with bounded(_PATTERN_SECONDS, memory=2**40):
+            yield
+    except TimeoutError as error:
+        raise UserError(f"{file}: its patterns cannot be used: {error}") from None
 
 
 _cached_pattern = cache(re.compile)
@@ -360,6 +378,8 @@ def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path 
 
 def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
     first = f"{len(unknown)} tensors that this model has no place for: {', '.join(unknown[:2])}"
+    if any(".lora_embedding_" in name for name in unknown):
+        return "adapts embed_tokens, which is not supported; adapt lm_head, or train all weights"
     if any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in unknown):
         return f"{first}; save the adapter with save_embedding_layers=False"
     if config.tie_word_embeddings and unknown[0].startswith("lm_head.lora_"):

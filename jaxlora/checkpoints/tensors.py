@@ -343,7 +343,7 @@ def stream(
                 pieces = []
 
 
-def _reads(tensor: StoredTensor, sharding: NamedSharding, hashed: bool) -> list[_Read]:
+def _reads(tensor: StoredTensor, sharding: NamedSharding, hashed: bool = False) -> list[_Read]:
     """The reads of this host for one tensor, rows in order."""
     mesh = sharding.mesh
     size = tensor.shape[0] * tensor.row_bytes
