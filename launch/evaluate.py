@@ -27,11 +27,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
     parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
     parser.add_argument("--seed", type=int, help="seed of --adapter; needed where it does not record one")
+    parser.add_argument("--any-base", action="store_true", help="--adapter may name another base")
     parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
     parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
     config, options = parse_config(parser)
-    if options.adapter is None and (options.out or options.condition or options.seed is not None):
-        raise UserError("--out, --condition and --seed belong to --adapter")
+    named = (options.out, options.condition, options.seed, options.any_base or None)
+    if options.adapter is None and any(value is not None for value in named):
+        raise UserError("--out, --condition, --seed and --any-base belong to --adapter")
     if options.adapter is not None and options.out is None:
         raise UserError("--adapter needs --out: the folder to write its records to")
 
@@ -58,8 +60,15 @@ def main() -> None:
         target = base_target(config, with_weights)
     else:
         setup(config.results_dir, config.model.dtype)
-        named = (options.condition, options.seed)
-        target = adapter_target(config, options.adapter, options.out, *named, with_weights=with_weights)
+        target = adapter_target(
+            config,
+            options.adapter,
+            options.out,
+            options.condition,
+            options.seed,
+            with_weights,
+            options.any_base,
+        )
     check_free(target.out, options.overwrite)
     if options.dry_run:
         if hosts.is_first():

@@ -35,6 +35,9 @@ def main() -> None:
         help="also write a full checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
     )
     parser.add_argument("--base", type=Path, metavar="DIR", help="directory of the base (default: the run's)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="where the run's tokenizer is now (default: as the run says)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out")
     parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
     options = parser.parse_args()
@@ -44,7 +47,8 @@ def main() -> None:
     for folder in (options.merged, None if options.overwrite else options.out):
         if folder is not None and folder.exists():
             raise UserError(f"{folder}: exists already; give a new folder")
-    selected = load_selected(options.run, options.base, with_weights=options.merged and not options.dry_run)
+    with_weights = options.merged is not None and not options.dry_run
+    selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
     lora = selected.spec.lora
     print(f"run       {selected.config.run_id}, step {selected.metadata.get('step', 'not recorded')}")
     print(f"adapter   {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {selected.config.seed}")
@@ -52,6 +56,8 @@ def main() -> None:
     if options.merged:
         size = merged_bytes(selected) / 1e9
         print(f"merged    {options.merged}, {size:.2f} GB; needs about {2 * size:.1f} GB of host memory")
+    if (tokenizer := selected.tokenizer_folder()) is not None:
+        print(f"tokenizer {tokenizer}")
     if options.dry_run:
         print("dry run: nothing was written")
         return

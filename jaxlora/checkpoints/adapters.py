@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -21,10 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.checkpoints.base import Base, fingerprint
 from jaxlora.checkpoints.peft import (
+    FINGERPRINT,
     METADATA,
     PARTS,
     PREFIX,
+    RENDERED_BY,
     SETTINGS,
     WEIGHTS,
     Place,
@@ -33,13 +38,14 @@ from jaxlora.checkpoints.peft import (
 )
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import Condition, LoraConfig
+from jaxlora.data.limits import bounded
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import weight_files
+from jaxlora.runtime.remote import EMBEDDED, is_remote, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -51,8 +57,8 @@ _KNOWN = {
 }
 # Initialisations that leave the base as it is; PiSSA, OLoRA, LoftQ and others train against a changed one.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-_MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e6
-_MAX_PATTERNS = 10_000
+_MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e30  # above it, float32 products overflow
+_MAX_PATTERNS, _MAX_REPEATS, _PATTERN_SECONDS = 10_000, 10, 10.0
 
 
 class Adapter(NamedTuple):
@@ -98,14 +104,53 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
                 slices[name] = handle.get_slice(key)
             _check_copies(slices, config, base, file)
             places = _places(slices, config, file)
-            _check_asked(settings, places, config, folder)
-            lora, shapes = _shape(settings, places, config, folder)
+            with _bounded_patterns(folder / SETTINGS):
+                _check_asked(settings, places, config, folder)
+                lora, shapes = _shape(settings, places, config, folder)
             spec = ModelSpec(config, lora, shapes=shapes)
             tree = _read_tree(spec, places, slices, file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from None
     check_lora(spec, tree)
     return Adapter(lora, tree, _read_metadata(folder, settings, lora), shapes)
+
+
+def other_base(metadata: dict[str, Any], base: Base) -> str | None:
+    """Why an adapter cannot be one of this base, in words; None where nothing proves it.
+
+    A fingerprint that the adapter records decides. Without one, only names of the same kind can differ: a
+    folder here may be a copy of what the adapter knows by a Hub name, and has the right shapes.
+    """
+    recorded, named, here = metadata.get(FINGERPRINT), metadata["base_model"], base.source.path
+    if recorded is not None:
+        if not base.has_weights or base.fingerprint() == recorded:
+            return None
+        return f"was trained on another base than {here!r} (their files differ){_called(named)}"
+    if not named or base.is_drawn:
+        return None
+    theirs, ours = _known_name(named), _known_name(here)
+    if theirs is not None and ours is not None:
+        return f"names the base {named!r}, not {here!r}" if theirs != ours else None
+    if theirs is None and base.has_weights and not is_remote(named) and Path(named).is_dir():
+        with suppress(UserError, OSError):  # what cannot be read proves nothing
+            if weight_files(named) and fingerprint(named) != base.fingerprint():
+                return f"names the base {named!r}, whose files differ from those of {here!r}"
+    return None
+
+
+def _called(named: str | None) -> str:
+    return f", named {named!r}" if named else ""
+
+
+def _known_name(path: str) -> str | None:
+    """The name by which everybody knows a base: of the Hub, or shipped; None of any other place."""
+    if path.startswith(EMBEDDED):
+        return path
+    for part in Path(path).parts:  # a snapshot in the Hub client's cache
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/").lower()
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) and not Path(path).exists()
+    return path.lower() if is_name else None
 
 
 def _our_name(key: str) -> str:
@@ -208,7 +253,7 @@ def _asked(
         asked = {name for name, (weight, _) in adaptable.items() if weight.path in kinds}
     else:
         asked = {name for name in adaptable if _names_module(targets, name, file)}
-    if layers is not None:
+    if layers is not None and layers != []:
         chosen = layers if isinstance(layers, list) else [layers]
         asked = {name for name in asked if adaptable[name][1] in chosen}
     if excluded := settings.get("exclude_modules"):
@@ -228,13 +273,28 @@ def _names_module(targets: Any, name: str, file: Path) -> bool:
 
 
 def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
-    """A pattern of the file's, unless it could take for ever: no repeated groups, no references."""
+    """A pattern of the file's, unless it could take for ever: repeated groups, references, many repeats."""
     try:
-        if len(pattern) > 1000 or re.search(r"\)[*+{]|\\[1-9]|\(\?P?[<=!(]", pattern):
+        repeats = len(re.findall(r"(?<!\\)[*+]|\{\d*,\}", pattern))
+        if (
+            len(pattern) > 1000
+            or repeats > _MAX_REPEATS
+            or re.search(r"\)[*+{]|\\[1-9]|\(\?(P[=>]|\()", pattern)
+        ):
             raise ValueError("too complex")
         return _cached_pattern(pattern)
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{file}: the pattern {pattern!r:.80} cannot be used: {error}") from None
+
+
+@contextmanager
+def _bounded_patterns(file: Path) -> Iterator[None]:
+    """What the checks of each pattern let through may still be slow where there are thousands of them."""
+    try:
+        with bounded(_PATTERN_SECONDS, memory=2**40):
+            yield
+    except TimeoutError as error:
+        raise UserError(f"{file}: its patterns cannot be used: {error}") from None
 
 
 _cached_pattern = cache(re.compile)
@@ -318,6 +378,8 @@ def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path 
 
 def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
     first = f"{len(unknown)} tensors that this model has no place for: {', '.join(unknown[:2])}"
+    if any(".lora_embedding_" in name for name in unknown):
+        return "adapts embed_tokens, which is not supported; adapt lm_head, or train all weights"
     if any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in unknown):
         return f"{first}; save the adapter with save_embedding_layers=False"
     if config.tie_word_embeddings and unknown[0].startswith("lm_head.lora_"):
@@ -370,7 +432,8 @@ def _read_metadata(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> 
         if value is not None and (type(value) is not int or not 0 <= value < 2**63):
             raise UserError(f"{file}: {name} is {value!r}; it must be a whole number or null")
     base = settings.get("base_model_name_or_path")
-    for name, value in (("run_id", recorded.get("run_id")), ("base_model_name_or_path", base)):
+    hashes = [(name, recorded.get(name)) for name in (FINGERPRINT, RENDERED_BY)]
+    for name, value in (("run_id", recorded.get("run_id")), ("base_model_name_or_path", base), *hashes):
         if value is not None and not (isinstance(value, str) and value.isprintable() and len(value) <= 1000):
             raise UserError(f"{folder}: {name} is {value!r:.100}; it must be a name or null")
     return recorded | found | {"seed": seed, "base_model": base}

@@ -15,9 +15,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,15 @@ from safetensors.numpy import save_file
 
 from jaxlora.checkpoints.tensors import (
     HEADER_LIMIT,
+    INDEX,
+    SINGLE,
     StoredTensor,
+    exists,
     file_size,
+    loaded_files,
     open_tensors,
     read_bytes,
+    stale_index,
     stream,
 )
 from jaxlora.config import ModelSource
@@ -40,15 +46,17 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import load_model_config, published_config
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime import hosts
+from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_object, sha256_of
 from jaxlora.runtime.folders import file_in, new_folder
-from jaxlora.runtime.progress import progress_bar
+from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, fetch_folder, is_remote, mirror, resolve, weight_files
 from jaxlora.sharding import base_shardings, named
 
 _SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
+_CONFIG = "tokenizer_config.json"
 _MARK = "answer-of-the-assistant"
 
 
@@ -60,6 +68,7 @@ class Base:
     folder: Path | None  # None: a published shape without files
     config: ModelConfig
     seed: int  # of random weights
+    _seen: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_drawn(self) -> bool:
@@ -77,11 +86,34 @@ class Base:
             return f"random-{self.seed}-{hashlib.sha256(repr(self.config).encode()).hexdigest()[:16]}"
         return fingerprint(self.folder)
 
-    def load(self, spec: ModelSpec, mesh: Mesh) -> Tree:
-        """Its weights in the spec's dtype and form, laid out over the mesh."""
+    def load(self, spec: ModelSpec, mesh: Mesh, expected: str | None = None) -> Tree:
+        """Its weights in the spec's dtype and form, laid out over the mesh; hashed as they are read.
+
+        Args:
+          expected: the `weights_sha256` that was recorded, compared where this one is known.
+
+        Raises:
+          UserError: the files cannot be used, or they are not those that were recorded.
+        """
         if self.folder is None or self.is_drawn:
             return random_base(spec, self.seed, mesh)
-        return load_base(self.folder, spec, mesh)
+        tree, found = load_hashed(self.folder, spec, mesh)
+        if found is not None:
+            self._seen["weights"] = found
+        if expected is not None and found not in (None, expected):
+            raise UserError(
+                f"{self.folder}: its weights are not those of the run (their SHA-256 differs);"
+                " fetch them again"
+            )
+        return tree
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """SHA-256 over all weights, once they were loaded: it sees every bit, which the fingerprint does not.
+
+        None before that, of a drawn base, and on several hosts, each of which reads only a part.
+        """
+        return self._seen.get("weights")
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Every token that ends an answer: the end of turn that the template writes after an assistant's turn
@@ -114,10 +146,16 @@ class Base:
         if name is None:
             raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
         tokenizer = load_tokenizer(name, chat)
-        if (top := largest_token_id(tokenizer)) >= self.config.vocab_size:
-            known = self.config.vocab_size
-            raise UserError(f"config.model.tokenizer: has token {top}, but the model knows {known} tokens")
+        largest, known = largest_token_id(tokenizer), self.config.vocab_size
+        if largest >= known:
+            raise UserError(
+                f"config.model.tokenizer: it writes ids up to {largest}, but the model knows {known} tokens"
+            )
         return tokenizer
+
+    def tokenizer_folder(self) -> Path | None:
+        """Where the files of that tokenizer are; None where there is none."""
+        return self.folder if self.source.tokenizer is None else tokenizer_folder(self.source.tokenizer)
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -129,6 +167,53 @@ def _end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
     added = set(tokenizer.added_tokens_decoder)
     return next((token for token in encode_texts(tokenizer, [after])[0] if token in added), None)
+
+
+def tokenizer_folder(name: str | Path) -> Path:
+    """The local folder of a tokenizer's files: a directory, `embedded:NAME`, an address, or a Hub name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if is_remote(name):
+        return mirror(str(name))
+    folder = resolve(str(name))
+    if folder.is_dir():
+        return folder
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise UserError(f"tokenizer {str(name)!r}: no such directory; give one, or a Hub name")
+
+    def missing(fetched: Path) -> str:
+        return "" if (fetched / _CONFIG).is_file() else f"{fetched / _CONFIG}: missing"
+
+    return fetch_folder(f"config.model.tokenizer: {str(name)!r}", str(name), TOKENIZER_FILES, missing)
+
+
+def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
+    """A hash of what renders text into tokens: the tokenizer's files and its chat template.
+
+    The order of JSON keys, white space between them and the file that holds the template make no difference.
+
+    Args:
+      tokenizer: one that was loaded, or where it is, as of `load_tokenizer`.
+
+    Raises:
+      UserError: there is none, or its files cannot be read.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    # A tokenizer made in memory has no folder.
+    folder = tokenizer_folder(tokenizer.name_or_path) if tokenizer.name_or_path else None
+    parts: dict[str, Any] = {"template": tokenizer.chat_template}
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        parts["vocabulary"] = sorted(tokenizer.get_vocab().items())
+        parts["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    for name in ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json"):
+        if folder is not None and (folder / name).is_file():
+            parts[name] = read_json(file_in(folder, name))
+    if isinstance(parts.get(_CONFIG), dict):
+        parts[_CONFIG].pop("chat_template", None)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def find_base(source: ModelSource, seed: int = 0, with_weights: bool = True) -> Base:
@@ -183,10 +268,20 @@ def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
     Raises:
       UserError: a file, key or shape is missing, wrong or left over.
     """
+    return load_hashed(directory, spec, mesh)[0]
+
+
+def load_hashed(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> tuple[Tree, str | None]:
+    """As `load_base`, with a SHA-256 over every weight's key, shape and bytes; None of several processes.
+
+    The order of reading, the devices and how the weights are spread over files make no difference to it.
+    """
+    if stale_index(directory):
+        console.print(f"{directory}: {SINGLE} is loaded; {INDEX} beside it is passed over", markup=False)
     stored = open_tensors(directory)
     tied_head = stored.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
-    if tied_head is not None:
-        _check_tied(tied_head, stored.get("model.embed_tokens.weight"), directory)
+    if tied_head is not None:  # stored alone, it is the embedding too
+        _check_tied(tied_head, stored.setdefault("model.embed_tokens.weight", tied_head), directory)
     wanted = []
     for weight, key in _in_order(spec):
         tensor = stored.pop(key, None)
@@ -200,7 +295,16 @@ def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
     if stored:
         names = ", ".join(sorted(stored)[:3])
         raise UserError(f"{directory}: {len(stored)} tensors that this model has no place for: {names}")
-    return _build(spec, mesh, stream(wanted, spec.dtype), f"loading {Path(directory).name}")
+    hashes: list[str] | None = [] if jax.process_count() == 1 else None
+    tree = _build(spec, mesh, stream(wanted, spec.dtype, hashes), f"loading {Path(directory).name}")
+    if hashes is None:
+        return tree, None
+    keys = [key for _, key in _in_order(spec)]
+    facts = [
+        [key, tensor.shape, tensor.dtype.name, sha256]
+        for key, (tensor, _), sha256 in zip(keys, wanted, hashes, strict=True)
+    ]
+    return tree, hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()
 
 
 def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tree:
@@ -301,10 +405,10 @@ def _check_tree(spec: ModelSpec, frozen: Tree, mesh: Mesh) -> None:
         raise AssertionError("a weight does not lie on the mesh as the table says")
 
 
-def _check_tied(head: StoredTensor, embedding: StoredTensor | None, directory: str | Path) -> None:
+def _check_tied(head: StoredTensor, embedding: StoredTensor, directory: str | Path) -> None:
     """A tied checkpoint may repeat the embedding as its head; a different head would be lost in silence."""
-    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if same and embedding is not None:
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if same and head != embedding:
         starts = range(0, head.shape[0], 8192)
         ends = [min(start + 8192, head.shape[0]) for start in starts]
         same = all(
@@ -326,37 +430,45 @@ def save_model(
     Args:
       weights: all weights, in the spec's form of the layers, in the dtype to write.
       source: the directory of the base.
-      tokenizer: the directory of another tokenizer, which trained the model; None: the base's.
+      tokenizer: another tokenizer, which trained the model, as of `load_tokenizer`; None: the base's.
 
     Raises:
       UserError: the folder exists already.
     """
     folder = Path(out)
+    refuse_existing(folder)
+    renders = Path(source) if tokenizer is None else tokenizer_folder(tokenizer)
+    shards = _shards(spec, weights)
+    with claimed(folder) if hosts.is_main() else nullcontext():
+        refuse_existing(folder)
+        with new_folder(folder) if hosts.is_main() else nullcontext(folder) as staging:
+            weight_map: dict[str, str] = {}
+            for i, arrays in enumerate(shards):
+                name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+                tensors = {key: hosts.whole(get()) for key, get in arrays.items()}
+                if hosts.is_main():
+                    save_file(tensors, staging / name, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, name)
+            if not hosts.is_main():
+                return
+            total = sum(x.nbytes for x in jax.tree.leaves(weights))
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            copy_files(source, staging, MODEL_FILES)
+            copy_files(renders, staging, TOKENIZER_FILES)
+            _record_dtype(staging / "config.json", str(jax.tree.leaves(weights)[0].dtype))
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise `UserError` where there is something at this place."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new folder")
-    shards = _shards(spec, weights)
-    with new_folder(folder) if hosts.is_main() else nullcontext(folder) as staging:
-        weight_map: dict[str, str] = {}
-        for i, arrays in enumerate(shards):
-            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {key: hosts.whole(get()) for key, get in arrays.items()}
-            if hosts.is_main():
-                save_file(tensors, staging / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-        if not hosts.is_main():
-            return
-        total = sum(x.nbytes for x in jax.tree.leaves(weights))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        copy_files(source, staging, MODEL_FILES)
-        copy_files(tokenizer or source, staging, TOKENIZER_FILES)
-        _record_dtype(staging / "config.json", str(jax.tree.leaves(weights)[0].dtype))
 
 
 # What is copied beside the weights of a model that is written; nothing else of the base's folder is.
 MODEL_FILES = ("config.json", GENERATION)
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
@@ -431,7 +543,8 @@ def fingerprint(directory: str | Path) -> str:
     """
     digest = hashlib.sha256()
     digest.update((Path(directory) / "config.json").read_bytes())
-    for file in weight_files(directory):
+    # Of a folder that was copied in part, or without its index, whatever is there.
+    for file in [file for file in loaded_files(directory) if exists(file)] or weight_files(directory):
         size = file_size(file)
         digest.update(f"{Path(file).name}\0{size}\0".encode())
         start = min(8, size)

@@ -14,8 +14,16 @@ from typing import Any
 import jax
 
 from jaxlora.checkpoints.adapters import read_adapter
-from jaxlora.checkpoints.base import Base, find_base, fingerprint, load_base, save_model
-from jaxlora.checkpoints.peft import export_adapter
+from jaxlora.checkpoints.base import (
+    TOKENIZER_FILES,
+    Base,
+    find_base,
+    fingerprint,
+    load_base,
+    save_model,
+    tokenizer_sha256,
+)
+from jaxlora.checkpoints.peft import FINGERPRINT, RENDERED_BY, export_adapter
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
@@ -39,15 +47,38 @@ class Selected:
     spec: ModelSpec
     lora: Tree  # the adapter; `{}` of a full model, whose weights are in `<run>/selected`
     metadata: dict[str, Any]
+    weights_sha256: str | None = None  # of that base; None: not recorded
+
+    def tokenizer_folder(self) -> Path | None:
+        """The files of the tokenizer and template that rendered the run's rows; None where there are none.
+
+        Raises:
+          UserError: what is there now is not what rendered them.
+        """
+        folder = self.base.tokenizer_folder()
+        if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return None
+        if self.metadata.get(RENDERED_BY) not in (None, tokenizer_sha256(folder)):
+            raise UserError(
+                f"{self.run}: its rows were rendered by another tokenizer or chat template than {folder};"
+                " give --tokenizer"
+            )
+        return folder
 
 
-def load_selected(run: str | Path, base: str | Path | None = None, with_weights: bool = False) -> Selected:
+def load_selected(
+    run: str | Path,
+    base: str | Path | None = None,
+    with_weights: bool = False,
+    tokenizer: str | Path | None = None,
+) -> Selected:
     """Read `<run>/selected` and check it against the run's manifest and summary.
 
     Args:
       run: the run's directory.
       base: directory of the base; None: the one that the run was trained on.
       with_weights: also make sure that the base's weights are here (a Hub model is fetched).
+      tokenizer: where the run's tokenizer is now; None: where the run says.
 
     Raises:
       UserError: the run is not finished, or its parts contradict each other.
@@ -62,14 +93,18 @@ def load_selected(run: str | Path, base: str | Path | None = None, with_weights:
     if status != "completed":
         raise UserError(f"{folder}: status is {status!r}; finish the run first (its own command resumes it)")
     config = from_dict(manifest["config"])
-    source = config.model if base is None else replace(config.model, path=str(base))
+    named = run_tokenizer(folder, config.model.tokenizer) if tokenizer is None else str(tokenizer)
+    source = replace(config.model, tokenizer=named)
+    source = source if base is None else replace(source, path=str(base))
     found = find_base(source, config.seed, with_weights)
-    recorded = (manifest.get("base") or {}).get("fingerprint")
+    trained_on = manifest.get("base") or {}
+    known = trained_on.get("fingerprint"), trained_on.get("weights_sha256")
     spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
     selected = folder / "selected"
     if config.train.what == "full":
         metadata = {"run_id": config.run_id, "step": summary.get("selected_step")}
-        return Selected(folder, config, found, recorded, replace(spec, full=True), {}, metadata)
+        metadata[RENDERED_BY] = rendered_by(manifest)
+        return Selected(folder, config, found, known[0], replace(spec, full=True), {}, metadata, known[1])
     adapter = read_adapter(selected, found.config, found.folder)
     for name, given, expected in (
         ("the placement", adapter.lora, replace(config.lora, start=None)),
@@ -80,7 +115,23 @@ def load_selected(run: str | Path, base: str | Path | None = None, with_weights:
         if given != expected:
             raise UserError(f"{selected}: {name} is {given}, but the run's own record says {expected}")
     spec = replace(spec, lora=adapter.lora, shapes=adapter.shapes)
-    return Selected(folder, config, found, recorded, spec, adapter.tree, adapter.metadata)
+    metadata = adapter.metadata
+    if metadata.get(RENDERED_BY) is None:
+        metadata[RENDERED_BY] = rendered_by(manifest)
+    return Selected(folder, config, found, known[0], spec, adapter.tree, metadata, known[1])
+
+
+def rendered_by(manifest: dict[str, Any]) -> str | None:
+    """The hash of the tokenizer and template of a run's rows; None where its manifest does not say."""
+    recorded = manifest.get("tokenizer")
+    return recorded.get("sha256") if isinstance(recorded, dict) else None
+
+
+def run_tokenizer(run: Path, named: str | None) -> str | None:
+    """The tokenizer of a run, as `config.model.tokenizer` names it: what the run put beside its weights, or,
+    where it put none there, the one that it was trained with."""
+    shipped = run / "selected"
+    return str(shipped) if (shipped / "tokenizer_config.json").is_file() else named
 
 
 def adapter_bytes(selected: Selected) -> int:
@@ -102,11 +153,21 @@ def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) 
     """
     if selected.spec.full:
         raise UserError(f"{selected.run}: trained all weights; its model is in {selected.run / 'selected'}")
-    given = ("condition", "output_head", "rank", "alpha", "seed", "base_model")
+    given = ("condition", "output_head", "rank", "alpha", "seed", "base_model", RENDERED_BY)
     extra = {key: value for key, value in selected.metadata.items() if key not in given}
     base = selected.metadata["base_model"] or selected.config.model.path
-    seed = selected.config.seed
-    export_adapter(out, selected.spec, selected.lora, base, seed=seed, extra=extra, overwrite=overwrite)
+    if FINGERPRINT not in extra and selected.fingerprint is not None:
+        extra[FINGERPRINT] = selected.fingerprint
+    export_adapter(
+        out,
+        selected.spec,
+        selected.lora,
+        base,
+        seed=selected.config.seed,
+        extra=extra,
+        tokenizer=selected.tokenizer_folder(),
+        overwrite=overwrite,
+    )
 
 
 def write_merged(selected: Selected, out: str | Path) -> None:
@@ -117,13 +178,14 @@ def write_merged(selected: Selected, out: str | Path) -> None:
     """
     base = _base(selected)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    tokenizer = selected.config.model.tokenizer
+    tokenizer = selected.tokenizer_folder()
     if selected.spec.full:
         spec = replace(selected.spec, full=False)
         weights = load_base(selected.run / "selected", spec, mesh)
     else:
         spec = replace(selected.spec, dtype=_stored_dtype(base))
-        weights = merge_lora(spec, selected.lora, load_base(base, spec, mesh))
+        frozen = selected.base.load(spec, mesh, selected.weights_sha256)
+        weights = merge_lora(spec, selected.lora, frozen)
     console.print(f"writing {out}", markup=False)
     save_model(out, spec, weights, base, tokenizer)
 

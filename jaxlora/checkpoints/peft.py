@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxlora.checkpoints.base import TOKENIZER_FILES, copy_files, refuse_existing, tokenizer_sha256
 from jaxlora.lora import check_lora, get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime import hosts
+from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import write_json_atomic
 from jaxlora.runtime.folders import new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
+FINGERPRINT, RENDERED_BY = "base_fingerprint", "tokenizer_sha256"  # in `jaxlora.json`
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's
 PREFIX = "base_model.model."
 
@@ -54,6 +57,8 @@ def export_adapter(
     *,
     seed: int | None = None,
     extra: dict[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    base_fingerprint: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as a PEFT folder, whole or not at all.
@@ -66,6 +71,9 @@ def export_adapter(
       base_name: name or path of the base, for `base_model_name_or_path`.
       seed: seed of the adapter's initialisation; None: not known.
       extra: more to record in `jaxlora.json`, such as the run id and the step.
+      tokenizer: the folder of the tokenizer that rendered the rows; its files are put beside the adapter, and
+        its hash is recorded.
+      base_fingerprint: recorded, so that another base is refused; None: not known.
       overwrite: replace `out_dir` if it is an adapter already.
 
     Raises:
@@ -73,6 +81,38 @@ def export_adapter(
     """
     assert spec.lora is not None
     check_lora(spec, lora)
+    tensors = _tensors(spec, lora)
+    if not hosts.is_main():
+        return
+
+    own: dict[str, Any] = {
+        "condition": spec.lora.condition,
+        "output_head": spec.lora.output_head,
+        "seed": seed,
+    }
+    own |= {"rank": spec.lora.rank, "alpha": spec.lora.alpha}
+    if clash := own.keys() & (extra or {}).keys():
+        raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
+    own |= extra or {}
+    if base_fingerprint is not None:
+        own[FINGERPRINT] = base_fingerprint
+    if tokenizer is not None:
+        own[RENDERED_BY] = tokenizer_sha256(tokenizer)
+
+    folder = Path(out_dir)
+    _check_place(folder, overwrite)
+    with claimed(folder):
+        _check_place(folder, overwrite)
+        with new_folder(folder) as staging:
+            save_file(tensors, staging / WEIGHTS)
+            write_json_atomic(staging / SETTINGS, _settings(spec, base_name))
+            write_json_atomic(staging / METADATA, own)
+            if tokenizer is not None:
+                copy_files(tokenizer, staging, TOKENIZER_FILES)
+
+
+def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:
+    """The file's tensors by PEFT's names: `[rank, in]` and `[out, rank]` of each module, without padding."""
     tensors: dict[str, np.ndarray] = {}
     for weight in spec.adapted:
         pair = get_path(lora, weight.path)
@@ -87,28 +127,15 @@ def export_adapter(
                     matrix = matrix[:rank] if part == "lora_a" else matrix[:, :rank]
                     name = f"{PREFIX}{module_name((weight, layer))}.{PARTS[part]}.weight"
                     tensors[name] = np.ascontiguousarray(matrix)
-    if not hosts.is_main():
-        return
+    return tensors
 
-    folder = Path(out_dir)
-    if folder.exists():
-        if not overwrite:
-            raise UserError(f"{folder}: exists already; give a new folder")
-        if not (folder / SETTINGS).is_file():
-            raise UserError(f"{folder}: holds no adapter, so it is not overwritten; give a new folder")
-    own: dict[str, Any] = {
-        "condition": spec.lora.condition,
-        "output_head": spec.lora.output_head,
-        "seed": seed,
-    }
-    own |= {"rank": spec.lora.rank, "alpha": spec.lora.alpha}
-    if clash := own.keys() & (extra or {}).keys():
-        raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
 
-    with new_folder(folder) as staging:
-        save_file(tensors, staging / WEIGHTS)
-        write_json_atomic(staging / SETTINGS, _settings(spec, base_name))
-        write_json_atomic(staging / METADATA, own | (extra or {}))
+def _check_place(folder: Path, overwrite: bool) -> None:
+    """An adapter is overwritten if asked; anything else never is."""
+    if overwrite and folder.exists() and not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder}: holds no adapter, so it is not overwritten; give a new folder")
+    if not overwrite:
+        refuse_existing(folder)
 
 
 def _settings(spec: ModelSpec, base_name: str) -> dict[str, Any]:

@@ -10,9 +10,11 @@ exchange their parts over the interconnect. What is read ahead is bounded, and n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.folders import file_in
 from jaxlora.runtime.remote import file_system, is_remote, weights_of
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READERS = 8  # threads; a bucket needs several requests in flight, a disk at least two
 AHEAD_BYTES = 256 * 2**20  # read ahead of placement, on one host
 WHOLE_BYTES = 512 * 2**20  # a larger tensor is never held whole on a host
@@ -132,21 +135,12 @@ def open_tensors(directory: str | Path) -> dict[str, StoredTensor]:
       UserError: a file is missing or damaged, or the index and the files disagree.
     """
     directory = weights_of(directory)
-    index, listed, names = f"{directory}/model.safetensors.index.json", None, ["model.safetensors"]
-    if exists(index):
-        if (size := file_size(index)) > HEADER_LIMIT:
-            raise UserError(f"{index}: larger than {HEADER_LIMIT} bytes; this is not a safetensors index")
-        try:
-            listed = _parse(read_bytes(index, 0, size))["weight_map"]
-            names = sorted(set(listed.values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index}: not a safetensors index: {error}") from None
+    listed = _listed(directory)
     tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        file = f"{directory}/{name}" if is_remote(directory) else str(file_in(directory, str(name)))
-        if os.path.basename(str(name)) != name or not exists(file):
+    for file in _files(directory, listed):
+        if not exists(file):
             raise UserError(
-                f"{file}: missing; the directory must hold model.safetensors or its indexed parts"
+                f"{file}: missing; the directory must hold {SINGLE} or the parts that {INDEX} names"
             )
         for tensor in read_header(file):
             if tensor.key in tensors:
@@ -154,8 +148,50 @@ def open_tensors(directory: str | Path) -> dict[str, StoredTensor]:
             tensors[tensor.key] = tensor
     if listed is not None and set(listed) != set(tensors):
         odd = sorted(set(listed) ^ set(tensors))[:3]
-        raise UserError(f"{index}: the index and the files disagree about {', '.join(odd)}")
+        raise UserError(f"{directory}/{INDEX}: the index and the files disagree about {', '.join(odd)}")
     return tensors
+
+
+def loaded_files(directory: str | Path) -> list[str]:
+    """The safetensors files that `open_tensors` reads, sorted; those named by an index may be missing.
+
+    Raises:
+      UserError: a damaged index.
+    """
+    directory = weights_of(directory)
+    return _files(directory, _listed(directory))
+
+
+def stale_index(directory: str | Path) -> bool:
+    """Whether an index lies beside a single file, which is then read instead, as Transformers does."""
+    directory = weights_of(directory)
+    return exists(f"{directory}/{SINGLE}") and exists(f"{directory}/{INDEX}")
+
+
+def _listed(directory: str) -> dict[str, str] | None:
+    """The index: the file of each tensor. None where the single file is there, or there is no index."""
+    index = f"{directory}/{INDEX}"
+    if exists(f"{directory}/{SINGLE}") or not exists(index):
+        return None
+    if (size := file_size(index)) > HEADER_LIMIT:
+        raise UserError(f"{index}: larger than {HEADER_LIMIT} bytes; this is not a safetensors index")
+    try:
+        listed = dict(_parse(read_bytes(index, 0, size))["weight_map"])
+        if not all(isinstance(name, str) for name in listed.values()):
+            raise ValueError("a file's name is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: not a safetensors index: {error}") from None
+    return listed
+
+
+def _files(directory: str, listed: dict[str, str] | None) -> list[str]:
+    names = [SINGLE] if listed is None else sorted(set(listed.values()))
+    for name in names:
+        if os.path.basename(name) != name:
+            raise UserError(f"{directory}/{INDEX}: {name!r:.200} is not the name of a file beside it")
+    if is_remote(directory):
+        return [f"{directory}/{name}" for name in names]
+    return [str(file_in(directory, name)) for name in names]
 
 
 def read_header(file: str) -> list[StoredTensor]:
@@ -217,6 +253,30 @@ def _check_places(tensors: list[StoredTensor], data_start: int, total: int) -> N
         raise ValueError(f"{total - position} bytes at its end belong to no tensor")
 
 
+class _Digest:
+    """SHA-256 of one tensor, whose rows several readers take: each waits for those before its own."""
+
+    def __init__(self) -> None:
+        self._sha256, self._next, self._failed = hashlib.sha256(), 0, False
+        self._turn = threading.Condition()
+
+    def update(self, start: int, stop: int, rows: np.ndarray) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: self._failed or self._next == start)
+            self._sha256.update(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+            self._next = stop
+            self._turn.notify_all()
+
+    def fail(self) -> None:
+        """Rows could not be read; nobody waits for them."""
+        with self._turn:
+            self._failed = True
+            self._turn.notify_all()
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
 @dataclass(frozen=True)
 class _Read:
     """Rows of one tensor that this host reads at once, and the devices that take columns of them."""
@@ -227,6 +287,7 @@ class _Read:
     takers: tuple[tuple[jax.Device, tuple[slice, ...]], ...]
     sharding: NamedSharding  # of the array that its last read completes
     is_last: bool
+    digest: _Digest | None
 
     @property
     def size(self) -> int:
@@ -234,19 +295,33 @@ class _Read:
 
     def parts(self, dtype: np.dtype) -> list[np.ndarray]:
         """Each taker's part, read now."""
-        rows = self.tensor.rows(self.start, self.stop).astype(dtype, copy=False)
+        try:
+            rows = self.tensor.rows(self.start, self.stop)
+            if self.digest is not None:
+                self.digest.update(self.start, self.stop, rows)
+        except BaseException:
+            if self.digest is not None:
+                self.digest.fail()
+            raise
+        rows = rows.astype(dtype, copy=False)
         return [_contiguous(rows[(slice(None), *columns)]) for _, columns in self.takers]
 
 
-def stream(wanted: Iterable[tuple[StoredTensor, NamedSharding]], dtype: str) -> Iterator[jax.Array]:
+def stream(
+    wanted: Iterable[tuple[StoredTensor, NamedSharding]], dtype: str, hashes: list[str] | None = None
+) -> Iterator[jax.Array]:
     """The tensors in order, as arrays of this dtype.
 
     An array has the sharding asked for, or, where that would have a host read what another host reads too,
     its rows are split over all devices of the same mesh. Every process must ask for the same in the same
     order.
+
+    Args:
+      hashes: takes the SHA-256 of each tensor's bytes as they are stored, in order. Only a single process
+        reads whole tensors; of several none may ask.
     """
     target = np.dtype(jnp.dtype(dtype))
-    reads = (read for tensor, sharding in wanted for read in _reads(tensor, sharding))
+    reads = (read for tensor, sharding in wanted for read in _reads(tensor, sharding, hashes is not None))
     waiting: deque[tuple[_Read, Future[list[np.ndarray]]]] = deque()
     ahead = 0
     pieces: list[jax.Array] = []
@@ -262,11 +337,13 @@ def stream(wanted: Iterable[tuple[StoredTensor, NamedSharding]], dtype: str) -> 
             ahead -= read.size
             del future
             if read.is_last:
+                if hashes is not None and read.digest is not None:
+                    hashes.append(read.digest.hexdigest())
                 yield jax.make_array_from_single_device_arrays(read.tensor.shape, read.sharding, pieces)
                 pieces = []
 
 
-def _reads(tensor: StoredTensor, sharding: NamedSharding) -> list[_Read]:
+def _reads(tensor: StoredTensor, sharding: NamedSharding, hashed: bool = False) -> list[_Read]:
     """The reads of this host for one tensor, rows in order."""
     mesh = sharding.mesh
     size = tensor.shape[0] * tensor.row_bytes
@@ -279,7 +356,8 @@ def _reads(tensor: StoredTensor, sharding: NamedSharding) -> list[_Read]:
         start, stop, _ = rows.indices(tensor.shape[0])
         takers.setdefault((start, stop), []).append((device, tuple(columns)))
     places = sorted(takers)
+    digest = _Digest() if hashed else None
     return [
-        _Read(tensor, start, stop, tuple(takers[start, stop]), sharding, (start, stop) == places[-1])
+        _Read(tensor, start, stop, tuple(takers[start, stop]), sharding, (start, stop) == places[-1], digest)
         for start, stop in places
     ]

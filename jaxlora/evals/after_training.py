@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
 import jax
 
 from jaxlora.checkpoints.base import weights_sha256
 from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, load_prompts, show, why_redo
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.runtime import hosts
+from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.files import read_json
 from jaxlora.train.job import Job
 from jaxlora.train.loop import TrainResult
@@ -25,13 +29,23 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
     with jax.set_mesh(job.mesh):
         subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
         inputs = evaluation_inputs(config, subject, *load_prompts(config, job.tokenizer))
-        done = why_redo(base_dir, inputs) is None
-        if hosts.broadcast(done):  # hosts may see a shared folder change at different times
-            base = read_json(base_dir / "summary.json")
-        else:
-            frozen = job.base.load(plain, job.mesh) if job.spec.full else result.frozen
-            base = evaluate(config, subject, plain, {}, frozen, job.base, base_dir, job.tokenizer)
+        with _claimed(
+            base_dir
+        ):  # another run of the same study may be evaluating it: then its answers are read
+            if hosts.broadcast(
+                why_redo(base_dir, inputs) is None
+            ):  # not each host what it sees of the folder
+                base = hosts.broadcast(read_json(base_dir / "summary.json") if hosts.is_main() else None)
+            else:
+                frozen = job.base.load(plain, job.mesh) if job.spec.full else result.frozen
+                base = evaluate(config, subject, plain, {}, frozen, job.base, base_dir, job.tokenizer)
         out = config.run_dir / "evaluation"
         weights = result.trained, result.frozen
-        scores = evaluate(config, tuned, job.spec, *weights, job.base, out, job.tokenizer)
+        with _claimed(out):
+            scores = evaluate(config, tuned, job.spec, *weights, job.base, out, job.tokenizer)
     show([base, scores])
+
+
+def _claimed(out: Path) -> AbstractContextManager[None]:
+    """Of several hosts the first one claims the folder for all."""
+    return claimed(out, wait=True) if hosts.is_main() else nullcontext()

@@ -25,15 +25,10 @@ from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
-from jaxlora.runtime.files import (
-    metric_record,
-    read_json,
-    sha256_of,
-    summary_record,
-    write_json_atomic,
-    write_jsonl_atomic,
-)
+from jaxlora.runtime.claims import replace_together
+from jaxlora.runtime.files import metric_record, read_json, sha256_of, summary_record
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.train.board import write_outcome
 
@@ -90,6 +85,12 @@ def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem]
     return problems, render_prompts(tokenizer, [problem.question for problem in problems])
 
 
+def check_lengths(config: RunConfig, base: Base, prompts: list[list[int]]) -> None:
+    """Refuse answers for which the model has no positions, before its weights are loaded (`UserError`)."""
+    longest = max(map(len, prompts)) + config.eval.max_new_tokens
+    check_positions(base.config, longest, "config.eval.max_new_tokens: the longest prompt and its answer")
+
+
 def evaluate(
     config: RunConfig,
     subject: Subject,
@@ -113,6 +114,7 @@ def evaluate(
     """
     tokenizer = base.tokenizer() if tokenizer is None else tokenizer
     problems, prompts = load_prompts(config, tokenizer)
+    check_lengths(config, base, prompts)
     inputs = evaluation_inputs(config, subject, problems, prompts)
     stop_ids = base.stop_ids(tokenizer)
     start = time.monotonic()
@@ -179,16 +181,28 @@ def _write(
     )
     if not hosts.is_main():
         return summary
-    write_jsonl_atomic(out_dir / "predictions.jsonl", records)
-    write_jsonl_atomic(out_dir / "metrics.jsonl", [metric])
-    summary["predictions_sha256"] = sha256_of(out_dir / "predictions.jsonl")
-    write_json_atomic(out_dir / "summary.json", summary)
+    predictions = _jsonl(records)
+    summary["predictions_sha256"] = hashlib.sha256(predictions).hexdigest()
+    replace_together(
+        out_dir,
+        {
+            "predictions.jsonl": predictions,
+            "metrics.jsonl": _jsonl([metric]),
+            "summary.json": (
+                json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+            ).encode(),
+        },
+    )
     if (curves := out_dir.parent / "tensorboard").is_dir():  # a run's own evaluation
         scores = {"strict": totals["accuracy"], "numeric": totals["accuracy_numeric"]}
         outcome = {f"final/accuracy_{name}": value for name, value in scores.items()}
         step = (subject.checkpoint or "").removeprefix("step-")
         write_outcome(curves, outcome, int(step) if step.isdigit() else 0)
     return summary
+
+
+def _jsonl(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(x, ensure_ascii=False, allow_nan=False) + "\n" for x in records).encode()
 
 
 def show(summaries: list[dict[str, Any]]) -> None:

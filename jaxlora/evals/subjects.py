@@ -9,22 +9,31 @@ belongs to another base, is an error: it never falls back to the base.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxlora.checkpoints.adapters import read_adapter
-from jaxlora.checkpoints.base import Base, find_base, load_base, weights_sha256
-from jaxlora.checkpoints.export import load_selected
-from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS
+from jaxlora.checkpoints.adapters import other_base, read_adapter
+from jaxlora.checkpoints.base import (
+    TOKENIZER_FILES,
+    Base,
+    find_base,
+    load_base,
+    tokenizer_sha256,
+    weights_sha256,
+)
+from jaxlora.checkpoints.export import load_selected, run_tokenizer
+from jaxlora.checkpoints.peft import METADATA, RENDERED_BY, SETTINGS, WEIGHTS
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX
-from jaxlora.evals.run import Subject, evaluate, load_prompts
+from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
+from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import console
@@ -46,6 +55,7 @@ class Target:
     trained: Tree  # the adapter; `{}` of the base, and of a full model, which is read when it is needed
     out: Path
     model: Path | None = None  # directory of a full model; None: the base's weights are used
+    weights_sha256: str | None = None  # of the base, as a run recorded it
 
 
 def base_target(config: RunConfig, with_weights: bool = True) -> Target:
@@ -58,15 +68,17 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
 
 
 def run_config(config: RunConfig, run: Path) -> RunConfig:
-    """The run's own configuration from its manifest; evaluation, mesh and place of the base from `config`."""
+    """The run's own configuration from its manifest; evaluation, mesh and place of the base from `config`.
+
+    The tokenizer is the run's own, too, unless `config` names a place of it.
+    """
     manifest = read_manifest(run)
     if manifest.get("config") is None:
         raise UserError(f"{run / 'manifest.json'}: has no config; this is not a run directory")
     own = from_dict(manifest["config"])
-    here = {name: getattr(config.model, name) for name in ("path", "tokenizer")}
-    return replace(
-        own, model=replace(own.model, **here), eval=config.eval, mesh=config.mesh, data=config.data
-    )
+    tokenizer = config.model.tokenizer or run_tokenizer(run, own.model.tokenizer)
+    model = replace(own.model, path=config.model.path, tokenizer=tokenizer)
+    return replace(own, model=model, eval=config.eval, mesh=config.mesh, data=config.data)
 
 
 def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Target:
@@ -92,12 +104,14 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
             f" give --config.model.path={trained}"
         )
     selected = load_selected(run, base.folder)
+    _check_tokenizer(str(run), base, selected.metadata.get(RENDERED_BY))
     step = selected.metadata["step"]
     trained = weights_sha256(run / "selected")
     subject = Subject(config.run_id, config.condition, config.seed, f"step-{step}", trained, found)
     model = run / "selected" if selected.spec.full else None
     spec = replace(selected.spec, full=False)
-    return Target(config, subject, base, spec, selected.lora, run / "evaluation", model)
+    weights = None if base.is_drawn else selected.weights_sha256
+    return Target(config, subject, base, spec, selected.lora, run / "evaluation", model, weights)
 
 
 def adapter_target(
@@ -107,18 +121,28 @@ def adapter_target(
     condition: str | None = None,
     seed: int | None = None,
     with_weights: bool = True,
+    any_base: bool = False,
 ) -> Target:
     """Any PEFT adapter, from a folder or `hf://OWNER/NAME[@REVISION]/PATH`, on the base of `config`.
 
     Condition, rank and alpha are read from the adapter itself. `condition` and `seed` are what the caller
-    says of it; they must not contradict it, and a seed that it does not record must be given.
+    says of it; they must not contradict it, and a seed that it does not record must be given. The tokenizer
+    is the one beside the adapter, where there is one and `config` names none.
+
+    Args:
+      any_base: take the adapter although it names another base.
 
     Raises:
-      UserError: no such adapter, one for another shape of model, or one whose seed is not known.
+      UserError: no such adapter, one for another base, or one whose seed is not known.
     """
-    base = find_base(config.model, config.seed, with_weights)
     folder = fetch_adapter(adapter) if adapter.startswith(HUB_PREFIX) else Path(adapter)
+    if config.model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
+        config = replace(config, model=replace(config.model, tokenizer=str(folder)))
+    base = find_base(config.model, config.seed, with_weights)
     lora_config, lora, metadata, shapes = read_adapter(folder, base.config, base.folder)
+    if not any_base and (reason := other_base(metadata, base)):
+        raise UserError(f"{adapter}: {reason}; --any-base takes it on this one")
+    _check_tokenizer(adapter, base, metadata.get(RENDERED_BY))
     if condition not in (None, lora_config.condition):
         raise UserError(f"--condition: {condition}, but {adapter} adapts {lora_config.condition}")
     recorded = metadata["seed"]
@@ -143,7 +167,8 @@ def adapter_target(
 
 
 def fetch_adapter(address: str) -> Path:
-    """The local folder of `hf://OWNER/NAME[@REVISION]/PATH`: the three files of an adapter, then cached.
+    """The local folder of `hf://OWNER/NAME[@REVISION]/PATH`: the three files of an adapter, and those of its
+    tokenizer where it has one; then cached.
 
     Raises:
       UserError: the address is not one, or the Hub does not give it.
@@ -153,7 +178,7 @@ def fetch_adapter(address: str) -> Path:
         raise UserError(f"{address}: not an adapter on the Hub; write hf://OWNER/NAME/PATH")
     owner, name, inner = parts[0], parts[1], parts[2] if len(parts) == 3 else ""
     name, _, revision = name.partition("@")
-    wanted = [str(Path(inner) / file) for file in (WEIGHTS, SETTINGS, METADATA)]
+    wanted = [str(Path(inner) / file) for file in (WEIGHTS, SETTINGS, METADATA, *TOKENIZER_FILES)]
 
     def missing(folder: Path) -> str:
         found = (folder / inner / WEIGHTS).is_file()
@@ -168,6 +193,7 @@ def describe(target: Target) -> list[str]:
     tokenizer = target.base.tokenizer()
     problems, prompts = load_prompts(config, tokenizer)
     stops = ", ".join(f"{stop} ({tokenizer.decode([stop])})" for stop in target.base.stop_ids(tokenizer))
+    check_lengths(config, target.base, prompts)
     mesh = make_mesh(config.mesh)
     adapter = "none: the untouched base" if target.model is None else f"none: all weights, {target.model}"
     if lora is not None:
@@ -178,6 +204,7 @@ def describe(target: Target) -> list[str]:
         f"subject   {subject.run_id}",
         f"adapter   {adapter}",
         f"base      {config.model.path}, {config.model.dtype}",
+        f"tokenizer {config.model.tokenizer or config.model.path}",
         f"mesh      {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
         f"benchmark {config.eval.benchmark}, {len(problems):,} problems",
         f"prompts   {sum(map(len, prompts)):,} tokens in all, longest {max(map(len, prompts))}",
@@ -203,7 +230,7 @@ def load_target_base(target: Target) -> Tree:
     """The weights of the target's base, on the mesh of its configuration."""
     mesh = make_mesh(target.config.mesh)
     with jax.set_mesh(mesh):
-        return target.base.load(target.spec, mesh)
+        return target.base.load(target.spec, mesh, target.weights_sha256)
 
 
 def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None = None) -> dict[str, Any]:
@@ -216,19 +243,28 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
       The summary.
     """
     config, spec = target.config, target.spec
-    check_free(target.out, overwrite)
+    tokenizer = target.base.tokenizer()
+    check_lengths(config, target.base, load_prompts(config, tokenizer)[1])
     mesh = make_mesh(config.mesh)
-    if target.model is not None:
+    with claimed(target.out) if hosts.is_main() else nullcontext():
+        check_free(target.out, overwrite)
+        if target.model is not None:
+            with jax.set_mesh(mesh):
+                frozen = load_base(target.model, spec, mesh)
+        frozen = load_target_base(target) if frozen is None else frozen
         with jax.set_mesh(mesh):
-            frozen = load_base(target.model, spec, mesh)
-    frozen = load_target_base(target) if frozen is None else frozen
-    with jax.set_mesh(mesh):
-        trained = place_trained(mesh, spec, target.trained)
-        for name in (
-            FILES if hosts.is_main() else ()
-        ):  # the summary first: what is left of an interrupted evaluation never looks whole
-            (target.out / name).unlink(missing_ok=True)
-        return evaluate(config, target.subject, spec, trained, frozen, target.base, target.out)
+            trained = place_trained(mesh, spec, target.trained)
+            return evaluate(config, target.subject, spec, trained, frozen, target.base, target.out, tokenizer)
+
+
+def _check_tokenizer(what: str, base: Base, recorded: str | None) -> None:
+    """Answers under another template than the one that training taught say nothing of the training."""
+    if recorded is not None and tokenizer_sha256(base.tokenizer()) != recorded:
+        named = base.source.tokenizer or base.source.path
+        raise UserError(
+            f"{what}: was trained with another tokenizer or chat template than {named!r}; give"
+            " --config.model.tokenizer"
+        )
 
 
 def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> None:

@@ -17,6 +17,7 @@ import pydantic.dataclasses
 from pydantic import ConfigDict, Field
 
 from jaxlora.config import Condition
+from jaxlora.runtime.errors import UserError
 
 Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 
@@ -44,6 +45,21 @@ class ModelConfig:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError("head_dim must be even, because rotary embedding turns pairs")
+
+
+def check_positions(config: ModelConfig, longest: int, what: str) -> None:
+    """Refuse texts that are longer than the model has positions: it was never trained beyond them.
+
+    Args:
+      longest: tokens of the longest one, with all that will be added to it.
+      what: names it, and the setting that makes it shorter, at the beginning of the error.
+
+    Raises:
+      UserError: it does not fit.
+    """
+    if longest > config.max_position_embeddings:
+        most = config.max_position_embeddings
+        raise UserError(f"{what} take {longest:,} tokens, but the model has {most:,} positions")
 
 
 # The groups of weights that each named placement adapts.

@@ -15,12 +15,16 @@ from pathlib import Path
 
 from jaxlora.runtime.errors import UserError
 
+TRUSTED = "JAXLORA_TRUSTED_FOLDERS"
+
 
 def file_in(folder: str | Path, name: str) -> Path:
     """The path of a file directly in `folder`; it need not be there.
 
     A link may lead to another place in the folder or, in a snapshot of the Hub's cache, to the cache's
-    `blobs`, where the Hub's client keeps the files.
+    `blobs`, where the Hub's client keeps the files. Where models are links into a store that many share, the
+    machine's owner names that store in `JAXLORA_TRUSTED_FOLDERS` (several are separated by colons): no file
+    that came with a model can set it.
 
     Raises:
       UserError: the name is a path, or a link leads out of the folder.
@@ -32,9 +36,13 @@ def file_in(folder: str | Path, name: str) -> Path:
     places = [root] + [
         place.parent.parent / "blobs" for place in (root, *root.parents) if place.parent.name == "snapshots"
     ]
+    places += [Path(os.path.realpath(place)) for place in os.environ.get(TRUSTED, "").split(":") if place]
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(place) for place in places):
-        raise UserError(f"{path}: is a link out of its folder, which is not followed; copy the file instead")
+        raise UserError(
+            f"{path}: is a link out of its folder, which is not followed; copy the file, or name the folder"
+            f" that it leads to in {TRUSTED}"
+        )
     return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,18 +16,23 @@ from helpers.hf_models import make_checkpoint
 from peft import PeftModel
 from transformers import AutoTokenizer
 
+from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.base import TOKENIZER_FILES, Base, fingerprint, tokenizer_sha256
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.cli import load_config
 from jaxlora.data.gates import Benchmark, FilePair, check
 from jaxlora.data.render import render_prompts
+from jaxlora.evals import run as evaluation
 from jaxlora.evals.gsm8k import load_problems, rescore
 from jaxlora.evals.run import evaluation_inputs, load_prompts
-from jaxlora.evals.subjects import base_target, fetch_adapter
+from jaxlora.evals.subjects import base_target, fetch_adapter, load_target_base
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
+from jaxlora.runtime import claims
+from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import read_json, write_json_atomic
+from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
@@ -288,7 +295,7 @@ def test_out_belongs_to_an_adapter(evaluate, tmp_path):
         evaluate("--adapter", tmp_path)
 
 
-def test_an_adapter_on_the_hub_is_three_files_of_one_folder(base, tmp_path, monkeypatch):
+def test_an_adapter_on_the_hub_is_three_files_of_one_folder_and_its_tokenizer(base, tmp_path, monkeypatch):
     """The layout of the published adapters: OWNER/NAME, and a path of several folders below it."""
     inner = "checkpoints/best-checkpoints/attention_only/seed-0/step-3169"
     lora = load_config("configs/tiny.py", {"lora.condition": "attention_only"}).lora
@@ -305,7 +312,7 @@ def test_an_adapter_on_the_hub_is_three_files_of_one_folder(base, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert fetch_adapter(f"hf://owner/name/{inner}") == tmp_path / inner
     names = ("adapter_model.safetensors", "adapter_config.json", "jaxlora.json")
-    wanted = [f"{inner}/{name}" for name in names]
+    wanted = [f"{inner}/{name}" for name in (*names, *TOKENIZER_FILES)]
     assert asked == [("owner/name", None, wanted, True), ("owner/name", None, wanted, False)]
     assert fetch_adapter(f"hf://owner/name@v1/{inner}") == tmp_path / inner
     assert asked[-1][:2] == ("owner/name", "v1")
@@ -313,3 +320,250 @@ def test_an_adapter_on_the_hub_is_three_files_of_one_folder(base, tmp_path, monk
         fetch_adapter("hf://owner/name/elsewhere")
     with pytest.raises(UserError, match="write hf://OWNER/NAME/PATH"):
         fetch_adapter("hf://owner")
+
+
+# --- Stopping, lengths, tokenizers --------------------------------------------------------------------------
+
+
+def test_every_end_is_recorded_and_named_before(evaluate, base, tmp_path, capsys):
+    """The tokenizer's own end is not the template's: both stop, and so do those of the model's files."""
+    other = shutil.copytree(base, tmp_path / "other")
+    settings = read_json(other / "tokenizer_config.json")
+    write_json_atomic(other / "tokenizer_config.json", settings | {"eos_token": "<|endoftext|>"})
+    write_json_atomic(other / "generation_config.json", {"eos_token_id": [3, 17]})
+    ids = TOKENIZER.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    evaluate("--base", "--dry-run", **{"model.path": other})
+    text = capsys.readouterr().out
+    for token in (*ids, 17):
+        assert f"{token} ({TOKENIZER.decode([token])})" in text
+    evaluate("--base", **{"model.path": other})
+    summary = read_json(tmp_path / "results" / "tiny-base" / "evaluation" / "summary.json")
+    own = {read_json(other / "config.json")["eos_token_id"]}
+    assert set(summary["stop_token_ids"]) == {*ids, 3, 17} | own
+    for record in map(json.loads, (tmp_path / "results/tiny-base/evaluation/predictions.jsonl").open()):
+        if record["stop_reason"] == "stop":
+            assert "<|im_end|>" not in record["generated_text"]
+
+
+@pytest.mark.parametrize("words", [["--dry-run"], []])
+def test_answers_beyond_the_models_positions_are_refused_before_weights_load(
+    evaluate, base, tmp_path, words, monkeypatch
+):
+    monkeypatch.setattr(Base, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match=r"config\.eval\.max_new_tokens: .* tokens, but the model has 16,384"):
+        evaluate("--base", *words, **{"eval.max_new_tokens": 100_000})
+    assert not (tmp_path / "results" / "tiny-base" / "evaluation").exists()
+
+
+def other_template(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_path("base") / name, folder / name)
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json_atomic(
+        folder / "tokenizer_config.json", settings | {"chat_template": settings["chat_template"] + "{{ '' }}"}
+    )
+    return folder
+
+
+def finished_copy(run: Path, folder: Path, tokenizer: Path | str) -> Path:
+    """The run as if this tokenizer had rendered its rows."""
+    copy = shutil.copytree(run, folder / run.name, ignore=shutil.ignore_patterns("evaluation"))
+    manifest = read_json(copy / "manifest.json")
+    model = manifest["config"]["model"] | {"tokenizer": str(tokenizer)}
+    manifest["config"] |= {"model": model}
+    manifest["tokenizer"] = {"path": str(tokenizer), "sha256": tokenizer_sha256(tokenizer)}
+    write_json_atomic(copy / "manifest.json", manifest)
+    return copy
+
+
+def test_a_run_is_evaluated_with_the_template_that_it_was_trained_with(evaluate, run, tmp_path, capsys):
+    own = other_template(tmp_path / "own")
+    copy = finished_copy(run, tmp_path, own)
+    evaluate("--run", copy, "--dry-run")  # the configuration names none
+    assert f"tokenizer {own}" in capsys.readouterr().out
+    evaluate("--run", copy, "--dry-run", **{"model.tokenizer": own})
+    for tokenizer in ("embedded:base", embedded_path("base")):
+        with pytest.raises(
+            UserError, match=r"another tokenizer or chat template .*--config\.model\.tokenizer"
+        ):
+            evaluate("--run", copy, "--dry-run", **{"model.tokenizer": tokenizer})
+    shutil.rmtree(own)
+    with pytest.raises(UserError, match="no such directory"):
+        evaluate("--run", copy, "--dry-run")
+    shutil.copytree(
+        other_template(tmp_path / "again"), copy / "selected", dirs_exist_ok=True
+    )  # a run's own copy
+    evaluate("--run", copy, "--dry-run")
+
+
+def test_an_adapter_brings_its_tokenizer(evaluate, base, run, tmp_path, capsys):
+    adapter = read_adapter(run / "selected", load_model_config(base))
+    spec = ModelSpec(load_model_config(base), adapter.lora, "float32", scan=False)
+    own = other_template(tmp_path / "own")
+    export_adapter(tmp_path / "adapter", spec, adapter.tree, str(base), seed=2, tokenizer=own)
+    words = ("--adapter", tmp_path / "adapter", "--out", tmp_path / "scores", "--dry-run")
+    evaluate(*words)
+    assert f"tokenizer {tmp_path / 'adapter'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another tokenizer or chat template .*--config\.model\.tokenizer"):
+        evaluate(*words, **{"model.tokenizer": base})
+    evaluate(*words, **{"model.tokenizer": own})
+
+
+# --- The base of an adapter ---------------------------------------------------------------------------------
+
+
+class TestBaseOfAnAdapter:
+    @pytest.fixture
+    def other(self, tmp_path) -> Path:
+        return make_base(tmp_path / "other", seed=4)
+
+    @pytest.fixture
+    def adapter(self, base, tmp_path):
+        """Make an adapter that names its base so, with or without its fingerprint."""
+
+        def make(name: str, known: bool = False) -> Path:
+            lora = load_config("configs/tiny.py", {"lora.targets": "attention_only"}).lora
+            spec = ModelSpec(load_model_config(base), lora, "float32", scan=False)
+            mark = fingerprint(base) if known else None
+            folder = tmp_path / "adapter"
+            export_adapter(folder, spec, init_lora(spec, 0), name, seed=0, base_fingerprint=mark)
+            return folder
+
+        return make
+
+    def words(self, adapter: Path) -> tuple[object, ...]:
+        return "--adapter", adapter, "--out", adapter.parent / "scores", "--dry-run"
+
+    @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "/gone/base", "base"])
+    def test_a_recorded_fingerprint_decides_whatever_the_name(self, evaluate, adapter, other, name):
+        words = self.words(adapter(name, known=True))
+        evaluate(*words)
+        with pytest.raises(UserError, match=r"trained on another base than .*other'.*--any-base takes it"):
+            evaluate(*words, **{"model.path": other})
+        evaluate(*words, "--any-base", **{"model.path": other})
+
+    def test_another_folder_that_is_here_is_compared(self, evaluate, adapter, base, other, tmp_path):
+        words = self.words(adapter(str(base)))
+        evaluate(*words)
+        evaluate(*words, **{"model.path": shutil.copytree(base, tmp_path / "copy")})
+        with pytest.raises(
+            UserError, match=r"names the base .*, whose files differ from those of .*--any-base"
+        ):
+            evaluate(*words, **{"model.path": other})
+        evaluate(*words, "--any-base", **{"model.path": other})
+
+    @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "/gone/base", "base", "gs://bucket/base"])
+    def test_a_copy_of_the_base_is_taken_where_nothing_proves_otherwise(self, evaluate, adapter, name):
+        evaluate(*self.words(adapter(name)))
+
+    def test_two_names_of_the_hub_are_two_bases(self, evaluate, adapter, base, tmp_path, monkeypatch):
+        cached = tmp_path / "models--Qwen--Qwen3-8B-Base" / "snapshots" / "0123"
+        shutil.copytree(base, cached)
+        words = self.words(adapter("Qwen/Qwen3-8B"))
+        with pytest.raises(UserError, match=r"names the base 'Qwen/Qwen3-8B', not .*Base.*--any-base"):
+            evaluate(*words, **{"model.path": cached})
+        moved = tmp_path / "models--qwen--qwen3-8b" / "snapshots" / "0123"
+        shutil.copytree(base, moved)
+        evaluate(*words, **{"model.path": moved})
+
+    def test_any_base_belongs_to_an_adapter(self, evaluate):
+        with pytest.raises(UserError, match="--any-base belong to --adapter"):
+            evaluate("--base", "--any-base")
+
+
+# --- One writer, whole or not at all ------------------------------------------------------------------------
+
+
+def test_of_two_evaluations_at_once_the_second_is_refused(evaluate, tmp_path):
+    evaluate("--base")
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with claimed(out), pytest.raises(UserError, match="another process is writing it"):
+        evaluate("--base", "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    evaluate("--base", "--overwrite")
+    assert {path.name for path in out.parent.iterdir()} == {"evaluation"}
+
+
+def test_an_evaluation_that_stops_while_decoding_leaves_the_older_one(evaluate, tmp_path, monkeypatch):
+    evaluate("--base")
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stop(*_, **__):
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("--base", "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in out.parent.iterdir()} == {"evaluation"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_process_killed_while_it_writes_leaves_the_older_evaluation(evaluate, tmp_path, call):
+    evaluate("--base")
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    if not (child := os.fork()):  # it must not use JAX, whose threads a fork does not have
+        setattr(claims.os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            with claimed(out):
+                claims.replace_together(out, dict.fromkeys(before, b"other"))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert len(list(out.iterdir())) > len(before)  # what it left
+    evaluate("--base", "--overwrite")
+    summary = read_json(out / "summary.json")
+    assert summary["predictions_sha256"] == sha256_of(out / "predictions.jsonl")
+    assert {path.name for path in out.iterdir()} == set(before)
+    assert {path.name for path in out.parent.iterdir()} == {"evaluation"}
+
+
+def test_the_summary_has_the_hash_of_what_was_decoded_and_not_of_what_lies_there(
+    evaluate, tmp_path, monkeypatch
+):
+    """Another writer that takes no lock cannot have its answers recorded as ours."""
+    write = claims.replace_together
+
+    def disturbed(folder, contents):
+        write(folder, contents)
+        (folder / "predictions.jsonl").write_text("{}\n")
+
+    monkeypatch.setattr(evaluation, "replace_together", disturbed)
+    evaluate("--base")
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    assert read_json(out / "summary.json")["predictions_sha256"] != sha256_of(out / "predictions.jsonl")
+
+
+def test_a_lock_that_is_a_link_touches_nothing(evaluate, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    place = tmp_path / "results" / "tiny-base"
+    place.mkdir(parents=True)
+    (place / ".evaluation.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"\.evaluation\.lock: is a link; remove it"):
+        evaluate("--base")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_base_whose_bytes_have_changed_is_not_evaluated(evaluate, base, run, tmp_path):
+    """Not even where headers and ends of its files, the fingerprint, are as they were."""
+    copy = shutil.copytree(run, tmp_path / run.name, ignore=shutil.ignore_patterns("evaluation"))
+    config = load_config("configs/tiny.py", options(base, tmp_path))
+    target = base_target(config)
+    load_target_base(target)
+    manifest = read_json(copy / "manifest.json")
+    recorded = manifest["base"] | {"weights_sha256": target.base.weights_sha256}
+    write_json_atomic(copy / "manifest.json", manifest | {"base": recorded})
+    moved = shutil.copytree(base, tmp_path / "base")
+    evaluate("--run", copy, **{"model.path": moved})
+    content = bytearray((moved / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 0b100
+    (moved / "model.safetensors").write_bytes(content)
+    assert fingerprint(moved) == target.base.fingerprint()
+    with pytest.raises(UserError, match=r"its weights are not those of the run"):
+        evaluate("--run", copy, "--overwrite", **{"model.path": moved})

@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import shutil
+import signal
 import sys
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from helpers.adapters import PLACEMENTS, load, our_logits, relative_error, torch_logits, trained_lora
-from helpers.hf_models import make_checkpoint
+from helpers.hf_models import make_checkpoint, our_model
 from safetensors.numpy import load_file
 from transformers import Qwen3ForCausalLM
 
 from jaxlora.checkpoints import base as base_files
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.config import ModelSource, RunConfig, to_dict
+from jaxlora.config import MeshConfig, ModelSource, RunConfig, to_dict
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
+from jaxlora.runtime.claims import claimed
+from jaxlora.runtime.remote import embedded_path
+from jaxlora.sharding import make_mesh
 
 
-def make_run(folder, base, placement, seed=4, **model):
+def make_run(folder, base, placement, seed=4, ships=True, **model):
     """What a finished run leaves behind, and its adapter."""
     source = ModelSource(path=str(base), dtype="float32", **model)
     config = RunConfig(prefix="made-up", seed=seed, lora=placement, model=source)
     spec = ModelSpec(load_model_config(base), placement, "float32")
     lora = trained_lora(spec, seed)
     run_id = config.run_id
+    found = base_files.find_base(source, seed)
+    manifest = {"run_id": run_id, "config": to_dict(config), "base": {"fingerprint": found.fingerprint()}}
+    has_tokenizer = source.tokenizer or (base / "tokenizer_config.json").exists()
+    tokenizer = found.tokenizer_folder() if has_tokenizer else None
+    if tokenizer is not None:
+        sha256 = base_files.tokenizer_sha256(tokenizer)
+        manifest["tokenizer"] = {"path": source.tokenizer, "sha256": sha256}
     export_adapter(
-        folder / "selected", spec, lora, str(base), seed=seed, extra={"run_id": run_id, "step": 30}
+        folder / "selected",
+        spec,
+        lora,
+        str(base),
+        seed=seed,
+        extra={"run_id": run_id, "step": 30},
+        tokenizer=tokenizer if ships else None,
+        base_fingerprint=found.fingerprint(),
     )
-    print_hash = base_files.find_base(source, seed).fingerprint()
-    write(
-        folder / "manifest.json",
-        {"run_id": run_id, "config": to_dict(config), "base": {"fingerprint": print_hash}},
-    )
+    write(folder / "manifest.json", manifest)
     write(folder / "summary.json", {"run_id": run_id, "status": "completed", "selected_step": 30})
     return lora
+
+
+def with_tokenizer(folder, more=""):
+    """The shipped tokenizer, with this behind its chat template."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(embedded_path("base") / "tokenizer.json", folder)
+    settings = json.loads((embedded_path("base") / "tokenizer_config.json").read_text())
+    write(folder / "tokenizer_config.json", settings | {"chat_template": settings["chat_template"] + more})
+    return folder
 
 
 def write(file, value):
@@ -228,3 +254,158 @@ class TestMerged:
         assert "nothing to merge with" in errors
         assert export("--run", tmp_path / "run", "--out", tmp_path / "out")[0] == 0
         assert read_adapter(tmp_path / "out", load_model_config(base))[2]["seed"] == 4
+
+    def test_a_base_whose_bytes_have_changed_is_not_merged_with(self, tmp_path, export):
+        base = tmp_path / "base"
+        make_checkpoint(base, vocab_size=3000)
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        found = base_files.find_base(ModelSource(path=str(base)))
+        found.load(ModelSpec(found.config), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+        known = {"fingerprint": found.fingerprint(), "weights_sha256": found.weights_sha256}
+        change(tmp_path / "run" / "manifest.json", base=known)
+        words = ("--run", tmp_path / "run", "--merged", tmp_path / "merged", "--out")
+        assert export(*words, tmp_path / "first")[0] == 0
+        shutil.rmtree(tmp_path / "merged")
+        content = bytearray((base / "model.safetensors").read_bytes())
+        content[len(content) // 2] ^= 1
+        (base / "model.safetensors").write_bytes(content)
+        code, _, errors = export(*words, tmp_path / "second")
+        assert (code, "its weights are not those of the run" in errors) == (2, True)
+        assert not (tmp_path / "merged").exists()
+
+    def test_of_the_bases_folder_only_what_belongs_to_a_model_is_copied(self, base, tmp_path, export):
+        """PEFT's settings beside merged weights would have Transformers look for an adapter."""
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        write(base / "generation_config.json", {"eos_token_id": [1, 2]})
+        write(base / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "elsewhere"})
+        for name in ("trainer_state.json", "notes.txt", "training_args.bin", "optimizer.pt", ".env"):
+            (base / name).write_text("{}")
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+        assert export(*words)[0] == 0
+        weights = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+        names = {path.name for path in (tmp_path / "merged").iterdir()}
+        assert names == weights | {"config.json", "generation_config.json"}
+        Qwen3ForCausalLM.from_pretrained(tmp_path / "merged")
+
+    def test_a_file_of_the_base_that_is_a_link_out_of_it_is_not_copied(self, base, tmp_path, export):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        (tmp_path / "private").write_text("{}")
+        (base / "generation_config.json").unlink()
+        (base / "generation_config.json").symlink_to(tmp_path / "private")
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+        code, _, errors = export(*words)
+        assert (code, "is a link out of its folder" in errors) == (2, True)
+        assert not (tmp_path / "merged").exists()
+
+    @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+    def test_files_have_the_mode_that_the_users_umask_asks_for(self, base, tmp_path, export, umask, mode):
+        before = os.umask(umask)
+        try:
+            make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+            words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+            assert export(*words)[0] == 0
+        finally:
+            os.umask(before)
+        files = [path for name in ("out", "merged") for path in (tmp_path / name).iterdir()]
+        assert len(files) > 5
+        assert {oct(file.stat().st_mode & 0o777) for file in files} == {oct(mode)}
+
+
+class TestKilled:
+    """What a dead process left beside a product is removed by the next one, and never in the way."""
+
+    @pytest.mark.parametrize("left", [".merged.4321.partial", ".merged.replaced", ".merged.lock"])
+    def test_the_command_works_again_and_nothing_is_left(self, base, tmp_path, export, left):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        if left.endswith(".lock"):
+            (tmp_path / left).touch()
+        else:
+            (tmp_path / left).mkdir()
+            (tmp_path / left / "model-00001-of-00002.safetensors").write_bytes(bytes(1000))
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+        code, _, errors = export(*words)
+        if left.endswith(".replaced"):  # an older product, moved aside and not yet replaced: it is put back
+            assert (code, "exists already" in errors) == (2, True)
+            assert [path.name for path in (tmp_path / "merged").iterdir()] == [
+                "model-00001-of-00002.safetensors"
+            ]
+        else:
+            assert code == 0, errors
+            Qwen3ForCausalLM.from_pretrained(tmp_path / "merged")
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+    def test_a_process_killed_while_it_writes_leaves_nothing_for_good(self, base, tmp_path, export):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+        child = os.fork()
+        if not child:  # killed as soon as the first shard is on the disk
+            save_file = base_files.save_file
+
+            def save_and_die(*arguments, **options):
+                save_file(*arguments, **options)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            base_files.save_file = save_and_die
+            try:
+                spec, frozen = our_model(base, scan=False)
+                base_files.save_model(tmp_path / "merged", spec, frozen, base)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert list(tmp_path.glob(".merged.*.partial/*.safetensors"))
+        code, _, errors = export(*words)
+        assert code == 0, errors
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "out", "merged"}
+
+    def test_of_two_at_once_the_second_is_refused(self, base, tmp_path, export):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        with claimed(tmp_path / "out"):
+            (tmp_path / ".out.77.partial").mkdir()  # the first one's work
+            code, _, errors = export("--run", tmp_path / "run", "--out", tmp_path / "out")
+            assert (code, "another process is writing it" in errors) == (2, True)
+            assert (tmp_path / ".out.77.partial").is_dir()
+        assert not (tmp_path / "out").exists()
+
+
+class TestTokenizer:
+    """An export ships the tokenizer and template that rendered the run's rows, and no other."""
+
+    @pytest.fixture
+    def base(self, tmp_path):
+        make_checkpoint(tmp_path / "base", vocab_size=1024)
+        return with_tokenizer(tmp_path / "base")
+
+    @pytest.fixture
+    def other(self, tmp_path):
+        return with_tokenizer(tmp_path / "other", " ")
+
+    @pytest.mark.parametrize("ships", [True, False])
+    def test_adapter_and_merged_model_ship_the_runs_tokenizer(self, base, other, tmp_path, export, ships):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"], ships=ships, tokenizer=str(other))
+        if ships:
+            shutil.rmtree(other)  # the run has kept its own copy
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+        code, printed, errors = export(*words)
+        assert code == 0, errors
+        expected = json.loads((tmp_path / "run" / "manifest.json").read_text())["tokenizer"]["sha256"]
+        for folder in (tmp_path / "out", tmp_path / "merged"):
+            assert base_files.tokenizer_sha256(folder) == expected != base_files.tokenizer_sha256(base)
+        assert json.loads((tmp_path / "out" / "jaxlora.json").read_text())["tokenizer_sha256"] == expected
+        assert "tokenizer " in printed
+
+    def test_the_bases_own_tokenizer_is_shipped_where_it_rendered_the_rows(self, base, tmp_path, export):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+        assert export("--run", tmp_path / "run", "--out", tmp_path / "out")[0] == 0
+        assert base_files.tokenizer_sha256(tmp_path / "out") == base_files.tokenizer_sha256(base)
+
+    def test_another_template_than_the_runs_is_not_shipped(self, base, other, tmp_path, export):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"], ships=False, tokenizer=str(other))
+        kept = shutil.copytree(other, tmp_path / "kept")
+        with_tokenizer(other, "  ")
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out")
+        code, _, errors = export(*words)
+        assert code == 2
+        assert "rendered by another tokenizer or chat template than" in errors
+        assert "give --tokenizer" in errors
+        assert not (tmp_path / "out").exists()
+        assert export(*words, "--tokenizer", kept)[0] == 0

@@ -115,8 +115,8 @@ def five_kills(lab: kills.Lab, capsys) -> None:
     lab.report(capsys)
 
 
-def test_a_run_of_all_weights_survives_five_kills(tmp_path, capsys):
-    lab = kills.Lab(tmp_path, "--config.train.what=full", run_id="tiny-full-seed-0")
+def test_a_run_of_all_weights_survives_five_kills(tmp_path, compiled, capsys):
+    lab = kills.Lab(tmp_path, compiled, "--config.train.what=full", run_id="tiny-full-seed-0")
     names = {name for name in lab.expected if name.startswith("selected/")}
     assert names >= {
         "selected/model.safetensors.index.json",
@@ -128,15 +128,15 @@ def test_a_run_of_all_weights_survives_five_kills(tmp_path, capsys):
     five_kills(lab, capsys)
 
 
-def test_so_does_one_with_weight_decay_and_clipping(tmp_path, capsys):
-    lab = kills.Lab(tmp_path, "--config.optim.weight_decay=0.1", "--config.optim.clip_norm=1.0")
+def test_so_does_one_with_weight_decay_and_clipping(tmp_path, compiled, capsys):
+    lab = kills.Lab(tmp_path, compiled, "--config.optim.weight_decay=0.1", "--config.optim.clip_norm=1.0")
     five_kills(lab, capsys)
 
 
-def test_so_does_one_that_starts_from_an_adapter(lab, tmp_path, capsys):
+def test_so_does_one_that_starts_from_an_adapter(lab, tmp_path, compiled, capsys):
     start = shutil.copytree(lab.whole.path / "selected", tmp_path / "adapter")
     continued = kills.Lab(
-        tmp_path, f"--config.lora.start={start}", f"--config.model.path={lab.folder / 'model'}"
+        tmp_path, compiled, f"--config.lora.start={start}", f"--config.model.path={lab.folder / 'model'}"
     )
     assert (
         continued.expected["selected/adapter_model.safetensors"]

@@ -23,7 +23,7 @@ def sha256(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, repository) -> kills.Lab:
+def lab(tmp_path_factory, repository, compiled) -> kills.Lab:
     folder = tmp_path_factory.mktemp("record")
     for name in ("train.jsonl", "val.jsonl"):
         shutil.copy(repository / "jaxlora" / "embedded" / "data" / name, folder)
@@ -32,7 +32,7 @@ def lab(tmp_path_factory, repository) -> kills.Lab:
         f"--config.data.validation_path={folder / 'val.jsonl'}",
         "--config.data.allow_ungated=true",
     )
-    return kills.Lab(folder, *words)
+    return kills.Lab(folder, compiled, *words)
 
 
 @pytest.fixture
