@@ -348,7 +348,16 @@ class Trainer:
         """
         name = self.engine.base.source.path
         if self.spec.lora is not None:
-            export_adapter(path, self.spec, self._trained, name, seed=self.seed, overwrite=overwrite)
+            export_adapter(
+                path,
+                self.spec,
+                self._trained,
+                name,
+                seed=self.seed,
+                tokenizer=self.engine.base.tokenizer_folder(),
+                base_fingerprint=self.engine.base.fingerprint(),
+                overwrite=overwrite,
+            )
             return
         if self.engine.base.folder is None:
             raise UserError("save: the base is only a shape; there is no config.json to write beside weights")

@@ -28,6 +28,7 @@ from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
+from jaxlora.models.spec import check_positions
 from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
@@ -90,6 +91,8 @@ def prepare(
             f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
             f" give at most {len(train_rows)}"
         )
+    longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
+    check_positions(base.config, longest, "config.data.max_length: the longest rows")
     config, spec = trained_spec(config, base)
     if (slice_ := slice_of(jax.devices())) is not None:
         config = with_mesh(config, base.config, slice_)

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlora.checkpoints.base import tokenizer_sha256
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.checkpoints.run_state import differences
 from jaxlora.config import RunConfig, to_dict
@@ -85,14 +86,6 @@ def make_manifest(job: Job) -> dict[str, Any]:
     config, plan = job.config, job.plan
     _check_gated(job)
     device = jax.devices()[0]
-    datasets = {
-        "train": (config.data.train_path, job.train_rows, job.reports[0]),
-        "validation": (
-            config.data.validation_path or config.data.train_path,
-            job.validation_rows,
-            job.reports[1],
-        ),
-    }
     return {
         "run_id": config.run_id,
         "command": [harmless(without_secrets(word)) for word in sys.argv],
@@ -107,6 +100,10 @@ def make_manifest(job: Job) -> dict[str, Any]:
             "fingerprint": job.base.fingerprint(),
             "parameters": count_parameters(job.spec.config),
             "matrix_parameters": count_matrix_parameters(job.spec.config),
+        },
+        "tokenizer": {
+            "path": config.model.tokenizer or config.model.path,
+            "sha256": tokenizer_sha256(job.tokenizer),
         },
         "trained": {
             "what": config.train.what,
@@ -123,18 +120,28 @@ def make_manifest(job: Job) -> dict[str, Any]:
         },
         "buffers": {"train": list(job.train_layout.sizes), "validation": list(job.validation_layout.sizes)},
         "gates": dataclasses.asdict(job.gates),
-        "dataset": {
-            name: {
-                "path": path,
-                "sha256": report.sha256,
-                "tokens_sha256": _tokens_hash(rows),
-                "rows": len(rows),
-                "tokens": token_count(rows),
-                "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
-                "row_ids": [row.row_id for row in rows],
-            }
-            for name, (path, rows, report) in datasets.items()
-        },
+        "dataset": _datasets(job),
+    }
+
+
+def _datasets(job: Job) -> dict[str, Any]:
+    """The rows of each part: where they are from, their hashes, and what was skipped."""
+    data = job.config.data
+    parts = {
+        "train": (data.train_path, job.train_rows, job.reports[0]),
+        "validation": (data.validation_path or data.train_path, job.validation_rows, job.reports[1]),
+    }
+    return {
+        name: {
+            "path": path,
+            "sha256": report.sha256,
+            "tokens_sha256": _tokens_hash(rows),
+            "rows": len(rows),
+            "tokens": token_count(rows),
+            "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
+            "row_ids": [row.row_id for row in rows],
+        }
+        for name, (path, rows, report) in parts.items()
     }
 
 
@@ -185,6 +192,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
             flat[f"dataset.{name}.{key}"] = data.get(key)
     base = manifest.get("base") or {}
     start = (manifest.get("trained") or {}).get("start_sha256")
+    flat["tokenizer"] = (manifest.get("tokenizer") or {}).get("sha256")
     return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 
 

@@ -227,10 +227,18 @@ class RunDirectory:
             assert (
                 job.base.folder is not None
             )  # `prepare` refuses to train a base that is only a shape in full
-            save_model(folder, job.spec, weights, job.base.folder, job.config.model.tokenizer)
+            save_model(folder, job.spec, weights, job.base.folder, job.base.tokenizer_folder())
             return
-        extra = {"run_id": job.config.run_id, "step": step}
-        export_adapter(folder, job.spec, trained, job.config.model.path, seed=job.config.seed, extra=extra)
+        export_adapter(
+            folder,
+            job.spec,
+            trained,
+            job.config.model.path,
+            seed=job.config.seed,
+            extra={"run_id": job.config.run_id, "step": step},
+            tokenizer=job.base.tokenizer_folder(),
+            base_fingerprint=job.base.fingerprint(),
+        )
 
     def finish(self, step: int, validations: dict[int, float]) -> None:
         """Write the picture and `summary.json`: the run is complete."""
@@ -268,6 +276,7 @@ class RunDirectory:
             validation_token_count=validation_tokens,
             validations=[{"step": s, "mean_nll": nll} for s, nll in sorted(validations.items())],
             selected_step=step,
+            base_weights_sha256=job.base.weights_sha256,
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
         write_json_atomic(self.path / "summary.json", record)
