@@ -105,7 +105,7 @@ def test_steps_are_those_of_a_run(engine, what):
             -sum(float(np.dot(row.weights[1:], lp)) for row, lp in zip(rows, result.logprobs, strict=True)),
             rel=1e-5,
         )
-    assert difference(trainer.trained, state.trained) < 1e-5
+    assert difference(trainer.trained, state.trained) < 1e-4
 
 
 def test_token_ids_with_weights_are_rows_too(engine):
@@ -287,7 +287,8 @@ def test_all_devices_give_what_one_gives(engine):
         (lambda t: t.resume("nowhere"), "no such folder"),
         (lambda t: t.engine.open("nowhere"), "no such folder"),
         (lambda t: t.engine.lora(rank=0), "config.lora.rank: 0 is not allowed"),
-        (lambda t: t.engine.lora(rank=2, targets="w1"), "this model has no w1"),
+        (lambda t: t.engine.lora(rank=2, targets="w1"), "config.lora.targets: \"w1\" is not allowed"),
+        (lambda t: t.engine.lora(rank=2, targets="w_proj"), "this model has no w_proj"),
         (lambda t: t.engine.lora(rank=2, targets="lm_head"), "ties its head|has no lm_head"),
         (lambda t: jaxlora.load("nowhere"), "no directory 'nowhere'"),
         (lambda t: jaxlora.load("embedded:base", "int8"), "'int8' is not supported"),
