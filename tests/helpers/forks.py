@@ -140,10 +140,10 @@ def keep_every_program() -> None:
     wrap("jaxlora.runtime.devices", None, "setup", _keep_every_program)
 
 
-def _keep_every_program(original, config) -> None:
+def _keep_every_program(original, *arguments) -> None:
     import jax
 
-    original(config)
+    original(*arguments)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

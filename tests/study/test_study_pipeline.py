@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -442,11 +441,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def record_hashes(run: Path) -> None:
-    """Let the summary of a run hold the hashes of its other files, as that of every run should."""
-    names = ["manifest.json", "metrics.jsonl", *(f"selected/{name}" for name in ADAPTER_FILES)]
-    found = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
-    write_json_atomic(run / "summary.json", read_json(run / "summary.json") | {"sha256": found})
+def forget_hashes(run: Path) -> None:
+    """Let the summary of a run hold no hashes of its other files, as in earlier versions."""
+    summary = read_json(run / "summary.json")
+    del summary["sha256"]
+    write_json_atomic(run / "summary.json", summary)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "noted by the selection"])
@@ -454,8 +453,9 @@ def record_hashes(run: Path) -> None:
 def test_a_damaged_adapter_is_made_again_from_its_checkpoint(session, name, recorded):
     run, exported = Path("results") / RUN, session.folder / "adapters" / RUN
     if recorded:
-        record_hashes(run)
         (session.folder / "selection.json").unlink()
+    else:
+        forget_hashes(run)
     before = {file: (run / "selected" / file).read_bytes() for file in ADAPTER_FILES}
     checkpoints = {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")}
     flip(run / "selected" / name)
@@ -511,6 +511,7 @@ def test_metrics_that_contradict_their_summary_stop_the_study_and_are_named(
     task = STAGE[stage].check(session)[0]
     if stage == "learning-rates":
         text = text.replace("step 2", "step 1")
+    forget_hashes(task.item.run_dir)
     edit_row(task.item.run_dir / "metrics.jsonl", split, **changes)
     named = f"{task.item.run_dir}: metrics.jsonl and summary.json contradict each other ({text}"
     with pytest.raises(UserError, match=re.escape(named)) as refused:
@@ -520,7 +521,6 @@ def test_metrics_that_contradict_their_summary_stop_the_study_and_are_named(
 
 
 def test_metrics_that_moved_without_a_contradiction_are_named_by_their_hash(session):
-    record_hashes(Path("results") / RUN)
     assert states(session, "sweep") == {RUN: "done", OTHER: "done"}
     edit_row(Path("results") / RUN / "metrics.jsonl", "train", tokens_per_second=1e9)
     assert states(session, "sweep") == {RUN: "damaged", OTHER: "done"}
@@ -534,6 +534,7 @@ def test_a_truncated_trial_is_named_and_no_good_run_is_to_be_deleted(session):
     )
     lines = (trial / "metrics.jsonl").read_text().splitlines(keepends=True)
     (trial / "metrics.jsonl").write_text("".join(lines[:-1]))
+    forget_hashes(trial)
     assert set(states(session, "sweep").values()) == {"done", "waiting"}  # none is of another configuration
     with pytest.raises(UserError, match=f"{trial}: metrics.jsonl and summary.json contradict each other"):
         run_stages(session, [STAGE["learning-rates"], STAGE["sweep"]])
@@ -595,7 +596,6 @@ def test_metrics_that_cannot_be_read_are_named_and_trained_again_where_asked(ses
 
 def test_a_manifest_that_was_edited_after_its_run_is_named(session):
     run = Path("results") / RUN
-    record_hashes(run)
     manifest = read_json(run / "manifest.json")
     manifest["config"]["lora"]["rank"] = 4  # looks like another configuration, and is not
     write_json_atomic(run / "manifest.json", manifest)
