@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
 
 from jaxlora.checkpoints.export import adapter_bytes, load_selected, merged_bytes, write_adapter, write_merged
+from jaxlora.runtime.claims import enough_room
 from jaxlora.runtime.errors import UserError, run_main
 
 
@@ -68,12 +69,14 @@ def main() -> None:
     if options.dry_run:
         print("dry run: nothing was written")
         return
-    if lora is None:
-        write_merged(selected, options.out)
-        return
-    write_adapter(selected, options.out, options.overwrite)
+    with enough_room(options.out):
+        if lora is None:
+            write_merged(selected, options.out)
+        else:
+            write_adapter(selected, options.out, options.overwrite)
     if options.merged:
-        write_merged(selected, options.merged)
+        with enough_room(options.merged):
+            write_merged(selected, options.merged)
 
 
 if __name__ == "__main__":

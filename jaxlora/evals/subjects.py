@@ -33,7 +33,7 @@ from jaxlora.data.sources import HUB_PREFIX
 from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed
+from jaxlora.runtime.claims import claimed, enough_room
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import console
@@ -246,7 +246,7 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
     tokenizer = target.base.tokenizer()
     check_lengths(config, target.base, load_prompts(config, tokenizer)[1])
     mesh = make_mesh(config.mesh)
-    with claimed(target.out) if hosts.is_main() else nullcontext():
+    with enough_room(target.out), claimed(target.out) if hosts.is_main() else nullcontext():
         check_free(target.out, overwrite)
         if target.model is not None:
             with jax.set_mesh(mesh):

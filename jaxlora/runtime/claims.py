@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.errors import MachineError, UserError
+from jaxlora.runtime.files import is_disk_full
 
 
 @contextmanager
@@ -40,6 +41,17 @@ def claimed(out: Path, wait: bool = False) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)  # while it is held: a new file is a new lock
         os.close(handle)
+
+
+@contextmanager
+def enough_room(out: Path) -> Iterator[None]:
+    """Turn a full disk into one line (`MachineError`); what is written whole or not at all is unchanged."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise MachineError(f"{out}: no room left on the disk; make room and start again") from error
 
 
 def _locked(file: Path, out: Path, wait: bool) -> int:

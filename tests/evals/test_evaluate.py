@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import runpy
@@ -31,7 +32,7 @@ from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
 from jaxlora.runtime import claims
 from jaxlora.runtime.claims import claimed
-from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.train.job import prepare
@@ -521,6 +522,23 @@ def test_a_process_killed_while_it_writes_leaves_the_older_evaluation(evaluate, 
     summary = read_json(out / "summary.json")
     assert summary["predictions_sha256"] == sha256_of(out / "predictions.jsonl")
     assert {path.name for path in out.iterdir()} == set(before)
+    assert {path.name for path in out.parent.iterdir()} == {"evaluation"}
+
+
+def test_a_full_disk_is_one_line_and_the_older_evaluation_stays(evaluate, tmp_path, monkeypatch):
+    evaluate("--base")
+    out = tmp_path / "results" / "tiny-base" / "evaluation"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claims.os, "fsync", full)
+    with pytest.raises(
+        MachineError, match=r"evaluation: no room left on the disk; make room and start again"
+    ):
+        evaluate("--base", "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert {path.name for path in out.parent.iterdir()} == {"evaluation"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import runpy
@@ -356,6 +357,22 @@ class TestKilled:
         code, _, errors = export(*words)
         assert code == 0, errors
         assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "out", "merged"}
+
+    def test_a_full_disk_is_one_line_and_leaves_nothing(self, base, tmp_path, export, monkeypatch):
+        make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
+
+        def full(tensors, path, **options):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(base_files, "save_file", full)
+        words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
+        code, _, errors = export(*words)
+        assert code == 1
+        assert (
+            errors == f"error: {tmp_path / 'merged'}: no room left on the disk; make room and start again\n"
+        )
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "out"}
 
     def test_of_two_at_once_the_second_is_refused(self, base, tmp_path, export):
         make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
