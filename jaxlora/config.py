@@ -31,6 +31,7 @@ Length = Annotated[int, Field(gt=0, le=1 << 24)]  # of text in tokens
 Axis = Annotated[int, Field(ge=-1, le=1 << 20)]
 Rate = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Condition = Literal["attention_only", "mlp_only", "all_layer"]  # the placements that have a name
@@ -43,8 +44,12 @@ def _target_list(value: Any) -> Any:
     return ",".join(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
+_PLACEMENTS = "|".join(get_args(Condition))
+_MODULE = r"[a-z][a-z0-9_]*_proj|lm_head"
 Targets = Annotated[
-    str, BeforeValidator(_target_list), Field(pattern=r"^[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*$", max_length=500)
+    str,
+    BeforeValidator(_target_list),
+    Field(pattern=rf"^({_PLACEMENTS}|({_MODULE})(,({_MODULE}))*)$", max_length=500),
 ]
 Remat = bool | Literal["elementwise"]
 _NOT_EMPTY = Field(min_length=1)
@@ -118,12 +123,21 @@ class OptimConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class DataConfig:
-    """Rendered rows (`messages`), one JSON object a line."""
+    """Rows to train and to validate on, in any of the known formats."""
 
-    train_path: str = _doc("rendered training rows: a file or hf://owner/name/path", "rendered/train.jsonl")
-    validation_path: str = _doc("rendered validation rows", "rendered/val.jsonl")
+    train_path: str = _doc("training rows: a file, hf://owner/name/path, or a Hub dataset", "train.jsonl")
+    validation_path: str | None = _doc("validation rows; none: data.validation_fraction of the others", None)
+    validation_fraction: Share | None = _doc(
+        "share of the training rows that is kept for validation; no prompt is in both parts", None
+    )
     train_rows: Positive | None = _doc("use only the first rows; none: all", None)
     validation_rows: Positive | None = _doc("use only the first rows; none: all", None)
+    split: str | None = _doc("split of a Hub dataset, such as train; none: paths are files", None)
+    columns: tuple[str, ...] = _doc("the only columns that are read, such as prompt=question", ())
+    ignore_columns: tuple[str, ...] = _doc("columns that are left out", ())
+    loss_on: Literal["last", "all"] = _doc("the assistant's turns that carry loss", "last")
+    enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
+    shuffle: bool = _doc("another order in each epoch, by config.seed; false: the file's order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
     on_bad_row: Literal["error", "skip"] = _doc(
         "stop at a row that cannot be used, or count and skip", "error"
@@ -168,9 +182,11 @@ class MeshConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class EvalConfig:
-    """GSM8K by greedy decoding."""
+    """A benchmark in GSM8K's form, by greedy decoding."""
 
-    benchmark: str = _doc("GSM8K test rows: JSONL file or Hub dataset", "openai/gsm8k")
+    benchmark: str | None = _doc(
+        "questions and answers: a JSONL file or openai/gsm8k; training is then gated against it", None
+    )
     problems: Positive | None = _doc("use only the first problems; none: all", None)
     max_new_tokens: Length = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
@@ -228,6 +244,24 @@ class RunConfig:
         return "full" if self.train.what == "full" else self.lora.condition
 
     @property
+    def benchmark(self) -> str:
+        """The benchmark, where something needs one.
+
+        Raises:
+          UserError: none is named.
+        """
+        if self.eval.benchmark is None:
+            raise UserError("config.eval.benchmark: none is named; give a JSONL file or openai/gsm8k")
+        return self.eval.benchmark
+
+    @property
+    def validation_file(self) -> str:
+        """The file of validation rows, where something needs one; raises as `benchmark`."""
+        if self.data.validation_path is None:
+            raise UserError("config.data.validation_path: none is given; give a file of validation rows")
+        return self.data.validation_path
+
+    @property
     def run_id(self) -> str:
         return self.name or f"{self.prefix}-{self.condition}-seed-{self.seed}"
 
@@ -243,9 +277,10 @@ def check_study(config: RunConfig) -> None:
       UserError: names the field, and the one that a study takes.
     """
     if config.name is not None:
-        raise UserError("config.name: a study names its runs itself; give --config.prefix")
+        raise UserError("config.name is ignored by studies, which name their runs; set config.prefix")
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
+    _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (
         ("seed", "sweep.seeds", config.seed, usual.seed, sweep.seeds),
@@ -253,8 +288,8 @@ def check_study(config: RunConfig) -> None:
     ):
         if given != default and swept != (given,):
             raise UserError(
-                f"config.{one}: ignored by studies, which train {many} ({plain(swept)});"
-                f" give --config.{many}={given}"
+                f"config.{one} is ignored by studies; set config.{many} (now {plain(swept)}), as in"
+                f" --config.{many}={given}"
             )
 
 
@@ -318,6 +353,8 @@ def allowed(kind: Any) -> str:
         base, *extras = get_args(kind)
         words = [allowed(base)]
         for extra in extras:
+            if isinstance(extra, BeforeValidator):  # of targets
+                return f"{allowed(Condition)}, or modules with commas, such as q_proj,v_proj"
             for rule in getattr(extra, "metadata", []):
                 if getattr(rule, "min_length", 0):
                     words[0] = words[0].removesuffix(", or none")
@@ -384,6 +421,15 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     _check_texts(to_dict(config))
+    data = config.data
+    if data.validation_path is not None and data.validation_fraction is not None:
+        raise UserError(
+            "config.data.validation_fraction: data.validation_path is given, too; give one of them"
+        )
+    if config.eval.after_training and config.eval.benchmark is None:
+        raise UserError("config.eval.benchmark: eval.after_training needs one; name a benchmark")
+    if odd := [pair for pair in data.columns if "=" not in pair]:
+        raise UserError(f"config.data.columns: {odd[0]!r} is no pair; give NAME=COLUMN, as prompt=question")
     for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix and its settings
         given = getattr(config, field)
         if given is None:

@@ -114,7 +114,8 @@ class Engine:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return self.base.tokenizer()
+        """The base's tokenizer; without a chat template, texts are prompts as they are."""
+        return self.base.tokenizer(chat=False)
 
     @cached_property
     def frozen(self) -> Tree:
@@ -347,7 +348,16 @@ class Trainer:
         """
         name = self.engine.base.source.path
         if self.spec.lora is not None:
-            export_adapter(path, self.spec, self._trained, name, seed=self.seed, overwrite=overwrite)
+            export_adapter(
+                path,
+                self.spec,
+                self._trained,
+                name,
+                seed=self.seed,
+                tokenizer=self.engine.base.tokenizer_folder(),
+                base_fingerprint=self.engine.base.fingerprint(),
+                overwrite=overwrite,
+            )
             return
         if self.engine.base.folder is None:
             raise UserError("save: the base is only a shape; there is no config.json to write beside weights")
@@ -433,6 +443,8 @@ class Trainer:
         yield batch, [[lengths[i] for i in part] for part in cut_into_buffers(lengths, most)]
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
+            return encode_texts(self.engine.tokenizer, [prompt])[0]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):

@@ -34,6 +34,20 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory) -> Path:
+    """A folder for compiled programs, shared by all runs that the tests of this session start.
+
+    Nothing that tests compile goes to the user's own folder, nor comes from there.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder within that of the session
+        folder = folder.parent
+    (folder / "compiled").mkdir(exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    return folder / "compiled"
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The root of the checkout."""

@@ -1,4 +1,4 @@
-"""Hand a run's selected adapter on: as a PEFT adapter, and as a merged checkpoint if asked.
+"""Hand on what a run selected: a PEFT adapter, and a merged checkpoint if asked; or a model trained whole.
 
 python tools/export.py --run results/qwen3-8b-all_layer-seed-0 --out adapter
 python tools/export.py --run results/qwen3-8b-all_layer-seed-0 --out adapter --merged merged
@@ -51,9 +51,16 @@ def main() -> None:
     with_weights = options.merged is not None and not options.dry_run
     selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
     lora = selected.spec.lora
+    if lora is None and options.merged:
+        raise UserError("--merged: this run trained all weights; --out alone takes its model")
     print(f"run       {selected.config.run_id}, step {selected.metadata.get('step', 'not recorded')}")
-    print(f"adapter   {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {selected.config.seed}")
-    print(f"out       {options.out}, {adapter_bytes(selected) / 1e6:.1f} MB")
+    if lora is None:
+        print(f"model     all weights, seed {selected.config.seed}")
+        print(f"out       {options.out}, {merged_bytes(selected) / 1e9:.2f} GB")
+    else:
+        what = f"{lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}"
+        print(f"adapter   {what}, seed {selected.config.seed}")
+        print(f"out       {options.out}, {adapter_bytes(selected) / 1e6:.1f} MB")
     if options.merged:
         size = merged_bytes(selected) / 1e9
         print(f"merged    {options.merged}, {size:.2f} GB; needs about {2 * size:.1f} GB of host memory")
@@ -63,7 +70,10 @@ def main() -> None:
         print("dry run: nothing was written")
         return
     with enough_room(options.out):
-        write_adapter(selected, options.out, options.overwrite)
+        if lora is None:
+            write_merged(selected, options.out)
+        else:
+            write_adapter(selected, options.out, options.overwrite)
     if options.merged:
         with enough_room(options.merged):
             write_merged(selected, options.merged)

@@ -11,7 +11,6 @@ device gives the same files. Prints how many held-out problems the base solves i
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import multiprocessing
@@ -25,16 +24,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_determin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxlora.checkpoints.base import random_base, save_model
-from jaxlora.config import MeshConfig
+from jaxlora.config import MeshConfig, OptimConfig, TrainConfig
+from jaxlora.data.packing import Batch
 from jaxlora.data.render import load_tokenizer
 from jaxlora.embedded.corpus import pretraining_texts
 from jaxlora.embedded.word_problems import conversation, distinct_problems
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
-from jaxlora.models.attention import segment_attention
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import count_parameters
 from jaxlora.models.spec import ModelConfig
@@ -42,6 +40,8 @@ from jaxlora.runtime.errors import UserError, add_number, run_main
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.sharding import make_mesh
+from jaxlora.train.schedule import learning_rate, plan_run
+from jaxlora.train.step import Compute, init_state, make_train_step
 
 LENGTH = 256  # tokens of one line; documents lie in it end to end
 
@@ -87,7 +87,8 @@ def main() -> int:
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         weights = random_base(spec, options.seed, mesh)
-        weights = train(spec, weights, tokens, segments, options)
+        computing = ModelSpec(config, None, "bfloat16", scan=True, full=True)
+        weights = train(computing, weights, tokens, segments, options)
         weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), weights)
         solved = solve_held_out(spec, weights, tokenizer)
     console.print(f"held-out problems solved in the base's own format: {solved:.1%}")
@@ -129,52 +130,44 @@ def _draw_lines(work: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, options):
-    """AdamW on the mean NLL of every token after a document's first; float32 weights, bfloat16 products."""
-    warmup = min(400, options.steps // 10)
-    rate = optax.warmup_cosine_decay_schedule(0.0, options.rate, warmup, options.steps, options.rate / 20)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.02)
-    )
-    state = optimizer.init(weights)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(weights, state, tokens, segments):
-        tokens, segments = tokens.astype(jnp.int32), segments.astype(jnp.int32)
-        starts = jnp.where(segments[:, 1:] != segments[:, :-1], jnp.arange(1, LENGTH), 0)
-        starts = jax.lax.cummax(jnp.pad(starts, ((0, 0), (1, 0))), axis=1)
-        positions = jnp.arange(LENGTH) - starts
-        mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        mask = jnp.pad(mask, ((0, 0), (0, 1))).astype(jnp.float32)
-        targets = jnp.roll(tokens, -1, axis=1)
-
-        def loss(weights):
-            model = spec.bind({}, jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights))
-            hidden, _ = model(
-                tokens, positions, lambda q, k, v, c: (segment_attention(q, k, v, segments, "xla"), c)
-            )
-            logits = model.logits(hidden).astype(jnp.float32)
-            nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            return jnp.sum(nll * mask) / jnp.sum(mask)
-
-        value, grads = jax.value_and_grad(loss)(weights)
-        updates, state = optimizer.update(grads, state, weights)
-        return optax.apply_updates(weights, updates), state, value
-
+    """AdamW on the mean NLL of every token after a document's first, by the optimizer step of a run."""
+    optim = OptimConfig(
+        peak_lr=options.rate, b2=0.95, eps=1e-8, weight_decay=0.02, clip_norm=1.0,
+        warmup_fraction=min(400 / options.steps, 0.1), min_lr_fraction=0.05,
+    )  # fmt: skip
+    train_config = TrainConfig(batch_rows=options.lines, epochs=1)
+    plan = plan_run(optim, train_config, options.steps * options.lines)
+    step_fn = make_train_step(spec, optim, Compute())
+    state = init_state(weights, optim)
     order = np.random.default_rng(options.seed)
-    picks = np.concatenate(
-        [
-            order.permutation(len(tokens))
-            for _ in range(math.ceil(options.steps * options.lines / len(tokens)))
-        ]
-    )
+    rounds = math.ceil(options.steps * options.lines / len(tokens))
+    picks = np.concatenate([order.permutation(len(tokens)) for _ in range(rounds)])
     with progress_bar("pretraining", options.steps, "steps") as advance:
-        for i in range(options.steps):
-            chosen = picks[i * options.lines : (i + 1) * options.lines]
-            weights, state, value = step(weights, state, tokens[chosen], segments[chosen])
-            if i % 500 == 499 or i == options.steps - 1:
-                console.print(f"step {i + 1}: mean NLL {float(value):.4f}")
+        for step in range(1, options.steps + 1):
+            chosen = picks[(step - 1) * options.lines : step * options.lines]
+            rate = jnp.float32(learning_rate(step, optim, plan))
+            state, metrics = step_fn(state, {}, batch_of(tokens[chosen], segments[chosen]), rate)
+            if step % 500 == 0 or step == options.steps:
+                console.print(f"step {step}: mean NLL {float(metrics['nll']):.4f}")
             advance(1)
-    return weights
+    return state.trained
+
+
+def batch_of(tokens: np.ndarray, segments: np.ndarray) -> Batch:
+    """One buffer of these lines; its weights sum to one, so that the step's sum is the mean."""
+    tokens, segments = tokens.astype(np.int32), segments.astype(np.int32)
+    starts = np.where(segments[:, 1:] != segments[:, :-1], np.arange(1, LENGTH), 0)
+    starts = np.maximum.accumulate(np.pad(starts, ((0, 0), (1, 0))), axis=1)
+    follows = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    weights = np.pad(follows, ((0, 0), (0, 1))).astype(np.float32)
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, axis=1),
+        "positions": (np.arange(LENGTH) - starts).astype(np.int32),
+        "segment_ids": segments,
+        "weights": weights / weights.sum(),
+    }
+    return {name: x[None] for name, x in batch.items()}
 
 
 def solve_held_out(spec: ModelSpec, weights, tokenizer, count: int = 400) -> float:

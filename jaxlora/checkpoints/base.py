@@ -136,7 +136,7 @@ class Base:
             raise UserError("config.model.tokenizer: neither it nor the model names an end-of-turn token")
         return tuple(found)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self, chat: bool = True) -> Tokenizer:
         """The tokenizer named by the configuration, or the model's own; the model must know all of its ids.
 
         Raises:
@@ -145,7 +145,7 @@ class Base:
         name = self.source.tokenizer or (str(self.folder) if self.folder else None)
         if name is None:
             raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, chat)
         largest, known = largest_token_id(tokenizer), self.config.vocab_size
         if largest >= known:
             raise UserError(

@@ -98,7 +98,7 @@ def load_selected(
     source = source if base is None else replace(source, path=str(base))
     found = find_base(source, config.seed, with_weights)
     trained_on = manifest.get("base") or {}
-    known = trained_on.get("fingerprint"), trained_on.get("weights_sha256")
+    known = trained_on.get("fingerprint"), summary.get("base_weights_sha256")
     spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
     selected = folder / "selected"
     if config.train.what == "full":

@@ -12,8 +12,9 @@
 That is everything: the order of the rows is a function of the step, and the only random numbers of a run are
 those of its first adapter, which the seed gives.
 
-A checkpoint is written in a folder `.writing-<step>`, hashed, and renamed to its number; all this happens on
-a thread, beside training. Only folders named by a number count. The last two and the best are kept.
+A checkpoint is written in a folder `.writing-<step>`, read back, hashed, synced to the disk, and renamed to
+its number; all this happens on a thread, beside training. Only folders named by a number count. The last two
+and the best are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,16 +35,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from jaxlora.runtime import hosts
-from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import is_disk_full, read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.errors import UserError, one_line
+from jaxlora.runtime.files import Record, is_disk_full, read_object, sha256_of, write_json_atomic
+from jaxlora.runtime.folders import sync
 from jaxlora.runtime.progress import console
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here
+_unraisable = sys.unraisablehook
+
+
+def _without_closed_loops(found: Any) -> None:
+    """After an error Orbax closes its event loop; each writer still on its way would print a trace."""
+    if "Event loop is closed" not in str(found.exc_value):
+        _unraisable(found)
+
+
+sys.unraisablehook = _without_closed_loops
 KEPT = 2  # newest checkpoints that are kept, beside the best
 STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
+READ_BACK = 2**20  # bytes; larger arrays are opened before a checkpoint is published, but not read whole
+_OPEN_FOLDERS = Path("/proc/self/fd")  # of Linux: names for what this process has open
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,11 @@ class RunState:
         if hosts.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
         hosts.barrier("checkpoint folder")
+        # Orbax takes `[` and `\\` in a path for a pattern and `gs:/` for a bucket: it gets the open folder's
+        # number instead of its name.
+        self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        number = _OPEN_FOLDERS / str(self._handle)
+        self._for_orbax = number if number.exists() else self._folder
         self._good = self._published()  # those that count for what is kept
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -77,10 +100,11 @@ class RunState:
         except Exception as late:
             if error is None:
                 raise
-            console.print(f"the save in progress failed as well: {late}", markup=False)
+            console.print(f"the save in progress failed as well: {one_line(late)}", markup=False)
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            os.close(self._handle)
 
     # --- Writing --------------------------------------------------------------------------------------------
 
@@ -103,11 +127,13 @@ class RunState:
         try:
             if hosts.is_main() and shutil.disk_usage(self._folder).free < size:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._orbax.save(staging / STATE, args=ocp.args.StandardSave(state))
+            place = self._for_orbax / staging.name / STATE
+            self._orbax.save(place, args=ocp.args.StandardSave(state))
         except Exception as error:
             self._failed(error, step, staging, size)
+        shapes = Counter((x.shape, np.dtype(x.dtype).name) for x in jax.tree.leaves(state))
         progress = progress | {"identity": self._identity}
-        self._pending = self._thread.submit(self._finish, step, staging, size, progress, best)
+        self._pending = self._thread.submit(self._finish, step, staging, size, shapes, progress, best)
 
     def check(self) -> None:
         """Raise the error of the last save, if it has failed by now; never waits."""
@@ -120,12 +146,16 @@ class RunState:
         if pending is not None:
             pending.result()
 
-    def _finish(self, step: int, staging: Path, size: int, progress: dict, best: int | None) -> None:
+    def _finish(
+        self, step: int, staging: Path, size: int, shapes: Counter, progress: Record, best: int | None
+    ) -> None:
         try:
             self._orbax.wait_until_finished()  # on every host; then all of them have written
             if hosts.is_main():
+                self._read_back(self._for_orbax / staging.name / STATE, shapes)
                 write_json_atomic(staging / PROGRESS, progress)
                 write_json_atomic(staging / HASHES, hashes(staging))
+                sync(staging)
                 self._publish(step, staging)
         except Exception as error:
             self._failed(error, step, staging, size)
@@ -135,12 +165,39 @@ class RunState:
         if hosts.is_main():
             self._prune()
 
+    def _read_back(self, place: Path, shapes: Counter) -> None:
+        """Raises `UserError` where what was written cannot be read, or is not what was saved."""
+        found = self._stored(place)
+        if found is None or Counter((array.shape, array.dtype.name) for array in found) != shapes:
+            raise UserError(
+                f"{self._folder}: what was written cannot be read back; give another --config.results_dir,"
+                " on a local disk and with a plain name"
+            )
+
+    def _stored(self, place: Path) -> list[Any] | None:
+        """Every array of a state, opened, the small ones also read; None: they cannot be."""
+        found: Any = self._orbax.metadata(place).item_metadata
+        if found is None:
+            return None
+        driver, arrays = "zarr3" if found.use_zarr3 else "zarr", []
+        for array in jax.tree.leaves(found.tree):
+            base = {"driver": "file", "path": f"{place}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{array.name}/"}
+            try:
+                stored = tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True).result()
+                if stored.size * stored.dtype.numpy_dtype.itemsize <= READ_BACK:
+                    stored.read().result()
+            except ValueError:
+                return None
+            arrays.append(jax.ShapeDtypeStruct(stored.shape, stored.dtype.numpy_dtype))
+        return arrays
+
     def _publish(self, step: int, staging: Path) -> None:
         place = self._folder / str(step)
         if place.exists():  # damaged, or of before a validation that is in the new one
             place.rename(_trash(place))
         staging.rename(place)
-        _sync(self._folder)
+        sync(self._folder, below=False)
 
     def _prune(self) -> None:
         """Delete what is not kept: older checkpoints, damaged ones, and what a crash left behind."""
@@ -194,11 +251,12 @@ class RunState:
 
     def read(self, step: int, like: Any) -> Restored:
         """One checkpoint, which has been verified."""
-        progress = read_json(self._folder / str(step) / PROGRESS)
+        progress = read_object(self._folder / str(step) / PROGRESS)
         self._check_identity(step, progress)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.StandardRestore(target)
-        return Restored(step, self._orbax.restore(self._folder / str(step) / STATE, args=args), progress)
+        place = self._for_orbax / str(step) / STATE
+        return Restored(step, self._orbax.restore(place, args=args), progress)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints after a step, to compute them again."""
@@ -221,7 +279,9 @@ class RunState:
         steps = [step for step in self._published() if before is None or step < before]
         for step in reversed(steps):
             problem = damage(self._folder / str(step))
-            problem = problem or usable(read_json(self._folder / str(step) / PROGRESS))
+            if problem is None and self._stored(self._for_orbax / str(step) / STATE) is None:
+                problem = "its arrays cannot be read"
+            problem = problem or usable(read_object(self._folder / str(step) / PROGRESS))
             if problem is None:
                 return step
             found.append(f"step {step} ({problem})")
@@ -234,7 +294,8 @@ class RunState:
         return None
 
     def _check_identity(self, step: int, progress: dict[str, Any]) -> None:
-        if different := differences(progress.get("identity") or {}, self._identity or {}):
+        theirs = progress.get("identity")
+        if different := differences(theirs if isinstance(theirs, dict) else {}, self._identity or {}):
             raise UserError(
                 f"{self._folder / str(step)}: of another run; it differs in {'; '.join(different)}"
             )
@@ -264,7 +325,7 @@ def damage(folder: Path) -> str | None:
         return f"{HASHES} is missing"
     except (ValueError, KeyError, TypeError):
         return f"{HASHES} is not what was written"
-    if own != _digest(table) or PROGRESS not in table:
+    if not isinstance(table, dict) or own != _digest(table) or PROGRESS not in table:
         return f"{HASHES} is not what was written"
     for name, expected in table.items():
         path = folder / name
@@ -300,11 +361,3 @@ def _trash(place: Path) -> Path:
     trash = place.with_name(f".deleted-{place.name}")
     shutil.rmtree(trash, ignore_errors=True)
     return trash
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -35,7 +35,11 @@ class Layout:
 
 
 def choose_layout(
-    rows: Sequence[RenderedRow], batches: Sequence[range], batch_rows: int, train: TrainConfig, multiple: int
+    rows: Sequence[RenderedRow],
+    batches: Sequence[Sequence[int]],
+    batch_rows: int,
+    train: TrainConfig,
+    multiple: int,
 ) -> Layout:
     """The layout for these batches of rows; buffer lengths are multiples of `multiple`.
 

@@ -27,7 +27,6 @@ Row = tuple[int, int, "Record | ValueError"]  # place in the file from 1, bytes,
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a "line" longer than this is not JSONL but another kind of file
 MAX_LIST_BYTES = 256 * 1024 * 1024  # of a JSON list, which is read whole
 MAX_UNPACKED_BYTES = 4 * 2**30  # of a Parquet file inside gzip or zstd, which is unpacked on disk
-MAX_BATCH_BYTES = 2**30  # of a few Parquet rows; small files can hold much more
 PARQUET_BATCH_ROWS = 32
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 
@@ -172,6 +171,19 @@ def is_text(value: Any) -> bool:
     )
 
 
+def strings_of(value: Any) -> Iterator[str]:
+    """All strings of a JSON value, names of fields included."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):  # Parquet's maps are lists of pairs
+            waiting += item
+
+
 def _object(value: Any) -> Record:
     if not isinstance(value, dict):
         raise ValueError(f"is a JSON {type(value).__name__}, not an object")
@@ -236,8 +248,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
         reader = csv.reader(text, delimiter=separator, strict=True)
         for cells in reader:
             number = reader.line_num
-            if not cells:
-                continue
+            if not cells or (len(cells) < len(names) and not cells[0].strip() and len(cells) == 1):
+                continue  # an empty line
             size = sum(map(len, cells))
             if len(cells) != len(names):
                 yield number + 1, size, ValueError(f"{len(cells)} cells, but the header names {len(names)}")
@@ -258,23 +270,23 @@ def _cell(cell: str) -> Any:
 
 
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
+    """Rows one by one; until then texts stay in dictionaries, in which a small file can repeat a long one."""
     import pyarrow.parquet
 
     number = 0
-    with (
-        _errors(path, lambda: number + 1, "Parquet "),
-        _seekable(path) as source,
-        pyarrow.parquet.ParquetFile(source) as file,
-    ):
+    with _errors(path, lambda: number + 1, "Parquet "), _seekable(path) as source:
+        schema = pyarrow.parquet.ParquetFile(source).schema
+        leaves = [schema.column(index) for index in range(len(schema))]
+        texts = [leaf.path for leaf in leaves if leaf.converted_type == "UTF8"]
+        file = pyarrow.parquet.ParquetFile(source, read_dictionary=texts)
         present = None if columns is None else [c for c in columns if c in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=present):
-            if batch.nbytes > MAX_BATCH_BYTES:
-                raise UserError(
-                    f"{path}:{number + 1}: rows of more than {MAX_BATCH_BYTES} bytes; split the file"
-                )
             for row in (row for i in range(len(batch)) for row in batch.slice(i, 1).to_pylist()):
                 number += 1
-                yield number, batch.nbytes // len(batch), _without_nulls(row)
+                size = sum(map(len, strings_of(row)))
+                if size > MAX_LINE_BYTES:
+                    raise UserError(f"{path}:{number}: row is longer than {MAX_LINE_BYTES} letters")
+                yield number, size, _without_nulls(row)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -84,8 +84,8 @@ def _make(tokenizer: Tokenizer) -> Guard:
         added[content] = AddedToken(content, normalized=False, special=True)
     scanner = Scanner(WordLevel({_ORDINARY: 0}, unk_token=_ORDINARY))
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and backend.normalizer is not None:
-        scanner.normalizer = backend.normalizer  # some tokens are looked for in the normalised text
+    if backend is not None and any(token.normalized for token in added.values()):
+        scanner.normalizer = backend.normalizer  # such tokens are looked for in the normalised text
     scanner.add_tokens([token for content, token in added.items() if content.strip(_BLANKS)])
     longest = max(map(len, (*tokenizer.get_vocab(), *added)), default=1)
     return Guard(scanner, frozenset(special), longest)

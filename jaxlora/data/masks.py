@@ -86,9 +86,7 @@ def spans_of_prefixes(
             if full.startswith(answer, start) and answer:
                 break
         else:
-            raise UserError(
-                _inexact(index, "the chat template writes it differently once other turns follow")
-            )
+            raise UserError(_inexact(index, "the template writes it differently once others follow"))
         if spans and start < spans[-1][1]:
             raise UserError(_inexact(index, "it overlaps the answer before it"))
         spans.append((start, start + len(answer)))

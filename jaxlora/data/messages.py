@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlora.data.containers import is_text
+from jaxlora.data.containers import is_text, strings_of
 from jaxlora.data.control import Guard
 from jaxlora.runtime.errors import UserError
 
@@ -69,10 +69,11 @@ def check_messages(example: Example, guard: Guard, enable_thinking: bool = False
         place = f"message {index}"
         _check_shape(place, message, called)
         called = called or bool(message.get("tool_calls"))
-        characters += _check_strings(place, message, guard)
+        turn = _turn(place, message, enable_thinking)
+        characters += _check_strings(place, turn.message, guard)  # as rendered: arguments may come escaped
         if characters > MAX_CHARACTERS:
             raise UserError(f"more than {MAX_CHARACTERS} characters; a conversation of a book cannot be used")
-        turns.append(_turn(place, message, enable_thinking))
+        turns.append(turn)
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("no assistant turn at the end")
     if not turns[-1].message["content"].strip() and "tool_calls" not in turns[-1].message:
@@ -117,19 +118,6 @@ def check_tools(tools: Any, guard: Guard) -> int:
     return _check_each("tools", strings_of(tools), guard, special_only=False)
 
 
-def strings_of(value: Any) -> Iterator[str]:
-    """All strings of a JSON value, names of fields included."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):  # Parquet's maps are lists of pairs
-            waiting += item
-
-
 def _check_shape(place: str, message: Any, called: bool) -> None:
     if not isinstance(message, dict):
         raise UserError(f"{place} is {type(message).__name__}, not an object")
@@ -156,7 +144,7 @@ def _check_strings(place: str, message: Message, guard: Guard) -> int:
     An answer may hold the tokens that a model writes itself, such as `<tool_call>`, but none that ends it.
     """
     answer = message["role"] == "assistant"
-    rest = [value for key, value in message.items() if key not in ("role", "content", *LOSS_KEYS)]
+    rest = [value for key, value in message.items() if key not in ("role", "content")]
     characters = _check_each(place, strings_of(message.get("content")), guard, special_only=answer)
     return characters + _check_each(place, strings_of(rest), guard, special_only=False)
 

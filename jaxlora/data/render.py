@@ -80,10 +80,13 @@ def shifted(row: RenderedRow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return row.tokens[:-1], row.tokens[1:], row.weights[1:]
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, chat: bool = True) -> Tokenizer:
     """The tokenizer of a local directory, `embedded:NAME`, a bucket or a Hub model, with its chat template.
 
     No code of the model's repository is run, and no link out of its folder is followed.
+
+    Args:
+      chat: a chat template is needed.
 
     Raises:
       UserError: there is none, it cannot be read, or it has no chat template.
@@ -118,7 +121,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # transformers and the Hub client raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason}") from None
-    if not tokenizer.chat_template:
+    if chat and not tokenizer.chat_template:
         raise UserError(f"tokenizer {name!r}: has no chat template; use the tokenizer of a chat model")
     return tokenizer
 

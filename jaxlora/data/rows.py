@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlora.data.containers import container_of, count_rows, read_rows
+from jaxlora.data.containers import container_of, count_rows, read_rows, strings_of
 from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
-from jaxlora.data.messages import Example, strings_of
+from jaxlora.data.messages import Example
 from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
 from jaxlora.data.sources import locate, parse_object, read_hub
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import progress_bar
 
 BATCH_ROWS = 512  # rows tokenised together
@@ -61,7 +62,8 @@ class BadRow:
 class RowReport:
     """What was read: lines looked at, rows used, rows skipped and why, tokens in shifted counts.
 
-    `duplicates` are used rows whose tokens and weights an earlier one has, too.
+    `duplicates` are used rows whose tokens and weights an earlier one has, too. `sha256` is of the whole
+    file's bytes as they were read; None of a Hub dataset's split.
     """
 
     path: str
@@ -71,6 +73,7 @@ class RowReport:
     tokens: int
     kind: str = ""  # format and container, such as "Alpaca rows in CSV"
     duplicates: int = 0
+    sha256: str | None = None
 
     def describe(self) -> str:
         """One line, such as `train.jsonl: 98 rows, 21,004 tokens; skipped 2: empty answer (line 7) ...`."""
@@ -167,7 +170,9 @@ def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int,
 
 def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
     """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
-    characters = sum(map(len, strings_of([example.text, example.messages, example.tools])))
+    messages = example.messages if isinstance(example.messages, list) else []  # they are checked later
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    characters = sum(map(len, strings_of([example.text, *contents])))
     at_least = characters // longest_token
     if max_length is not None and at_least > max_length:
         raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")
@@ -185,9 +190,12 @@ def load_rendered_rows(
     """All rows of a file (local or `hf://`) or Hub dataset, or the first `limit` usable ones, in file order.
 
     Raises:
-      UserError: a row cannot be used and `on_bad_row` is "error" (names file and line); or none can be used.
+      UserError: a row cannot be used and `on_bad_row` is "error" (names file and line); or none can be used;
+        or the file changed while it was read.
     """
     reader = _Reader(options or RowOptions())
+    file = None if reader.options.split is not None else locate(path)
+    sha256 = None if file is None else sha256_of(file)
     records, total, container = _open(str(path), reader.options)
     rows: list[RenderedRow] = []
     skipped: list[BadRow] = []
@@ -210,10 +218,14 @@ def load_rendered_rows(
         raise UserError(
             f"{path}: no usable row" + (f"; most are bad because: {reasons[0][0]}" if reasons else "")
         )
+    if (
+        file is not None and sha256_of(file) != sha256
+    ):  # whatever was read, it was neither of the two for certain
+        raise UserError(f"{path}: changed while it was being read; give the same command again")
     kind = f"{reader.format.name} rows in {container}" if reader.format else ""
     tokens = sum(row.n_tokens for row in rows)
-    report = RowReport(str(path), seen, len(rows), tuple(skipped), tokens, kind, count_duplicates(rows))
-    return rows, report
+    copies = count_duplicates(rows)
+    return rows, RowReport(str(path), seen, len(rows), tuple(skipped), tokens, kind, copies, sha256)
 
 
 def count_duplicates(rows: list[RenderedRow]) -> int:

@@ -81,7 +81,7 @@ def why_redo(out_dir: Path, inputs: dict[str, Any]) -> str | None:
 
 def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem], list[list[int]]]:
     """The benchmark's problems and their prompts as token ids."""
-    problems = load_problems(config.eval.benchmark, config.eval.problems)
+    problems = load_problems(config.benchmark, config.eval.problems)
     return problems, render_prompts(tokenizer, [problem.question for problem in problems])
 
 
@@ -139,7 +139,7 @@ def evaluate(
         text = str(tokenizer.decode(ids))
         records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
     facts = inputs | {"first_prompt": tokenizer.decode(prompts[0]), "stop_token_ids": list(stop_ids)}
-    return hosts.broadcast(_write(out_dir, config.eval.benchmark, subject, records, facts, seconds))
+    return hosts.broadcast(_write(out_dir, config.benchmark, subject, records, facts, seconds))
 
 
 def _write(

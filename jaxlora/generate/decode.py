@@ -378,14 +378,13 @@ def generate(
         longest answers end alone. None: a quarter of the slots, where that is worth another program.
       progress: called with the number of answers newly finished.
     """
-    assert not spec.scan, "decoding keeps one cache a layer: use a spec with scan=False"
+    assert not spec.scan, "decoding keeps one cache a layer"
     slots = min(slots, len(prompts))
     if tail_slots is None:
         tail_slots = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
-    lengths = [len(prompt) for prompt in prompts]
-    sizes = choose_sizes(lengths, 4, PROMPT_MULTIPLE)
-    capacity = max(n + m for n, m in zip(lengths, limits, strict=True))
+    sizes = choose_sizes([len(prompt) for prompt in prompts], 4, PROMPT_MULTIPLE)
+    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     capacity = max(round_up(capacity, WINDOW_MULTIPLE), max(sizes))
     prefill = make_prefill(spec, stop_ids, backend, sampling)
     decode = make_decode(spec, stop_ids, backend, sampling=sampling)

@@ -45,7 +45,7 @@ def claimed(out: Path, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def enough_room(out: Path) -> Iterator[None]:
-    """Turn a full disk into one line (`MachineError`): the product is as it was."""
+    """Turn a full disk into one line (`MachineError`); what is written whole or not at all is unchanged."""
     try:
         yield
     except Exception as error:

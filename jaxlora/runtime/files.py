@@ -201,10 +201,16 @@ def read_file(path: Path, limit: int) -> bytes:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read piece by piece."""
+def sha256_of(path: Path, size: int | None = None) -> str:
+    """Hex SHA-256 of a file's bytes, or of its first `size`, read piece by piece."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size is None:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while size > 0 and (block := file.read(min(size, 2**20))):
+            digest.update(block)
+            size -= len(block)
+        return digest.hexdigest()
 
 
 def read_jsonl(path: Path, torn_last_line: str = "drop") -> list[Record]:

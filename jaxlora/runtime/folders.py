@@ -67,6 +67,7 @@ def put_in_place(folder: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     folder.rename(out)
+    sync(out.parent, below=False)
     if old.exists():  # also what a process left that was killed between the two names
         shutil.rmtree(old)
 
@@ -75,9 +76,19 @@ def _settle(folder: Path) -> None:
     """Give all files the mode that the user's umask asks for (some libraries write 0600), and sync them."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in (*folder.rglob("*"), folder):
+    for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
+    sync(folder)
+
+
+def sync(folder: Path, below: bool = True) -> None:
+    """Wait until a folder's names, and with `below` all that is in it, are on the disk.
+
+    Raises:
+      OSError: some file systems say only now that they are full.
+    """
+    for path in (*(folder.rglob("*") if below else ()), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

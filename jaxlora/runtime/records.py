@@ -65,6 +65,14 @@ class _Summary(_Identity, total=False):
     validation_token_count: Count
 
 
+class _Progress(TypedDict, total=False):
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
+    step: Required[Count]
+    validations: Required[list[Annotated[list[Number], Field(min_length=2, max_length=2)]]]
+    metrics_bytes: Required[Count]
+    metrics_sha256: str | None
+
+
 class _Optim(TypedDict, total=False):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     peak_lr: Number | None
@@ -103,6 +111,12 @@ class _Manifest(_Identity, total=False):
     base: _Named | None
     gates: Group | None
     device: Any
+    dataset: dict[str, Group] | None
+    trained: Group | None
+    mesh: Group | None
+    packages: Group | None
+    code: Group | None
+    resumed_with: Any
 
 
 class _Prediction(TypedDict):
@@ -141,6 +155,15 @@ def read_metrics(run: Path) -> list[Record]:
         if row["split"] != "test" and row.get("step") is None:
             raise UserError(f"{file}:{line}: has no step")
     return [row for _, row in rows]
+
+
+def progress_problem(progress: Record) -> str | None:
+    """What is wrong with the progress of a run's checkpoint, in words; None if it can be used."""
+    try:
+        _check("progress.json", progress, _Progress)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def check_predictions(file: Path, records: list[Record]) -> None:

@@ -10,6 +10,10 @@ The exit code is 75 after SIGTERM and 130 after Ctrl-C. A signal is seen even wh
 program: the system writes its number into a pipe, and a thread waits on the other end. When the grace after a
 SIGTERM is over, or Ctrl-C comes a second time, the process ends wherever it is; every file that it writes is
 published whole or not at all, so that this is as harmless as a kill.
+
+That is for a process of our own. Called from somebody's notebook or program (`ends_process=False`), the first
+signal is taken while there is something to save, and any other does what it did before. Python gives signals
+to the main thread alone: elsewhere none is taken, and a caller may set `signum` of the `Stop` that it gave.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from jaxlora.runtime.errors import on_failure
 PREEMPTED = 75  # stopped by SIGTERM: start the same command again
 INTERRUPTED = 130  # stopped by Ctrl-C
 _CODES: dict[int, int] = {signal.SIGTERM: PREEMPTED, signal.SIGINT: INTERRUPTED}
+_STOPPING = "stopping after this step; the run is saved and resumes with the same command"
 
 
 class Interrupted(Exception):
@@ -41,8 +46,9 @@ class Interrupted(Exception):
 class Stop:
     """What has been asked so far, and what a further signal would do."""
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = False) -> None:
         self.signum: int | None = None  # the first signal
+        self._ends_process = ends_process
         self._grace: float | None = None  # None: nothing to save, a signal ends the process at once
         self._timer: threading.Timer | None = None
 
@@ -60,8 +66,16 @@ class Stop:
             self._grace = None
             if self._timer is not None:
                 self._timer.cancel()
-        if self.signum is not None:  # it came after the last look
+        if self.signum is not None and self._ends_process:  # it came after the last look
             self._leave("stopped; the same command goes on from here")
+
+    def taken(self, signum: int) -> bool:
+        """Whether a signal is the first while there is something to save; for a process that is not ours."""
+        if self._grace is None or self.signum is not None:
+            return False
+        self.signum = signum
+        _say(_STOPPING)
+        return True
 
     def received(self, signum: int) -> None:
         """Act on a signal; called on a thread of its own."""
@@ -71,7 +85,7 @@ class Stop:
         if again and signum == signal.SIGINT:
             self._leave("stopped at once; the same command resumes from the last checkpoint")
         if not again:
-            _say("stopping after this step; the run is saved and resumes with the same command")
+            _say(_STOPPING)
         if signum == signal.SIGTERM and self._timer is None:
             self._timer = threading.Timer(self._grace, self._late, [self._grace])
             self._timer.daemon = True
@@ -92,9 +106,41 @@ class Stop:
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Take over SIGTERM and Ctrl-C. Call it on the main thread."""
-    stop = Stop()
+def stop_signals(ends_process: bool = True) -> Iterator[Stop]:
+    """Take over SIGTERM and Ctrl-C; outside the main thread, say that they cannot be.
+
+    Args:
+      ends_process: whether the process is ours to end; see above.
+    """
+    stop = Stop(ends_process)
+    if threading.current_thread() is not threading.main_thread():
+        _say("outside the main thread a signal stops at once; what is saved by then resumes")
+        yield stop
+        return
+    with _watched(stop) if ends_process else _shared(stop):
+        yield stop
+
+
+@contextmanager
+def _shared(stop: Stop) -> Iterator[None]:
+    """Take the signals that `stop` wants, and leave the others to whoever had them before."""
+
+    def handle(signum: int, _frame: object) -> None:
+        if not stop.taken(signum):
+            signal.signal(signum, previous[signum] or signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    previous = {signum: signal.signal(signum, handle) for signum in _CODES}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _watched(stop: Stop) -> Iterator[None]:
+    """Tell `stop` of every signal, on a thread that runs whatever the main thread is doing."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -108,7 +154,7 @@ def stop_signals() -> Iterator[Stop]:
     previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     previous = {signum: signal.signal(signum, lambda *_: None) for signum in _CODES}
     try:
-        yield stop
+        yield
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -152,7 +152,7 @@ def plan_table(config: RunConfig) -> Table:
     at = speeds(config, load_study(results, config.prefix) if results.is_dir() else None)
     runs = run_sizes(config)
     evaluations = len(grid.sweep_runs(config)) + 1
-    problems = len(load_problems(config.eval.benchmark, config.eval.problems))
+    problems = len(load_problems(config.benchmark, config.eval.problems))
     decoding = evaluations * problems * at.answer_tokens / at.decode / 3600
 
     title = escape(f"the study {config.prefix}, in {config.results_dir}; its runs are {config.prefix}-...")

@@ -53,10 +53,10 @@ def _check_gates(session: Session) -> list[Task]:
     if not place.is_file():
         return [Task(str(place), State("missing"), place)]
     try:
-        require_gates(data.train_path, data.validation_path, str(place), allow_ungated=False)
+        require_gates(data.train_path, session.config.validation_file, str(place), allow_ungated=False)
     except UserError as error:
         return [Task(str(place), State("done" if data.allow_ungated else "redo", str(error)), place)]
-    questions = "\n".join(json.dumps(p.question) for p in load_problems(session.config.eval.benchmark))
+    questions = "\n".join(json.dumps(p.question) for p in load_problems(session.config.benchmark))
     report = read_json(place)
     if report.get("benchmark", {}).get("questions_sha256") != hashlib.sha256(questions.encode()).hexdigest():
         return [Task(str(place), State("redo", f"checked against {report['benchmark']['name']}"), place)]
@@ -64,7 +64,7 @@ def _check_gates(session: Session) -> list[Task]:
 
 
 def _run_gates(session: Session, tasks: list[Task]) -> None:
-    data, benchmark = session.config.data, session.config.eval.benchmark
+    data, benchmark = session.config.data, session.config.benchmark
     place = tasks[0].item
     if place.parent != session.folder and place.is_file():
         raise UserError(
@@ -73,9 +73,11 @@ def _run_gates(session: Session, tasks: list[Task]) -> None:
             f" --report {place}"
         )
     questions = [(problem.example_id, problem.question) for problem in load_problems(benchmark)]
-    report = check([FilePair(data.train_path, data.validation_path)], Benchmark(benchmark, questions))
+    report = check(
+        [FilePair(data.train_path, session.config.validation_file)], Benchmark(benchmark, questions)
+    )
     write_json_atomic(place, report)
-    require_gates(data.train_path, data.validation_path, str(place), data.allow_ungated)
+    require_gates(data.train_path, session.config.validation_file, str(place), data.allow_ungated)
 
 
 # --- Evaluations --------------------------------------------------------------------------------------------

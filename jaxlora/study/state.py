@@ -80,7 +80,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     assert base.folder is not None
     return Inputs(
         sha256_of(locate(config.data.train_path)),
-        sha256_of(locate(config.data.validation_path)),
+        sha256_of(locate(config.validation_file)),
         base.fingerprint(),
         count_parameters(base.config),
         _tokenizer_sha256(resolve(config.model.tokenizer) if config.model.tokenizer else base.folder),

@@ -9,6 +9,9 @@ With one folder a run, `tensorboard --logdir results` lists all runs of a sweep 
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +19,42 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-from tensorboard.summary import Writer
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from jaxlora.config import RunConfig
 
 _NO_CURVE = {"seed", "step"}
+
+
+class _EventFile:
+    """A new event file of a folder. TensorBoard's own writer has a thread, whose errors print traces.
+
+    Raises:
+      OSError: the disk is full.
+    """
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        seconds, rest = divmod(time.time_ns(), 10**9)  # names in order: TensorBoard reads the files so
+        name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("wb", buffering=0)
+        self.add(file_version="brain.Event:2")
+
+    def add(self, **fields: Any) -> None:
+        """Write an event now."""
+        RecordWriter(self).write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.add(step=step, summary=scalar_pb(name, value))
+
+    def write(self, content: bytes) -> None:
+        """For `RecordWriter`; part of a record would hide all that follow it."""
+        if self._file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Board:
@@ -29,7 +62,7 @@ class Board:
 
     def __init__(self, folder: Path, config: RunConfig):
         _write_settings(folder, config)
-        self._writer = Writer(str(folder))
+        self._writer = _EventFile(folder)
 
     def write(self, record: dict[str, Any]) -> None:
         """Add every number of a metrics record under its split's name."""
@@ -44,7 +77,7 @@ class Board:
 
 def write_outcome(folder: Path, values: Mapping[str, float], step: int) -> None:
     """Say what came of the run in `folder`, in an event file of its own."""
-    writer = Writer(str(folder))
+    writer = _EventFile(folder)
     for name, value in values.items():
         writer.add_scalar(name, float(value), step)
     writer.close()
@@ -63,6 +96,6 @@ def _write_settings(folder: Path, config: RunConfig) -> None:
         "batch_rows": train.batch_rows,
         "epochs": train.epochs,
     }
-    writer = EventFileWriter(str(folder))
-    writer.add_event(Event(wall_time=time.time(), summary=hparams_pb(settings)))
+    writer = _EventFile(folder)
+    writer.add(summary=hparams_pb(settings))
     writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.runtime.devices import memory_in_use, peak_flops
+from jaxlora.runtime.files import write_bytes_atomic
 from jaxlora.runtime.progress import console
 from jaxlora.train.job import Job, token_count
 
@@ -133,6 +135,9 @@ def draw_validation(path: Path, validations: dict[int, float], selected: int, ti
     axes.plot(
         [selected], [validations[selected]], "s", color="#D55E00", markersize=9, label=f"selected: {selected}"
     )
-    axes.set(xlabel="step", ylabel="validation mean NLL (nats per answer token)", title=title)
+    axes.set(xlabel="step", ylabel="validation mean NLL (nats per answer token)")
+    axes.set_title(title, parse_math=False, usetex=False)  # `$`, `_` and `^` of a run's name are no formula
     axes.legend()
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    write_bytes_atomic(path, content.getvalue())

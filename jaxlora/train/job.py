@@ -6,6 +6,7 @@ print(describe(job))           # the plan: parameters, steps, tokens, memory
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,13 +20,15 @@ from jaxlora.checkpoints.base import Base, find_base
 from jaxlora.config import DataConfig, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges
 from jaxlora.data.gates import GateStatus, require_gates
+from jaxlora.data.order import split_validation
 from jaxlora.data.render import RenderedRow, Tokenizer
-from jaxlora.data.rows import RowReport, load_rendered_rows
+from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
 from jaxlora.estimate import with_mesh
 from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
+from jaxlora.models.spec import check_positions
 from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
@@ -74,7 +77,7 @@ def prepare(
     """
     data, train = config.data, config.train
     if gates is None:
-        gates = require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
+        gates = _look_at_gates(config)
     base = find_base(config.model, config.seed, with_weights)
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
@@ -82,19 +85,22 @@ def prepare(
     if like is not None:
         train_rows, validation_rows, reports = like.train_rows, like.validation_rows, like.reports
     else:
-        train_rows, validation_rows, reports = _load_rows(data, tokenizer)
+        train_rows, validation_rows, reports = _load_rows(data, tokenizer, config.seed)
     if train.batch_rows > len(train_rows):
         raise UserError(
             f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
             f" give at most {len(train_rows)}"
         )
+    longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
+    check_positions(base.config, longest, "config.data.max_length: the longest rows")
     config, spec = trained_spec(config, base)
     if (slice_ := slice_of(jax.devices())) is not None:
         config = with_mesh(config, base.config, slice_)
     machine = wire(config.model, config.mesh)
     spec = replace(spec, scan=machine.scan)
-    plan = plan_run(config.optim, train, len(train_rows))
-    steps = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
+    plan = plan_run(config.optim, train, len(train_rows), config.seed if data.shuffle else None)
+    distinct = plan.total_steps if data.shuffle else plan.steps_per_epoch
+    steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
     multiple = token_multiple(machine.mesh)
@@ -166,16 +172,46 @@ def load_frozen(job: Job) -> Tree:
     return {} if job.spec.full else job.base.load(job.spec, job.mesh)
 
 
+def _look_at_gates(config: RunConfig) -> GateStatus:
+    """The state of the data's gates; they are asked of data that a benchmark is to score."""
+    data = config.data
+    if config.eval.benchmark is None or data.validation_path is None:
+        reason = "no benchmark is named (eval.benchmark)"
+        if config.eval.benchmark is not None:
+            reason = "data.validation_fraction has no validation file to compare with"
+        return GateStatus(False, True, reason, None, None, train_sha256="", validation_sha256="")
+    return require_gates(data.train_path, data.validation_path, data.gate_report, data.allow_ungated)
+
+
 def _load_rows(
-    data: DataConfig, tokenizer: Tokenizer
+    data: DataConfig, tokenizer: Tokenizer, seed: int
 ) -> tuple[list[RenderedRow], list[RenderedRow], tuple[RowReport, RowReport]]:
-    """Training rows, validation rows, and what was skipped in each."""
-    load = partial(
-        load_rendered_rows, tokenizer=tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row
+    """Training rows, validation rows, and what was read and skipped of each."""
+    options = RowOptions(
+        loss_on=data.loss_on,
+        enable_thinking=data.enable_thinking,
+        columns=dict(pair.split("=", 1) for pair in data.columns) or None,
+        ignore_columns=data.ignore_columns,
+        split=data.split,
     )
-    train_rows, train_report = load(data.train_path, limit=data.train_rows)
-    validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
-    return train_rows, validation_rows, (train_report, validation_report)
+    load = partial(
+        load_rendered_rows,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        options=options,
+    )
+    rows, report = load(data.train_path, limit=data.train_rows)
+    if data.validation_path is not None:
+        validation_rows, validation_report = load(data.validation_path, limit=data.validation_rows)
+        return rows, validation_rows, (report, validation_report)
+    if data.validation_fraction is None:
+        raise UserError(
+            "config.data.validation_path: none is given; give one, or data.validation_fraction=0.05"
+        )
+    train, validation = split_validation([row.prompt_id for row in rows], data.validation_fraction, seed)
+    validation = validation[: data.validation_rows]
+    return [rows[i] for i in train], [rows[i] for i in validation], (report, report)
 
 
 def token_count(rows: list[RenderedRow]) -> int:
@@ -183,7 +219,7 @@ def token_count(rows: list[RenderedRow]) -> int:
     return sum(row.n_tokens for row in rows)
 
 
-def padding_efficiency(rows: list[RenderedRow], batches: list[range], layout: Layout) -> float:
+def padding_efficiency(rows: list[RenderedRow], batches: Sequence[Sequence[int]], layout: Layout) -> float:
     """Real tokens over buffer tokens of one pass."""
     built = sum(layout.build([rows[i] for i in batch])["tokens"].size for batch in batches)
     return token_count(rows) / built
@@ -251,7 +287,7 @@ def describe(job: Job) -> Table:
     table = Table(show_header=False, box=None)
     for name, text in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(text))
-    for report in job.reports:
-        if report.skipped:
-            table.add_row("[bold red]skipped rows[/bold red]", escape(report.describe()))
+    for report in dict.fromkeys(job.reports):
+        style = "bold red" if report.skipped else "bold"
+        table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
     return table

@@ -29,13 +29,14 @@ from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import out_of_memory
 from jaxlora.runtime.errors import MachineError, UserError
-from jaxlora.runtime.files import is_disk_full, read_json
+from jaxlora.runtime.files import is_disk_full
 from jaxlora.runtime.progress import console
+from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
 from jaxlora.sharding import place_batch
 from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import Job, abstract_state, fresh_state, load_frozen
-from jaxlora.train.manifest import identity, make_manifest
+from jaxlora.train.manifest import check_inputs, identity, make_manifest
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.selection import select_checkpoint
@@ -49,8 +50,8 @@ class Diverged(UserError, FloatingPointError):
     """The loss or the gradient of a step is NaN or infinite."""
 
     def __init__(self, step: int, message: str, saved: bool):
-        advice = "The checkpoints before it are good" if saved else "Nothing was saved yet; try a lower rate"
-        super().__init__(f"step {step}: {message}. {advice}")
+        advice = "The checkpoints before it are good" if saved else "Nothing was saved before it"
+        super().__init__(f"step {step}: {message}. {advice}; try a lower --config.optim.peak_lr")
         self.step = step
 
 
@@ -69,7 +70,8 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
 
     Args:
       frozen: the base, as `load_frozen` gives it, where it is loaded already; None: it is loaded.
-      stop: from a `stop_signals` that the caller has open; None: signals are taken over here.
+      stop: from a `stop_signals` that the caller has open, or a `Stop` whose `signum` another thread sets;
+        None: of this process' signals, the first is taken over here.
 
     Raises:
       Diverged: a number is not finite.
@@ -78,7 +80,7 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
     with ExitStack() as stack:
-        stop = stop or stack.enter_context(stop_signals())
+        stop = stop or stack.enter_context(stop_signals(ends_process=False))
         stack.enter_context(jax.set_mesh(job.mesh))
         directory = stack.enter_context(RunDirectory.open(job))
         run = Run(job, directory, stop)
@@ -86,6 +88,8 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
         run.resume()
         run.frozen = load_frozen(job) if frozen is None else frozen
+        if hosts.is_main():
+            check_inputs(job, directory.manifest)
         if run.step == 0 and job.config.train.startup_check:
             run.stage = "start-up check"
             check_start(job, run.state.trained, run.frozen)
@@ -99,12 +103,12 @@ def not_yet_evaluated(job: Job) -> TrainResult | None:
     path = job.config.run_dir
     if not job.config.eval.after_training or not is_finished(path):
         return None
-    old = read_json(path / "manifest.json")
-    begins_anew = job.config.overwrite and not old["config"]["overwrite"]
+    old = read_manifest(path)
+    begins_anew = job.config.overwrite and not (old.get("config") or {}).get("overwrite")
     evaluated = (path / "evaluation" / "summary.json").is_file()
     if evaluated or begins_anew or identity(old) != identity(make_manifest(job)):
         return None
-    summary = read_json(path / "summary.json")
+    summary = read_summary(path)
     step, nll = summary["selected_step"], summary["primary_metric"]["value"]
     return TrainResult(step, nll, load_frozen(job), read_selected(job))
 
@@ -133,7 +137,7 @@ class Run:
         self.step, self.validations, size = 0, {}, 0
         if found is not None:
             self.step, self.state = found.step, found.state
-            self.validations = {int(step): nll for step, nll in found.progress["validations"]}
+            self.validations = {int(step): float(nll) for step, nll in found.progress["validations"]}
             size = found.progress["metrics_bytes"]
             console.print(f"resuming {self.job.config.run_id} after step {self.step}", markup=False)
         else:

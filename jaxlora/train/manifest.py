@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -20,15 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlora.checkpoints.base import tokenizer_sha256
 from jaxlora.checkpoints.peft import WEIGHTS
 from jaxlora.checkpoints.run_state import differences
 from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.render import RenderedRow
-from jaxlora.data.sources import locate
 from jaxlora.lora import count_trainable
 from jaxlora.models.families import count_matrix_parameters, count_parameters
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.redaction import without_secrets
+from jaxlora.runtime.terminal import harmless
 from jaxlora.train.job import Job, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
@@ -75,16 +78,17 @@ _PACKAGES = (
 
 
 def make_manifest(job: Job) -> dict[str, Any]:
-    """The manifest of a run that starts, or goes on, here and now."""
+    """The manifest of a run that starts, or goes on, here and now.
+
+    Raises:
+      UserError: a file of rows was replaced between its gate and its reading.
+    """
     config, plan = job.config, job.plan
+    _check_gated(job)
     device = jax.devices()[0]
-    datasets = {
-        "train": (config.data.train_path, job.train_rows, job.reports[0]),
-        "validation": (config.data.validation_path, job.validation_rows, job.reports[1]),
-    }
     return {
         "run_id": config.run_id,
-        "command": [without_secrets(word) for word in sys.argv],
+        "command": [harmless(without_secrets(word)) for word in sys.argv],
         "code": git_state(Path(__file__).parent),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
@@ -96,6 +100,10 @@ def make_manifest(job: Job) -> dict[str, Any]:
             "fingerprint": job.base.fingerprint(),
             "parameters": count_parameters(job.spec.config),
             "matrix_parameters": count_matrix_parameters(job.spec.config),
+        },
+        "tokenizer": {
+            "path": config.model.tokenizer or config.model.path,
+            "sha256": tokenizer_sha256(job.tokenizer),
         },
         "trained": {
             "what": config.train.what,
@@ -112,19 +120,51 @@ def make_manifest(job: Job) -> dict[str, Any]:
         },
         "buffers": {"train": list(job.train_layout.sizes), "validation": list(job.validation_layout.sizes)},
         "gates": dataclasses.asdict(job.gates),
-        "dataset": {
-            name: {
-                "path": path,
-                "sha256": sha256_of(locate(path)),
-                "tokens_sha256": _tokens_hash(rows),
-                "rows": len(rows),
-                "tokens": token_count(rows),
-                "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
-                "row_ids": [row.row_id for row in rows],
-            }
-            for name, (path, rows, report) in datasets.items()
-        },
+        "dataset": _datasets(job),
     }
+
+
+def _datasets(job: Job) -> dict[str, Any]:
+    """The rows of each part: where they are from, their hashes, and what was skipped."""
+    data = job.config.data
+    parts = {
+        "train": (data.train_path, job.train_rows, job.reports[0]),
+        "validation": (data.validation_path or data.train_path, job.validation_rows, job.reports[1]),
+    }
+    return {
+        name: {
+            "path": path,
+            "sha256": report.sha256,
+            "tokens_sha256": _tokens_hash(rows),
+            "rows": len(rows),
+            "tokens": token_count(rows),
+            "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
+            "row_ids": [row.row_id for row in rows],
+        }
+        for name, (path, rows, report) in parts.items()
+    }
+
+
+def _check_gated(job: Job) -> None:
+    gates = job.gates
+    for report, gated in zip(job.reports, (gates.train_sha256, gates.validation_sha256), strict=True):
+        if gated and gated != report.sha256:
+            raise UserError(f"{report.path}: changed while it was being read; give the same command again")
+
+
+def check_inputs(job: Job, manifest: dict[str, Any]) -> None:
+    """Refuse to train on anything else than the manifest names; called once everything is loaded.
+
+    Raises:
+      UserError: the base, or the adapter that the run starts from, has been replaced meanwhile.
+    """
+    now = {"model.path": job.base.fingerprint(), "lora.start": _start_hash(job.config)}
+    then = {"model.path": manifest["base"]["fingerprint"], "lora.start": manifest["trained"]["start_sha256"]}
+    for field, value in now.items():
+        if value != then[field]:
+            raise UserError(
+                f"config.{field}: its files changed while they were read; give the same command again"
+            )
 
 
 def _lora(job: Job) -> dict[str, Any]:
@@ -147,11 +187,12 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     config = _flat(manifest.get("config", {}), "")
     flat = {name: value for name, value in config if not _in(name, _FREE | _ROUNDING)}
     for name in ("train", "validation"):
-        data = manifest.get("dataset", {}).get(name, {})
+        data = (manifest.get("dataset") or {}).get(name) or {}
         for key in ("sha256", "tokens_sha256"):  # of the file; of the rows under the tokenizer, with weights
             flat[f"dataset.{name}.{key}"] = data.get(key)
-    base = manifest.get("base", {})
+    base = manifest.get("base") or {}
     start = (manifest.get("trained") or {}).get("start_sha256")
+    flat["tokenizer"] = (manifest.get("tokenizer") or {}).get("sha256")
     return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 
 
@@ -165,6 +206,17 @@ def rounding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         return flat | {name: value for name, value in _flat(own, "") if name != "code.dirty"}
 
     return differences(parts(old), parts(new))
+
+
+def same_but_for_command(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two manifests say the same of a run, however it was started and wherever it lies."""
+
+    def told(manifest: dict[str, Any]) -> dict[str, Any]:
+        given = manifest.get("config") or {}
+        config = {name: value for name, value in given.items() if name not in ("overwrite", "results_dir")}
+        return {name: value for name, value in manifest.items() if name != "command"} | {"config": config}
+
+    return bool(told(old) == told(json.loads(json.dumps(new))))
 
 
 def _flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

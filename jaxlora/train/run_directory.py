@@ -16,41 +16,52 @@ Of several processes, the main one writes; `checkpoints/` is written by all.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import load_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.errors import MachineError, UserError
+from jaxlora.runtime.errors import MachineError, UserError, one_line
 from jaxlora.runtime.files import (
     append_jsonl,
     cut_jsonl,
     is_disk_full,
     metric_record,
-    read_json,
-    read_jsonl,
+    sha256_of,
     summary_record,
     write_json_atomic,
     write_text_atomic,
 )
 from jaxlora.runtime.progress import console
+from jaxlora.runtime.records import progress_problem, read_manifest, read_metrics, read_summary
 from jaxlora.runtime.redaction import without_secrets
+from jaxlora.runtime.terminal import harmless
 from jaxlora.sharding import place_trained
 from jaxlora.train.board import Board, write_outcome
 from jaxlora.train.display import draw_validation
 from jaxlora.train.job import Job, token_count
-from jaxlora.train.manifest import differences, identity, make_manifest, rounding_differences
+from jaxlora.train.manifest import (
+    differences,
+    identity,
+    make_manifest,
+    rounding_differences,
+    same_but_for_command,
+)
+
+_LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its lock's name is longer
 
 
 class RunDirectory:
@@ -58,8 +69,9 @@ class RunDirectory:
 
     def __init__(self, job: Job, manifest: dict[str, Any]):
         self.path, self.job = job.config.run_dir, job
-        self.identity = identity(manifest)
+        self.manifest, self.identity = manifest, identity(manifest)
         self._metrics = self.path / "metrics.jsonl"
+        self._size = 0  # of the metrics, as this process left them
         self._board: Board | None = None
 
     @classmethod
@@ -68,8 +80,14 @@ class RunDirectory:
         """Make the directory, or take up an unfinished run of the same configuration.
 
         Raises:
-          UserError: the run is finished, belongs to another configuration, or is being written now.
+          UserError: the run is finished, belongs to another configuration, or is being written now; or its
+            name is longer than file systems take.
         """
+        name = len(os.fsencode(job.config.run_id))
+        if name > _LONGEST_NAME:
+            raise UserError(
+                f"config.prefix: the run's name takes {name} bytes; give one of at most {_LONGEST_NAME}"
+            )
         hosts.check_shared(job.config.results_dir)
         manifest = make_manifest(job)
         run = cls(job, manifest)
@@ -79,8 +97,15 @@ class RunDirectory:
             yield run
             return
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(run.path.with_name(f".{run.path.name}.lock"), run.path):
-            _take_over(run.path, manifest, job.config.overwrite)
+        place = Path(os.path.realpath(run.path))  # the folder of a run may be a link to one elsewhere
+        metrics = place / "metrics.jsonl"
+        with _lock(place.with_name(f".{place.name}.lock"), run.path), ExitStack() as stack:
+            # Whoever deletes the lock lets no second writer in: what is written is locked as well.
+            if metrics.exists():
+                with _exclusive(metrics, run.path):
+                    pass
+            _take_over(place, manifest, job.config.overwrite)
+            stack.enter_context(_exclusive(metrics, run.path))
             sample = str(job.tokenizer.decode(job.train_rows[0].tokens))
             write_text_atomic(run.path / "sample_render.txt", sample)
             hosts.barrier("run directory")
@@ -97,33 +122,63 @@ class RunDirectory:
         if not hosts.is_main():
             return
         cut_jsonl(self._metrics, size)
+        self._size = size
         if self._board is not None:
             self._board.close()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self._board = Board(self.path / "tensorboard", self.job.config)
-        for record in read_jsonl(self._metrics):
+        for record in read_metrics(self.path):
             self._board.write(record)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one metrics record, and add it to the curves."""
+        """Append one metrics record, and add it to the curves.
+
+        Raises:
+          UserError: the folder is gone, or something else wrote the metrics.
+        """
         if self._board is not None:
+            self._check_ours()
             append_jsonl(self._metrics, record)
+            self._size = self._metrics.stat().st_size
             self._board.write(record)
+
+    def _check_ours(self) -> None:
+        """A folder that was deleted under a run must not be made again without its manifest."""
+        if not self._metrics.is_file():
+            raise UserError(
+                f"{self.path}: was deleted or moved while the run was training, and is not made again. Put it"
+                " back, or remove what is left of it, and give the same command"
+            )
+        if (size := self._metrics.stat().st_size) != self._size:
+            raise UserError(
+                f"{self._metrics}: has {size} bytes, this run wrote {self._size}; something else writes it."
+                " End that, and give the same command to go on from the last checkpoint"
+            )
 
     def progress(self, step: int, validations: dict[int, float]) -> dict[str, Any]:
         """Where a run stands, for its checkpoint; the metrics up to here are on the disk."""
-        size = 0
+        size, sha256 = 0, None
         if hosts.is_main():
             with self._metrics.open("rb") as file:
                 os.fsync(file.fileno())
                 size = file.seek(0, os.SEEK_END)
-        return {"step": step, "validations": sorted(validations.items()), "metrics_bytes": size}
+            sha256 = sha256_of(self._metrics, size)
+        pairs = [list(pair) for pair in sorted(validations.items())]
+        return {"step": step, "validations": pairs, "metrics_bytes": size, "metrics_sha256": sha256}
 
     def unusable(self, progress: dict[str, Any]) -> str | None:
         """Why a checkpoint with this progress cannot be resumed from, or None."""
+        if problem := progress_problem(progress):
+            return problem
         size = self._metrics.stat().st_size if self._metrics.is_file() else 0
-        needed = progress["metrics_bytes"]
-        return f"metrics.jsonl has {size} bytes, it was saved after {needed}" if size < needed else None
+        needed, sha256 = progress["metrics_bytes"], progress.get("metrics_sha256")
+        if size < needed:
+            return f"metrics.jsonl has {size} bytes, it was saved after {needed}"
+        if sha256 is not None and sha256_of(self._metrics, needed) != sha256:
+            return (
+                f"the first {needed} bytes of metrics.jsonl are not what was written: their SHA-256 differs"
+            )
+        return None
 
     def step_record(
         self, step: int, values: dict[str, float], tokens: int, rate: float, speed: dict[str, float | None]
@@ -164,6 +219,7 @@ class RunDirectory:
         directory in the dtype that the model computes in. Called on every process."""
         folder, job = self.path / "selected", self.job
         if hosts.is_main():
+            self._check_ours()
             shutil.rmtree(folder, ignore_errors=True)
         hosts.barrier("selected folder")
         if job.spec.full:
@@ -171,16 +227,28 @@ class RunDirectory:
             assert (
                 job.base.folder is not None
             )  # `prepare` refuses to train a base that is only a shape in full
-            save_model(folder, job.spec, weights, job.base.folder, job.config.model.tokenizer)
+            save_model(folder, job.spec, weights, job.base.folder, job.base.tokenizer_folder())
             return
-        extra = {"run_id": job.config.run_id, "step": step}
-        export_adapter(folder, job.spec, trained, job.config.model.path, seed=job.config.seed, extra=extra)
+        export_adapter(
+            folder,
+            job.spec,
+            trained,
+            job.config.model.path,
+            seed=job.config.seed,
+            extra={"run_id": job.config.run_id, "step": step},
+            tokenizer=job.base.tokenizer_folder(),
+            base_fingerprint=job.base.fingerprint(),
+        )
 
     def finish(self, step: int, validations: dict[int, float]) -> None:
         """Write the picture and `summary.json`: the run is complete."""
         if not hosts.is_main():
             return
-        draw_validation(self.path / "validation.png", validations, step, self.job.config.run_id)
+        self._check_ours()
+        try:
+            draw_validation(self.path / "validation.png", validations, step, self.job.config.run_id)
+        except Exception as error:  # a picture never decides whether a run is complete
+            console.print(f"validation.png is not drawn: {one_line(error)}", markup=False)
         if self._board is not None:  # TensorBoard leaves a file for good once a newer one is there
             self._board.close()
             self._board = None
@@ -201,25 +269,33 @@ class RunDirectory:
             checkpoint=f"step-{step}",
             dataset=job.config.data.train_path,
             primary_metric={"name": "validation_mean_nll", "value": validations[step]},
-            artifact_paths={Path(name).stem: name for name in names},
+            artifact_paths={Path(name).stem: name for name in names if (self.path / name).exists()},
             status="completed",
             token_count=train_tokens + validation_tokens,
             train_token_count=train_tokens,
             validation_token_count=validation_tokens,
             validations=[{"step": s, "mean_nll": nll} for s, nll in sorted(validations.items())],
             selected_step=step,
+            base_weights_sha256=job.base.weights_sha256,
+            sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
         write_json_atomic(self.path / "summary.json", record)
 
+    def _hashed(self) -> list[str]:
+        """What `summary.json` holds hashes of: all that is read after a run has ended."""
+        selected = (path for path in (self.path / "selected").rglob("*") if path.is_file())
+        names = sorted(path.relative_to(self.path).as_posix() for path in selected)
+        return ["metrics.jsonl", "manifest.json", *names]
+
     def write_failure(self, stage: str, step: int, error: BaseException, trace: str) -> None:
         """Write `failure.json`; on a full disk, say that it could not be written."""
-        if not hosts.is_main():
+        if not hosts.is_main() or not (self.path / "manifest.json").is_file():  # deleted meanwhile
             return
         record = self._names() | {
             "stage": stage,
             "step": step,
-            "error": without_secrets(f"{type(error).__name__}: {error}"),
-            "trace": without_secrets(trace),
+            "error": harmless(without_secrets(f"{type(error).__name__}: {error}")),
+            "trace": harmless(without_secrets(trace)),
         }
         try:
             write_json_atomic(self.path / "failure.json", record)
@@ -233,24 +309,59 @@ class RunDirectory:
 
 
 @contextmanager
-def _lock(file: Path, run: Path) -> Iterator[IO[str]]:
-    """An exclusive lock that the system releases when this process ends, however it ends."""
-    with file.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            owner = handle.read().strip() or "another process"
-            text = f"{run}: {owner} is writing this run; wait for it or stop it"
-            if f" on {socket.gethostname()} " in owner:
-                raise UserError(text) from None
-            # A host that has died may hold its lock on a shared folder a while longer: worth another try.
-            raise MachineError(text) from None
-        handle.truncate(0)
+def _lock(file: Path, run: Path) -> Iterator[None]:
+    """An exclusive lock that the system releases when this process ends, however it ends.
+
+    Raises:
+      UserError: another process of this host has it, or the lock's name is a link: its target stays as it is.
+      MachineError: a process of another host has it.
+    """
+    with _exclusive(file, run) as handle:
+        if os.fstat(handle).st_nlink > 1:
+            raise UserError(f"{file}: is another name of some other file; remove this name")
+        os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        handle.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
-        handle.flush()
-        yield handle
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()} (since {started})\n".encode())
+        yield
+
+
+@contextmanager
+def _exclusive(file: Path, run: Path) -> Iterator[int]:
+    """A file of one process at a time, made where it is missing; raises as `_lock`."""
+    while True:
+        try:
+            handle = os.open(
+                file, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666
+            )
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise
+            raise UserError(f"{file}: must be a plain file, not a link or a folder") from None
+        try:
+            opened = os.fstat(handle)
+            if not stat.S_ISREG(opened.st_mode):
+                raise UserError(f"{file}: must be a plain file, not a device")
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise _is_written(run, os.pread(handle, 200, 0)) from None
+            if file.exists() and os.path.samestat(file.stat(), opened):  # not deleted between the two
+                yield handle
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_written(run: Path, note: bytes) -> Exception:
+    """What to say to the second writer of a run."""
+    owner = note.decode("utf-8", "replace").strip()
+    if not owner.startswith("process "):  # the lock itself was deleted
+        owner = "another process"
+    text = f"{run}: {owner} is writing this run; wait for it or stop it"
+    if owner == "another process" or f" on {socket.gethostname()} " in owner:
+        return UserError(text)
+    # A host that has died may hold its lock on a shared folder a while longer: worth another try.
+    return MachineError(text)
 
 
 def read_selected(job: Job) -> Tree:
@@ -263,8 +374,7 @@ def read_selected(job: Job) -> Tree:
 
 def is_finished(path: Path) -> bool:
     """Whether this run directory holds a complete run."""
-    summary = path / "summary.json"
-    return summary.is_file() and read_json(summary).get("status") == "completed"
+    return (path / "summary.json").is_file() and read_summary(path).get("status") == "completed"
 
 
 def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
@@ -272,11 +382,14 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     _clear(path)
     if path.exists() and any(path.iterdir()):
         if not (path / "manifest.json").is_file():
-            raise UserError(f"{path}: exists and is not a run; choose another results_dir or prefix")
-        old = read_json(path / "manifest.json")
+            raise UserError(
+                f"{path}: exists and is not a run (no manifest.json); choose another results_dir or prefix"
+            )
+        old = read_manifest(path)
         different = differences(identity(old), identity(manifest))
         # A run that was itself started with overwrite, and has been stopped, is resumed by the same command.
-        same_command = old.get("config", {}).get("overwrite") and not different and not is_finished(path)
+        begun_by_it = (old.get("config") or {}).get("overwrite")
+        same_command = begun_by_it and not different and not is_finished(path)
         if overwrite and not same_command:
             path.rename(_deleted(path))
             _clear(path)
@@ -290,7 +403,10 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
                 " Change the prefix, or give --config.overwrite=true to delete it"
             )
         else:
-            manifest["resumed_with"] = _resumed_with(old, manifest)
+            if history := _resumed_with(old, manifest):
+                manifest["resumed_with"] = history
+            if same_but_for_command(old, manifest):  # a run that is closed once more has the same bytes
+                manifest = old
     path.mkdir(exist_ok=True)
     (path / "failure.json").unlink(missing_ok=True)
     write_json_atomic(path / "manifest.json", manifest)
@@ -302,7 +418,7 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
 
 def _resumed_with(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
     """Every change of device, layout or versions that this run has gone through."""
-    history = old.get("resumed_with", [])
+    history = old.get("resumed_with") or []
     if not (changed := rounding_differences(old, new)):
         return history
     console.print(
@@ -318,7 +434,9 @@ def _deleted(path: Path) -> Path:
 
 def _clear(path: Path) -> None:
     """Remove what a process that was killed left half written or half deleted."""
-    if _deleted(path).exists():
+    if _deleted(path).is_symlink():
+        _deleted(path).unlink()
+    elif _deleted(path).exists():
         shutil.rmtree(_deleted(path))
     for name in ("manifest.json", "sample_render.txt", "summary.json", "failure.json", "selected"):
         for leftover in path.glob(f".{name}.*"):

@@ -7,9 +7,11 @@ plan.total_steps, plan.validation_steps       # 6338, (1000, 2000, 3169, 4000, 5
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxlora.config import OptimConfig, TrainConfig
+from jaxlora.data.order import rows_of_step
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,15 @@ class RunPlan:
     total_steps: int
     warmup_steps: int
     validation_steps: tuple[int, ...]
+    order_seed: int | None = None  # of the shuffle; None: file order, the same in every epoch
 
-    def rows_of_step(self, step: int) -> range:
-        """Row numbers of a step: file order, the same in every epoch; the last batch may be short."""
-        start = (step - 1) % self.steps_per_epoch * self.batch_rows
-        return range(start, min(start + self.batch_rows, self.n_rows))
+    def rows_of_step(self, step: int) -> Sequence[int]:
+        """Row numbers of a step: each row once an epoch; the last batch of one may be short."""
+        return rows_of_step(self.order_seed, self.n_rows, self.batch_rows, step)
 
 
-def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int) -> RunPlan:
-    """The steps of a run over `n_rows` training rows.
+def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int, order_seed: int | None = None) -> RunPlan:
+    """The steps of a run over `n_rows` training rows, shuffled by `order_seed` (None: in file order).
 
     Validation falls on each epoch's end and on each multiple of `validation_every`, except a multiple that
     lies up to `validation_merge` steps before an epoch's end.
@@ -41,7 +43,8 @@ def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int) -> RunPlan:
     regular = range(train.validation_every, total + 1, train.validation_every)
     kept = {step for step in regular if not any(0 < end - step <= train.validation_merge for end in ends)}
     warmup = round(optim.warmup_fraction * total) if optim.schedule == "cosine" else 0
-    return RunPlan(n_rows, train.batch_rows, steps_per_epoch, total, warmup, tuple(sorted(kept | set(ends))))
+    validation = tuple(sorted(kept | set(ends)))
+    return RunPlan(n_rows, train.batch_rows, steps_per_epoch, total, warmup, validation, order_seed)
 
 
 def learning_rate(step: int, optim: OptimConfig, plan: RunPlan) -> float:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
+from helpers import forks
+
 from jaxlora.data.render import load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
 
-
-def preview(repository, *arguments, environment=None):
-    command = [sys.executable, "tools/preview.py", "--config", "configs/tiny.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=repository, env=environment)
+COMMAND = ("tools/preview.py", "--config", "configs/tiny.py")
 
 
 def test_shows_rows_control_tokens_mask_colours_and_counts(repository):
     colour = {"FORCE_COLOR": "1", "COLUMNS": "200", "TERM": "xterm-256color"}
-    done = preview(repository, "--rows", "2", environment=os.environ | colour)
+    command = [sys.executable, *COMMAND, "--rows", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, env=os.environ | colour)
     assert done.returncode == 0, done.stderr
     rows, _ = load_rendered_rows(
         "embedded:data/train.jsonl", load_tokenizer("embedded:base"), max_length=256, limit=2
@@ -37,7 +38,19 @@ def test_shows_rows_control_tokens_mask_colours_and_counts(repository):
 
 def test_a_wrong_field_or_count_is_one_line_and_exit_code_2(repository):
     for argument in ("--config.data.trian_path=x", "--rows=0", "--config.data.train_path=none.jsonl"):
-        done = preview(repository, argument)
+        done = forks.run([*COMMAND, argument], cwd=repository)
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1
         assert done.stdout == ""
+
+
+def test_the_mask_is_readable_without_colour_and_the_format_is_named(repository, tmp_path):
+    row = {"instruction": "Say it.", "output": "It\x1b]0;title\x07\x1b[2J is."}
+    (tmp_path / "own.json").write_text(json.dumps([row]))
+    words = [*COMMAND, "--rows", "1", f"--config.data.train_path={tmp_path / 'own.json'}"]
+    done = forks.run(words, cwd=repository)
+    assert done.returncode == 0, done.stderr
+    assert "⟦It\\x1b]0;title\\x07\\x1b[2J is.<|im_end|>↵\n⟧" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert "\x07" not in done.stdout
+    assert "Alpaca rows in JSON list" in " ".join(done.stdout.split())

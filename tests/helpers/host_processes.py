@@ -9,15 +9,14 @@ Every wait has a limit, and only what was started here is killed.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.forks import Fork
 from helpers.xla_flags import xla_flags
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,7 +25,7 @@ LIMIT = 900.0  # seconds; a busy machine takes many times what an idle one does
 
 @dataclass(frozen=True)
 class Host:
-    process: subprocess.Popen
+    process: Fork
     log: Path
 
     @property
@@ -66,18 +65,11 @@ def start_hosts(
             own["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
             own |= {"JAX_NUM_PROCESSES": str(n), "JAX_PROCESS_ID": str(index)}
         own |= variables[index] if variables else {}
+        environment = os.environ | own
+        if n > 1 and "JAX_COMPILATION_CACHE_DIR" not in own:  # then they keep programs where all of them look
+            environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         log = folder / f"{time.monotonic_ns()}-{index}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                cwd=REPOSITORY,
-                env=os.environ | own,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        hosts.append(Host(process, log))
+        hosts.append(Host(Fork(words, cwd=REPOSITORY, environment=environment, log=log), log))
     return hosts
 
 
@@ -106,8 +98,7 @@ def wait(hosts: Sequence[Host], seconds: float = LIMIT) -> list[int]:
 def kill(hosts: Sequence[Host]) -> None:
     """SIGKILL to all that still run."""
     for host in hosts:
-        if host.process.poll() is None:
-            os.killpg(host.process.pid, signal.SIGKILL)
+        host.process.kill()
     for host in hosts:
         host.process.wait(30)
 

@@ -1,18 +1,22 @@
-"""Runs of `launch/train.py` that are cheap to start, watched, and killed; for tests/runs/test_kills.py.
+"""Runs of `launch/train.py` that are cheap to start, watched, killed and paused.
+
+    lab = Lab(folder)                                    # a small run, once undisturbed
+    lab.kill_at(folder, "half a metrics line")           # SIGKILL at this moment
+    run = lab.pause_at(folder, "hashed, not published")  # SIGSTOP: now do something to its files
+    run.go_on(); lab.finish(folder)                      # the same command again; compares
 
 A fork server imports everything once and initialises no backend; each run is a fork of it that calls the real
 entry point. Inside it, functions of the package are wrapped from outside, to say in a shared byte each in
-which phase the run is, and to kill the process at a named moment.
+which phase the run is, and to kill or stop the process at a named moment. What can be done to files is in
+`helpers.trials`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import json
 import mmap
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,7 +26,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from helpers.forks import keep_every_program, server, wrap
 from helpers.xla_flags import xla_flags
+from jaxlora.runtime.files import sha256_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMES = {"seconds", "tokens_per_second", "model_flops_utilisation", "peak_memory_bytes"}
@@ -39,22 +45,12 @@ PHASES = {
     "hashing": ("jaxlora.checkpoints.run_state", None, "hashes"),
     "publishing": ("jaxlora.checkpoints.run_state", "RunState", "_publish"),
     "pruning": ("jaxlora.checkpoints.run_state", "RunState", "_prune"),
-    "training": ("jaxlora.train.loop", None, "_advance"),
+    "training": ("jaxlora.train.loop", "Run", "to_the_end"),
     "export": ("jaxlora.train.run_directory", "RunDirectory", "export_selected"),
     "summary": ("jaxlora.train.run_directory", "RunDirectory", "finish"),
 }
 # phases within others: the innermost names the kill
 INNER = ["metrics", "hashing", "publishing", "pruning", "saving", "validation", "writing a checkpoint"]
-PRELOAD = [
-    "helpers.kills",
-    "jaxlora.train.loop",
-    "matplotlib.backends.backend_agg",
-    "matplotlib.figure",
-    "tensorboard.summary",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.qwen2.tokenization_qwen2",
-    "transformers.tokenization_utils_tokenizers",
-]
 
 
 RUN_ID = "tiny-all_layer-seed-0"
@@ -85,33 +81,50 @@ def options(folder: Path) -> list[str]:
     return config + [f"--config.{name}={value}" for name, value in fields.items()]
 
 
-def server() -> multiprocessing.context.BaseContext:
-    """A context whose processes are forks of a process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
-
-
 class Run:
     """One process of the entry point over a results folder, with its standard error in a file."""
 
-    def __init__(self, context, words: list[str], folder: Path, moment: str | None = None, nth: int = 1):
+    def __init__(
+        self,
+        words: list[str],
+        folder: Path,
+        compiled: Path,
+        run_id: str = RUN_ID,
+        moment: str | None = None,
+        nth: int = 1,
+        signum: int = signal.SIGKILL,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "results" / RUN_ID
+        self.path = folder / "results" / run_id
         start = time.monotonic_ns()
         self._log, self._phases = folder / f"log-{start}.txt", folder / f"phases-{start}"
         self._phases.write_bytes(bytes(len(PHASES)))
         self._size = self._written()
         self.started = time.monotonic()
         words = [*words, f"--config.results_dir={folder / 'results'}"]
-        arguments = (words, str(folder.parent / "compiled"), str(self._log), str(self._phases), moment, nth)
-        self.process = context.Process(target=_child, args=arguments)
+        arguments = (words, str(compiled), str(self._log), str(self._phases), moment, nth, signum)
+        self.process = server().Process(target=_child, args=arguments)
         self.process.start()
 
     def send(self, signum: int) -> None:
         """Send a signal, if the process is still there."""
         if self.process.is_alive():
             os.kill(self.process.pid, signum)
+
+    def wait_until_stopped(self, seconds: float = 120) -> None:
+        """Wait until the process has stopped itself."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.is_alive():
+            # The state follows the program's name, which is in parentheses.
+            if Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"the moment never came:\n{self.log()}")
+
+    def go_on(self) -> int:
+        """Let a stopped process go on to its end; its exit code."""
+        self.send(signal.SIGCONT)
+        return self.wait()
 
     def wait_for_steps(self) -> float | None:
         """Wait until this process has recorded something; seconds from its start, None if it never did."""
@@ -152,9 +165,9 @@ class Run:
 class Lab:
     """Runs of one small job, in folders of their own, and what an undisturbed one gives."""
 
-    def __init__(self, folder: Path, *words: str):
+    def __init__(self, folder: Path, compiled: Path, *words: str, run_id: str = RUN_ID):
         self.folder, self.options = folder, [*options(folder / "model"), *words]
-        self.context = server()
+        self.compiled, self.run_id = compiled, run_id
         self.kills: Counter[str] = Counter()
         self.resumed: list[float] = []
         self._folders = 0
@@ -166,9 +179,15 @@ class Lab:
         self._folders += 1
         return self.folder / f"run-{self._folders}"
 
-    def start(self, folder: Path, *words: str, moment: str | None = None, nth: int = 1) -> Run:
+    def start(self, folder: Path, *words: str, **moment) -> Run:
         """Start or resume the run of a folder, with further options."""
-        return Run(self.context, [*self.options, *words], folder, moment, nth)
+        return Run([*self.options, *words], folder, self.compiled, self.run_id, **moment)
+
+    def pause_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
+        """Start or resume, and stop at this moment, until `go_on`."""
+        run = self.start(folder, *words, moment=moment, nth=nth, signum=signal.SIGSTOP)
+        run.wait_until_stopped()
+        return run
 
     def kill_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
         """Start or resume, and die at this moment."""
@@ -200,7 +219,11 @@ class Lab:
                 print(f"resumed in {sum(self.resumed) / len(self.resumed):.1f} s on average")
 
 
-def _child(words: list[str], cache: str, log: str, phases: str, moment: str | None, nth: int) -> None:
+def _child(
+    words: list[str], cache: str, log: str, phases: str, moment: str | None, nth: int, signum: int
+) -> None:
+    global _signum
+    _signum = signum
     os.environ["XLA_FLAGS"] = xla_flags(devices=1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -209,7 +232,7 @@ def _child(words: list[str], cache: str, log: str, phases: str, moment: str | No
     sys.argv = ["train.py", *words]
     with open(phases, "r+b") as file:
         _announce_phases(mmap.mmap(file.fileno(), len(PHASES)))
-    _wrap("jaxlora.runtime.devices", None, "setup", _keep_every_program)
+    keep_every_program()
     if moment is not None:
         MOMENTS[moment](_countdown(nth))
     specification = importlib.util.spec_from_file_location("launch_train", REPOSITORY / "launch" / "train.py")
@@ -228,33 +251,17 @@ def _announce_phases(board: mmap.mmap) -> None:
             finally:
                 board[index] -= 1
 
-        _wrap(*place, announcing)
-
-
-def _keep_every_program(original, *arguments) -> None:
-    import jax
-
-    original(*arguments)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _wrap(module: str, owner: str | None, name: str, around: Callable) -> None:
-    place = importlib.import_module(module)
-    place = getattr(place, owner) if owner else place
-    original = getattr(place, name)
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        return around(original, *args, **kwargs)
-
-    setattr(place, name, wrapped)
+        wrap(*place, announcing)
 
 
 # --- Moments ------------------------------------------------------------------------------------------------
 
 
+_signum: int = signal.SIGKILL
+
+
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), _signum)
 
 
 def _countdown(nth: int) -> Iterator[bool]:
@@ -271,7 +278,7 @@ def _before(module: str, owner: str | None, name: str) -> Callable:
                 die()
             return original(*args, **kwargs)
 
-        _wrap(module, owner, name, around)
+        wrap(module, owner, name, around)
 
     return install
 
@@ -284,7 +291,7 @@ def _after(module: str, owner: str | None, name: str) -> Callable:
                 die()
             return result
 
-        _wrap(module, owner, name, around)
+        wrap(module, owner, name, around)
 
     return install
 
@@ -299,7 +306,7 @@ def _part_of_a_line(share: float) -> Callable:
                 die()
             return original(path, record)
 
-        _wrap("jaxlora.train.run_directory", None, "append_jsonl", around)
+        wrap("jaxlora.train.run_directory", None, "append_jsonl", around)
 
     return install
 
@@ -315,7 +322,7 @@ def _half_json(module: str, file: str) -> Callable:
                 die()
             return original(path, value)
 
-        _wrap(module, None, "write_json_atomic", around)
+        wrap(module, None, "write_json_atomic", around)
 
     return install
 
@@ -351,15 +358,19 @@ def _half_exported(now: Iterator[bool]) -> None:
             die()
         return original(tensors, path, *args, **kwargs)
 
-    _wrap("jaxlora.checkpoints.peft", None, "save_file", around)
+    for module in ("jaxlora.checkpoints.peft", "jaxlora.checkpoints.base"):  # an adapter, all weights
+        wrap(module, None, "save_file", around)
 
 
 STATE, FILES, LOOP = "jaxlora.checkpoints.run_state", "jaxlora.train.run_directory", "jaxlora.train.loop"
 MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
+    "gate looked at, rows not read": _before("jaxlora.train.job", None, "_load_rows"),
+    "rows read, no manifest": _before(FILES, None, "make_manifest"),
     "half a manifest": _half_json(FILES, "manifest.json"),
     "manifest written, nothing else": _after(FILES, None, "_take_over"),
-    "curves deleted, not yet rewritten": _before(FILES, None, "write_settings"),
-    "between rewind and first step": _before(LOOP, None, "_advance"),
+    "manifest written, base not loaded": _before(LOOP, None, "load_frozen"),
+    "curves deleted, not yet rewritten": _before("jaxlora.train.board", None, "_write_settings"),
+    "between rewind and first step": _before(LOOP, "Run", "to_the_end"),
     "a step computed, not yet recorded": _before(LOOP, "StepLog", "add"),
     "one byte of a metrics line": _part_of_a_line(0),
     "half a metrics line": _part_of_a_line(0.5),
@@ -379,7 +390,7 @@ MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
 }
 
 AFTER_TRAINING = "finished, not evaluated"  # comes only with eval.after_training
-MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_adapter")
+MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_selected")
 
 
 # --- What a finished run is ---------------------------------------------------------------------------------
@@ -392,6 +403,10 @@ def outcome(run: Path) -> dict[str, bytes | list]:
     found: dict[str, bytes | list] = {"metrics.jsonl": [json.dumps(record) for record in records]}
     for path in sorted([run / "summary.json", run / "sample_render.txt", *(run / "selected").iterdir()]):
         found[path.relative_to(run).as_posix()] = path.read_bytes()
+    summary = json.loads(found["summary.json"])
+    for name in ("metrics.jsonl", "manifest.json"):  # these hold times and the command
+        assert summary["sha256"].pop(name) == sha256_of(run / name), f"the summary's hash of {name}"
+    found["summary.json"] = json.dumps(summary).encode()
     found["files"] = sorted(path.name for path in run.iterdir())
     found["checkpoints"] = sorted(path.name for path in (run / "checkpoints").iterdir())
     return found

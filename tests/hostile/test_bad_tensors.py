@@ -218,8 +218,8 @@ class TestLinks:
     def test_a_merged_checkpoint_takes_no_text_from_outside_the_base(self, tmp_path, outside, monkeypatch):
         base = tmp_path / "base"
         base.mkdir()
-        (base / "notes.txt").symlink_to(outside / "notes.txt")
-        monkeypatch.setattr("jaxlora.checkpoints.base._tensors", lambda spec, frozen: iter(()))
+        (base / "vocab.txt").symlink_to(outside / "notes.txt")
+        monkeypatch.setattr("jaxlora.checkpoints.base._arrays", lambda spec, weights: iter(()))
         refused(LINK, save_model, tmp_path / "merged", None, {}, base)
         assert not (tmp_path / "merged").exists()
 

@@ -38,7 +38,7 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "job
 BUILT_IN = {"eval", "exec", "compile", "__import__"}
 CALLS = {"torch.load", "os.system", "os.popen", "yaml.load", "pandas.read_pickle", "tempfile.mktemp"}
 SWITCHES = {"allow_pickle", "trust_remote_code", "shell"}
-RUNS_PYTHON = {"jaxlora/config.py"}  # a configuration file is Python, and is run
+RUNS_PYTHON = {"jaxlora/cli.py"}  # a configuration file is Python, and is run
 
 
 def offences(source: str, name: str) -> list[str]:

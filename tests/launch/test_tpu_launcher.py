@@ -757,7 +757,8 @@ class TestTheClockOfTheLaptopDecidesNothing:
     @pytest.mark.parametrize("step", ["run", "status", "logs"])
     def test_a_clock_that_was_ahead_hides_no_running_command(self, cloud: Cloud, step: str) -> None:
         self.at(cloud, "20990101T000000Z")
-        assert cloud.run(command=("bash", "train.sh", "ahead")).returncode == 0
+        cloud.program(RESUMABLE + "exit 3")
+        assert cloud.run("--max-failures=0", command=("bash", "train.sh", "ahead")).returncode == 3
         self.at(cloud, "20260101T000000Z")
         cloud.program(TestAnInterruptionTearsNothingDown.WAITS)
         run = subprocess.Popen(
@@ -778,12 +779,24 @@ class TestTheClockOfTheLaptopDecidesNothing:
             assert "worker 0: running: bash train.sh ahead" in cloud.launch("status").stdout
         elif step == "logs":
             with pytest.raises(subprocess.TimeoutExpired) as followed:
-                subprocess.run(cloud.line("logs"), env=cloud.environment(), capture_output=True, timeout=1.5)
+                subprocess.run(cloud.line("logs"), env=cloud.environment(), capture_output=True, timeout=5)
             assert b"start number 2 with ahead" in followed.value.stdout
         else:
+            self.at(cloud, "20260101T010000Z")
+            again = subprocess.Popen(
+                cloud.line("run", command=("bash", "train.sh", "ahead")),
+                env=cloud.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            assert again.stdout is not None
+            while "start number" not in (line := again.stdout.readline()):
+                assert again.poll() is None
             (cloud.folder / "finish").touch()
-            result = cloud.run(command=("bash", "train.sh", "ahead"))
-            assert result.returncode == 0, result.stderr
+            assert again.communicate(timeout=30)[0].startswith("finished")
+            assert "start number 2" in line
         (cloud.folder / "finish").touch()
         while not (cloud.results() / "starts").exists():
             time.sleep(0.05)
@@ -796,14 +809,14 @@ class TestTheClockOfTheLaptopDecidesNothing:
         pause() {{ SECONDS=$((SECONDS + 1000000)) slept=$((slept + delay)); }}
         say() {{ :; }}
         stop_with() {{ echo "$2"; exit "$1"; }}
-        ensure_slice
+        ensure_slice && echo ready
         slice_state() {{ echo CREATING; }}
         pause() {{ SECONDS=0; }}
         ensure_slice"""
         result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
         assert (result.returncode, result.stdout) == (
             1,
-            "no slice within 60 seconds (study is CREATING); end\n",
+            "ready\nno slice within 60 seconds (study is CREATING); end\n",
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from helpers.hf_models import make_checkpoint, our_model
 
@@ -29,6 +32,21 @@ def test_the_older_folder_of_a_killed_process_goes_once_the_new_one_stands(tmp_p
         (folder / "new").touch()
     assert [path.name for path in out.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name_and_then_its_name_is(tmp_path, monkeypatch):
+    out, synced = tmp_path / "out", []
+    original = os.fsync
+
+    def remember(handle):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, out.exists()))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", remember)
+    with new_folder(out) as folder:
+        (folder / "weights").write_bytes(b"0" * 10_000)
+    assert ("weights", False) in synced
+    assert synced[-1] == (tmp_path.name, True)
 
 
 @pytest.mark.parametrize("older", [False, True])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -11,11 +13,6 @@ import pytest
 from helpers import kills
 
 SEED = 20260420
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> kills.Lab:
-    return kills.Lab(tmp_path_factory.mktemp("kills"))
 
 
 def random_signals(lab: kills.Lab, number: int, send) -> int:
@@ -99,6 +96,53 @@ def test_six_kills_leave_no_trace(lab, capsys):
         lab.kill_at(folder, moment)
     lab.finish(folder)
     lab.report(capsys)
+
+
+FIVE = (
+    ("half a metrics line", 7),
+    ("arrays on their way to the disk", 2),
+    ("hashed, not published", 2),
+    ("half an adapter exported", 1),  # or a shard of all weights
+    ("exported, no summary", 1),
+)
+
+
+def five_kills(lab: kills.Lab, capsys) -> None:
+    folder = lab.new_folder()
+    for moment, nth in FIVE:
+        lab.kill_at(folder, moment, nth=nth)
+    lab.finish(folder)
+    lab.report(capsys)
+
+
+def test_a_run_of_all_weights_survives_five_kills(tmp_path, compiled, capsys):
+    lab = kills.Lab(tmp_path, compiled, "--config.train.what=full", run_id="tiny-full-seed-0")
+    names = {name for name in lab.expected if name.startswith("selected/")}
+    assert names >= {
+        "selected/model.safetensors.index.json",
+        "selected/config.json",
+        "selected/tokenizer.json",
+    }
+    hashed = json.loads(lab.expected["summary.json"])["sha256"]
+    assert {*hashed} == names  # the summary has a hash of each
+    five_kills(lab, capsys)
+
+
+def test_so_does_one_with_weight_decay_and_clipping(tmp_path, compiled, capsys):
+    lab = kills.Lab(tmp_path, compiled, "--config.optim.weight_decay=0.1", "--config.optim.clip_norm=1.0")
+    five_kills(lab, capsys)
+
+
+def test_so_does_one_that_starts_from_an_adapter(lab, tmp_path, compiled, capsys):
+    start = shutil.copytree(lab.whole.path / "selected", tmp_path / "adapter")
+    continued = kills.Lab(
+        tmp_path, compiled, f"--config.lora.start={start}", f"--config.model.path={lab.folder / 'model'}"
+    )
+    assert (
+        continued.expected["selected/adapter_model.safetensors"]
+        != lab.expected["selected/adapter_model.safetensors"]
+    )
+    five_kills(continued, capsys)
 
 
 @pytest.mark.slow

@@ -19,11 +19,6 @@ from jaxlora.runtime.files import write_json_atomic
 from jaxlora.train import run_directory as artifacts
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> kills.Lab:
-    return kills.Lab(tmp_path_factory.mktemp("runs"))
-
-
 @pytest.fixture
 def folder(lab) -> Path:
     """A folder for one run."""
@@ -248,10 +243,13 @@ class TestThingsThatGoWrong:
 
 class TestTheBestCheckpoint:
     @pytest.fixture(scope="class")
-    def overfitting(self, tmp_path_factory) -> kills.Lab:
+    def overfitting(self, tmp_path_factory, compiled) -> kills.Lab:
         """A job whose best checkpoint is not among its last two."""
         lab = kills.Lab(
-            tmp_path_factory.mktemp("best"), "--config.optim.peak_lr=20", "--config.optim.schedule=constant"
+            tmp_path_factory.mktemp("best"),
+            compiled,
+            "--config.optim.peak_lr=20",
+            "--config.optim.schedule=constant",
         )
         assert len(lab.expected["checkpoints"]) == 3
         return lab

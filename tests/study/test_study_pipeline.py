@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.forks import Fork
 from helpers.hf_models import make_checkpoint
 from helpers.xla_flags import xla_flags
 from rich.console import Console
@@ -177,7 +177,7 @@ def test_a_plan_says_what_it_rests_on_and_never_nan(repository, tmp_path, monkey
      ({"lora.output_head": "true"}, "config.lora.output_head: this model ties its head"),
      ({"mesh.fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 does not fit"),
      ({"model.random_weights": "true"}, "config.model.random_weights: the runs of a study share one base"),
-     ({"seed": 3}, "config.seed: 3 is of one run, and a study trains sweep.seeds (0,1,2)"),
+     ({"seed": 3}, "config.seed is ignored by studies; set config.sweep.seeds (now 0,1,2)"),
      ({"data.gate_report": "failed.json"}, "data gates: ")],
 )  # fmt: skip
 def test_the_plan_refuses_a_study_that_must_fail(repository, tmp_path, monkeypatch, fields, message):
@@ -218,14 +218,14 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
 
     shown = Console(width=200, file=io.StringIO())
     monkeypatch.setattr("jaxlora.train.display.console", shown)
-    jobs = [prepare(run, with_weights=False) for run in grid.sweep_runs(config)[:2]]
-    with TrainingDisplay(jobs, first_step=1) as display:
-        display.show(1, [0.5, 0.25], display.rate(100, 2))
-        display.validated(2, {job.config.run_id: {2: 0.5} for job in jobs})
+    job = prepare(grid.sweep_runs(config)[0], with_weights=False)
+    with TrainingDisplay(job, first_step=1) as display:
+        display.show(1, 0.5, display.rate(100))
+        display.validated(2, {2: 0.5})
     text = shown.file.getvalue()  # type: ignore[attr-defined]
-    assert "[red]t-attention_only-seed-0 and 1 more" in text
-    assert "loss 0.5000 0.2500" in text
-    assert "[red]t-attention_only-seed-1, step 2: validation mean NLL 0.50000 (best so far)" in text
+    assert "[red]t-attention_only-seed-0" in text
+    assert "loss 0.5000" in text
+    assert "step 2: validation mean NLL 0.50000 (best so far)" in text
 
 
 # --- A whole study, in seconds ------------------------------------------------------------------------------
@@ -261,35 +261,27 @@ def model_dir(tmp_path_factory, repository) -> Path:
 
 
 @pytest.fixture(scope="module")
-def study(model_dir, repository, tmp_path_factory):
-    """A function that starts the command in a working directory; compiled programs are shared."""
-    cache = tmp_path_factory.mktemp("compiled")
+def study(model_dir, repository):
+    """A function that starts the command in a working directory."""
 
-    def start(folder: Path, *words: str, **fields: object) -> subprocess.Popen:
+    def start(folder: Path, *words: str, **fields: object) -> Fork:
         values = FIELDS | {"model.path": model_dir} | fields
-        environment = os.environ | {
-            "XLA_FLAGS": xla_flags(devices=1),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "PYTHONPATH": str(repository),
-        }
-        command = [
-            sys.executable,
-            str(repository / "launch/study.py"),
-            "--config",
-            str(repository / "configs/tiny.py"),
-        ]
-        overrides = [f"--config.{name}={value}" for name, value in values.items()]
-        return subprocess.Popen(
-            [*command, *overrides, *words], cwd=folder, env=environment, text=True, stderr=subprocess.PIPE
-        )
+        command = [repository / "launch/study.py", "--config", repository / "configs/tiny.py"]
+        command += [f"--config.{name}={value}" for name, value in values.items()]
+        log = folder.parent / f"{folder.name}-{time.monotonic_ns()}.log"
+        environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
+        return Fork([*command, *words], cwd=folder, environment=environment, log=log)
 
     return start
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == code, errors
-    return " ".join(errors.split())
+def finish(process: Fork, code: int = 0) -> str:
+    try:
+        ended = process.wait(900)
+    finally:
+        process.kill()
+    assert ended == code, process.text
+    return " ".join(process.text.split())
 
 
 @pytest.fixture(scope="module")
@@ -449,11 +441,11 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def record_hashes(run: Path) -> None:
-    """Let the summary of a run hold the hashes of its other files, as that of every run should."""
-    names = ["manifest.json", "metrics.jsonl", *(f"selected/{name}" for name in ADAPTER_FILES)]
-    found = {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in names}
-    write_json_atomic(run / "summary.json", read_json(run / "summary.json") | {"sha256": found})
+def forget_hashes(run: Path) -> None:
+    """Let the summary of a run hold no hashes of its other files, as in earlier versions."""
+    summary = read_json(run / "summary.json")
+    del summary["sha256"]
+    write_json_atomic(run / "summary.json", summary)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "noted by the selection"])
@@ -461,8 +453,9 @@ def record_hashes(run: Path) -> None:
 def test_a_damaged_adapter_is_made_again_from_its_checkpoint(session, name, recorded):
     run, exported = Path("results") / RUN, session.folder / "adapters" / RUN
     if recorded:
-        record_hashes(run)
         (session.folder / "selection.json").unlink()
+    else:
+        forget_hashes(run)
     before = {file: (run / "selected" / file).read_bytes() for file in ADAPTER_FILES}
     checkpoints = {path: path.stat().st_ino for path in (run / "checkpoints").rglob("*")}
     flip(run / "selected" / name)
@@ -518,6 +511,7 @@ def test_metrics_that_contradict_their_summary_stop_the_study_and_are_named(
     task = STAGE[stage].check(session)[0]
     if stage == "learning-rates":
         text = text.replace("step 2", "step 1")
+    forget_hashes(task.item.run_dir)
     edit_row(task.item.run_dir / "metrics.jsonl", split, **changes)
     named = f"{task.item.run_dir}: metrics.jsonl and summary.json contradict each other ({text}"
     with pytest.raises(UserError, match=re.escape(named)) as refused:
@@ -527,7 +521,6 @@ def test_metrics_that_contradict_their_summary_stop_the_study_and_are_named(
 
 
 def test_metrics_that_moved_without_a_contradiction_are_named_by_their_hash(session):
-    record_hashes(Path("results") / RUN)
     assert states(session, "sweep") == {RUN: "done", OTHER: "done"}
     edit_row(Path("results") / RUN / "metrics.jsonl", "train", tokens_per_second=1e9)
     assert states(session, "sweep") == {RUN: "damaged", OTHER: "done"}
@@ -541,6 +534,7 @@ def test_a_truncated_trial_is_named_and_no_good_run_is_to_be_deleted(session):
     )
     lines = (trial / "metrics.jsonl").read_text().splitlines(keepends=True)
     (trial / "metrics.jsonl").write_text("".join(lines[:-1]))
+    forget_hashes(trial)
     assert set(states(session, "sweep").values()) == {"done", "waiting"}  # none is of another configuration
     with pytest.raises(UserError, match=f"{trial}: metrics.jsonl and summary.json contradict each other"):
         run_stages(session, [STAGE["learning-rates"], STAGE["sweep"]])
@@ -602,7 +596,6 @@ def test_metrics_that_cannot_be_read_are_named_and_trained_again_where_asked(ses
 
 def test_a_manifest_that_was_edited_after_its_run_is_named(session):
     run = Path("results") / RUN
-    record_hashes(run)
     manifest = read_json(run / "manifest.json")
     manifest["config"]["lora"]["rank"] = 4  # looks like another configuration, and is not
     write_json_atomic(run / "manifest.json", manifest)
@@ -879,7 +872,7 @@ def test_another_grid_with_a_run_that_diverges_ends_in_a_report_that_says_so(stu
 # --- Stopped anywhere ---------------------------------------------------------------------------------------
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+def wait_for(condition, process: Fork, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -902,8 +895,7 @@ def test_a_study_killed_in_the_middle_ends_in_the_same_report(finished, study, t
     file = tmp_path / "results" / PLACES[place]
     wait_for(lambda: file.is_file() and file.stat().st_size > 0, process)
     process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the study ended before it was killed"
+    assert process.wait(60) == -signal.SIGKILL, "the study ended before it was killed"
     assert not (tmp_path / "results/tiny-report/report.html").exists()
     finish(study(tmp_path))
     assert report_of(tmp_path) == report_of(finished)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +79,16 @@ def test_module_names_are_unique():
     """Pytest imports them by name alone."""
     names = [file.name for file in MODULES]
     assert len(set(names)) == len(names)
+
+
+def test_each_layer_of_the_package_uses_only_what_stands_below_it(repository):
+    """The contracts are in pyproject.toml; import-linter also sees imports inside functions."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "2 kept, 0 broken" in done.stdout
