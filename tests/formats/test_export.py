@@ -262,8 +262,7 @@ class TestMerged:
         make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
         found = base_files.find_base(ModelSource(path=str(base)))
         found.load(ModelSpec(found.config), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
-        known = {"fingerprint": found.fingerprint(), "weights_sha256": found.weights_sha256}
-        change(tmp_path / "run" / "manifest.json", base=known)
+        change(tmp_path / "run" / "summary.json", base_weights_sha256=found.weights_sha256)
         words = ("--run", tmp_path / "run", "--merged", tmp_path / "merged", "--out")
         assert export(*words, tmp_path / "first")[0] == 0
         shutil.rmtree(tmp_path / "merged")
