@@ -56,18 +56,21 @@ class Fork:
         environment: Mapping[str, str],
         log: Path,
         output: Path | None = None,
+        moment: tuple[str, int, int] | None = None,
     ):
         """
         Args:
           words: the script, then its arguments.
           log: for standard error, and for standard output where `output` is not given.
+          moment: name, which time it comes, and the signal that the program sends itself then; of
+            `helpers.kills.MOMENTS`.
         """
-        arguments = (list(map(str, words)), str(cwd), dict(environment), str(output or log), str(log))
+        arguments = (list(map(str, words)), str(cwd), dict(environment), str(output or log), str(log), moment)
         for file in {output or log, log}:
             file.touch()
-        self._process = server().Process(target=_child, args=arguments)
-        self._process.start()
-        self.pid: int = self._process.pid
+        self.process = server().Process(target=_child, args=arguments)
+        self.process.start()
+        self.pid: int = self.process.pid
         self.log = log
 
     @property
@@ -77,7 +80,7 @@ class Fork:
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
-        return self._process.exitcode
+        return self.process.exitcode
 
     def wait(self, seconds: float) -> int:
         """The exit code.
@@ -85,19 +88,19 @@ class Fork:
         Raises:
           subprocess.TimeoutExpired: it still runs.
         """
-        self._process.join(seconds)
-        if self._process.exitcode is None:
+        self.process.join(seconds)
+        if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(str(self.pid), seconds)
-        return self._process.exitcode
+        return self.process.exitcode
 
     def send_signal(self, signum: int) -> None:
         """To this process alone, if it is still there."""
-        if self._process.exitcode is None:
+        if self.process.exitcode is None:
             os.kill(self.pid, signum)
 
     def kill(self) -> None:
         """SIGKILL to it and all that it has started."""
-        if self._process.exitcode is None:
+        if self.process.exitcode is None:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:  # it has not come to its own group yet
@@ -147,7 +150,14 @@ def _keep_every_program(original, *arguments) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _child(words: list[str], cwd: str, environment: dict[str, str], output: str, log: str) -> None:
+def _child(
+    words: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    output: str,
+    log: str,
+    moment: tuple[str, int, int] | None,
+) -> None:
     os.setsid()
     os.chdir(cwd)
     for descriptor, file in ((1, output), (2, log)):
@@ -159,6 +169,10 @@ def _child(words: list[str], cwd: str, environment: dict[str, str], output: str,
     os.environ.update(environment)
     time.tzset()
     keep_every_program()
+    if moment is not None:
+        from helpers import kills  # which imports this module
+
+        kills.arm(*moment)
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).resolve().parent))
     try:

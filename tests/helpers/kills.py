@@ -1,9 +1,10 @@
-"""Runs of `launch/train.py` that are cheap to start, watched, killed and paused.
+"""Commands that are cheap to start, watched, killed and paused: training runs, and the others that write.
 
     lab = Lab(folder)                                    # a small run, once undisturbed
     lab.kill_at(folder, "half a metrics line")           # SIGKILL at this moment
     run = lab.pause_at(folder, "hashed, not published")  # SIGSTOP: now do something to its files
     run.go_on(); lab.finish(folder)                      # the same command again; compares
+    tool = Tool(folder, words, outcome)                  # any other script, with the same methods
 
 A fork server imports everything once and initialises no backend; each run is a fork of it that calls the real
 entry point. Inside it, functions of the package are wrapped from outside, to say in a shared byte each in
@@ -23,10 +24,11 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from helpers.forks import keep_every_program, server, wrap
+from helpers.forks import Fork, keep_every_program, server, wrap
 from helpers.xla_flags import xla_flags
 from jaxlora.runtime.files import sha256_of
 
@@ -81,7 +83,46 @@ def options(folder: Path) -> list[str]:
     return config + [f"--config.{name}={value}" for name, value in fields.items()]
 
 
-class Run:
+class Started:
+    """A process that was started, with its standard error in a file."""
+
+    process: Any
+    _log: Path
+
+    def send(self, signum: int) -> None:
+        """Send a signal, if the process is still there."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, signum)
+
+    def wait_until_stopped(self, seconds: float = 120) -> None:
+        """Wait until the process has stopped itself."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.is_alive():
+            # The state follows the program's name, which is in parentheses.
+            if Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"the moment never came:\n{self.log()}")
+
+    def go_on(self) -> int:
+        """Let a stopped process go on to its end; its exit code."""
+        self.send(signal.SIGCONT)
+        return self.wait()
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit code; negative: the signal that killed it."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"the run did not end within {seconds} s:\n{self.log()}")
+        return self.process.exitcode
+
+    def log(self) -> str:
+        """What the process wrote to the terminal."""
+        return self._log.read_text() if self._log.exists() else ""
+
+
+class Run(Started):
     """One process of the entry point over a results folder, with its standard error in a file."""
 
     def __init__(
@@ -106,26 +147,6 @@ class Run:
         self.process = server().Process(target=_child, args=arguments)
         self.process.start()
 
-    def send(self, signum: int) -> None:
-        """Send a signal, if the process is still there."""
-        if self.process.is_alive():
-            os.kill(self.process.pid, signum)
-
-    def wait_until_stopped(self, seconds: float = 120) -> None:
-        """Wait until the process has stopped itself."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.is_alive():
-            # The state follows the program's name, which is in parentheses.
-            if Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"the moment never came:\n{self.log()}")
-
-    def go_on(self) -> int:
-        """Let a stopped process go on to its end; its exit code."""
-        self.send(signal.SIGCONT)
-        return self.wait()
-
     def wait_for_steps(self) -> float | None:
         """Wait until this process has recorded something; seconds from its start, None if it never did."""
         seen = self._size
@@ -136,18 +157,6 @@ class Run:
             seen = min(seen, size)  # cut back to the checkpoint
             time.sleep(0.01)
         return None
-
-    def wait(self, seconds: float = 240) -> int:
-        """The exit code; negative: the signal that killed it."""
-        self.process.join(seconds)
-        if self.process.is_alive():
-            self.process.kill()
-            raise AssertionError(f"the run did not end within {seconds} s:\n{self.log()}")
-        return self.process.exitcode
-
-    def log(self) -> str:
-        """What the process wrote to the terminal."""
-        return self._log.read_text() if self._log.exists() else ""
 
     def phase(self) -> str:
         """The innermost phase that the process was in last."""
@@ -162,40 +171,120 @@ class Run:
         return file.stat().st_size if file.is_file() else 0
 
 
-class Lab:
-    """Runs of one small job, in folders of their own, and what an undisturbed one gives."""
+class Program(Started):
+    """One process of any script of the repository."""
 
-    def __init__(self, folder: Path, compiled: Path, *words: str, run_id: str = RUN_ID):
-        self.folder, self.options = folder, [*options(folder / "model"), *words]
-        self.compiled, self.run_id = compiled, run_id
+    def __init__(
+        self, words: Sequence[str | Path], cwd: Path, log: Path, moment: tuple[str, int, int] | None
+    ):
+        self._log = log
+        environment = os.environ | {"XLA_FLAGS": xla_flags(devices=1)}
+        self.process = Fork(words, cwd=cwd, environment=environment, log=log, moment=moment).process
+
+
+class Disturbed:
+    """A command over folders of its own, disturbed in each, and what an undisturbed one leaves."""
+
+    folder: Path
+    expected: dict[str, Any]
+
+    def __init__(self) -> None:
         self.kills: Counter[str] = Counter()
-        self.resumed: list[float] = []
         self._folders = 0
-        self.whole = whole = self.start(self.new_folder())
-        assert whole.wait() == 0, whole.log()
-        self.expected = outcome(whole.path)
+
+    def start(self, folder: Path, *words: str, **moment) -> Any:
+        raise NotImplementedError
 
     def new_folder(self) -> Path:
         self._folders += 1
         return self.folder / f"run-{self._folders}"
 
-    def start(self, folder: Path, *words: str, **moment) -> Run:
-        """Start or resume the run of a folder, with further options."""
-        return Run([*self.options, *words], folder, self.compiled, self.run_id, **moment)
-
-    def pause_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
+    def pause_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Any:
         """Start or resume, and stop at this moment, until `go_on`."""
         run = self.start(folder, *words, moment=moment, nth=nth, signum=signal.SIGSTOP)
         run.wait_until_stopped()
         return run
 
-    def kill_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Run:
+    def kill_at(self, folder: Path, moment: str, *words: str, nth: int = 1) -> Any:
         """Start or resume, and die at this moment."""
         run = self.start(folder, *words, moment=moment, nth=nth)
         code = run.wait()
         assert code == -signal.SIGKILL, f"'{moment}' never came (exit code {code}):\n{run.log()}"
         self.kills[f"at '{moment}'"] += 1
         return run
+
+    def report(self, capsys) -> None:
+        with capsys.disabled():
+            print(f"\n{self.kills.total()} kills survived:")
+            for name, count in sorted(self.kills.items()):
+                print(f"  {count:3} {name}")
+
+
+class Tool(Disturbed):
+    """A script that writes something else than a run: evaluation, export, dataset, study."""
+
+    def __init__(
+        self,
+        folder: Path,
+        words: Callable[[Path], Sequence[str | Path]],
+        outcome: Callable[[Path], dict[str, Any]],
+        prepare: Callable[[Path], object] = lambda folder: None,
+    ):
+        """
+        Args:
+          folder: for the folders that it works in.
+          words: the command line over a folder; the folder is also the working directory.
+          outcome: what it has left there, without what may differ between two runs of the command.
+          prepare: puts into a folder what must be there before.
+        """
+        super().__init__()
+        self.folder, self.words, self.outcome, self._prepare = folder, words, outcome, prepare
+        self.whole = self.new_folder()
+        self.finish(self.whole, first=True)
+
+    def new_folder(self) -> Path:
+        folder = super().new_folder()
+        folder.mkdir(parents=True)
+        self._prepare(folder)
+        return folder
+
+    def start(
+        self, folder: Path, *words: str, moment: str | None = None, nth: int = 1, signum: int = signal.SIGKILL
+    ) -> Program:
+        """Give the command over a folder, with further options."""
+        log = self.folder / f"log-{time.monotonic_ns()}.txt"
+        when = None if moment is None else (moment, nth, signum)
+        return Program([*self.words(folder), *words], folder, log, when)
+
+    def finish(self, folder: Path, *words: str, first: bool = False) -> Program:
+        """Give the command, which must succeed, and compare with the undisturbed one (or be that)."""
+        program = self.start(folder, *words)
+        assert program.wait() == 0, program.log()
+        if first:
+            self.expected = self.outcome(folder)
+        self.compare(folder)
+        return program
+
+    def compare(self, folder: Path) -> None:
+        different = differing(self.outcome(folder), self.expected)
+        assert not different, f"{', '.join(different)} in {folder}; the kills were {dict(self.kills)}"
+
+
+class Lab(Disturbed):
+    """Runs of one small job, in folders of their own, and what an undisturbed one gives."""
+
+    def __init__(self, folder: Path, compiled: Path, *words: str, run_id: str = RUN_ID):
+        super().__init__()
+        self.folder, self.options = folder, [*options(folder / "model"), *words]
+        self.compiled, self.run_id = compiled, run_id
+        self.resumed: list[float] = []
+        self.whole = whole = self.start(self.new_folder())
+        assert whole.wait() == 0, whole.log()
+        self.expected = outcome(whole.path)
+
+    def start(self, folder: Path, *words: str, **moment) -> Run:
+        """Start or resume the run of a folder, with further options."""
+        return Run([*self.options, *words], folder, self.compiled, self.run_id, **moment)
 
     def finish(self, folder: Path, *words: str) -> Run:
         """Resume to the end, and compare."""
@@ -211,10 +300,8 @@ class Lab:
         assert not different, f"{', '.join(different)} in {run.path}; the kills were {dict(self.kills)}"
 
     def report(self, capsys) -> None:
+        super().report(capsys)
         with capsys.disabled():
-            print(f"\n{self.kills.total()} kills survived:")
-            for name, count in sorted(self.kills.items()):
-                print(f"  {count:3} {name}")
             if self.resumed:
                 print(f"resumed in {sum(self.resumed) / len(self.resumed):.1f} s on average")
 
@@ -222,8 +309,6 @@ class Lab:
 def _child(
     words: list[str], cache: str, log: str, phases: str, moment: str | None, nth: int, signum: int
 ) -> None:
-    global _signum
-    _signum = signum
     os.environ["XLA_FLAGS"] = xla_flags(devices=1)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -234,7 +319,7 @@ def _child(
         _announce_phases(mmap.mmap(file.fileno(), len(PHASES)))
     keep_every_program()
     if moment is not None:
-        MOMENTS[moment](_countdown(nth))
+        arm(moment, nth, signum)
     specification = importlib.util.spec_from_file_location("launch_train", REPOSITORY / "launch" / "train.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -258,6 +343,13 @@ def _announce_phases(board: mmap.mmap) -> None:
 
 
 _signum: int = signal.SIGKILL
+
+
+def arm(moment: str, nth: int, signum: int) -> None:
+    """Have this process send itself a signal when this moment comes for the nth time."""
+    global _signum
+    _signum = signum
+    MOMENTS[moment](_countdown(nth))
 
 
 def die() -> None:
@@ -388,6 +480,91 @@ MOMENTS: dict[str, Callable[[Iterator[bool]], None]] = {
     "exported, no summary": _before(FILES, "RunDirectory", "finish"),
     "half a summary": _half_json(FILES, "summary.json"),
 }
+
+
+def _renamed(before: bool, named: Callable[[Path], bool]) -> Callable:
+    """Before or after a folder or file with such a name is given its final one."""
+
+    def install(now: Iterator[bool]) -> None:
+        def around(original, source, target):
+            mine = named(Path(source)) and next(now)
+            if mine and before:
+                die()
+            result = original(source, target)
+            if mine:
+                die()
+            return result
+
+        wrap("os", None, "replace", around)
+        wrap("pathlib", "Path", "rename", around)
+
+    return install
+
+
+def _staged(name: str) -> Callable[[Path], bool]:
+    """Whether a file is this one, written beside its place."""
+    return lambda path: path.name.startswith(f".{name}.") and path.name.endswith(".tmp")
+
+
+def _finished_folder(path: Path) -> bool:
+    return path.suffix in (".partial", ".building")
+
+
+def _in_the_answers(now: Iterator[bool]) -> None:
+    def around(original, *args, progress, **kwargs):
+        def advance(*done):
+            if next(now):
+                die()
+            progress(*done)
+
+        return original(*args, progress=advance, **kwargs)
+
+    wrap("jaxlora.evals.run", None, "generate", around)
+
+
+def _half_a_copy(now: Iterator[bool]) -> None:
+    """Dies with the first half of a copied file in its place."""
+
+    def around(original, source, out, names):
+        if next(now):
+            name = next(name for name in names if (Path(source) / name).is_file())
+            content = (Path(source) / name).read_bytes()
+            (Path(out) / name).write_bytes(content[: len(content) // 2])
+            die()
+        return original(source, out, names)
+
+    for module in ("jaxlora.checkpoints.peft", "jaxlora.checkpoints.base"):
+        wrap(module, None, "copy_files", around)
+
+
+SUBJECTS, BUILD = "jaxlora.evals.subjects", "jaxlora.data.build"
+EVALUATION: dict[str, Callable[[Iterator[bool]], None]] = {
+    "claimed, base not loaded": _before(SUBJECTS, None, "load_target_base"),
+    "base loaded, nothing answered": _before(SUBJECTS, None, "evaluate"),
+    "in the middle of the answers": _in_the_answers,
+    "answered, nothing written": _before("jaxlora.evals.run", None, "replace_together"),
+    "all staged, no file in its place": _renamed(True, _staged("predictions.jsonl")),
+    "predictions in their place, no metrics": _renamed(True, _staged("metrics.jsonl")),
+    "metrics in their place, an older summary": _renamed(True, _staged("summary.json")),
+    "evaluated, no point in the curves": _before("jaxlora.evals.run", None, "write_outcome"),
+}
+EXPORT: dict[str, Callable[[Iterator[bool]], None]] = {
+    "half of the weights exported": _half_exported,
+    "half of a copied file": _half_a_copy,
+    "exported, not in its place": _renamed(True, _finished_folder),
+    "exported and in its place": _renamed(False, _finished_folder),
+}
+BUILDING: dict[str, Callable[[Iterator[bool]], None]] = {
+    "a row accepted": _before(BUILD, "_Spool", "add"),
+    "rows accepted, not split": _before("jaxlora.data.curation", None, "split_by_problem"),
+    "a row of a part written": _before(BUILD, "_Spool", "read"),
+    "half a dataset's manifest": _half_json(BUILD, "manifest.json"),
+    "built, not synced": _before(BUILD, None, "_publish"),
+    "built, not in its place": _renamed(True, _finished_folder),
+    "in its place, the older one not deleted": _renamed(False, _finished_folder),
+}
+RUN_MOMENTS = tuple(MOMENTS)  # of a run without an evaluation after it
+MOMENTS |= EVALUATION | EXPORT | BUILDING
 
 AFTER_TRAINING = "finished, not evaluated"  # comes only with eval.after_training
 MOMENTS[AFTER_TRAINING] = _before("jaxlora.evals.after_training", None, "evaluate_base_and_selected")

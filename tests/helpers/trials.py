@@ -11,6 +11,7 @@ another command writes is tried in the same way: give a `start` whose result has
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections import Counter
@@ -76,6 +77,17 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def fill(disk: Path) -> Path:
+    """Fill a disk to its last byte; the file that does it."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for size in (2**16, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size) == size:
+                    pass
+    return filler
+
+
 def one_line(log: str) -> str:
     """The error of a command that ended with exit code 2: one line and no trace."""
     assert "Traceback" not in log, log
@@ -90,6 +102,7 @@ def try_damage(
     trials: list[tuple[str, str]],
     start: Callable[[Path], object],
     check: Callable[[Path], None],
+    place: Callable[[Path, str], str] = lambda folder, name: str(folder),
 ) -> Counter[str]:
     """Do each fault to each file of a copy of `sound`, give the command again, and count the ends.
 
@@ -97,6 +110,7 @@ def try_damage(
       trials: file below `sound`, and the name of a fault.
       start: begins the command over a folder; its result has `wait() -> exit code` and `log() -> text`.
       check: raises where what the command left is not what an undisturbed one leaves.
+      place: what the one line must name, of a folder and a file below it.
     """
     ends: Counter[str] = Counter()
     faults = DAMAGE | JSON_DAMAGE
@@ -110,7 +124,7 @@ def try_damage(
         if code == 2:
             message = one_line(run.log())
             ends["one line"] += 1
-            assert str(folder) in message, f"{fault} in {name}: the line names no place: {message}"
+            assert place(folder, name) in message, f"{fault} in {name}: the line names no place: {message}"
         else:
             check(folder)
             ends["made good"] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 from helpers import kills
-from helpers.trials import DAMAGE, JSON_DAMAGE, one_line, small_disk, try_damage
+from helpers.trials import DAMAGE, JSON_DAMAGE, fill, one_line, small_disk, try_damage
 
 import jaxlora.checkpoints.run_state as run_state
 from jaxlora.checkpoints.run_state import RunState
@@ -39,17 +38,6 @@ def finished(lab) -> Path:
     folder = lab.new_folder()
     shutil.copytree(lab.whole.path.parent, folder / "results")
     return folder
-
-
-def fill(disk: Path) -> Path:
-    """Fill a disk to its last byte; the file that does it."""
-    filler = disk / "filler"
-    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-        for size in (2**16, 1):
-            with contextlib.suppress(OSError):
-                while file.write(b"x" * size) == size:
-                    pass
-    return filler
 
 
 def newest(folder: Path) -> str:

@@ -147,7 +147,7 @@ def test_so_does_one_that_starts_from_an_adapter(lab, tmp_path, compiled, capsys
 
 @pytest.mark.slow
 def test_a_kill_at_each_named_moment_leaves_no_trace(lab, capsys):
-    moments = [moment for moment in kills.MOMENTS if moment != kills.AFTER_TRAINING]
+    moments = kills.RUN_MOMENTS
     before = lab.kills.copy()
     folder = lab.new_folder()
     for moment in moments:
