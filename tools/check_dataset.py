@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jaxlora.data.build import check_built
 from jaxlora.data.gates import REPORT_NAME, Benchmark, FilePair, check, find_pairs
 from jaxlora.data.leaks import CONTAINED, EQUAL, SAME_WORDS
 from jaxlora.evals.gsm8k import load_problems
@@ -49,6 +50,7 @@ def main() -> int:
     options = parser.parse_args()
 
     if options.dir and not (options.train or options.validation):
+        check_built(Path(options.dir))
         pairs, root = find_pairs(Path(options.dir)), options.dir
         report_path = options.report or Path(options.dir) / REPORT_NAME
     elif options.train and options.validation and not options.dir:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
 
-from jaxlora.checkpoints.export import adapter_bytes, load_selected, merged_bytes, write_adapter, write_merged
+from jaxlora.checkpoints.base import refuse_existing
+from jaxlora.checkpoints.export import (
+    adapter_bytes,
+    is_exported,
+    load_selected,
+    merged_bytes,
+    write_adapter,
+    write_merged,
+)
 from jaxlora.runtime.claims import enough_room
 from jaxlora.runtime.errors import UserError, run_main
 
@@ -45,12 +53,17 @@ def main() -> None:
 
     if options.merged and options.merged.resolve() == options.out.resolve():
         raise UserError(f"--merged {options.merged}: is --out, too; give two folders")
-    for folder in (options.merged, None if options.overwrite else options.out):
-        if folder is not None and folder.exists():
-            raise UserError(f"{folder}: exists already; give a new folder")
+    if options.merged:
+        refuse_existing(options.merged)
+    elif not options.overwrite:
+        refuse_existing(options.out)
     with_weights = options.merged is not None and not options.dry_run
     selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
     lora = selected.spec.lora
+    # Of an export with --merged that was stopped half-way, the adapter is there already.
+    kept = options.merged is not None and is_exported(selected, options.out)
+    if not options.overwrite and not kept:
+        refuse_existing(options.out)
     if lora is None and options.merged:
         raise UserError("--merged: this run trained all weights; --out alone takes its model")
     print(f"run       {selected.config.run_id}, step {selected.metadata.get('step', 'not recorded')}")
@@ -72,7 +85,7 @@ def main() -> None:
     with enough_room(options.out):
         if lora is None:
             write_merged(selected, options.out)
-        else:
+        elif not kept:
             write_adapter(selected, options.out, options.overwrite)
     if options.merged:
         with enough_room(options.merged):

@@ -23,13 +23,21 @@ from jaxlora.checkpoints.base import (
     save_model,
     tokenizer_sha256,
 )
-from jaxlora.checkpoints.peft import FINGERPRINT, RENDERED_BY, export_adapter
+from jaxlora.checkpoints.peft import (
+    FINGERPRINT,
+    METADATA,
+    RENDERED_BY,
+    SETTINGS,
+    WEIGHTS,
+    export_adapter,
+)
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.remote import weight_files
@@ -101,6 +109,7 @@ def load_selected(
     known = trained_on.get("fingerprint"), summary.get("base_weights_sha256")
     spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
     selected = folder / "selected"
+    _check_recorded(folder, summary)
     if config.train.what == "full":
         metadata = {"run_id": config.run_id, "step": summary.get("selected_step")}
         metadata[RENDERED_BY] = rendered_by(manifest)
@@ -119,6 +128,21 @@ def load_selected(
     if metadata.get(RENDERED_BY) is None:
         metadata[RENDERED_BY] = rendered_by(manifest)
     return Selected(folder, config, found, known[0], spec, adapter.tree, metadata, known[1])
+
+
+def _check_recorded(run: Path, summary: dict[str, Any]) -> None:
+    """Refuse what a run selected where it is not what the run's summary has the hashes of (`UserError`)."""
+    for name, expected in (summary.get("sha256") or {}).items():
+        if not name.startswith("selected/"):
+            continue
+        file = run / name
+        if not file.is_file():
+            raise UserError(f"{file}: is gone; put it back, or train this run again")
+        if sha256_of(file) != expected:
+            raise UserError(
+                f"{file}: is not what the run wrote (its SHA-256 differs from the one in summary.json); put"
+                " back a sound copy, or train this run again"
+            )
 
 
 def rendered_by(manifest: dict[str, Any]) -> str | None:
@@ -143,6 +167,15 @@ def merged_bytes(selected: Selected) -> int:
     """Bytes of the merged checkpoint's values, in the dtype of the base's files."""
     width = {"float32": 4, "bfloat16": 2, "float16": 2}
     return width[_stored_dtype(_base(selected))] * count_parameters(selected.spec.config)
+
+
+def is_exported(selected: Selected, out: Path) -> bool:
+    """Whether a folder holds just this adapter: an export that was stopped after it goes on from there."""
+    own = selected.run / "selected"
+    names = (WEIGHTS, SETTINGS, METADATA)
+    return not selected.spec.full and all(
+        (out / name).is_file() and (out / name).read_bytes() == (own / name).read_bytes() for name in names
+    )
 
 
 def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) -> None:

@@ -31,7 +31,7 @@ from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object, sha256_of, write_json_atomic
-from jaxlora.runtime.folders import put_in_place
+from jaxlora.runtime.folders import put_back, put_in_place
 from jaxlora.runtime.progress import progress_bar
 
 MANIFEST_NAME = "manifest.json"
@@ -115,18 +115,24 @@ def build(plan: BuildPlan) -> dict[str, Any]:
         exists and `overwrite` is false, or the disk is full. Nothing is left under `out` then.
     """
     out = plan.out.resolve()
-    if out.exists() and not plan.overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{plan.out} exists; choose another --out, or pass --overwrite")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{plan.out} is a file; choose another --out")
+    _check_place(plan, out)
     with _disk_errors(out), _work_folder(out) as folder:
+        _check_place(plan, out)  # what a killed build had moved aside is there again
         manifest = _build_into(folder, plan)
         _publish(folder, out)
     return manifest
 
 
+def _check_place(plan: BuildPlan, out: Path) -> None:
+    if out.exists() and not plan.overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{plan.out} exists; choose another --out, or pass --overwrite")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{plan.out} is a file; choose another --out")
+
+
 def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     revision = None if is_file_source(plan.source) else hub_revision(plan.source, plan.revision)
+    source_sha256 = _source_sha256(plan)
     with (folder / "spool").open("w+b") as file:
         spool = _Spool(file, plan.sources, _most_bytes(plan.source))
         counts = _accept_rows(plan, revision, spool)
@@ -136,6 +142,8 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
         for part, rows in (("train", split.train), ("val", split.validation)):
             by_source[part] = _write_part(folder, part, spool, rows)
     (folder / "spool").unlink()
+    if _source_sha256(plan) != source_sha256:  # the manifest would name a file whose rows are not these
+        raise UserError(f"{plan.source}: was changed while it was read; build again")
     for name in FILES:
         path = folder / name
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -144,7 +152,7 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
             "name": plan.source,
             "split": plan.split,
             "revision": revision,
-            "sha256": sha256_of(locate(plan.source)) if is_file_source(plan.source) else None,
+            "sha256": source_sha256,
             "problem_sources": list(plan.sources),
         },
         "seed": curation.SEED,
@@ -158,6 +166,11 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
     }
     write_json_atomic(folder / MANIFEST_NAME, manifest)
     return manifest
+
+
+def _source_sha256(plan: BuildPlan) -> str | None:
+    """Of a file; None for the Hub, whose commit is recorded."""
+    return sha256_of(locate(plan.source)) if is_file_source(plan.source) else None
 
 
 def _most_bytes(source: str) -> int | None:
@@ -265,6 +278,7 @@ def _work_folder(out: Path) -> Iterator[Path]:
         if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
             raise UserError(f"another build of {out} has just finished; look at it first")
         _empty(folder)  # what an interrupted build left
+        put_back(out)
         try:
             yield folder
         finally:
@@ -324,3 +338,25 @@ def verify(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path}: no such file; build the dataset again")
         manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return manifest
+
+
+def check_built(folder: Path) -> None:
+    """Refuse files of a built dataset that are not what its manifest has the hashes of.
+
+    A folder without a manifest, or with that of another program, is not a built dataset.
+
+    Raises:
+      UserError: names the file.
+    """
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    recorded = read_object(folder / MANIFEST_NAME).get("files")
+    for name in FILES if isinstance(recorded, dict) else ():
+        file = recorded.get(name)
+        expected = file.get("sha256") if isinstance(file, dict) else None
+        path = folder / name
+        if expected is not None and (not path.is_file() or sha256_of(path) != expected):
+            raise UserError(
+                f"{path}: is not what was built (its SHA-256 differs from the one in {MANIFEST_NAME}); build"
+                " the dataset again"
+            )

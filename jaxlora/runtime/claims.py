@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import is_disk_full
+from jaxlora.runtime.folders import put_back
 
 
 @contextmanager
@@ -78,9 +79,7 @@ def _locked(file: Path, out: Path, wait: bool) -> int:
 
 def _clear(out: Path) -> None:
     """Remove half-made folders and files; put back an older folder that was only moved aside."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    if replaced.exists() and not out.exists():
-        replaced.rename(out)
+    put_back(out)
     left = re.compile(rf"\.{re.escape(out.name)}\.(\d+\.partial|\d+\.tmp|replaced)")
     for path in list(out.parent.iterdir()):
         if left.fullmatch(path.name):

@@ -62,7 +62,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def put_in_place(folder: Path, out: Path) -> None:
     """Rename a finished folder to `out`; an older one is removed only after the new one stands."""
-    old = out.with_name(f".{out.name}.replaced")
+    old = _aside(out)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
@@ -70,6 +70,16 @@ def put_in_place(folder: Path, out: Path) -> None:
     sync(out.parent, below=False)
     if old.exists():  # also what a process left that was killed between the two names
         shutil.rmtree(old)
+
+
+def put_back(out: Path) -> None:
+    """Give an older folder its name again, where a process was killed before the new one had it."""
+    if _aside(out).exists() and not out.exists():
+        _aside(out).rename(out)
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
 
 
 def _settle(folder: Path) -> None:

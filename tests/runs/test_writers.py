@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import kills
-from helpers.trials import DAMAGE, JSON_DAMAGE, fill, flip_a_bit, one_line, small_disk, try_damage
+from helpers.kills import differing
+from helpers.trials import DAMAGE, JSON_DAMAGE, fill, one_line, small_disk, try_damage
 
 from jaxlora.data.build import FILES, BuildPlan, build
+from jaxlora.runtime.errors import UserError
 
 REPOSITORY = kills.REPOSITORY
 RUN = kills.RUN_ID
@@ -233,13 +234,95 @@ def building(tmp_path_factory) -> kills.Tool:
     return kills.Tool(folder / "work", lambda folder: [*tool, folder / "data"], files_of, prepare)
 
 
+MOVED = {  # where the older dataset is then
+    "built, not in its place": ".data.replaced",
+    "in its place, the older one not deleted": ".data.replaced",
+}
+
+
 def test_a_build_killed_at_each_named_moment_leaves_no_trace(building, capsys):
     folder = building.new_folder()
     older = files_of(folder / "data")
-    for moment in [*kills.BUILDING][:-1]:
+    for moment in kills.BUILDING:
         for nth in (1, 200) if moment.startswith("a row") else (1,):
             building.kill_at(folder, moment, nth=nth)
-            assert files_of(folder / "data") == older, moment
-    building.kill_at(folder, "in its place, the older one not deleted")
+            assert differing(files_of(folder / MOVED.get(moment, "data")), older) == [], moment
     building.finish(folder)
     building.report(capsys)
+
+
+def test_a_dataset_that_was_moved_aside_is_kept_by_a_build_that_fails_or_may_not_replace_it(building):
+    folder = building.new_folder()
+    older = files_of(folder / "data")
+    building.kill_at(folder, "built, not in its place")
+    assert not (folder / "data").exists()
+    bad = folder.with_suffix(".jsonl")
+    bad.write_text("{broken\n")
+    for source in (str(bad), str(building.words(folder)[2])):  # the second one without --overwrite
+        with pytest.raises(
+            UserError, match="exists; choose another" if source != str(bad) else "broken|JSON"
+        ):
+            build(BuildPlan(source, None, folder / "data", overwrite=source == str(bad)))
+        assert differing(files_of(folder / "data"), older) == []
+        assert [path.name for path in folder.iterdir()] == ["data"]
+
+
+def test_a_build_whose_disk_fills_up(building):
+    full_disk(building, "a row accepted", code=2, nth=100)
+    full_disk(building, "a row of a part written", code=2)
+
+
+@pytest.mark.slow
+def test_disks_of_every_size_for_a_build(building):
+    for size in ("180k", "260k", "420k", "480k", "560k"):
+        folder = building.new_folder()
+        aside = shutil.move(folder, folder.with_name(f"{folder.name}-aside"))
+        with small_disk(folder, size) as resize:
+            shutil.copytree(aside, folder, dirs_exist_ok=True)
+            older = files_of(folder)
+            program = building.start(folder)
+            assert program.wait() == 2, f"{size}: {program.log()}"
+            assert "is full; nothing was written" in one_line(program.log())
+            assert differing(files_of(folder), older) == []
+            resize("50m")
+            building.finish(folder)
+
+
+def test_a_source_that_is_replaced_while_it_is_read_is_not_recorded_as_if_it_had_been_read(
+    building, tmp_path
+):
+    source = write_rows(tmp_path / "rows.jsonl", 40)
+    words = ["--source", source]  # the last one counts
+    folder = building.new_folder()
+    older = files_of(folder)
+    program = building.pause_at(folder, "rows accepted, not split", *words)
+    write_rows(source, 41)
+    assert program.go_on() == 2, program.log()
+    assert f"{source}: was changed while it was read" in one_line(program.log())
+    assert differing(files_of(folder), older) == []
+
+
+@pytest.fixture(scope="module")
+def checking(building, tmp_path_factory) -> kills.Tool:
+    """The gates over a dataset that was built: the next stage."""
+    tool = [REPOSITORY / "tools" / "check_dataset.py", "--benchmark", "embedded:data/test.jsonl"]
+    return kills.Tool(
+        tmp_path_factory.mktemp("checking"),
+        lambda folder: [*tool, folder / "data"],
+        lambda folder: {name: content for name, content in files_of(folder).items() if "contam" not in name},
+        lambda folder: shutil.copytree(building.whole / "data", folder / "data"),
+    )
+
+
+def test_damage_to_a_built_dataset_is_found_by_the_next_stage(checking):
+    trials = [(f"data/{name}", fault) for name in FILES for fault in ("a flipped bit", "a missing file")]
+    assert damage(checking, trials) == {"one line": len(trials)}
+
+
+@pytest.mark.slow
+def test_every_fault_in_every_file_of_a_built_dataset(checking, capsys):
+    trials = [(f"data/{name}", fault) for name in FILES for fault in DAMAGE]
+    ends = damage(checking, trials)
+    with capsys.disabled():
+        print(f"\ndamage to a built dataset: {ends}")
+    assert ends == {"one line": len(trials)}
