@@ -21,7 +21,7 @@ from jaxlora.checkpoints.export import (
     write_adapter,
     write_merged,
 )
-from jaxlora.runtime.claims import enough_room
+from jaxlora.runtime.claims import claimed, enough_room
 from jaxlora.runtime.errors import UserError, run_main
 
 
@@ -85,7 +85,10 @@ def main() -> None:
     with enough_room(options.out):
         if lora is None:
             write_merged(selected, options.out)
-        elif not kept:
+        elif kept:
+            with claimed(options.out):
+                pass  # clears away what the stopped one left beside it
+        else:
             write_adapter(selected, options.out, options.overwrite)
     if options.merged:
         with enough_room(options.merged):

@@ -491,7 +491,7 @@ def _renamed(before: bool, named: Callable[[Path], bool]) -> Callable:
             if mine and before:
                 die()
             result = original(source, target)
-            if mine:
+            if mine and not before:
                 die()
             return result
 

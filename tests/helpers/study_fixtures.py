@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from helpers.hf_models import make_checkpoint
 from jaxlora.evals.gsm8k import Problem, aggregate, score
 from jaxlora.runtime.files import (
     append_jsonl,
@@ -16,6 +19,7 @@ from jaxlora.runtime.files import (
     write_jsonl_atomic,
     write_text_atomic,
 )
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.study import figures
 from jaxlora.study.comparison import Evaluation
 from jaxlora.study.grid import Setting
@@ -169,3 +173,47 @@ def empty_pictures(figures, folder: Path, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for drawn, _ in figures:
         (folder / f"{drawn.name}.png").touch()
+
+
+# --- A real study, in seconds -------------------------------------------------------------------------------
+
+FIELDS = {
+    "results_dir": "results",  # of the working directory, so that two studies have the same configuration
+    "data.train_rows": 24,
+    "data.validation_rows": 8,
+    "train.epochs": 1,
+    "train.validation_every": 2,
+    "train.validation_merge": 0,
+    "train.startup_check": "false",
+    "selection.learning_rates": "1e-3,3e-3",
+    "selection.train_rows": 16,
+    "selection.validation_rows": 8,
+    "selection.validation_every": 1,
+    "sweep.seeds": "0",
+    "eval.problems": 6,
+    "eval.max_new_tokens": 8,
+    "eval.batch_rows": 3,
+}
+
+
+def tiny_base(folder: Path) -> Path:
+    """A random one-layer model with the embedded tokenizer."""
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    make_checkpoint(folder, initializer_range=0.05, **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_path("base") / name, folder)
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, str]:
+    """The report's files without the sections of measured times."""
+    report = folder / "results" / "tiny-report"
+    html = (report / "report.html").read_text(encoding="utf-8")
+    html, cut = re.subn(r'<section id="\w+" data-measured>.*?</section>', "", html, flags=re.DOTALL)
+    markdown = (report / "report.md").read_text(encoding="utf-8")
+    markdown, also_cut = re.subn(
+        r"\n## Training time and throughput\n.*?(?=\n## )", "", markdown, flags=re.DOTALL
+    )
+    assert (cut, also_cut) == (1, 1)
+    names = ("comparison.json", "selection.json")
+    return {"html": html, "markdown": markdown} | {name: (report / name).read_text() for name in names}

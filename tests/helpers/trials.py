@@ -103,6 +103,7 @@ def try_damage(
     start: Callable[[Path], object],
     check: Callable[[Path], None],
     place: Callable[[Path, str], str] = lambda folder, name: str(folder),
+    more: dict[str, Callable[[Path], object]] | None = None,
 ) -> Counter[str]:
     """Do each fault to each file of a copy of `sound`, give the command again, and count the ends.
 
@@ -111,9 +112,10 @@ def try_damage(
       start: begins the command over a folder; its result has `wait() -> exit code` and `log() -> text`.
       check: raises where what the command left is not what an undisturbed one leaves.
       place: what the one line must name, of a folder and a file below it.
+      more: further faults, by their names.
     """
     ends: Counter[str] = Counter()
-    faults = DAMAGE | JSON_DAMAGE
+    faults = DAMAGE | JSON_DAMAGE | (more or {})
     for name, fault in trials:
         folder = new_folder()
         shutil.copytree(sound, folder, symlinks=True, dirs_exist_ok=True)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.forks import Fork
-from helpers.hf_models import make_checkpoint
+from helpers.study_fixtures import FIELDS, report_of, tiny_base
 from helpers.xla_flags import xla_flags
 from rich.console import Console
 from rich.table import Table
@@ -230,34 +230,11 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
 
 # --- A whole study, in seconds ------------------------------------------------------------------------------
 
-FIELDS = {
-    "results_dir": "results",  # of the working directory, so that two studies have the same configuration
-    "data.train_rows": 24,
-    "data.validation_rows": 8,
-    "train.epochs": 1,
-    "train.validation_every": 2,
-    "train.validation_merge": 0,
-    "train.startup_check": "false",
-    "selection.learning_rates": "1e-3,3e-3",
-    "selection.train_rows": 16,
-    "selection.validation_rows": 8,
-    "selection.validation_every": 1,
-    "sweep.seeds": "0",
-    "eval.problems": 6,
-    "eval.max_new_tokens": 8,
-    "eval.batch_rows": 3,
-}
-
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, repository) -> Path:
+def model_dir(tmp_path_factory) -> Path:
     """A random one-layer model with the embedded tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    make_checkpoint(folder, initializer_range=0.05, **sizes)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(repository / "jaxlora/embedded/base" / name, folder)
-    return folder
+    return tiny_base(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -309,20 +286,6 @@ def session(repository, model_dir, copy, monkeypatch) -> Session:
 
 def states(session: Session, name: str) -> dict[str, str]:
     return {task.name: task.state.kind for task in STAGE[name].check(session)}
-
-
-def report_of(folder: Path) -> dict[str, str]:
-    """The report's files without the sections of measured times."""
-    report = folder / "results" / "tiny-report"
-    html = (report / "report.html").read_text(encoding="utf-8")
-    html, cut = re.subn(r'<section id="\w+" data-measured>.*?</section>', "", html, flags=re.DOTALL)
-    markdown = (report / "report.md").read_text(encoding="utf-8")
-    markdown, also_cut = re.subn(
-        r"\n## Training time and throughput\n.*?(?=\n## )", "", markdown, flags=re.DOTALL
-    )
-    assert (cut, also_cut) == (1, 1)
-    names = ("comparison.json", "selection.json")
-    return {"html": html, "markdown": markdown} | {name: (report / name).read_text() for name in names}
 
 
 def test_one_command_makes_everything(finished):
