@@ -351,7 +351,9 @@ def check_built(folder: Path) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         return
     recorded = read_object(folder / MANIFEST_NAME).get("files")
-    for name in FILES if isinstance(recorded, dict) else ():
+    if not isinstance(recorded, dict):
+        return
+    for name in FILES:
         file = recorded.get(name)
         expected = file.get("sha256") if isinstance(file, dict) else None
         path = folder / name
