@@ -163,7 +163,10 @@ def export(tmp_path_factory, lab, run) -> kills.Tool:
     def prepare(folder: Path) -> None:
         shutil.copytree(run, folder / RUN)
 
-    return kills.Tool(tmp_path_factory.mktemp("export"), words, files_of, prepare)
+    def outcome(folder: Path) -> dict[str, bytes]:
+        return {name: value for name, value in files_of(folder).items() if not name.startswith(RUN)}
+
+    return kills.Tool(tmp_path_factory.mktemp("export"), words, outcome, prepare)
 
 
 EXPORTED = [(moment, nth) for nth in (1, 2) for moment in kills.EXPORT]  # the adapter, then the merged model
