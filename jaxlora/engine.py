@@ -13,7 +13,7 @@ The verbs are those of Tinker. Behind them are the programs of a run (`jaxlora.t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -75,7 +75,12 @@ def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = N
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype!r:.80} is not supported; give bfloat16 or float32")
     source = ModelSource(path=str(path), dtype=dtype)  # type: ignore[arg-type]
-    base = find_base(source)
+    return engine_of(find_base(source), mesh)
+
+
+def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
+    """An engine of a base that was found, on a mesh as of `load`."""
+    source = base.source
     if mesh is None and (slice_ := slice_of(jax.devices())) is not None:
         mesh = with_mesh(RunConfig(model=source), base.config, slice_).mesh
     return Engine(base, wire(source, mesh or MeshConfig()))
@@ -148,6 +153,10 @@ class Engine:
             weights = self.base.load(replace(spec, dtype="float32", full=False), self.machine.mesh)
         return Trainer(self, spec, weights)
 
+    def untrained(self) -> Trainer:
+        """The base as it is, to look at and to sample from; there is nothing to train."""
+        return Trainer(self, self._spec(), {})
+
     def open(self, path: str | Path) -> Trainer:
         """Take up what was trained: a PEFT folder, a finished run (its selected weights), or a full model.
 
@@ -198,6 +207,7 @@ class Trainer:
         self._optim: OptimConfig | None = None
         self._opt_state: Any = None
         self._grads: Tree | None = None
+        self._decodes: tuple[ModelSpec, Tree, Tree, Mesh] | None = None
 
     # --- Training -------------------------------------------------------------------------------------------
 
@@ -252,7 +262,7 @@ class Trainer:
         same = replace(optim, peak_lr=1.0)
         if self._optim not in (None, same):
             raise UserError("optim_step: only the learning rate may change between steps")
-        self._optim = same
+        self._optim, self._decodes = same, None
         with self.engine.inside():
             step = make_update_step(self.spec, optim)
             state, norms = step(self.state, self._grads, jnp.float32(learning_rate))
@@ -295,6 +305,8 @@ class Trainer:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
         slots: int = 64,
+        stream: Callable[[int, str], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
         """Answers to prompts, in their order.
 
@@ -305,6 +317,8 @@ class Trainer:
           seed: the tokens drawn follow from it, the prompt and the prompt's number.
           stop_ids: tokens that end an answer; None: the model's and the template's ends of turn.
           slots: answers decoded at once.
+          stream: called every few tokens with the number of a prompt and the text of its answer so far.
+          progress: called with the number of answers newly finished.
 
         Raises:
           UserError: a prompt cannot be rendered, or a setting is impossible.
@@ -321,8 +335,13 @@ class Trainer:
                 f"sample: prompt and answer take {longest} tokens; the model has {most} positions"
             )
         stops = tuple(self.engine.base.stop_ids(self.engine.tokenizer) if stop_ids is None else stop_ids)
-        with self.engine.inside():
-            spec, lora, weights, mesh = decode_weights(self.spec, self._trained, self._frozen, merge=False)
+        spec, lora, weights, mesh = self._decoding(keep=stream is not None)
+
+        def show(i: int, tokens: list[int]) -> None:
+            assert stream is not None
+            text = self._text(tokens[:-1] if tokens[-1] in stops else tokens)
+            stream(i, text.rstrip("\ufffd"))  # the beginning of a character
+
         with jax.set_mesh(mesh), jax.default_matmul_precision(self._precision):
             answers = generate(
                 spec,
@@ -335,6 +354,8 @@ class Trainer:
                 backend=decode_backend(spec.dtype),
                 sampling=Sampling(temperature, top_p, logprobs=True),
                 seed=seed,
+                progress=progress,
+                stream=show if stream is not None else None,
             )
         return [self._sample(answer) for answer in answers]
 
@@ -387,6 +408,7 @@ class Trainer:
             found = store.restore(like)
         if found is None:
             raise UserError(f"{folder}: holds no checkpoint")
+        self._decodes = None
         self._trained, self._opt_state, self._grads = found.state.trained, found.state.opt_state, None
         return found.step
 
@@ -456,10 +478,22 @@ class Trainer:
             raise UserError(f"prompt {i}: give at least one token, each from 0 to {known - 1}")
         return ids
 
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.engine.tokenizer.decode(list(ids)))
+
+    def _decoding(self, keep: bool) -> tuple[ModelSpec, Tree, Tree, Mesh]:
+        """Model, adapter, weights and mesh for decoding, kept until the next step where asked: a chat asks
+        often, and making them may copy the base."""
+        if self._decodes is not None:
+            return self._decodes
+        with self.engine.inside():
+            made = decode_weights(self.spec, self._trained, self._frozen, merge=False)
+        self._decodes = made if keep else None
+        return made
+
     def _sample(self, answer) -> Sample:
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
-        text = str(self.engine.tokenizer.decode(ids))
-        return Sample(text, answer.tokens, answer.logprobs, answer.stop_reason)
+        return Sample(self._text(ids), answer.tokens, answer.logprobs, answer.stop_reason)
 
 
 def _from_ids(i: int, row: Any) -> RenderedRow:

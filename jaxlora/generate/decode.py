@@ -11,6 +11,7 @@ seed and the prompt's number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -337,11 +338,22 @@ class _Slots:
             self.answers[self.owner[slot]] = Generation(ids, stop_reason, own)
             self.owner[slot] = -1
 
+    def show(self, state: DecodeState, stream: Callable[[int, list[int]], None]) -> None:
+        """Pass on what every slot has generated so far."""
+        tokens, lengths = whole((state.output, state.n_new))
+        for slot in np.flatnonzero(self.owner >= 0):
+            stream(int(self.owner[slot]), tokens[slot, : lengths[slot]].tolist())
+
     def shrink(self, n: int) -> np.ndarray:
         """Go on with n slots, which hold all active rows; their numbers so far."""
         keep = np.argsort(~self.active, stable=True)[:n]
         self.owner, self.held, self.active = self.owner[keep], self.held[keep], self.active[keep]
         return keep
+
+
+def _doubled(n: int, least: int) -> int:
+    """The smallest of least, 2 least, 4 least, ... that n fits into."""
+    return least << max(0, math.ceil(math.log2(n / least)))
 
 
 def _keys(seed: int, n: int) -> np.ndarray:
@@ -365,6 +377,7 @@ def generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    stream: Callable[[int, list[int]], None] | None = None,
 ) -> list[Generation]:
     """Answers to all prompts, in their order.
 
@@ -377,15 +390,18 @@ def generate(
       tail_slots: once no prompt waits and so few rows are left, go on with this many slots, because the
         longest answers end alone. None: a quarter of the slots, where that is worth another program.
       progress: called with the number of answers newly finished.
+      stream: called every few steps with the number of a prompt and the tokens of its answer so far. Sizes
+        are then powers of two, so that the longer and longer prompts of a chat share few programs.
     """
     assert not spec.scan, "decoding keeps one cache a layer"
     slots = min(slots, len(prompts))
     if tail_slots is None:
         tail_slots = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
-    sizes = choose_sizes([len(prompt) for prompt in prompts], 4, PROMPT_MULTIPLE)
+    up = round_up if stream is None else _doubled
+    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], 4, PROMPT_MULTIPLE)
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    capacity = max(round_up(capacity, WINDOW_MULTIPLE), max(sizes))
+    capacity = max(up(capacity, WINDOW_MULTIPLE), max(sizes))
     prefill = make_prefill(spec, stop_ids, backend, sampling)
     decode = make_decode(spec, stop_ids, backend, sampling=sampling)
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
@@ -400,11 +416,13 @@ def generate(
             rows.collect(free, old)  # what these slots held before
             rows.put(taken, free)
         needed = int(rows.held[rows.active].max(initial=0)) + STEPS_PER_CALL
-        window = min(round_up(needed, WINDOW_MULTIPLE), capacity)
+        window = min(up(needed, WINDOW_MULTIPLE), capacity)
         state = decode(state, lora, weights, capacity if backend == "cudnn" else window)
         ended = rows.update(state)
         if progress is not None and ended:
             progress(ended)
+        if stream is not None:
+            rows.show(state, stream)
         if not rows.queue and 0 < rows.active.sum() <= tail_slots < len(rows.active):
             rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
             state = take_slots(state, rows.shrink(tail_slots))
