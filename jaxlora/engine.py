@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
@@ -174,6 +174,8 @@ class Engine:
             seed, folder = (manifest.get("config") or {}).get("seed"), folder / "selected"
         if not (folder / "config.json").is_file():
             adapter = read_adapter(folder, self.base.config, self.base.folder)
+            if reason := other_base(adapter.metadata, self.base):
+                raise UserError(f"{folder}: {reason}; load that base first")
             spec = self._spec(lora=adapter.lora, shapes=adapter.shapes)
             return Trainer(self, spec, adapter.tree, seed if seed is not None else adapter.metadata["seed"])
         spec = self._spec(full=True)

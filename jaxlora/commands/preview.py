@@ -20,7 +20,7 @@ from rich.text import Text
 
 from jaxlora.cli import parse_config
 from jaxlora.data.render import RenderedRow, Tokenizer, load_tokenizer
-from jaxlora.data.rows import load_rendered_rows
+from jaxlora.data.rows import RowOptions, load_rendered_rows
 from jaxlora.runtime.errors import UserError
 
 MASKED, LEARNED, CONTROL = "grey62", "green", "bold magenta"
@@ -35,9 +35,16 @@ def main() -> None:
         raise UserError(f"--rows is {options.rows}; it must be at least 1")
     data = config.data
     path = data.validation_path if options.validation else data.train_path
+    if path is None:
+        raise UserError("config.data.validation_path: none is given; leave out --validation")
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     rows, report = load_rendered_rows(
-        path, tokenizer, max_length=data.max_length, on_bad_row=data.on_bad_row, limit=options.rows
+        path,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        limit=options.rows,
+        options=RowOptions.of(data),
     )
     console = Console(highlight=False)
     marks = ("⟦", "⟧") if console.no_color or console.color_system is None else ("", "")

@@ -39,6 +39,10 @@ def run(stop: Stop) -> int:
 
     from jaxlora.train.loop import not_yet_evaluated, train
 
+    if config.eval.after_training:
+        from jaxlora.evals.after_training import check_answers
+
+        check_answers(job)
     try:
         result = not_yet_evaluated(job) or train(job, stop=stop)
     except Interrupted as stopped:

@@ -71,6 +71,7 @@ class _Progress(TypedDict, total=False):
     validations: Required[list[Annotated[list[Number], Field(min_length=2, max_length=2)]]]
     metrics_bytes: Required[Count]
     metrics_sha256: str | None
+    base_weights_sha256: str | None
 
 
 class _Optim(TypedDict, total=False):

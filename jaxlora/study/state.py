@@ -202,7 +202,8 @@ def _differences(manifest: dict[str, Any], config: RunConfig, inputs: Inputs) ->
     data = {"train": {"sha256": inputs.train_sha256}, "validation": {"sha256": inputs.validation_sha256}}
     base = {"fingerprint": inputs.base, "parameters": inputs.parameters}
     asked = identity({"config": to_dict(config), "dataset": data, "base": base})
-    known = {name: value for name, value in asked.items() if not name.endswith("tokens_sha256")}
+    unknown = ("tokenizer", *(name for name in asked if name.endswith("tokens_sha256")))
+    known = {name: value for name, value in asked.items() if name not in unknown}
     tokenizer = "model.tokenizer"  # stands for the tokens' hash, which a resumed run compares
     own = (manifest.get("config") or {}).get("model") or {}
     return differences(

@@ -90,6 +90,7 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         run.frozen = load_frozen(job) if frozen is None else frozen
         if hosts.is_main():
             check_inputs(job, directory.manifest)
+            directory.check_base()
         if run.step == 0 and job.config.train.startup_check:
             run.stage = "start-up check"
             check_start(job, run.state.trained, run.frozen)
@@ -139,6 +140,7 @@ class Run:
             self.step, self.state = found.step, found.state
             self.validations = {int(step): float(nll) for step, nll in found.progress["validations"]}
             size = found.progress["metrics_bytes"]
+            self.directory.goes_on_from(found.progress)
             console.print(f"resuming {self.job.config.run_id} after step {self.step}", markup=False)
         else:
             self.state = fresh_state(self.job)

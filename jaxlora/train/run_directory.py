@@ -73,6 +73,7 @@ class RunDirectory:
         self._metrics = self.path / "metrics.jsonl"
         self._size = 0  # of the metrics, as this process left them
         self._board: Board | None = None
+        self._begun_on: str | None = None  # the hash of the base's weights, as a checkpoint has it
 
     @classmethod
     @contextmanager
@@ -164,7 +165,35 @@ class RunDirectory:
                 size = file.seek(0, os.SEEK_END)
             sha256 = sha256_of(self._metrics, size)
         pairs = [list(pair) for pair in sorted(validations.items())]
-        return {"step": step, "validations": pairs, "metrics_bytes": size, "metrics_sha256": sha256}
+        return {
+            "step": step,
+            "validations": pairs,
+            "metrics_bytes": size,
+            "metrics_sha256": sha256,
+            "base_weights_sha256": self.base_weights_sha256,
+        }
+
+    @property
+    def base_weights_sha256(self) -> str | None:
+        """Of the base that the run began with: where all weights are trained, it is loaded only then."""
+        return self._begun_on or self.job.base.weights_sha256
+
+    def goes_on_from(self, progress: dict[str, Any]) -> None:
+        """Remember what a checkpoint says of the base."""
+        self._begun_on = progress.get("base_weights_sha256")
+
+    def check_base(self) -> None:
+        """Compare the base that was loaded now, where one was.
+
+        Raises:
+          UserError: it is another one than the run began with.
+        """
+        now = self.job.base.weights_sha256
+        if self._begun_on and now and now != self._begun_on:
+            raise UserError(
+                f"{self.job.config.model.path}: its weights are not those that this run began with. Put those"
+                " back, or give --config.overwrite=true to begin again with these"
+            )
 
     def unusable(self, progress: dict[str, Any]) -> str | None:
         """Why a checkpoint with this progress cannot be resumed from, or None."""
@@ -276,7 +305,7 @@ class RunDirectory:
             validation_token_count=validation_tokens,
             validations=[{"step": s, "mean_nll": nll} for s, nll in sorted(validations.items())],
             selected_step=step,
-            base_weights_sha256=job.base.weights_sha256,
+            base_weights_sha256=self.base_weights_sha256,
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
         write_json_atomic(self.path / "summary.json", record)

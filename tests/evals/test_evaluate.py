@@ -26,7 +26,7 @@ from jaxlora.data.render import render_prompts
 from jaxlora.evals import run as evaluation
 from jaxlora.evals.gsm8k import load_problems, rescore
 from jaxlora.evals.run import evaluation_inputs, load_prompts
-from jaxlora.evals.subjects import base_target, fetch_adapter, load_target_base
+from jaxlora.evals.subjects import base_target, fetch_adapter
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
@@ -370,6 +370,11 @@ def other_template(folder: Path) -> Path:
 def finished_copy(run: Path, folder: Path, tokenizer: Path | str) -> Path:
     """The run as if this tokenizer had rendered its rows."""
     copy = shutil.copytree(run, folder / run.name, ignore=shutil.ignore_patterns("evaluation"))
+    for name in TOKENIZER_FILES:
+        (copy / "selected" / name).unlink(missing_ok=True)
+    metadata = read_json(copy / "selected" / "jaxlora.json")
+    metadata["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+    write_json_atomic(copy / "selected" / "jaxlora.json", metadata)
     manifest = read_json(copy / "manifest.json")
     model = manifest["config"]["model"] | {"tokenizer": str(tokenizer)}
     manifest["config"] |= {"model": model}
@@ -571,17 +576,12 @@ def test_a_lock_that_is_a_link_touches_nothing(evaluate, tmp_path):
 def test_a_base_whose_bytes_have_changed_is_not_evaluated(evaluate, base, run, tmp_path):
     """Not even where headers and ends of its files, the fingerprint, are as they were."""
     copy = shutil.copytree(run, tmp_path / run.name, ignore=shutil.ignore_patterns("evaluation"))
-    config = load_config("configs/tiny.py", options(base, tmp_path))
-    target = base_target(config)
-    load_target_base(target)
-    manifest = read_json(copy / "manifest.json")
-    recorded = manifest["base"] | {"weights_sha256": target.base.weights_sha256}
-    write_json_atomic(copy / "manifest.json", manifest | {"base": recorded})
+    assert read_json(copy / "summary.json")["base_weights_sha256"]
     moved = shutil.copytree(base, tmp_path / "base")
     evaluate("--run", copy, **{"model.path": moved})
     content = bytearray((moved / "model.safetensors").read_bytes())
     content[len(content) // 2] ^= 0b100
     (moved / "model.safetensors").write_bytes(content)
-    assert fingerprint(moved) == target.base.fingerprint()
+    assert fingerprint(moved) == fingerprint(base)
     with pytest.raises(UserError, match=r"its weights are not those of the run"):
         evaluate("--run", copy, "--overwrite", **{"model.path": moved})

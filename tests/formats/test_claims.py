@@ -15,11 +15,13 @@ def names(folder):
 
 
 def test_a_second_writer_is_refused_or_waits_as_asked(tmp_path):
-    out, order = tmp_path / "out", []
+    out, order, holds, go = tmp_path / "out", [], threading.Event(), threading.Event()
 
     def second():
         with claimed(out, wait=True):
             order.append("second")
+            holds.set()
+            go.wait(10)
 
     with claimed(out):
         with (
@@ -31,8 +33,12 @@ def test_a_second_writer_is_refused_or_waits_as_asked(tmp_path):
         waiting.start()
         waiting.join(0.3)
         order.append("first")
-    waiting.join(10)
+    assert holds.wait(10)
     assert order == ["first", "second"]
+    with pytest.raises(UserError, match="another process is writing it"), claimed(out):
+        pass  # the first one's lock file is gone, and the second one has not kept to it
+    go.set()
+    waiting.join(10)
     assert names(tmp_path) == []
 
 

@@ -108,11 +108,31 @@ class TestInputs:
         assert "config.model.path: its files changed while they were read" in one_line(run.log())
         lab.finish(folder)
 
+    def test_a_bit_of_the_base_that_flipped_between_two_starts_is_seen(self, lab):
+        """In the middle of the weights, where the fingerprint does not look."""
+        folder = lab.new_folder()
+        lab.kill_at(folder, "published, older ones not deleted")
+        file = lab.folder / "model" / "model.safetensors"
+        before = file.read_bytes()
+        if len(before) < 3 * 2**16:
+            pytest.skip("the fingerprint sees all of so small a base")
+        changed = bytearray(before)
+        changed[len(before) // 2] ^= 1
+        file.write_bytes(changed)
+        try:
+            run = lab.start(folder)
+            assert run.wait() == 2, run.log()
+        finally:
+            file.write_bytes(before)
+        assert "its weights are not those that this run began with" in one_line(run.log())
+        lab.finish(folder)
+
 
 class TestOutputs:
     def test_the_summary_holds_the_hash_of_every_file_that_is_read_later(self, lab):
         summary = json.loads((lab.whole.path / "summary.json").read_text())
-        names = {"adapter_model.safetensors", "adapter_config.json", "jaxlora.json"}
+        names = {path.name for path in (lab.whole.path / "selected").iterdir()}
+        assert names >= {"adapter_model.safetensors", "adapter_config.json", "jaxlora.json"}
         assert {*summary["sha256"]} == {"metrics.jsonl", "manifest.json", *(f"selected/{n}" for n in names)}
         for name, value in summary["sha256"].items():
             assert value == sha256(lab.whole.path / name)
