@@ -87,7 +87,10 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         from jaxlora.data.control import guard_of
+        from jaxlora.data.messages import check_text
 
+        tokenizer = self.trainer.engine.tokenizer
+        check_text(line, guard_of(tokenizer))
         turn = {"role": "user", "content": line}
         ids, room = self._prompt([*self.messages, turn])
         started = time.perf_counter()
@@ -97,7 +100,6 @@ class Chat:
         reason = "" if sample.stop_reason == "stop" else "; cut at --max-new-tokens"
         reason += "; with compiling" if self.turns == 1 else ""
         _say(f"[{len(sample.tokens)} tokens, {len(sample.tokens) / seconds:.1f} tokens/s{reason}]")
-        tokenizer = self.trainer.engine.tokenizer
         text = str(tokenizer.decode(sample.tokens, skip_special_tokens=True))
         if guard_of(tokenizer).find(text, special_only=True):
             _say("the answer spells out a control token; its turn is forgotten")

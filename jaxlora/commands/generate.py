@@ -64,7 +64,6 @@ def read_prompts(path: Path) -> list[tuple[int, Row]]:
     Raises:
       UserError: the file cannot be read, holds no row, or a row has no prompt.
     """
-    from jaxlora.data.containers import is_text
     from jaxlora.runtime.files import read_numbered_jsonl
 
     rows = read_numbered_jsonl(path, torn_last_line="refuse")
@@ -75,12 +74,8 @@ def read_prompts(path: Path) -> list[tuple[int, Row]]:
         if len(found) != 1:
             has = ", ".join(map(repr, row)) or "nothing"
             raise UserError(f"{path}:{line}: give one of {', '.join(KEYS)}; the row has {has:.200}")
-        for name in NAMES:
-            if not (
-                type(row.get(name)) in (int, type(None))
-                or (isinstance(row[name], str) and is_text(row[name]))
-            ):
-                raise UserError(f"{path}:{line}: {name} must be a text or a whole number")
+        if odd := [name for name in NAMES if type(row.get(name)) not in (str, int, type(None))]:
+            raise UserError(f"{path}:{line}: {odd[0]} must be a text or a whole number")
         value, kind = row[found[0]], list if found == ["messages"] else str
         if not isinstance(value, kind) or not value:
             raise UserError(f"{path}:{line}: {found[0]} must be {'a list' if kind is list else 'a text'}")

@@ -68,11 +68,15 @@ def open_subject(options: argparse.Namespace) -> Trainer:
         raise UserError("chat and generate run on one host; start them on a machine of one host")
     given = source_given(options)
     if options.run is not None:
-        return _open_run(options.run, given)
-    if options.adapter is not None:
-        return _open_adapter(options.adapter, given)
-    assert given is not None, "checked"
-    return _engine(given).untrained()
+        trainer = _open_run(options.run, given)
+    elif options.adapter is not None:
+        trainer = _open_adapter(options.adapter, given)
+    else:
+        assert given is not None, "checked"
+        trainer = _engine(given).untrained()
+    if not trainer.spec.full:
+        _ = trainer.engine.frozen  # the wait is now, not at the first question
+    return trainer
 
 
 def source_given(options: argparse.Namespace) -> ModelSource | None:
