@@ -19,7 +19,7 @@ from jaxlora.data.render import (
     render_chat,
     render_prompts,
 )
-from jaxlora.embedded import embedded_path
+from jaxlora.runtime.remote import embedded_path
 from jaxlora.runtime.errors import UserError
 
 NOT_SPECIAL = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "<|fim_prefix|>"]
