@@ -58,6 +58,7 @@ MAX_BUFFER_TOKENS = 16_384  # rows are split over several buffers above this
 DENSE_BUFFER_TOKENS = 1024  # the same where attention costs the square of a buffer's length
 MULTIPLE = 128  # buffer lengths are multiples of this, and of powers of two above it: few programs
 MAX_ROWS = 256  # of one line of a buffer
+LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
 
 def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = None) -> Engine:
@@ -211,21 +212,29 @@ class Trainer:
 
         Raises:
           UserError: a row cannot be used (names its number), or the loss is not known.
+
+        Stopped on its way (by Ctrl-C, or for want of memory), it drops the gradients since the last step.
         """
         objective_named(loss)
         rendered = self._render(rows)
-        with self.engine.inside():
-            grads = self._zeros() if self._grads is None else self._grads
-            total, weight, found = 0.0, 0.0, []
-            for batch, lengths in self._batches(rendered):
-                step = make_gradient_step(self.spec, self._compute(lengths), loss)
-                placed = place_batch(self.engine.machine.mesh, batch)
-                grads, value, logprobs = step(self._trained, grads, self._frozen, placed)
-                total += float(hosts.whole(value))
-                weight += float(batch["weights"].sum())
-                found += _by_row(np.asarray(hosts.whole(logprobs)), lengths)
-            self._grads = grads
-        return Result(total, weight, found)
+        # The step takes the memory of the gradients so far: stopped on the way, they are gone.
+        grads, self._grads = self._grads, None
+        try:
+            with self.engine.inside():
+                grads = self._zeros() if grads is None else grads
+                sums, logprobs = [], []
+                for batch, lengths in self._batches(rendered):
+                    step = make_gradient_step(self.spec, self._compute(lengths), loss)
+                    placed = place_batch(self.engine.machine.mesh, batch)
+                    grads, value, found = step(self._trained, grads, self._frozen, placed)
+                    sums.append((float(hosts.whole(value)), float(batch["weights"].sum())))
+                    logprobs += _by_row(np.asarray(hosts.whole(found)), lengths)
+        except BaseException as error:
+            error.add_note("The gradients since the last optim_step are dropped; compute them again.")
+            raise
+        self._grads = grads
+        total, weight = map(sum, zip(*sums, strict=True))
+        return Result(total, weight, logprobs)
 
     def optim_step(
         self,
@@ -309,8 +318,8 @@ class Trainer:
         Raises:
           UserError: a prompt cannot be rendered, or a setting is impossible.
         """
-        if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise UserError("sample: give temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1")
+        _check_settings(temperature, top_p, max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+        prompts = _listed(prompts, "prompts")
         if not prompts:
             return []
         ids = [self._prompt(i, prompt) for i, prompt in enumerate(prompts)]
@@ -320,7 +329,8 @@ class Trainer:
             raise UserError(
                 f"sample: prompt and answer take {longest} tokens; the model has {most} positions"
             )
-        stops = tuple(self.engine.base.stop_ids(self.engine.tokenizer) if stop_ids is None else stop_ids)
+        own = self.engine.base.stop_ids
+        stops = own(self.engine.tokenizer) if stop_ids is None else self._ids(stop_ids, "stop_ids")
         with self.engine.inside():
             spec, lora, weights, mesh = decode_weights(self.spec, self._trained, self._frozen, merge=False)
         with jax.set_mesh(mesh), jax.default_matmul_precision(self._precision):
@@ -329,7 +339,7 @@ class Trainer:
                 lora,
                 weights,
                 ids,
-                stop_ids=stops,
+                stop_ids=tuple(stops),
                 max_new_tokens=max_new_tokens,
                 slots=slots,
                 backend=decode_backend(spec.dtype),
@@ -409,21 +419,25 @@ class Trainer:
 
     def _render(self, rows: Sequence[Row]) -> list[RenderedRow]:
         """The rows as tokens and weights."""
-        if isinstance(rows, Mapping) or not rows:
+        rows = _listed(rows, "rows")
+        if not rows:
             raise UserError("rows: give a list of at least one row")
-        chats = [i for i, row in enumerate(rows) if not isinstance(row, RenderedRow) and "messages" in row]
+        chats = [i for i, row in enumerate(rows) if not isinstance(row, RenderedRow) and _is_chat(row)]
         done: dict[int, RenderedRow | UserError] = {}
         if chats:
             pairs = [(str(i), rows[i]["messages"]) for i in chats]  # type: ignore[index]
             done = dict(zip(chats, render_batch(self.engine.tokenizer, pairs), strict=True))
         found = []
+        for i in chats:
+            if odd := sorted(rows[i].keys() & {"tokens", "weights"}):
+                raise UserError(f"row {i}: `{odd[0]}` beside `messages`; give one of them")
         for i, row in enumerate(rows):
             one = row if isinstance(row, RenderedRow) else done[i] if i in done else _from_ids(i, row)
             if isinstance(one, UserError):
                 raise UserError(f"row {i}: {one}")
-            known, top = self.spec.config.vocab_size, int(one.tokens.max(initial=0))
-            if top >= known or one.tokens.min(initial=0) < 0:
-                raise UserError(f"row {i}: token {top} is not one of the model's {known}")
+            known = self.spec.config.vocab_size
+            if len(odd := one.tokens[(one.tokens < 0) | (one.tokens >= known)]):
+                raise UserError(f"row {i}: token {odd[0]} is not one of the model's {known}")
             if one.n_tokens > self.spec.config.max_position_embeddings:
                 most = self.spec.config.max_position_embeddings
                 raise UserError(f"row {i}: {one.n_tokens} tokens; the model knows {most} positions")
@@ -447,14 +461,21 @@ class Trainer:
             return encode_texts(self.engine.tokenizer, [prompt])[0]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):
-            text = chat_text(self.engine.tokenizer, list(prompt), generation_prompt=True)
+        prompt = _listed(prompt, f"prompt {i}")
+        if prompt and all(isinstance(turn, Mapping) for turn in prompt):
+            text = chat_text(self.engine.tokenizer, prompt, generation_prompt=True)
             return encode_texts(self.engine.tokenizer, [text])[0]
-        ids = [int(token) for token in prompt]
-        if not ids or not all(0 <= token < self.spec.config.vocab_size for token in ids):
-            known = self.spec.config.vocab_size
-            raise UserError(f"prompt {i}: give at least one token, each from 0 to {known - 1}")
+        if not (ids := self._ids(prompt, f"prompt {i}")):
+            raise UserError(f"prompt {i}: give at least one token")
         return ids
+
+    def _ids(self, values: Any, name: str) -> list[int]:
+        """Token ids of the model."""
+        listed, known = _listed(values, name), self.spec.config.vocab_size
+        ids = _array(listed or np.zeros(0, int))
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ((ids >= 0) & (ids < known)).all():
+            raise UserError(f"{name}: give whole numbers, each from 0 to {known - 1}")
+        return ids.tolist()
 
     def _sample(self, answer) -> Sample:
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
@@ -462,19 +483,65 @@ class Trainer:
         return Sample(text, answer.tokens, answer.logprobs, answer.stop_reason)
 
 
+def _check_settings(temperature: Any, top_p: Any, **whole: Any) -> None:
+    """Refuse settings of `sample` that cannot be."""
+    for name, value in whole.items():
+        least = -(2**63) if name == "seed" else 1
+        if not isinstance(value, int | np.integer) or not least <= value < 2**63:
+            raise UserError(
+                f"sample: {name}: {value!r:.80} is not allowed; give a whole number, {least} or more"
+            )
+    for name, value, most, allowed in (
+        ("temperature", temperature, np.finfo(np.float32).max, "0, or more"),
+        ("top_p", top_p, 1, "more than 0, at most 1"),
+    ):
+        greedy = name == "temperature" and isinstance(value, int | float) and value == 0
+        if not greedy and not (isinstance(value, int | float | np.number) and LEAST <= value <= most):
+            raise UserError(f"sample: {name}: {value!r:.80} is not allowed; give {allowed}")
+
+
+def _is_chat(row: Any) -> bool:
+    return isinstance(row, Mapping) and "messages" in row
+
+
 def _from_ids(i: int, row: Any) -> RenderedRow:
     """A row given as token ids, with a weight for each."""
     if not isinstance(row, Mapping) or "tokens" not in row:
         raise UserError(f"row {i}: give `messages`, or `tokens` and `weights`")
-    if odd := sorted(row.keys() - {"tokens", "weights", "row_id"}):
+    if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id"})):
         raise UserError(f"row {i}: {odd[0]!r:.80} is not known; give `tokens` and `weights`")
-    tokens = np.asarray(row["tokens"])
-    weights = np.asarray(row.get("weights", np.arange(len(tokens)) > 0), np.float32)
+    tokens = _array(row["tokens"])
     if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"row {i}: tokens must be at least two whole numbers")
-    if weights.shape != tokens.shape or not np.isfinite(weights).all():
+    weights = _array(row.get("weights", np.arange(len(tokens)) > 0))
+    if weights.dtype.kind in "biuf":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+            weights = weights.astype(np.float32)
+    if weights.shape != tokens.shape or weights.dtype != np.float32 or not np.isfinite(weights).all():
         raise UserError(f"row {i}: {len(tokens)} tokens need as many finite weights, not {weights.shape}")
-    return RenderedRow(str(row.get("row_id", i)), tokens.astype(np.int32), weights)
+    within = np.clip(
+        tokens.astype(np.int64), -1, np.iinfo(np.int32).max
+    )  # others must not come round to a valid id
+    return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights)
+
+
+def _array(values: Any) -> np.ndarray:
+    """The values as an array; of what is no array of numbers, one without a length."""
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        return np.asarray(None)
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """The members of a list, an array, a generator, ...
+
+    Raises:
+      UserError: it is one text or one dictionary, which would be taken apart, or nothing of the kind.
+    """
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        raise UserError(f"{name}: give a list, not one {type(values).__name__}")
+    return list(values)
 
 
 def _by_row(values: np.ndarray, lengths: list[list[int]]) -> list[np.ndarray]:
