@@ -436,8 +436,8 @@ class Trainer:
             if isinstance(one, UserError):
                 raise UserError(f"row {i}: {one}")
             known = self.spec.config.vocab_size
-            if len(odd := one.tokens[(one.tokens < 0) | (one.tokens >= known)]):
-                raise UserError(f"row {i}: token {odd[0]} is not one of the model's {known}")
+            if len(outside := one.tokens[(one.tokens < 0) | (one.tokens >= known)]):
+                raise UserError(f"row {i}: token {outside[0]} is not one of the model's {known}")
             if one.n_tokens > self.spec.config.max_position_embeddings:
                 most = self.spec.config.max_position_embeddings
                 raise UserError(f"row {i}: {one.n_tokens} tokens; the model knows {most} positions")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.hf_models import make_checkpoint
 from peft import PeftModel
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
@@ -195,6 +196,14 @@ def test_an_adapter_is_saved_opened_and_read_by_peft(engine, tmp_path):
     np.testing.assert_allclose(again.logprobs([CHAT[1]])[0], theirs, atol=5e-5)
     with pytest.raises(UserError, match="exists already"):
         trainer.save(tmp_path / "adapter")
+
+
+def test_an_adapter_is_saved_where_the_base_has_no_chat_template(tmp_path):
+    make_checkpoint(tmp_path / "base")
+    trainer = jaxlora.load(str(tmp_path / "base"), "float32").lora(rank=2)
+    trainer.save(tmp_path / "adapter")
+    again = trainer.engine.open(tmp_path / "adapter")
+    assert difference(again.trained, trainer.trained) == 0
 
 
 def test_a_full_model_is_saved_opened_and_read_by_transformers(engine, tmp_path):
