@@ -45,6 +45,7 @@ from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
 from jaxlora.train.objective import objective_named
 from jaxlora.train.step import (
+    Compute,
     Machine,
     TrainState,
     init_state,
@@ -222,19 +223,19 @@ class Trainer:
         try:
             with self.engine.inside():
                 grads = self._zeros() if grads is None else grads
-                sums, logprobs = [], []
-                for batch, lengths in self._batches(rendered):
-                    step = make_gradient_step(self.spec, self._compute(lengths), loss)
+                made = []
+                for batch, compute, lengths in self._batches(rendered):
+                    step = make_gradient_step(self.spec, compute, loss)
                     placed = place_batch(self.engine.machine.mesh, batch)
                     grads, value, found = step(self._trained, grads, self._frozen, placed)
-                    sums.append((float(hosts.whole(value)), float(batch["weights"].sum())))
-                    logprobs += _by_row(np.asarray(hosts.whole(found)), lengths)
+                    made.append((value, found, lengths, float(batch["weights"].sum())))
+                total = sum(float(hosts.whole(value)) for value, *_ in made)
+                logprobs = [row for _, found, own, _ in made for row in _by_row(hosts.whole(found), own)]
         except BaseException as error:
             error.add_note("The gradients since the last optim_step are dropped; compute them again.")
             raise
         self._grads = grads
-        total, weight = map(sum, zip(*sums, strict=True))
-        return Result(total, weight, logprobs)
+        return Result(total, sum(weight for *_, weight in made), logprobs)
 
     def optim_step(
         self,
@@ -289,10 +290,10 @@ class Trainer:
         """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
         found = []
         with self.engine.inside():
-            for batch, lengths in self._batches(self._render(rows)):
-                step = make_logprob_step(self.spec, self._compute(lengths))
+            for batch, compute, lengths in self._batches(self._render(rows)):
+                step = make_logprob_step(self.spec, compute)
                 values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
-                found += _by_row(np.asarray(hosts.whole(values)), lengths)
+                found += _by_row(hosts.whole(values), lengths)
         return found
 
     def sample(
@@ -410,10 +411,6 @@ class Trainer:
     def _precision(self) -> str | None:
         return "highest" if self.spec.dtype == "float32" else None
 
-    def _compute(self, lengths: Sequence[Sequence[int]]):
-        most = max(len(line) for line in lengths)
-        return self.engine.machine.compute(min(MAX_ROWS, round_up(most, 32)))
-
     def _zeros(self) -> Tree:
         return jax.tree.map(jnp.zeros_like, self._trained)
 
@@ -444,8 +441,11 @@ class Trainer:
             found.append(one)
         return found
 
-    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, list[list[int]]]]:
-        """Packed batches `[buffers, 1, length]` of all rows in order, and the rows' tokens by line."""
+    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, list[int]]]:
+        """Packed batches `[1, 1, length]` of all rows in order, how to compute them, and their rows' tokens.
+
+        One buffer each: a program for every number of buffers would be compiled for minutes, again and again.
+        """
         dense = self.engine.machine.backend == "xla"
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
         lengths = [row.n_tokens for row in rows]
@@ -453,8 +453,11 @@ class Trainer:
         length = multiple
         while length < largest_buffer(lengths, most):
             length *= 2
-        batch = pack(rows, (length,), most)
-        yield batch, [[lengths[i] for i in part] for part in cut_into_buffers(lengths, most)]
+        parts = cut_into_buffers(lengths, most)
+        rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
+        compute = self.engine.machine.compute(rows_a_line)
+        for part in parts:
+            yield pack([rows[i] for i in part], (length,), most), compute, [lengths[i] for i in part]
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
         if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
@@ -544,10 +547,7 @@ def _listed(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def _by_row(values: np.ndarray, lengths: list[list[int]]) -> list[np.ndarray]:
-    """Values `[buffers, 1, length]` as one array a row."""
-    found = []
-    for line, own in zip(values[:, 0], lengths, strict=True):
-        ends = np.cumsum(own)
-        found += np.split(line[: ends[-1]], ends[:-1])
-    return found
+def _by_row(values: Any, lengths: list[int]) -> list[np.ndarray]:
+    """Values `[1, 1, length]` as one array a row."""
+    ends = np.cumsum(lengths)
+    return np.split(np.asarray(values)[0, 0, : ends[-1]], ends[:-1])

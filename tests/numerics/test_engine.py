@@ -24,7 +24,7 @@ from jaxlora.lora import init_lora
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.sharding import make_mesh
-from jaxlora.train.step import init_state, make_train_step
+from jaxlora.train.step import init_state, make_gradient_step, make_train_step
 
 CHAT = [
     {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": text}]}
@@ -278,6 +278,20 @@ def test_a_stopped_call_leaves_a_trainer_that_goes_on(engine, monkeypatch):
     for one in (trainer, other):
         one.forward_backward(CHAT)
     assert difference(trainer._grads, other._grads) == 0
+
+
+def test_one_program_serves_any_number_of_buffers(engine):
+    trainer = engine.lora(rank=2, targets="v_proj")
+    rows = [{"tokens": [5 + (i + j) % 900 for j in range(700)]} for i in range(3)]
+    compute = engine.machine.compute(32)
+    losses = []
+    for n in (1, 2, 3):
+        found = trainer.forward_backward(rows[:n])
+        assert [len(values) for values in found.logprobs] == [699] * n
+        losses.append(found.loss)
+    assert make_gradient_step(trainer.spec, compute, "cross_entropy")._cache_size() == 1
+    alone = [trainer.forward_backward([row]).loss for row in rows]
+    np.testing.assert_allclose(losses, np.cumsum(alone), rtol=1e-6)
 
 
 def test_rows_and_prompts_come_from_anything_that_lists_them(engine):
