@@ -26,9 +26,9 @@ Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 class Llama3Scaling:
     """How Llama 3 scales its rotary frequencies, with the names of Hugging Face's `rope_scaling`."""
 
-    factor: Annotated[float, Field(ge=1)]
-    low_freq_factor: Annotated[float, Field(gt=0)]
-    high_freq_factor: Annotated[float, Field(gt=0)]
+    factor: Annotated[float, Field(ge=1, strict=True)]
+    low_freq_factor: Annotated[float, Field(gt=0, strict=True)]
+    high_freq_factor: Annotated[float, Field(gt=0, strict=True)]
     original_max_position_embeddings: Size
 
     def __post_init__(self) -> None:

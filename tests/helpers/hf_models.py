@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from jaxlora.checkpoints.base import load_base
 from jaxlora.config import MeshConfig

@@ -101,13 +101,13 @@ def _rope(raw: Mapping[str, Any], rope_types: Collection[str]) -> dict[str, Any]
         if not isinstance(rope, dict):
             raise UserError(f"{name} is not an object")
         # Older files say `type`; Transformers reads both.
-        kinds = {rope[key] for key in ("rope_type", "type") if isinstance(rope.get(key), str)} or {"default"}
-        (kind, *others) = sorted(kinds)
-        fields = _LLAMA3 if kind == "llama3" else ()
-        odd = sorted(rope.keys() - {"rope_type", "type", "rope_theta", *fields})
-        if others or odd or kind not in rope_types:
+        kinds = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None] or ["default"]
+        if any(kind not in rope_types or kind != kinds[0] for kind in kinds):
             known = " and ".join(rope_types)
             raise UserError(f"{name} = {rope!r:.100} is not supported; only rope_type {known} is")
+        fields = _LLAMA3 if kinds[0] == "llama3" else ()
+        if odd := sorted(map(str, rope.keys() - {"rope_type", "type", "rope_theta", *fields})):
+            raise UserError(f"{name} with {', '.join(odd)[:100]} is not supported for rope_type {kinds[0]}")
         if "rope_theta" in rope:
             found["rope_theta"] = rope["rope_theta"]
         scalings.append({field: rope[field] for field in fields if field in rope} if fields else None)
