@@ -41,6 +41,7 @@ from jaxlora.checkpoints.tensors import (
 )
 from jaxlora.config import ModelSource
 from jaxlora.data.render import Tokenizer, chat_text, encode_texts, largest_token_id, load_tokenizer
+from jaxlora.data.template import facts
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import load_model_config, published_config
@@ -195,7 +196,8 @@ def tokenizer_folder(name: str | Path) -> Path:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
-    """A hash of what renders text into tokens: the tokenizer's files and its chat template.
+    """A hash of what renders text into tokens: the tokenizer's files, its chat template, and the date and first
+    token of one that has them.
 
     The order of JSON keys, white space between them and the file that holds the template make no difference.
 
@@ -209,7 +211,7 @@ def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
         tokenizer = load_tokenizer(tokenizer)
     # A tokenizer made in memory has no folder.
     folder = tokenizer_folder(tokenizer.name_or_path) if tokenizer.name_or_path else None
-    parts: dict[str, Any] = {"template": tokenizer.chat_template}
+    parts: dict[str, Any] = {"template": tokenizer.chat_template, **facts(tokenizer)}
     if folder is None or not (folder / "tokenizer.json").is_file():
         parts["vocabulary"] = sorted(tokenizer.get_vocab().items())
         parts["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
