@@ -30,8 +30,12 @@ def variables(enable_thinking: bool) -> dict[str, Any]:
     return {
         "enable_thinking": enable_thinking,
         "date_string": f"{DATE:%d %b %Y}",
-        "strftime_now": DATE.strftime,  # in place of the one that tells today's date
+        "strftime_now": _strftime_then,  # in place of the one that tells today's date
     }
+
+
+def _strftime_then(form: str) -> str:
+    return DATE.strftime(form)
 
 
 def begun(tokenizer: Tokenizer, text: str) -> str:
