@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlora.data.messages import Turn
-from jaxlora.data.template import begun, variables
+from jaxlora.data.template import begun, dated, variables
 from jaxlora.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def spans_of_template(tokenizer: Tokenizer, turns: Sequence[Turn], tools: Any, f
     texts, (spans,) = render(
         [[turn.message for turn in turns]],
         tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
+        chat_template=dated(tokenizer.get_chat_template(tools=tools)),
         return_assistant_tokens_mask=True,
         **given,
     )

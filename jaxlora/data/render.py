@@ -38,7 +38,7 @@ from jaxlora.data.messages import (
     check_text,
 )
 from jaxlora.data.sources import is_text
-from jaxlora.data.template import begun, variables
+from jaxlora.data.template import begun, dated, variables
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.folders import file_in
 from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, announce, is_remote, mirror, resolve
@@ -152,6 +152,7 @@ def chat_text(
         text = tokenizer.apply_chat_template(
             list(messages),
             tools=tools,
+            chat_template=dated(tokenizer.get_chat_template(tools=tools)),
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **variables(enable_thinking),

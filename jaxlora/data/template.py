@@ -1,6 +1,8 @@
 """What a chat template is given besides the messages, and the token that begins a text.
 
-    text = begun(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, **variables(False)))
+    template = dated(tokenizer.get_chat_template())
+    text = tokenizer.apply_chat_template(messages, None, template, tokenize=False, **variables(False))
+    text = begun(tokenizer, text)
 
 Llama 3's template writes today's date unless it is told one, so that the same row would render to other tokens
 tomorrow: the date is fixed here. Its tokenizer also begins every text with a token (BOS) that the template
@@ -27,15 +29,19 @@ _READS_DATE = re.compile(r"\b(date_string|strftime_now)\b")
 
 def variables(enable_thinking: bool) -> dict[str, Any]:
     """What every template is given by name; one that does not know a name passes over it."""
-    return {
-        "enable_thinking": enable_thinking,
-        "date_string": f"{DATE:%d %b %Y}",
-        "strftime_now": _strftime_then,  # in place of the one that tells today's date
-    }
+    return {"enable_thinking": enable_thinking, "date_string": f"{DATE:%d %b %Y}"}
 
 
-def _strftime_then(form: str) -> str:
-    return DATE.strftime(form)
+def dated(template: str) -> str:
+    """The template with a `strftime_now` of its own, which tells the fixed date, where it asks for today's.
+
+    Transformers hands no function on to a template, so it is one in the template's language.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = "".join(f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY")
+    # The empty expression keeps the white space with which the template begins.
+    return f"{{% macro strftime_now(form) %}}{{{{ form{codes} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
 def begun(tokenizer: Tokenizer, text: str) -> str:
