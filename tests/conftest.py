@@ -38,8 +38,8 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct, a real pretrained model: the folder that `JAXLORA_SMOLLM2` names, or one that the
-    script of the reference material makes."""
+    """SmolLM2-135M-Instruct, a real pretrained model: the folder that `JAXLORA_SMOLLM2` names, or one that
+    the script of the reference material makes."""
     if "JAXLORA_SMOLLM2" in os.environ:
         return Path(os.environ["JAXLORA_SMOLLM2"])
     script = REPOSITORY.parent / "shared" / "smollm2" / "convert.py"

@@ -196,8 +196,8 @@ def tokenizer_folder(name: str | Path) -> Path:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
-    """A hash of what renders text into tokens: the tokenizer's files, its chat template, and the date and first
-    token of one that has them.
+    """A hash of what renders text into tokens: the tokenizer's files, its chat template, and what `template`
+    adds (the date, the first token).
 
     The order of JSON keys, white space between them and the file that holds the template make no difference.
 

@@ -4,9 +4,9 @@
     text = tokenizer.apply_chat_template(messages, None, template, tokenize=False, **variables(False))
     text = begun(tokenizer, text)
 
-Llama 3's template writes today's date unless it is told one, so that the same row would render to other tokens
-tomorrow: the date is fixed here. Its tokenizer also begins every text with a token (BOS) that the template
-writes too; a rendered conversation has it exactly once, whatever the template does.
+Llama 3's template writes today's date unless it is told one, so that the same row would render to other
+tokens tomorrow: the date is fixed here. Its tokenizer also begins every text with a token (BOS) that the
+template writes too; a rendered conversation has it exactly once, whatever the template does.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
-    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one. A `[r, in]` and B `[out, r]` are float32, trained, and cast to the
-    activations' dtype for the product.
+    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one. A `[r, in]` and B
+    `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
     """
 
     def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = (), bias: bool = False):
@@ -129,9 +129,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rotary, attend: Attend, cache):
         q, k, v = self.project(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        normed = ((q, self.q_norm), (k, self.k_norm))
+        q, k = (rotate(x if norm is None else norm(x), rotary) for x, norm in normed)
         y, cache = attend(q, k, v, cache)
         return self.o_proj(y.reshape(*x.shape[:-1], -1)), cache
 

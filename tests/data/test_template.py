@@ -1,4 +1,4 @@
-"""Promises of rendering with the templates of Llama 3, SmolLM2 and Qwen2.5: one BOS, one date, exact masks."""
+"""Promises of rendering with the templates of Llama 3, SmolLM2, Qwen2.5: one BOS, one date, exact masks."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ class TestBos:
     @pytest.mark.parametrize("template", [LLAMA, WITHOUT_BOS, MARKED], ids=["writes it", "not", "marks"])
     def test_there_is_one_and_it_is_first(self, template):
         tokenizer = make(template)
-        texts = [("plain", [])]
-        rows = render_batch(tokenizer, [("a", MESSAGES), Example(*texts[0], text="Once upon a time.")])
+        plain = Example("plain", [], text="Once upon a time.")
+        rows = render_batch(tokenizer, [("a", MESSAGES), plain])
         rows += render_batch(tokenizer, [("a", MESSAGES)], loss_on="all")
         found = [row.tokens.tolist() for row in rows]
         found += [render_chat(tokenizer, MESSAGES[:1]), *render_prompts(tokenizer, ["What is 2 + 3?"])]
@@ -161,4 +161,7 @@ class TestDate:
 
     def test_the_identity_of_other_renderings_is_what_it_was(self, repository):
         """Runs recorded it."""
-        assert tokenizer_sha256("embedded:base") == "67c8a50a5f925bca4347ee29c920c884ed810c7f8c95a20e4edd9ed9f9242792"
+        assert (
+            tokenizer_sha256("embedded:base")
+            == "67c8a50a5f925bca4347ee29c920c884ed810c7f8c95a20e4edd9ed9f9242792"
+        )

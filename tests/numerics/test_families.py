@@ -1,4 +1,4 @@
-"""Every family computes what Transformers computes: logits, answers, adapters; shapes are the published ones."""
+"""Every family computes what Transformers computes: logits, answers, adapters; shapes are as published."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from jaxlora.checkpoints.adapters import read_adapter
-from jaxlora.checkpoints.base import random_base, save_model
+from jaxlora.checkpoints.base import Base, find_base, random_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.config import LoraConfig, MeshConfig
-from jaxlora.data.render import load_tokenizer, render_chat, render_prompts
+from jaxlora.config import LoraConfig, MeshConfig, ModelSource
+from jaxlora.data.render import load_tokenizer, render_batch, render_chat, render_prompts
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
-from jaxlora.lora import init_lora, merge_lora
+from jaxlora.lora import merge_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import (
     FAMILIES,
@@ -376,11 +376,8 @@ def test_the_page_lists_every_family(repository):
         assert f"| {family.MODELS} | `{name}` |" in page
 
 
-def test_the_name_of_a_drawn_base_without_scaling_is_what_it_was(repository):
+def test_the_name_of_a_drawn_base_without_scaling_is_what_it_was():
     """Runs on random weights recorded it."""
-    from jaxlora.checkpoints.base import Base
-    from jaxlora.config import ModelSource
-
     config = ModelConfig(160, 64, 96, 2, 4, 2, 16)
     drawn = Base(ModelSource(path="x"), None, config, 0).fingerprint()
     assert drawn == "random-0-5a9547fe90b8719a"
@@ -418,10 +415,19 @@ class TestSmolLM2:
         for prompt, answer in zip(prompts, ours, strict=True):
             assert answer.tokens == torch_greedy(reference, prompt, 32)
 
+    def test_pad_is_the_token_that_ends_an_answer_and_carries_loss(self, smollm2):
+        tokenizer = load_tokenizer(smollm2)
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+        messages = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+        (row,) = render_batch(tokenizer, [("a", messages)])
+        assert tokenizer.decode(row.tokens[row.weights > 0]) == "It is 5.<|im_end|>\n"
+        assert tokenizer.bos_token_id == 1
+        assert row.tokens.tolist().count(1) == 3  # one a turn: its template's <|im_start|>, none added
+        assert find_base(ModelSource(path=str(smollm2))).stop_ids(tokenizer) == (2,)
+
     def test_prompts_are_those_of_its_own_template(self, smollm2):
         tokenizer = load_tokenizer(smollm2)
         messages = [{"role": "user", "content": "What is 2 + 3?"}]
         text = tokenizer.decode(render_chat(tokenizer, messages))
         assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
         assert text.endswith("<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n")
-        assert init_lora(ModelSpec(load_model_config(smollm2), PLACEMENTS["attention_only"]), 0)

@@ -90,8 +90,8 @@ def _check_keys(raw: Mapping[str, Any], required: Mapping[str, Any], harmless: C
 
 
 def _rope(raw: Mapping[str, Any], rope_types: Collection[str]) -> dict[str, Any]:
-    """Rotary base and scaling. Transformers 5 keeps them in `rope_parameters`, older files the base at the top
-    level and the rest in `rope_scaling`."""
+    """Rotary base and scaling. Transformers 5 keeps both in `rope_parameters`; older files have the base at
+    the top level and the rest in `rope_scaling`."""
     found: dict[str, Any] = {}
     scalings = []
     for name in ("rope_scaling", "rope_parameters"):

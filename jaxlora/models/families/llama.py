@@ -1,4 +1,4 @@
-"""Llama 3.1, Llama 3.2 and SmolLM2: no biases, no norms of queries and keys, rotary positions maybe scaled."""
+"""Llama 3.1, Llama 3.2 and SmolLM2: no biases, no norms of queries and keys, maybe scaled positions."""
 
 from __future__ import annotations
 
