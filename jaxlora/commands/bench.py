@@ -4,7 +4,7 @@
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
 
 Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
-like the study's are used. `--model` is a published Qwen3 name (only its shape is used; weights are random) or
+like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
 a directory with config.json. Prints a table and one line of JSON.
 
 A rows file is JSON with "rows": [[prompt_tokens, total_tokens], ...]; a lengths file has "prompt_tokens" and
