@@ -281,6 +281,10 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.name is ignored by studies, which name their runs; set config.prefix")
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
+    if config.train.what == "full":
+        raise UserError("config.train.what: a study compares adapters; use launch/train.py for a full run")
+    if config.lora.start is not None:
+        raise UserError("config.lora.start: its placement would stand for every condition's; give none")
     _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (

@@ -132,7 +132,7 @@ def base_shardings(mesh: Mesh, spec: Any) -> Any:
     axes = _weight_axes(spec)
 
     def sharding(path, leaf) -> NamedSharding:
-        own = axes[_module(path)]
+        own = axes[_dotted(path)]
         return named(mesh, (None,) * (leaf.ndim - len(own)) + own, leaf.shape)
 
     return jax.tree.map_with_path(sharding, spec.abstract_base)
@@ -224,13 +224,12 @@ def _ways(mesh: Any, names: tuple[str, ...]) -> int:
 
 
 def _weight_axes(spec: Any) -> dict[str, tuple[str | None, ...]]:
-    return {weight.path: weight.axes for weight in spec.table}
+    return {weight.place: weight.axes for weight in spec.table}
 
 
-def _module(path: Any) -> str:
-    """The dotted path of an array's module, without the numbers of layers and what is outside the tree."""
-    names = [key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str)]
-    return ".".join(names[:-1])
+def _dotted(path: Any) -> str:
+    """The dotted path of an array, without the numbers of layers and what is outside the tree."""
+    return ".".join(key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str))
 
 
 def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
@@ -243,7 +242,7 @@ def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
         if split_lora and path and getattr(path[-1], "key", None) in LORA_AXES:
             own = LORA_AXES[path[-1].key]
         elif spec.full:
-            own = weights.get(_module(path), ())
+            own = weights.get(_dotted(path), ())
         return (None,) * (np.ndim(leaf) - len(own)) + own
 
     return axes

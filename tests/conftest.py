@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from helpers.xla_flags import xla_flags
@@ -31,6 +33,25 @@ def shared() -> Path:
     folder = REPOSITORY.parent / "shared"
     if not folder.is_dir():
         pytest.skip("the reference material (../shared) is not on this machine")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, a real pretrained model: the folder that `JAXLORA_SMOLLM2` names, or one that
+    the script of the reference material makes."""
+    if "JAXLORA_SMOLLM2" in os.environ:
+        return Path(os.environ["JAXLORA_SMOLLM2"])
+    script = REPOSITORY.parent / "shared" / "smollm2" / "convert.py"
+    if not script.is_file():
+        pytest.skip(
+            "SmolLM2 is not on this machine: JAXLORA_SMOLLM2 names no folder, and ../shared is missing"
+        )
+    folder = tmp_path_factory.mktemp("smollm2")
+    made = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        last = (made.stderr.strip().splitlines() or ["no reason given"])[-1]
+        pytest.skip(f"SmolLM2 cannot be made on this machine: {last}")
     return folder
 
 

@@ -346,7 +346,7 @@ def _targets(paths: set[str], config: ModelConfig) -> str:
         spec = ModelSpec(config, LoraConfig(targets=condition))
         if inner == {weight.path for weight in spec.adapted}:
             return condition
-    names = [weight.name for weight in ModelSpec(config).table if weight.path in inner]
+    names = [w.name for w in ModelSpec(config).table if w.lora_group and w.path in inner]
     return ",".join(names or ["lm_head"])
 
 

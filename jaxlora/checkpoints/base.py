@@ -41,6 +41,7 @@ from jaxlora.checkpoints.tensors import (
 )
 from jaxlora.config import ModelSource
 from jaxlora.data.render import Tokenizer, chat_text, encode_texts, largest_token_id, load_tokenizer
+from jaxlora.data.template import facts
 from jaxlora.lora import get_path, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import load_model_config, published_config
@@ -83,7 +84,7 @@ class Base:
     def fingerprint(self) -> str:
         """Tells one base from another: by its files or, where it is drawn at random, by seed and shape."""
         if self.folder is None or self.is_drawn:
-            return f"random-{self.seed}-{hashlib.sha256(repr(self.config).encode()).hexdigest()[:16]}"
+            return f"random-{self.seed}-{hashlib.sha256(_shape_text(self.config).encode()).hexdigest()[:16]}"
         return fingerprint(self.folder)
 
     def load(self, spec: ModelSpec, mesh: Mesh, expected: str | None = None) -> Tree:
@@ -158,6 +159,11 @@ class Base:
         return self.folder if self.source.tokenizer is None else tokenizer_folder(self.source.tokenizer)
 
 
+def _shape_text(config: ModelConfig) -> str:
+    """A model's shape in words; of one without rope scaling as before there was any, for runs of then."""
+    return repr(config).replace(", rope_scaling=None)", ")")
+
+
 def _end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The token that the chat template writes after an assistant's turn, where it writes one."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
@@ -190,7 +196,8 @@ def tokenizer_folder(name: str | Path) -> Path:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
-    """A hash of what renders text into tokens: the tokenizer's files and its chat template.
+    """A hash of what renders text into tokens: the tokenizer's files, its chat template, and what `template`
+    adds (the date, the first token).
 
     The order of JSON keys, white space between them and the file that holds the template make no difference.
 
@@ -201,10 +208,10 @@ def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
       UserError: there is none, or its files cannot be read.
     """
     if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, chat=False)
     # A tokenizer made in memory has no folder.
     folder = tokenizer_folder(tokenizer.name_or_path) if tokenizer.name_or_path else None
-    parts: dict[str, Any] = {"template": tokenizer.chat_template}
+    parts: dict[str, Any] = {"template": tokenizer.chat_template, **facts(tokenizer)}
     if folder is None or not (folder / "tokenizer.json").is_file():
         parts["vocabulary"] = sorted(tokenizer.get_vocab().items())
         parts["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -319,7 +326,7 @@ def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tr
         n_drawn = 0
         for weight, _ in _in_order(spec):
             sharding = named(mesh, weight.axes, weight.shape)
-            if len(weight.shape) == 1:
+            if len(weight.shape) == 1 and weight.array == "weight":  # a norm
                 yield jax.device_put(jnp.ones(weight.shape, spec.dtype), sharding)
             else:
                 yield draw(jax.random.fold_in(jax.random.key(seed), n_drawn), weight.shape, sharding)
@@ -351,15 +358,15 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
                     # Waiting keeps the queue of layers on the devices short; reading goes on meanwhile.
                     stacked = jax.block_until_ready(set_layer(stacked, next(arrays), i))
                     advance(1)
-                set_path(frozen, f"{weight.path}.weight", stacked)
+                set_path(frozen, weight.place, stacked)
             elif weight.stacked:
                 for i in range(depth):
                     inner = frozen.setdefault("layers", {}).setdefault(i, {})
-                    path = weight.path.removeprefix("layers.") + ".weight"
+                    path = weight.place.removeprefix("layers.")
                     set_path(inner, path, _laid_out(next(arrays), sharding))
                     advance(1)
             else:
-                set_path(frozen, f"{weight.path}.weight", _laid_out(next(arrays), sharding))
+                set_path(frozen, weight.place, _laid_out(next(arrays), sharding))
                 advance(1)
     _check_tree(spec, frozen, mesh)
     return frozen
@@ -506,17 +513,17 @@ def _arrays(spec: ModelSpec, weights: Tree) -> Iterator[tuple[str, int, Callable
     """Hugging Face key, bytes, and a function that gives the array, of every weight."""
     for weight in spec.table:
         if not weight.stacked:
-            array = get_path(weights, weight.path)["weight"]
+            array = get_path(weights, weight.path)[weight.array]
             yield weight.hf_key, array.nbytes, partial(_cut, array, None)
             continue
         depth = spec.config.num_hidden_layers
         for i in range(depth):
             key = weight.hf_key.format(layer=i)
             if spec.scan:
-                array = get_path(weights, weight.path)["weight"]
+                array = get_path(weights, weight.path)[weight.array]
                 yield key, array.nbytes // depth, partial(_cut, array, i)
             else:
-                array = get_path(weights["layers"][i], weight.path.removeprefix("layers."))["weight"]
+                array = get_path(weights["layers"][i], weight.path.removeprefix("layers."))[weight.array]
                 yield key, array.nbytes, partial(_cut, array, None)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlora.data.messages import Turn
+from jaxlora.data.template import begun, dated, variables
 from jaxlora.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,17 +42,19 @@ def spans_of_template(tokenizer: Tokenizer, turns: Sequence[Turn], tools: Any, f
     """The spans between the template's own marks, without those of turns that do not learn."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables: dict[str, Any] = tokenizer.special_tokens_map | {"enable_thinking": turns[-1].thinks}
+    given: dict[str, Any] = tokenizer.special_tokens_map | variables(turns[-1].thinks)
     render: Any = render_jinja_template  # its types are narrower than what it takes and gives
     texts, (spans,) = render(
         [[turn.message for turn in turns]],
         tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
+        chat_template=dated(tokenizer.get_chat_template(tools=tools)),
         return_assistant_tokens_mask=True,
-        **variables,
+        **given,
     )
-    if texts != [full]:
+    if begun(tokenizer, texts[0]) != full:
         raise ValueError("it writes another text when its answers are marked")
+    shift = len(full) - len(texts[0])  # of the BOS that the template left out
+    spans = [(start + shift, end + shift) for start, end in spans]
     answers = [turn for turn in turns if turn.message["role"] == "assistant"]
     if len(spans) == len(answers):
         return [(start, end) for (start, end), turn in zip(spans, answers, strict=True) if turn.learns]

@@ -38,6 +38,7 @@ from jaxlora.data.messages import (
     check_text,
 )
 from jaxlora.data.sources import is_text
+from jaxlora.data.template import begun, dated, variables
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.folders import file_in
 from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, announce, is_remote, mirror, resolve
@@ -142,7 +143,7 @@ def chat_text(
     tools: Any = None,
     enable_thinking: bool = False,
 ) -> str:
-    """The chat template's own text, thinking off unless `enable_thinking`.
+    """The chat template's own text, thinking off unless `enable_thinking`; see also `template`.
 
     Raises:
       UserError: the template refuses these messages.
@@ -151,12 +152,13 @@ def chat_text(
         text = tokenizer.apply_chat_template(
             list(messages),
             tools=tools,
+            chat_template=dated(tokenizer.get_chat_template(tools=tools)),
             tokenize=False,
             add_generation_prompt=generation_prompt,
-            enable_thinking=enable_thinking,
+            **variables(enable_thinking),
         )
     assert isinstance(text, str), type(text)
-    return checked_text(text)
+    return begun(tokenizer, checked_text(text))
 
 
 @contextmanager

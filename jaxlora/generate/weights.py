@@ -76,7 +76,9 @@ def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) ->
     layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
     if form.joined:
         for path, parts in JOINED.items():
-            set_path(layer, path, {"weight": jnp.concatenate([_take(layer, part) for part in parts])})
+            modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
+            arrays = {name: jnp.concatenate([module[name] for module in modules]) for name in modules[0]}
+            set_path(layer, path, arrays)
     return layer
 
 
@@ -87,10 +89,10 @@ def _mesh_of(frozen: Tree) -> Mesh:
     return make_mesh(MeshConfig(), list(sharding.device_set))
 
 
-def _take(tree: Tree, path: str) -> jax.Array:
-    """Take a module out of the tree; its weight."""
+def _take(tree: Tree, path: str) -> Tree:
+    """Take a module out of the tree."""
     parent, _, name = path.rpartition(".")
-    return get_path(tree, parent).pop(name)["weight"]
+    return get_path(tree, parent).pop(name)
 
 
 def _moved(x: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -1,1 +1,1 @@
-"""Qwen3 in Flax NNX: configuration, parameter table, modules and attention backends."""
+"""The families in Flax NNX: configuration, parameter table, modules and attention backends."""

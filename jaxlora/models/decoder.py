@@ -49,11 +49,11 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
-    W `[out, in]` has the model's dtype. A `[r, in]` and B `[out, r]` are float32, trained, and cast to the
-    activations' dtype for the product.
+    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one. A `[r, in]` and B
+    `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
     """
 
-    def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = ()):
+    def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = (), bias: bool = False):
         out_size, in_size = weight.shape
         self.weight = nnx.Param(jnp.zeros((*stack, out_size, in_size), jnp.dtype(spec.dtype)))
         if spec.lora is not None and is_adapted(weight, spec.lora):
@@ -61,6 +61,7 @@ class Linear(nnx.Module):
             self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, out_size, spec.lora.rank), jnp.float32))
         else:
             self.lora_a = self.lora_b = None  # type: ignore[assignment]
+        self.bias = nnx.Param(jnp.zeros((*stack, out_size), jnp.dtype(spec.dtype))) if bias else None
         self.axes, self.stacked, self.scale = weight.axes, bool(stack), spec.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,7 +78,8 @@ def joint_products(x: jax.Array, *linears: Linear) -> list[jax.Array]:
     adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
     function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale)
     ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters)
-    return [checkpoint_name(y, PRODUCT) for y in ys]
+    ys = [checkpoint_name(y, PRODUCT) for y in ys]
+    return [y if one.bias is None else y + one.bias[...] for one, y in zip(linears, ys, strict=True)]
 
 
 def _products(axes, adapted, scale, x, weights, adapters) -> list[jax.Array]:
@@ -100,9 +102,9 @@ def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with RMS-normalised queries and keys and rotary positions."""
+    """Grouped-query attention with rotary positions, and RMS-normalised queries and keys in some families."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool):
+    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool, qk_norms: bool):
         if joined:
             self.qkv_proj = make_linear("layers.self_attn.qkv_proj")
         else:
@@ -110,7 +112,8 @@ class Attention(nnx.Module):
             self.k_proj = make_linear("layers.self_attn.k_proj")
             self.v_proj = make_linear("layers.self_attn.v_proj")
         self.o_proj = make_linear("layers.self_attn.o_proj")
-        self.q_norm, self.k_norm = make_norm(config.head_dim), make_norm(config.head_dim)
+        self.q_norm = make_norm(config.head_dim) if qk_norms else None
+        self.k_norm = make_norm(config.head_dim) if qk_norms else None
         self.head_dim, self.joined = config.head_dim, joined
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
 
@@ -126,7 +129,8 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rotary, attend: Attend, cache):
         q, k, v = self.project(x)
-        q, k = rotate(self.q_norm(q), rotary), rotate(self.k_norm(k), rotary)
+        normed = ((q, self.q_norm), (k, self.k_norm))
+        q, k = (rotate(x if norm is None else norm(x), rotary) for x, norm in normed)
         y, cache = attend(q, k, v, cache)
         return self.o_proj(y.reshape(*x.shape[:-1], -1)), cache
 
@@ -154,9 +158,9 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool):
+    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool, qk_norms: bool):
         self.input_layernorm = make_norm(config.hidden_size)
-        self.self_attn = Attention(make_linear, make_norm, config, joined)
+        self.self_attn = Attention(make_linear, make_norm, config, joined, qk_norms)
         self.post_attention_layernorm = make_norm(config.hidden_size)
         self.mlp = MLP(make_linear, joined)
 
@@ -186,14 +190,16 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: ModelSpec):
         config, dtype = spec.config, jnp.dtype(spec.dtype)
-        table = {w.path: w for w in spec.table}
+        table = {w.path: w for w in spec.table if w.array == "weight"}
+        biased = {w.path for w in spec.table if w.array == "bias"}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
             return DecoderLayer(
-                lambda path: Linear(table[path], spec, stack),
+                lambda path: Linear(table[path], spec, stack, path in biased),
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
                 config,
                 spec.joined,
+                "layers.self_attn.q_norm" in table,
             )
 
         depth = config.num_hidden_layers
@@ -258,7 +264,8 @@ def kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, int]:
     The first are whole on every chip of a mesh, the second split over `tensor`. All: the residual stream
     twice, each norm's input in float32, its output and its scaled output; queries, keys, values before and
     after their norms, attention output, the MLP's hidden units. Elementwise: only what products and
-    attention made. With full recomputation: the layer's input.
+    attention made. With full recomputation: the layer's input. A family without norms of queries and keys
+    keeps a little less.
     """
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     if remat is True:

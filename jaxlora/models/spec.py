@@ -23,6 +23,20 @@ Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Llama3Scaling:
+    """How Llama 3 scales its rotary frequencies, with the names of Hugging Face's `rope_scaling`."""
+
+    factor: Annotated[float, Field(ge=1, strict=True)]
+    low_freq_factor: Annotated[float, Field(gt=0, strict=True)]
+    high_freq_factor: Annotated[float, Field(gt=0, strict=True)]
+    original_max_position_embeddings: Size
+
+    def __post_init__(self) -> None:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ModelConfig:
     """The shape of a decoder, with the names of Hugging Face's `config.json`."""
 
@@ -39,6 +53,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     model_type: str = "qwen3"  # the family's name
+    rope_scaling: Llama3Scaling | None = None
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -72,13 +87,17 @@ GROUPS: dict[Condition, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: `[out, in]` as in Hugging Face files, and for one layer when it is stacked."""
+    """One weight: `[out, in]` as in Hugging Face files, and for one layer when it is stacked.
+
+    A bias `[out]` is an entry of its own, with the path of its module and `array="bias"`.
+    """
 
     path: str  # module path in our tree; layer weights are stacked under "layers"
     hf_key: str  # with {layer} when there is one a layer
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes, one a dimension; see jaxlora.sharding
     lora_group: str | None = None  # "attention", "mlp", "output_head"; None: never adapted
+    array: str = "weight"  # its name in the module; the other one is "bias"
 
     @property
     def stacked(self) -> bool:
@@ -88,6 +107,11 @@ class Weight:
     def name(self) -> str:
         """The module's own name, such as `q_proj`."""
         return self.path.rpartition(".")[2]
+
+    @property
+    def place(self) -> str:
+        """The path of the array itself, such as `layers.self_attn.q_proj.bias`."""
+        return f"{self.path}.{self.array}"
 
 
 # Products of one input, computed as one when decoding: fuller products, and nothing to concatenate.

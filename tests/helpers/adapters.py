@@ -41,9 +41,16 @@ def trained_lora(spec: ModelSpec, seed: int = 0) -> Tree:
     return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), jnp.float32), lora)
 
 
-def our_logits(spec: ModelSpec, lora: Tree, frozen: Tree, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    """Logits `[batch, length, vocab]` as float32."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+def our_logits(
+    spec: ModelSpec,
+    lora: Tree,
+    frozen: Tree,
+    tokens: np.ndarray = TOKENS,
+    positions: np.ndarray | None = None,
+) -> np.ndarray:
+    """Logits `[batch, length, vocab]` as float32; positions count from 0 unless they are given."""
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     segment_ids = np.ones_like(tokens)
 
     @jax.jit

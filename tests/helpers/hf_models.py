@@ -1,4 +1,4 @@
-"""Small random Qwen3 checkpoints made by Transformers: the reference that the tests compare with."""
+"""Small random checkpoints made by Transformers: the reference that the tests compare with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from jaxlora.checkpoints.base import load_base
 from jaxlora.config import MeshConfig
@@ -35,10 +35,70 @@ CONFIGURATIONS = {
 }
 
 
+def llama3(factor: float, original: int = 64) -> dict:
+    """Rotary scaling as in Llama 3, of a model with few positions before it."""
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+
+
+# Of each other family: heads of a size of their own or not, grouped or not, tied or not, bases, scaling.
+OTHERS = {
+    "llama": {
+        "plain": {},
+        "head_dim not given, tied": {"head_dim": None, "tie_word_embeddings": True},
+        "no grouping, theta 10000": {"num_key_value_heads": 4, "rope_theta": 10_000.0},
+        "scaled": {"rope": llama3(8.0), "rope_theta": 500_000.0},
+        "scaled by 32, tied, wide heads": {
+            "rope": llama3(32.0, 8192),
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+        },
+        "one key-value head, three shards": {"num_key_value_heads": 1, "shards": 3, "rope_theta": 1e5},
+        "9 heads on 3, one layer": {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": None,
+            "num_hidden_layers": 1,
+        },
+    },
+    "qwen2": {
+        "plain": {},
+        "tied": {"tie_word_embeddings": True},
+        "no grouping": {"num_key_value_heads": 4},
+        "one key-value head, theta 10000": {"num_key_value_heads": 1, "rope_theta": 10_000.0},
+        "wide heads, tied, three shards": {"head_dim": 32, "tie_word_embeddings": True, "shards": 3},
+        "6 heads on 2": {
+            "hidden_size": 96,
+            "num_attention_heads": 6,
+            "head_dim": None,
+            "num_hidden_layers": 2,
+            "rms_norm_eps": 1e-5,
+        },
+    },
+}
+# One of each family, with everything that the family has and the others lack.
+FAMILY_SHAPES = {
+    "qwen3": {},
+    "llama": OTHERS["llama"]["scaled"] | {"tie_word_embeddings": True},
+    "qwen2": {},
+}
+
+
 def make_checkpoint(
-    folder: Path, *, seed: int = 0, shards: int = 1, dtype=torch.float32, **shape
-) -> Qwen3ForCausalLM:
-    """Write a random Qwen3 checkpoint and return the PyTorch model (eval mode, eager attention)."""
+    folder: Path, *, family: str = "qwen3", seed: int = 0, shards: int = 1, dtype=torch.float32, **shape
+) -> PreTrainedModel:
+    """Write a random checkpoint and return the PyTorch model (eval mode, eager attention).
+
+    Args:
+      shape: keys of `config.json`; `rope` is the scaling of its rotary positions.
+    """
     defaults = {
         "vocab_size": 160,
         "hidden_size": 64,
@@ -55,14 +115,16 @@ def make_checkpoint(
         "bos_token_id": None,
     }
     values = defaults | shape
-    theta = values.pop("rope_theta")
-    config = Qwen3Config(**values, rope_parameters={"rope_type": "default", "rope_theta": theta})
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")} | values.pop("rope", {})
+    if values["head_dim"] is None:
+        del values["head_dim"]
+    config = CONFIG_MAPPING[family](**values, rope_parameters=rope)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).to(dtype).eval()
-    with torch.no_grad():  # norms away from one, so that a missing or swapped norm shows
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():  # norms away from one and biases from zero, so that a missing or swapped one shows
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith(".bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // shards + 1 if shards > 1 else "10GB")

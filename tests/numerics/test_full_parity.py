@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers.hf_models import make_checkpoint
+from helpers.hf_models import FAMILY_SHAPES, make_checkpoint
 from helpers.rows import random_rows
 from helpers.torch_loss import torch_summed_nll
 
@@ -28,16 +28,19 @@ def named(spec, weights) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("tied", "optim"),
+    ("family", "tied", "optim"),
     [
-        (False, OptimConfig()),
-        (True, OptimConfig(weight_decay=0.1)),
-        (False, OptimConfig(b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=5.0)),
+        ("qwen3", False, OptimConfig()),
+        ("qwen3", True, OptimConfig(weight_decay=0.1)),
+        ("qwen3", False, OptimConfig(b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=5.0)),
+        ("llama", True, OptimConfig()),
+        ("qwen2", False, OptimConfig(weight_decay=0.1)),
     ],
-    ids=["Adam, untied", "AdamW, tied", "AdamW, clipped"],
+    ids=["Adam, untied", "AdamW, tied", "AdamW, clipped", "Llama, tied", "Qwen2.5, with biases"],
 )
-def test_thirty_steps_equal_torch(tmp_path, tied, optim):
-    reference = make_checkpoint(tmp_path, tie_word_embeddings=tied, num_hidden_layers=2)
+def test_thirty_steps_equal_torch(tmp_path, family, tied, optim):
+    shape = FAMILY_SHAPES[family] | {"tie_word_embeddings": tied}
+    reference = make_checkpoint(tmp_path, family=family, num_hidden_layers=2, **shape)
     spec = ModelSpec(load_model_config(tmp_path), None, "float32", full=True)
     start = load_base(tmp_path, spec, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     rows, rate = random_rows(8 * 10), 1e-3

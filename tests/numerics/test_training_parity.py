@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers.hf_models import make_checkpoint
+from helpers.hf_models import FAMILY_SHAPES, make_checkpoint
 from helpers.rows import random_rows
 from helpers.torch_loss import torch_summed_nll
 from peft import LoraConfig as PeftConfig
@@ -54,9 +54,12 @@ def difference(lora, model) -> float:
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
-@pytest.mark.parametrize("condition", ["attention_only", "all_layer"])
-def test_thirty_steps_equal_peft(tmp_path, condition):
-    reference = make_checkpoint(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "condition"),
+    [("qwen3", "attention_only"), ("qwen3", "all_layer"), ("llama", "all_layer"), ("qwen2", "all_layer")],
+)
+def test_thirty_steps_equal_peft(tmp_path, family, condition):
+    reference = make_checkpoint(tmp_path, family=family, **FAMILY_SHAPES[family])
     optim, train = OptimConfig(), TrainConfig(epochs=3)
     rows = random_rows(8 * STEPS // 3)
     plan = plan_run(optim, train, len(rows))

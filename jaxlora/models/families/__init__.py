@@ -4,8 +4,8 @@
     config.num_hidden_layers                           # 36
     parameter_table(config)                            # every weight, in the order of the forward pass
 
-A family's file has `PUBLISHED` (shapes by name), `read_config`, `weight_table` and `rotary_frequencies`; it
-is known by the `model_type` of its `config.json`.
+A family's file has `MODELS` (whose it is, in words), `PUBLISHED` (shapes by name), `read_config`,
+`weight_table` and `rotary_frequencies`; it is known by the `model_type` of its `config.json`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from jaxlora.models.families import qwen3
+from jaxlora.models.families import llama, qwen2, qwen3
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json
 
-FAMILIES = {"qwen3": qwen3}
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+# Of a family that is not supported, by how its name begins: the nearest one that is.
+_NEAREST = {"mistral": "llama", "mixtral": "llama", "llama4": "llama", "smollm": "llama", "qwen2": "qwen2"}
 MAX_BYTES = 10**7  # of config.json
 
 
@@ -48,8 +50,7 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: not a JSON object")
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        known = " and ".join(repr(name) for name in FAMILIES)
-        raise UserError(f"{where}: model_type is {kind!r:.100}; only {known} (dense) is supported")
+        raise UserError(f"{where}: {_unsupported(kind, 'text_config' in raw)}")
     try:
         values = FAMILIES[kind].read_config(raw) | {"model_type": kind}
         return TypeAdapter(ModelConfig).validate_python(values)
@@ -59,6 +60,14 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
         raise UserError(f"{where}: {name or 'value'}: {first['msg']}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _unsupported(kind: Any, wraps_text: bool) -> str:
+    """That a `model_type` is not supported, in words, with what is and what is nearest."""
+    known = ", ".join(f"{name!r} ({family.MODELS})" for name, family in FAMILIES.items())
+    nearest = next((new for old, new in _NEAREST.items() if str(kind).startswith(old)), "qwen3")
+    why = "; a wrapper around a text model and others (text_config)" if wraps_text else ""
+    return f"model_type is {kind!r:.100}{why}; only {known} (dense) are supported, the nearest is {nearest!r}"
 
 
 def published_config(name: str) -> ModelConfig:
