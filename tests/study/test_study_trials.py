@@ -118,7 +118,7 @@ def test_every_fault_in_every_file_of_its_runs(study, capsys):
     files += [f"{RUN}/metrics.jsonl", f"{RUN}/selected/adapter_model.safetensors"]
     files += [f"{TRIAL}/metrics.jsonl"]
     trials = [(file, fault) for file in files for fault in DAMAGE]
-    # A summary holds the hashes of all else and has none itself: where nobody reads a field, nobody sees a bit.
+    # A summary holds the hashes of all else and has none itself; a bit of a field that nobody reads is lost.
     trials = [(file, fault) for file, fault in trials if (Path(file).name, fault) != NOT_SEEN]
     ends = damage(study, trials)
     with capsys.disabled():
