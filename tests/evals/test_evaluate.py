@@ -380,6 +380,9 @@ def finished_copy(run: Path, folder: Path, tokenizer: Path | str) -> Path:
     manifest["config"] |= {"model": model}
     manifest["tokenizer"] = {"path": str(tokenizer), "sha256": tokenizer_sha256(tokenizer)}
     write_json_atomic(copy / "manifest.json", manifest)
+    summary = read_json(copy / "summary.json")
+    summary["sha256"] = {f"selected/{path.name}": sha256_of(path) for path in (copy / "selected").iterdir()}
+    write_json_atomic(copy / "summary.json", summary)
     return copy
 
 
