@@ -163,7 +163,9 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_command(repository, w
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert files <= held
-    assert {f"jaxlora/configs/{name}.py" for name in ("main", "tiny", "lr_sweep", "rank_sweep")} <= held
+    assert {
+        f"jaxlora/configs/{name}.py" for name in ("main", "tiny", "own", "smollm2", "lr_sweep", "rank_sweep")
+    } <= held
     archive = zipfile.ZipFile(wheel)
     (points,) = [name for name in held if name.endswith("entry_points.txt")]
     assert "jaxlora = jaxlora.commands:run" in archive.read(points).decode()
