@@ -191,7 +191,7 @@ def test_rows_of_ones_own_need_nothing_but_their_path(repository, tmp_path):
     words = ["train", "--config", "own", "--config.data.train_path=mine.json", "--dry-run"]
     done = forks.run([repository / "jaxlora/__main__.py", *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
+    said = " ".join(done.stderr.split())
     assert "training 18 rows" in said
     assert "validation 2 rows" in said
     assert "Alpaca rows in JSON list" in said
