@@ -1,24 +1,8 @@
-"""Another grid: a learning-rate curve for each condition, over whole runs. 10 runs of one epoch, one seed.
+"""A learning-rate curve for each condition.
 
-    python launch/study.py --config configs/lr_sweep.py --dry-run
-
-The study chose its rates by 64 steps at a constant rate; would whole runs choose the same?
+The same as `--config lr_sweep`, by path; its fields stand in `jaxlora/configs/lr_sweep.py`.
 """
 
-from jaxlora.config import DataConfig, EvalConfig, RunConfig, SweepConfig, TrainConfig
+from jaxlora.configs.lr_sweep import get_config
 
-DATASET = "hf://sumitdotml/lora-and-friends-dataset/rendered"
-
-
-def get_config() -> RunConfig:
-    return RunConfig(
-        prefix="qwen3-8b-rates",
-        data=DataConfig(
-            train_path=f"{DATASET}/train.jsonl",
-            validation_path=f"{DATASET}/val.jsonl",
-            shuffle=False,  # the study's order is the file's
-        ),
-        eval=EvalConfig(benchmark="openai/gsm8k"),
-        train=TrainConfig(epochs=1),
-        sweep=SweepConfig(seeds=(0,), learning_rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
-    )
+__all__ = ["get_config"]

@@ -1,23 +1,8 @@
-"""The study: Qwen3-8B, attention only against all layers, on curated OpenMathInstruct-2.
+"""The study: Qwen3-8B, attention only against all layers.
 
-    python launch/study.py --config configs/main.py        # everything: trials, six runs, evaluation, report
-    python launch/train.py --config configs/main.py --config.lora.targets=attention_only --config.seed=1
-
-The rows are the published dataset of the study; to train on files of your own, set
-`--config.data.train_path` and `--config.data.validation_path`. Every other value is the study's.
+The same as `--config main`, by path; its fields stand in `jaxlora/configs/main.py`.
 """
 
-from jaxlora.config import DataConfig, EvalConfig, RunConfig
+from jaxlora.configs.main import get_config
 
-DATASET = "hf://sumitdotml/lora-and-friends-dataset/rendered"
-
-
-def get_config() -> RunConfig:
-    return RunConfig(
-        data=DataConfig(
-            train_path=f"{DATASET}/train.jsonl",
-            validation_path=f"{DATASET}/val.jsonl",
-            shuffle=False,  # the study's order is the file's
-        ),
-        eval=EvalConfig(benchmark="openai/gsm8k"),
-    )
+__all__ = ["get_config"]

@@ -1,32 +1,8 @@
 """SmolLM2-135M-Instruct on your own rows: a real model that trains on a CPU.
 
-    python launch/train.py --config configs/smollm2.py --config.data.train_path=rows.jsonl
-    python launch/train.py --config configs/smollm2.py --config.data.train_path=rows.jsonl \\
-        --config.model.path=path/to/SmolLM2-135M-Instruct
-
-The model is fetched from the Hugging Face Hub unless `--config.model.path` names a directory. A tenth of the
-rows is kept for validation. For `HuggingFaceTB/SmolLM2-360M-Instruct` and `-1.7B-Instruct` only the path
-changes.
+The same as `--config smollm2`, by path; its fields stand in `jaxlora/configs/smollm2.py`.
 """
 
-from jaxlora.config import DataConfig, ModelSource, OptimConfig, RunConfig, TrainConfig
+from jaxlora.configs.smollm2 import get_config
 
-
-def get_config() -> RunConfig:
-    return RunConfig(
-        prefix="smollm2-135m",
-        # CPUs compute in float32 faster than in bfloat16, which most of them only imitate.
-        model=ModelSource(path="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
-        data=DataConfig(train_path="rows.jsonl", validation_fraction=0.1, max_length=512),
-        optim=OptimConfig(peak_lr=1e-3),
-        # On a CPU, attention over one long buffer costs more than padding short rows does.
-        train=TrainConfig(
-            epochs=1,
-            layout="padded",
-            buffer_sizes=2,
-            buffer_multiple=64,
-            max_buffer_tokens=2048,
-            validation_every=50,
-            validation_merge=10,
-        ),
-    )
+__all__ = ["get_config"]

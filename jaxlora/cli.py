@@ -1,6 +1,6 @@
 """The command line of a configuration: `--config FILE` and `--config.FIELD=VALUE`.
 
-    python launch/train.py --config configs/tiny.py --config.lora.rank=16 --config.seed=1
+    jaxlora train --config tiny --config.lora.rank=16 --config.seed=1        # or --config path/to/own.py
 
 The fields themselves are declared in `jaxlora.config`.
 """
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import runpy
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,30 @@ from pydantic import ValidationError
 from jaxlora.config import RENAMED, RunConfig, allowed, closest, fields, from_dict, one_line, plain, to_dict
 from jaxlora.runtime.errors import UserError
 
+CONFIG_HELP = "Python file with get_config(), or the name of a shipped one, such as tiny"
+SHIPPED = Path(__file__).parent / "configs"  # configurations that ship with the package, found by name
+
+
+def shipped_names() -> list[str]:
+    """The names that `--config` takes instead of a file."""
+    return sorted(file.stem for file in SHIPPED.glob("*.py") if file.stem != "__init__")
+
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:
     """Run `get_config()` of a Python file and apply overrides such as `{"lora.rank": "16"}`.
+
+    Args:
+      path: a file, or the name of a configuration that ships with the package, such as `tiny`.
 
     Raises:
       UserError: the file is missing, has no `get_config`, or a value is not allowed.
     """
     file = Path(path)
+    if not file.is_file() and str(path) in shipped_names():
+        file = SHIPPED / f"{path}.py"
     if not file.is_file():
-        raise UserError(f"--config: no file {str(path)!r}; give a Python file such as configs/tiny.py")
+        names = ", ".join(shipped_names())
+        raise UserError(f"--config: no file {str(path)!r}; give a Python file, or one of {names}")
     try:
         namespace = runpy.run_path(str(file))
     except ValidationError as error:
@@ -58,9 +74,9 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = N
 
     Returns `(config, options)`: a `RunConfig`, and argparse's namespace of the parser's own options.
     """
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = HelpFormatter
     parser.epilog = "fields of the configuration, each settable as --config.FIELD=VALUE:\n" + field_table()
-    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     options, rest = parser.parse_known_args(argv)
     overrides: dict[str, str] = {}
     words = iter(rest)
@@ -77,6 +93,29 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = N
                 raise UserError(f"{word} needs a value: {word}=VALUE")
         overrides[name] = value
     return load_config(options.config, overrides), options
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Folds at the terminal's width: paragraphs anew, indented lines (commands, tables) each by itself."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(_folded(text, max(width, 20)))
+
+
+def _folded(text: str, width: int) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in [*text.strip("\n").splitlines(), ""]:
+        if line.strip() and not line[0].isspace():
+            paragraph.append(line)
+            continue
+        yield from textwrap.wrap(" ".join(paragraph), width, break_on_hyphens=False)
+        paragraph = []
+        second = re.match(r"\s*\S+\s{2,}", line)  # where the second column of a table begins
+        column = second.end() if second else len(line) - len(line.lstrip()) + 4
+        hanging = " " * (column if column <= width // 2 else 6)
+        yield from textwrap.wrap(
+            line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+        ) or [""]
 
 
 def field_table() -> str:

@@ -30,6 +30,7 @@ Epochs = Annotated[int, Field(gt=0, le=10_000)]
 Length = Annotated[int, Field(gt=0, le=1 << 24)]  # of text in tokens
 Axis = Annotated[int, Field(ge=-1, le=1 << 20)]
 Rate = Annotated[float, Field(gt=0)]
+Alpha = Annotated[float, Field(gt=0, le=1e30)]  # above it, float32 products overflow
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -89,7 +90,7 @@ class LoraConfig:
         "all_layer",
     )
     rank: Rank = _doc("r, the inner dimension", 8)
-    alpha: Rate = _doc("the update is scaled by alpha / rank", 32.0)
+    alpha: Alpha = _doc("the update is scaled by alpha / rank", 32.0)
     output_head: bool = _doc("adapt the output head as well (needs an untied head)", False)
     start: str | None = _doc(
         "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
@@ -280,6 +281,10 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.name is ignored by studies, which name their runs; set config.prefix")
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
+    if config.train.what == "full":
+        raise UserError("config.train.what: a study compares adapters; use launch/train.py for a full run")
+    if config.lora.start is not None:
+        raise UserError("config.lora.start: its placement would stand for every condition's; give none")
     _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (

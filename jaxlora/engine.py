@@ -13,7 +13,7 @@ The verbs are those of Tinker. Behind them are the programs of a run (`jaxlora.t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
@@ -38,6 +38,7 @@ from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_lora, check_targets, init_lora
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
@@ -45,6 +46,7 @@ from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
 from jaxlora.train.objective import objective_named
 from jaxlora.train.step import (
+    Compute,
     Machine,
     TrainState,
     init_state,
@@ -58,6 +60,7 @@ MAX_BUFFER_TOKENS = 16_384  # rows are split over several buffers above this
 DENSE_BUFFER_TOKENS = 1024  # the same where attention costs the square of a buffer's length
 MULTIPLE = 128  # buffer lengths are multiples of this, and of powers of two above it: few programs
 MAX_ROWS = 256  # of one line of a buffer
+LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
 
 def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = None) -> Engine:
@@ -75,7 +78,12 @@ def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = N
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype!r:.80} is not supported; give bfloat16 or float32")
     source = ModelSource(path=str(path), dtype=dtype)  # type: ignore[arg-type]
-    base = find_base(source)
+    return engine_of(find_base(source), mesh)
+
+
+def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
+    """An engine of a base that was found, on a mesh as of `load`."""
+    source = base.source
     if mesh is None and (slice_ := slice_of(jax.devices())) is not None:
         mesh = with_mesh(RunConfig(model=source), base.config, slice_).mesh
     return Engine(base, wire(source, mesh or MeshConfig()))
@@ -148,6 +156,10 @@ class Engine:
             weights = self.base.load(replace(spec, dtype="float32", full=False), self.machine.mesh)
         return Trainer(self, spec, weights)
 
+    def untrained(self) -> Trainer:
+        """The base as it is, to look at and to sample from; there is nothing to train."""
+        return Trainer(self, self._spec(), {})
+
     def open(self, path: str | Path) -> Trainer:
         """Take up what was trained: a PEFT folder, a finished run (its selected weights), or a full model.
 
@@ -165,6 +177,8 @@ class Engine:
             seed, folder = (manifest.get("config") or {}).get("seed"), folder / "selected"
         if not (folder / "config.json").is_file():
             adapter = read_adapter(folder, self.base.config, self.base.folder)
+            if reason := other_base(adapter.metadata, self.base):
+                raise UserError(f"{folder}: {reason}; load that base first")
             spec = self._spec(lora=adapter.lora, shapes=adapter.shapes)
             return Trainer(self, spec, adapter.tree, seed if seed is not None else adapter.metadata["seed"])
         spec = self._spec(full=True)
@@ -198,6 +212,7 @@ class Trainer:
         self._optim: OptimConfig | None = None
         self._opt_state: Any = None
         self._grads: Tree | None = None
+        self._decodes: tuple[ModelSpec, Tree, Tree, Mesh] | None = None
 
     # --- Training -------------------------------------------------------------------------------------------
 
@@ -211,21 +226,29 @@ class Trainer:
 
         Raises:
           UserError: a row cannot be used (names its number), or the loss is not known.
+
+        Stopped on its way (by Ctrl-C, or for want of memory), it drops the gradients since the last step.
         """
         objective_named(loss)
         rendered = self._render(rows)
-        with self.engine.inside():
-            grads = self._zeros() if self._grads is None else self._grads
-            total, weight, found = 0.0, 0.0, []
-            for batch, lengths in self._batches(rendered):
-                step = make_gradient_step(self.spec, self._compute(lengths), loss)
-                placed = place_batch(self.engine.machine.mesh, batch)
-                grads, value, logprobs = step(self._trained, grads, self._frozen, placed)
-                total += float(hosts.whole(value))
-                weight += float(batch["weights"].sum())
-                found += _by_row(np.asarray(hosts.whole(logprobs)), lengths)
-            self._grads = grads
-        return Result(total, weight, found)
+        # The step takes the memory of the gradients so far: stopped on the way, they are gone.
+        grads, self._grads = self._grads, None
+        try:
+            with self.engine.inside():
+                grads = self._zeros() if grads is None else grads
+                made = []
+                for batch, compute, lengths in self._batches(rendered):
+                    step = make_gradient_step(self.spec, compute, loss)
+                    placed = place_batch(self.engine.machine.mesh, batch)
+                    grads, value, found = step(self._trained, grads, self._frozen, placed)
+                    made.append((value, found, lengths, float(batch["weights"].sum())))
+                total = sum(float(hosts.whole(value)) for value, *_ in made)
+                logprobs = [row for _, found, own, _ in made for row in _by_row(hosts.whole(found), own)]
+        except BaseException as error:
+            error.add_note("The gradients since the last optim_step are dropped; compute them again.")
+            raise
+        self._grads = grads
+        return Result(total, sum(weight for *_, weight in made), logprobs)
 
     def optim_step(
         self,
@@ -252,7 +275,7 @@ class Trainer:
         same = replace(optim, peak_lr=1.0)
         if self._optim not in (None, same):
             raise UserError("optim_step: only the learning rate may change between steps")
-        self._optim = same
+        self._optim, self._decodes = same, None
         with self.engine.inside():
             step = make_update_step(self.spec, optim)
             state, norms = step(self.state, self._grads, jnp.float32(learning_rate))
@@ -280,10 +303,10 @@ class Trainer:
         """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
         found = []
         with self.engine.inside():
-            for batch, lengths in self._batches(self._render(rows)):
-                step = make_logprob_step(self.spec, self._compute(lengths))
+            for batch, compute, lengths in self._batches(self._render(rows)):
+                step = make_logprob_step(self.spec, compute)
                 values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
-                found += _by_row(np.asarray(hosts.whole(values)), lengths)
+                found += _by_row(hosts.whole(values), lengths)
         return found
 
     def sample(
@@ -295,46 +318,54 @@ class Trainer:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
         slots: int = 64,
+        stream: Callable[[int, str], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
         """Answers to prompts, in their order.
 
         Args:
-          prompts: texts (a user's turn each), lists of messages, or token ids as they are.
+          prompts: texts (a user's turn each), lists of messages, or token ids.
           temperature: 0: the most likely token; ties take the lower id.
           top_p: draw from the smallest set of most likely tokens with at least this probability.
           seed: the tokens drawn follow from it, the prompt and the prompt's number.
           stop_ids: tokens that end an answer; None: the model's and the template's ends of turn.
           slots: answers decoded at once.
+          stream: called every few tokens with the number of a prompt and the text of its answer so far.
+          progress: called with the number of answers newly finished.
 
         Raises:
           UserError: a prompt cannot be rendered, or a setting is impossible.
         """
-        if not temperature >= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-            raise UserError("sample: give temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1")
-        if not prompts:
+        _check_settings(temperature, top_p, max_new_tokens=max_new_tokens, slots=slots, seed=seed)
+        if not (prompts := _listed(prompts, "prompts")):
             return []
         ids = [self._prompt(i, prompt) for i, prompt in enumerate(prompts)]
         longest = max(map(len, ids)) + max_new_tokens
-        if longest > self.spec.config.max_position_embeddings:
-            most = self.spec.config.max_position_embeddings
-            raise UserError(
-                f"sample: prompt and answer take {longest} tokens; the model has {most} positions"
-            )
-        stops = tuple(self.engine.base.stop_ids(self.engine.tokenizer) if stop_ids is None else stop_ids)
-        with self.engine.inside():
-            spec, lora, weights, mesh = decode_weights(self.spec, self._trained, self._frozen, merge=False)
+        check_positions(
+            self.spec.config, longest, "sample: max_new_tokens: the longest prompt and its answer"
+        )
+        stops = self._ids(stop_ids, "stop_ids") if stop_ids is not None else self._stop_ids
+        spec, lora, weights, mesh = self._decoding(keep=stream is not None)
+
+        def show(i: int, tokens: list[int]) -> None:
+            assert stream is not None
+            text = self._text(tokens[:-1] if tokens[-1] in stops else tokens)
+            stream(i, text.rstrip("\ufffd"))  # the beginning of a character
+
         with jax.set_mesh(mesh), jax.default_matmul_precision(self._precision):
             answers = generate(
                 spec,
                 lora,
                 weights,
                 ids,
-                stop_ids=stops,
+                stop_ids=tuple(stops),
                 max_new_tokens=max_new_tokens,
                 slots=slots,
                 backend=decode_backend(spec.dtype),
                 sampling=Sampling(temperature, top_p, logprobs=True),
                 seed=seed,
+                progress=progress,
+                stream=show if stream is not None else None,
             )
         return [self._sample(answer) for answer in answers]
 
@@ -387,6 +418,7 @@ class Trainer:
             found = store.restore(like)
         if found is None:
             raise UserError(f"{folder}: holds no checkpoint")
+        self._decodes = None
         self._trained, self._opt_state, self._grads = found.state.trained, found.state.opt_state, None
         return found.step
 
@@ -400,38 +432,41 @@ class Trainer:
     def _precision(self) -> str | None:
         return "highest" if self.spec.dtype == "float32" else None
 
-    def _compute(self, lengths: Sequence[Sequence[int]]):
-        most = max(len(line) for line in lengths)
-        return self.engine.machine.compute(min(MAX_ROWS, round_up(most, 32)))
-
     def _zeros(self) -> Tree:
         return jax.tree.map(jnp.zeros_like, self._trained)
 
     def _render(self, rows: Sequence[Row]) -> list[RenderedRow]:
         """The rows as tokens and weights."""
-        if isinstance(rows, Mapping) or not rows:
+        rows = _listed(rows, "rows")
+        if not rows:
             raise UserError("rows: give a list of at least one row")
-        chats = [i for i, row in enumerate(rows) if not isinstance(row, RenderedRow) and "messages" in row]
+        chats = [i for i, row in enumerate(rows) if not isinstance(row, RenderedRow) and _is_chat(row)]
         done: dict[int, RenderedRow | UserError] = {}
         if chats:
             pairs = [(str(i), rows[i]["messages"]) for i in chats]  # type: ignore[index]
             done = dict(zip(chats, render_batch(self.engine.tokenizer, pairs), strict=True))
         found = []
+        for i in chats:
+            if odd := sorted(rows[i].keys() & {"tokens", "weights"}):
+                raise UserError(f"row {i}: `{odd[0]}` beside `messages`; give one of them")
         for i, row in enumerate(rows):
             one = row if isinstance(row, RenderedRow) else done[i] if i in done else _from_ids(i, row)
             if isinstance(one, UserError):
                 raise UserError(f"row {i}: {one}")
-            known, top = self.spec.config.vocab_size, int(one.tokens.max(initial=0))
-            if top >= known or one.tokens.min(initial=0) < 0:
-                raise UserError(f"row {i}: token {top} is not one of the model's {known}")
+            known = self.spec.config.vocab_size
+            if len(outside := one.tokens[(one.tokens < 0) | (one.tokens >= known)]):
+                raise UserError(f"row {i}: token {outside[0]} is not one of the model's {known}")
             if one.n_tokens > self.spec.config.max_position_embeddings:
                 most = self.spec.config.max_position_embeddings
                 raise UserError(f"row {i}: {one.n_tokens} tokens; the model knows {most} positions")
             found.append(one)
         return found
 
-    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, list[list[int]]]]:
-        """Packed batches `[buffers, 1, length]` of all rows in order, and the rows' tokens by line."""
+    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, list[int]]]:
+        """Packed batches `[1, 1, length]` of all rows in order, how to compute them, and their rows' tokens.
+
+        One buffer each: a program for every number of buffers would be compiled for minutes, again and again.
+        """
         dense = self.engine.machine.backend == "xla"
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
         lengths = [row.n_tokens for row in rows]
@@ -439,48 +474,117 @@ class Trainer:
         length = multiple
         while length < largest_buffer(lengths, most):
             length *= 2
-        batch = pack(rows, (length,), most)
-        yield batch, [[lengths[i] for i in part] for part in cut_into_buffers(lengths, most)]
+        parts = cut_into_buffers(lengths, most)
+        rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
+        compute = self.engine.machine.compute(rows_a_line)
+        for part in parts:
+            yield pack([rows[i] for i in part], (length,), most), compute, [lengths[i] for i in part]
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
         if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
             return encode_texts(self.engine.tokenizer, [prompt])[0]
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):
-            text = chat_text(self.engine.tokenizer, list(prompt), generation_prompt=True)
+        prompt = _listed(prompt, f"prompt {i}")
+        if prompt and all(isinstance(turn, Mapping) for turn in prompt):
+            text = chat_text(self.engine.tokenizer, prompt, generation_prompt=True)
             return encode_texts(self.engine.tokenizer, [text])[0]
-        ids = [int(token) for token in prompt]
-        if not ids or not all(0 <= token < self.spec.config.vocab_size for token in ids):
-            known = self.spec.config.vocab_size
-            raise UserError(f"prompt {i}: give at least one token, each from 0 to {known - 1}")
+        if not (ids := self._ids(prompt, f"prompt {i}")):
+            raise UserError(f"prompt {i}: give at least one token")
         return ids
+
+    @property
+    def _stop_ids(self) -> Sequence[int]:
+        return self.engine.base.stop_ids(self.engine.tokenizer)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.engine.tokenizer.decode(list(ids)))
+
+    def _decoding(self, keep: bool) -> tuple[ModelSpec, Tree, Tree, Mesh]:
+        """Model, adapter, weights and mesh for decoding, kept until the next step where asked: a chat asks
+        often, and making them may copy the base."""
+        if self._decodes is not None:
+            return self._decodes
+        with self.engine.inside():
+            made = decode_weights(self.spec, self._trained, self._frozen, merge=False)
+        self._decodes = made if keep else None
+        return made
+
+    def _ids(self, values: Any, name: str) -> list[int]:
+        """Token ids of the model."""
+        listed, known = _listed(values, name), self.spec.config.vocab_size
+        ids = _array(listed or np.zeros(0, int))
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ((ids >= 0) & (ids < known)).all():
+            raise UserError(f"{name}: give whole numbers, each from 0 to {known - 1}")
+        return ids.tolist()
 
     def _sample(self, answer) -> Sample:
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
-        text = str(self.engine.tokenizer.decode(ids))
-        return Sample(text, answer.tokens, answer.logprobs, answer.stop_reason)
+        return Sample(self._text(ids), answer.tokens, answer.logprobs, answer.stop_reason)
+
+
+def _check_settings(temperature: Any, top_p: Any, **whole: Any) -> None:
+    """Refuse settings of `sample` that cannot be."""
+    for name, value in whole.items():
+        least = -(2**63) if name == "seed" else 1
+        if not isinstance(value, int | np.integer) or not least <= value < 2**63:
+            raise UserError(
+                f"sample: {name}: {value!r:.80} is not allowed; give a whole number, {least} or more"
+            )
+    for name, value, most, allowed in (
+        ("temperature", temperature, np.finfo(np.float32).max, "0, or more"),
+        ("top_p", top_p, 1, "more than 0, at most 1"),
+    ):
+        greedy = name == "temperature" and isinstance(value, int | float) and value == 0
+        if not greedy and not (isinstance(value, int | float | np.number) and LEAST <= value <= most):
+            raise UserError(f"sample: {name}: {value!r:.80} is not allowed; give {allowed}")
+
+
+def _is_chat(row: Any) -> bool:
+    return isinstance(row, Mapping) and "messages" in row
 
 
 def _from_ids(i: int, row: Any) -> RenderedRow:
     """A row given as token ids, with a weight for each."""
     if not isinstance(row, Mapping) or "tokens" not in row:
         raise UserError(f"row {i}: give `messages`, or `tokens` and `weights`")
-    if odd := sorted(row.keys() - {"tokens", "weights", "row_id"}):
+    if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id"})):
         raise UserError(f"row {i}: {odd[0]!r:.80} is not known; give `tokens` and `weights`")
-    tokens = np.asarray(row["tokens"])
-    weights = np.asarray(row.get("weights", np.arange(len(tokens)) > 0), np.float32)
+    tokens = _array(row["tokens"])
     if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"row {i}: tokens must be at least two whole numbers")
-    if weights.shape != tokens.shape or not np.isfinite(weights).all():
+    weights = _array(row.get("weights", np.arange(len(tokens)) > 0))
+    if weights.dtype.kind in "biuf":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+            weights = weights.astype(np.float32)
+    if weights.shape != tokens.shape or weights.dtype != np.float32 or not np.isfinite(weights).all():
         raise UserError(f"row {i}: {len(tokens)} tokens need as many finite weights, not {weights.shape}")
-    return RenderedRow(str(row.get("row_id", i)), tokens.astype(np.int32), weights)
+    within = np.clip(
+        tokens.astype(np.int64), -1, np.iinfo(np.int32).max
+    )  # others must not come round to a valid id
+    return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights)
 
 
-def _by_row(values: np.ndarray, lengths: list[list[int]]) -> list[np.ndarray]:
-    """Values `[buffers, 1, length]` as one array a row."""
-    found = []
-    for line, own in zip(values[:, 0], lengths, strict=True):
-        ends = np.cumsum(own)
-        found += np.split(line[: ends[-1]], ends[:-1])
-    return found
+def _array(values: Any) -> np.ndarray:
+    """The values as an array; of what is no array of numbers, one without a length."""
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        return np.asarray(None)
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """The members of a list, an array, a generator, ...
+
+    Raises:
+      UserError: it is one text or one dictionary, which would be taken apart, or nothing of the kind.
+    """
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
+        raise UserError(f"{name}: give a list, not one {type(values).__name__}")
+    return list(values)
+
+
+def _by_row(values: Any, lengths: list[int]) -> list[np.ndarray]:
+    """Values `[1, 1, length]` as one array a row."""
+    ends = np.cumsum(lengths)
+    return np.split(np.asarray(values)[0, 0, : ends[-1]], ends[:-1])

@@ -208,7 +208,7 @@ def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
       UserError: there is none, or its files cannot be read.
     """
     if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, chat=False)
     # A tokenizer made in memory has no folder.
     folder = tokenizer_folder(tokenizer.name_or_path) if tokenizer.name_or_path else None
     parts: dict[str, Any] = {"template": tokenizer.chat_template, **facts(tokenizer)}

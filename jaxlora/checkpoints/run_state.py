@@ -250,12 +250,22 @@ class RunState:
         return None if step is None else self.read(step, like)
 
     def read(self, step: int, like: Any) -> Restored:
-        """One checkpoint, which has been verified."""
+        """One checkpoint, which has been verified.
+
+        Raises:
+          UserError: it holds other arrays than `like`, or belongs to another run.
+        """
         progress = read_object(self._folder / str(step) / PROGRESS)
         self._check_identity(step, progress)
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.StandardRestore(target)
         place = self._for_orbax / str(step) / STATE
+        shapes = [Counter(x.shape for x in jax.tree.leaves(tree)) for tree in (self._stored(place), like)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{self._folder / str(step)}: holds arrays of other shapes than what is trained here;"
+                " resume with the settings (placement, rank, lora or full) that it was saved with"
+            )
         return Restored(step, self._orbax.restore(place, args=args), progress)
 
     def drop_after(self, step: int) -> None:

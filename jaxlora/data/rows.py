@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxlora.config import DataConfig
 from jaxlora.data.containers import container_of, count_rows, read_rows, strings_of
 from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
@@ -48,6 +49,17 @@ class RowOptions:
     columns: Mapping[str, str] | None = None
     ignore_columns: Collection[str] = ()
     split: str | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> RowOptions:
+        """As the configuration says."""
+        return cls(
+            loss_on=data.loss_on,
+            enable_thinking=data.enable_thinking,
+            columns=dict(pair.split("=", 1) for pair in data.columns) or None,
+            ignore_columns=data.ignore_columns,
+            split=data.split,
+        )
 
 
 @dataclass(frozen=True)

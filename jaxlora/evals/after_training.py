@@ -8,13 +8,27 @@ from pathlib import Path
 import jax
 
 from jaxlora.checkpoints.base import weights_sha256
-from jaxlora.evals.run import Subject, evaluate, evaluation_inputs, load_prompts, show, why_redo
+from jaxlora.evals.run import (
+    Subject,
+    check_lengths,
+    evaluate,
+    evaluation_inputs,
+    load_prompts,
+    show,
+    why_redo,
+)
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.runtime import hosts
 from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.files import read_json
 from jaxlora.train.job import Job
 from jaxlora.train.loop import TrainResult
+
+
+def check_answers(job: Job) -> None:
+    """Refuse a run whose answers could not be decoded at its end, before its first step (`UserError`)."""
+    _, prompts = load_prompts(job.config, job.tokenizer)
+    check_lengths(job.config, job.base, prompts)
 
 
 def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
@@ -29,12 +43,10 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
     with jax.set_mesh(job.mesh):
         subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
         inputs = evaluation_inputs(config, subject, *load_prompts(config, job.tokenizer))
-        with _claimed(
-            base_dir
-        ):  # another run of the same study may be evaluating it: then its answers are read
-            if hosts.broadcast(
-                why_redo(base_dir, inputs) is None
-            ):  # not each host what it sees of the folder
+        # Another run of the same study may be evaluating it: then its answers are read.
+        with _claimed(base_dir):
+            done = why_redo(base_dir, inputs) is None
+            if hosts.broadcast(done):  # not what each host sees of the folder
                 base = hosts.broadcast(read_json(base_dir / "summary.json") if hosts.is_main() else None)
             else:
                 frozen = job.base.load(plain, job.mesh) if job.spec.full else result.frozen

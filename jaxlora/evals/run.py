@@ -30,6 +30,7 @@ from jaxlora.runtime import hosts
 from jaxlora.runtime.claims import replace_together
 from jaxlora.runtime.files import metric_record, read_json, sha256_of, summary_record
 from jaxlora.runtime.progress import console, progress_bar
+from jaxlora.runtime.terminal import harmless
 from jaxlora.train.board import write_outcome
 
 
@@ -221,3 +222,7 @@ def show(summaries: list[dict[str, Any]]) -> None:
             f"{s['generated_tokens_per_second']:,.0f}",
         )
     console.print(table)
+    if affected := max(s.get("references_with_separators", 0) for s in summaries):
+        wrong = ", ".join(f"{s['run_id']} {s['wrong_by_separators']}" for s in summaries)
+        note = f"{affected} references have a thousands separator; wrong for nothing but its lack"
+        console.print(f"{note}: {harmless(wrong)}", markup=False)

@@ -39,6 +39,7 @@ from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest
 from jaxlora.runtime.remote import fetch_folder
+from jaxlora.runtime.terminal import harmless
 from jaxlora.sharding import make_mesh, place_trained
 
 FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
@@ -192,7 +193,9 @@ def describe(target: Target) -> list[str]:
     config, subject, lora = target.config, target.subject, target.spec.lora
     tokenizer = target.base.tokenizer()
     problems, prompts = load_prompts(config, tokenizer)
-    stops = ", ".join(f"{stop} ({tokenizer.decode([stop])})" for stop in target.base.stop_ids(tokenizer))
+    stops = ", ".join(
+        f"{stop} ({harmless(str(tokenizer.decode([stop])))})" for stop in target.base.stop_ids(tokenizer)
+    )
     check_lengths(config, target.base, prompts)
     mesh = make_mesh(config.mesh)
     adapter = "none: the untouched base" if target.model is None else f"none: all weights, {target.model}"
@@ -212,7 +215,7 @@ def describe(target: Target) -> list[str]:
         f" {config.eval.batch_rows} answers at once",
         f"out       {target.out}",
         "first prompt, as the model sees it:",
-        sample,
+        harmless(sample),
     ]
 
 

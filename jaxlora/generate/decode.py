@@ -11,6 +11,7 @@ seed and the prompt's number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -337,6 +338,27 @@ class _Slots:
             self.answers[self.owner[slot]] = Generation(ids, stop_reason, own)
             self.owner[slot] = -1
 
+    @property
+    def longest(self) -> int:
+        """Positions that the longest active row holds."""
+        return int(self.held[self.active].max(initial=0))
+
+    def tell(
+        self,
+        state: DecodeState,
+        ended: int,
+        progress: Callable[[int], None] | None,
+        stream: Callable[[int, list[int]], None] | None,
+    ) -> None:
+        """Pass on how many answers have ended, and what every slot has generated so far."""
+        if progress is not None and ended:
+            progress(ended)
+        if stream is None:
+            return
+        tokens, lengths = whole((state.output, state.n_new))
+        for slot in np.flatnonzero(self.owner >= 0):
+            stream(int(self.owner[slot]), tokens[slot, : lengths[slot]].tolist())
+
     def shrink(self, n: int) -> np.ndarray:
         """Go on with n slots, which hold all active rows; their numbers so far."""
         keep = np.argsort(~self.active, stable=True)[:n]
@@ -344,10 +366,24 @@ class _Slots:
         return keep
 
 
+def _doubled(n: int, least: int) -> int:
+    """The smallest of least, 2 least, 4 least, ... that n fits into."""
+    return least << max(0, math.ceil(math.log2(n / least)))
+
+
 def _keys(seed: int, n: int) -> np.ndarray:
     """The raw key of each prompt's random numbers, uint32 `[n, 2]`."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
     return np.asarray(jax.random.key_data(keys))
+
+
+def _sizes(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], up: Callable[[int, int], int]
+) -> tuple[tuple[int, ...], int]:
+    """The lengths to which prompts are padded, and the positions of the cache."""
+    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], 4, PROMPT_MULTIPLE)
+    longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+    return sizes, max(up(longest, WINDOW_MULTIPLE), max(sizes))
 
 
 def generate(
@@ -365,46 +401,42 @@ def generate(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    stream: Callable[[int, list[int]], None] | None = None,
 ) -> list[Generation]:
     """Answers to all prompts, in their order.
 
     Args:
-      spec: with unrolled layers (`scan=False`), whose caches are updated in place; `lora` and `weights` as
-        `jaxlora.generate.weights` gives them.
+      spec, lora, weights: as of `jaxlora.generate.weights`; layers are unrolled, their caches in place.
       stop_ids: tokens that end an answer.
       seed: of the tokens that are drawn; with it a prompt's number in the list decides.
       limits: most new tokens of each prompt; None: `max_new_tokens` for all.
-      tail_slots: once no prompt waits and so few rows are left, go on with this many slots, because the
-        longest answers end alone. None: a quarter of the slots, where that is worth another program.
+      tail_slots: go on with so few once no prompt waits and no more rows are left, because the longest
+        answers end alone. None: a quarter of the slots, where that is worth another program.
       progress: called with the number of answers newly finished.
+      stream: called every few steps with the number of a prompt and the tokens of its answer so far. Sizes
+        are then powers of two, so that the longer and longer prompts of a chat share few programs.
     """
     assert not spec.scan, "decoding keeps one cache a layer"
     slots = min(slots, len(prompts))
-    if tail_slots is None:
-        tail_slots = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
+    worth = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
+    tail_slots = worth if tail_slots is None else tail_slots
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
-    sizes = choose_sizes([len(prompt) for prompt in prompts], 4, PROMPT_MULTIPLE)
-    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    capacity = max(round_up(capacity, WINDOW_MULTIPLE), max(sizes))
+    up = round_up if stream is None else _doubled
+    sizes, capacity = _sizes(prompts, limits, up)
     prefill = make_prefill(spec, stop_ids, backend, sampling)
     decode = make_decode(spec, stop_ids, backend, sampling=sampling)
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
     keys = _keys(seed, len(prompts)) if sampling.draws else None
     rows, rows_a_call = _Slots(prompts, limits, stop_ids, slots, keys), min(PREFILL_ROWS, slots)
-
     while rows.queue or rows.active.any():
         while len(free := rows.to_fill(rows_a_call)):
             taken = [rows.queue.pop() for _ in free]
-            new = rows.prefill_rows(taken, free, rows_a_call, sizes)
-            state, old = prefill(state, lora, weights, *new)
+            state, old = prefill(state, lora, weights, *rows.prefill_rows(taken, free, rows_a_call, sizes))
             rows.collect(free, old)  # what these slots held before
             rows.put(taken, free)
-        needed = int(rows.held[rows.active].max(initial=0)) + STEPS_PER_CALL
-        window = min(round_up(needed, WINDOW_MULTIPLE), capacity)
+        window = min(up(rows.longest + STEPS_PER_CALL, WINDOW_MULTIPLE), capacity)
         state = decode(state, lora, weights, capacity if backend == "cudnn" else window)
-        ended = rows.update(state)
-        if progress is not None and ended:
-            progress(ended)
+        rows.tell(state, rows.update(state), progress, stream)
         if not rows.queue and 0 < rows.active.sum() <= tail_slots < len(rows.active):
             rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
             state = take_slots(state, rows.shrink(tail_slots))

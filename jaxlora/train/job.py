@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rich.markup import escape
 from rich.table import Table
 
-from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base
 from jaxlora.config import DataConfig, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges
@@ -135,7 +135,9 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
         spec = replace(model, lora=config.lora)
         check_targets(spec)
         return config, spec
-    adapter = read_adapter(config.lora.start, base.config)
+    adapter = read_adapter(config.lora.start, base.config, base.folder)
+    if reason := other_base(adapter.metadata, base):
+        raise UserError(f"config.lora.start: {config.lora.start}: {reason}")
     lora = replace(adapter.lora, start=config.lora.start)
     return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
 
@@ -187,19 +189,12 @@ def _load_rows(
     data: DataConfig, tokenizer: Tokenizer, seed: int
 ) -> tuple[list[RenderedRow], list[RenderedRow], tuple[RowReport, RowReport]]:
     """Training rows, validation rows, and what was read and skipped of each."""
-    options = RowOptions(
-        loss_on=data.loss_on,
-        enable_thinking=data.enable_thinking,
-        columns=dict(pair.split("=", 1) for pair in data.columns) or None,
-        ignore_columns=data.ignore_columns,
-        split=data.split,
-    )
     load = partial(
         load_rendered_rows,
         tokenizer=tokenizer,
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
-        options=options,
+        options=RowOptions.of(data),
     )
     rows, report = load(data.train_path, limit=data.train_rows)
     if data.validation_path is not None:

@@ -76,13 +76,21 @@ def optimizer(optim: OptimConfig) -> optax.GradientTransformation:
     Adam: m̂ / (sqrt(v̂) + eps), eps outside the root and after bias correction (as PyTorch's). With weight
     decay, decoupled (AdamW, Loshchilov and Hutter 2019): plus decay times the value. With clipping, the
     gradients of the whole step are first scaled down to the global norm.
+
+    Only Adam keeps anything, so the state has the same form whatever the settings.
     """
-    parts = [optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps)]
-    if optim.clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(optim.clip_norm))
-    if optim.weight_decay:
-        parts.append(optax.add_decayed_weights(optim.weight_decay))
-    return optax.chain(*parts)
+    adam = optax.chain(optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps))
+
+    def update(grads, state, trained=None):
+        if optim.clip_norm is not None:
+            grads, _ = optax.clip_by_global_norm(optim.clip_norm).update(grads, optax.EmptyState())
+        direction, state = adam.update(grads, state)
+        if optim.weight_decay:
+            decay = optax.add_decayed_weights(optim.weight_decay)
+            direction, _ = decay.update(direction, optax.EmptyState(), trained)
+        return direction, state
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def init_state(trained: Tree, optim: OptimConfig) -> TrainState:

@@ -19,8 +19,8 @@ from jaxlora.data.render import (
     render_chat,
     render_prompts,
 )
-from jaxlora.embedded import embedded_path
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.remote import embedded_path
 
 NOT_SPECIAL = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "<|fim_prefix|>"]
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"]

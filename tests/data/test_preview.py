@@ -54,3 +54,13 @@ def test_the_mask_is_readable_without_colour_and_the_format_is_named(repository,
     assert "\x1b" not in done.stdout
     assert "\x07" not in done.stdout
     assert "Alpaca rows in JSON list" in " ".join(done.stdout.split())
+
+
+def test_rows_are_read_as_training_reads_them(repository, tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps([{"frage": "Two and two?", "antwort": "Four.", "note": 1}]))
+    words = [*COMMAND, "--rows=1", f"--config.data.train_path={tmp_path / 'own.json'}"]
+    own = ["--config.data.columns=prompt=frage,completion=antwort"]
+    done = forks.run([*words, *own], cwd=repository)
+    assert done.returncode == 0, done.stderr
+    assert "⟦Four.<|im_end|>↵\n⟧" in done.stdout
+    assert forks.run(words, cwd=repository).returncode == 2  # columns that no format has

@@ -15,12 +15,15 @@ from peft import LoraConfig as PeftConfig
 from safetensors.numpy import load_file
 from transformers import Qwen3ForCausalLM
 
+import jaxlora
 from jaxlora.checkpoints.adapters import read_adapter
+from jaxlora.checkpoints.base import find_base, fingerprint
 from jaxlora.checkpoints.peft import export_adapter
-from jaxlora.config import LoraConfig
+from jaxlora.config import LoraConfig, ModelSource, RunConfig
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
 from jaxlora.runtime.errors import UserError
+from jaxlora.train.job import trained_spec
 
 BAR = 1e-4  # relative error of float32 logits
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -167,3 +170,17 @@ def test_an_alpha_that_can_be_trained_can_be_read(base, tmp_path):
     export_adapter(tmp_path / "adapter", spec, trained_lora(spec), "base")
     assert read_adapter(tmp_path / "adapter", spec.config).lora == lora
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+def test_an_adapter_of_another_base_is_neither_trained_further_nor_opened(base, tmp_path):
+    make_checkpoint(tmp_path / "other", seed=1)
+    spec = ModelSpec(load_model_config(base), LoraConfig(), "float32")
+    folder = tmp_path / "adapter"
+    theirs = fingerprint(tmp_path / "other")
+    export_adapter(folder, spec, trained_lora(spec), "other", base_fingerprint=theirs)
+    source = ModelSource(path=str(base))
+    config = RunConfig(model=source, lora=LoraConfig(start=str(folder)))
+    with pytest.raises(UserError, match=r"config.lora.start: .*adapter: was trained on another base"):
+        trained_spec(config, find_base(source))
+    with pytest.raises(UserError, match=r"adapter: was trained on another base .*; load that base first"):
+        jaxlora.load(base).open(folder)

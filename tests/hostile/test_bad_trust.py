@@ -148,6 +148,7 @@ def test_the_command_and_the_trace_of_a_failure_are_recorded_without_keys(tmp_pa
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     text = " ".join(f"--option={value} https://me:{value}@host/x?key={value}" for value in KEYS.values())
+    (tmp_path / "manifest.json").write_text("{}")  # a run that is still there
     run = SimpleNamespace(path=tmp_path, _names=dict, _identity=dict)
     RunDirectory.write_failure(run, "training", 3, ValueError(text), f"Traceback\n{text}")
     assert "training" in (tmp_path / "failure.json").read_text()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.hf_models import make_checkpoint
 from peft import PeftModel
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
@@ -23,7 +24,7 @@ from jaxlora.lora import init_lora
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.sharding import make_mesh
-from jaxlora.train.step import init_state, make_train_step
+from jaxlora.train.step import init_state, make_gradient_step, make_train_step
 
 CHAT = [
     {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": text}]}
@@ -197,6 +198,14 @@ def test_an_adapter_is_saved_opened_and_read_by_peft(engine, tmp_path):
         trainer.save(tmp_path / "adapter")
 
 
+def test_an_adapter_is_saved_where_the_base_has_no_chat_template(tmp_path):
+    make_checkpoint(tmp_path / "base")
+    trainer = jaxlora.load(str(tmp_path / "base"), "float32").lora(rank=2)
+    trainer.save(tmp_path / "adapter")
+    again = trainer.engine.open(tmp_path / "adapter")
+    assert difference(again.trained, trainer.trained) == 0
+
+
 def test_a_full_model_is_saved_opened_and_read_by_transformers(engine, tmp_path):
     trainer = train_a_little(engine.full())
     before = engine.lora(rank=1).logprobs(CHAT)
@@ -228,6 +237,75 @@ def test_training_goes_on_from_a_saved_state(engine, tmp_path, what):
     train_a_little(resumed)
     for a, b in zip(jax.tree.leaves(straight.state), jax.tree.leaves(resumed.state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.1}, {"clip_norm": 1.0, "weight_decay": 0.1}])
+def test_a_state_fits_whatever_the_optimizers_settings(engine, tmp_path, settings):
+    straight, early = engine.lora(rank=2, seed=1), engine.lora(rank=2, seed=1)
+    early.save_state(tmp_path / "start")  # looked at before anybody said how to optimise
+    for trainer in (straight, early):
+        trainer.forward_backward(CHAT)
+        trainer.optim_step(1e-3, **settings)
+    straight.save_state(tmp_path / "state", step=1)
+    resumed = engine.lora(rank=2, seed=5)
+    assert resumed.resume(tmp_path / "state") == 1
+    for trainer in (straight, early, resumed):
+        trainer.forward_backward(CHAT)
+        trainer.optim_step(1e-3, **settings)
+    assert difference(early.trained, straight.trained) == 0
+    assert difference(resumed.trained, straight.trained) == 0
+    for other in (engine.lora(rank=3), engine.full()):
+        with pytest.raises(UserError, match="holds arrays of other shapes") as error:
+            other.resume(tmp_path / "state")
+        assert "\n" not in str(error.value)
+
+
+def test_a_stopped_call_leaves_a_trainer_that_goes_on(engine, monkeypatch):
+    trainer = engine.lora(rank=2, seed=1)
+    trainer.forward_backward(CHAT[:2])
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxlora.engine.hosts.whole", interrupted)
+        with pytest.raises(KeyboardInterrupt) as error:
+            trainer.forward_backward(CHAT)
+    assert "gradients since the last optim_step are dropped" in error.value.__notes__[0]
+    with pytest.raises(UserError, match="call forward_backward first"):
+        trainer.optim_step(1e-3)
+    other = engine.lora(rank=2, seed=1)
+    for one in (trainer, other):
+        one.forward_backward(CHAT)
+    assert difference(trainer._grads, other._grads) == 0
+
+
+def test_one_program_serves_any_number_of_buffers(engine):
+    trainer = engine.lora(rank=2, targets="v_proj")
+    rows = [{"tokens": [5 + (i + j) % 900 for j in range(700)]} for i in range(3)]
+    compute = engine.machine.compute(32)
+    losses = []
+    for n in (1, 2, 3):
+        found = trainer.forward_backward(rows[:n])
+        assert [len(values) for values in found.logprobs] == [699] * n
+        losses.append(found.loss)
+    assert make_gradient_step(trainer.spec, compute, "cross_entropy")._cache_size() == 1
+    alone = [trainer.forward_backward([row]).loss for row in rows]
+    np.testing.assert_allclose(losses, np.cumsum(alone), rtol=1e-6)
+
+
+def test_rows_and_prompts_come_from_anything_that_lists_them(engine):
+    trainer = engine.lora(rank=2)
+    expected = trainer.logprobs([CHAT[0], {"tokens": [5, 6, 7]}])
+    rows = [CHAT[0], {"tokens": np.array([5, 6, 7], np.uint8), "weights": np.array([False, True, True])}]
+    for given in (tuple(rows), (row for row in rows), np.array(rows, object)):
+        for a, b in zip(trainer.logprobs(given), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    answers = [
+        trainer.sample(given, 3, temperature=0)[0].tokens
+        for given in ([[5, 6, 7]], np.array([[5, 6, 7]]), (x for x in [(5, 6, 7)]), [jnp.array([5, 6, 7])])
+    ]
+    assert answers == [answers[0]] * 4
 
 
 def test_the_base_stays_as_it_was_and_trainers_do_not_see_each_other(engine):
@@ -279,8 +357,28 @@ def test_all_devices_give_what_one_gives(engine):
         (lambda t: t.forward_backward([{"tokens": [1, 5000]}]), "5000 is not one of the model's 1024"),
         (lambda t: t.forward_backward([{"tokens": [1] * 5000}]), "the model knows 2048 positions"),
         (lambda t: t.forward_backward([{"messages": CHAT[0]["messages"][:1]}]), "row 0: no assistant turn"),
-        (lambda t: t.sample(["a"], max_new_tokens=5000), "the model has 2048 positions"),
-        (lambda t: t.sample(["a"], temperature=-1), "temperature >= 0"),
+        (lambda t: t.sample(["a"], max_new_tokens=5000), "the model has 2,048 positions"),
+        (lambda t: t.forward_backward([{"tokens": [1, 2**32 + 3]}]), "row 0: token 2147483647 is not one"),
+        (lambda t: t.forward_backward([{"tokens": [1, -7]}]), "row 0: token -1 is not one of"),
+        (lambda t: t.forward_backward([{"tokens": None}]), "row 0: tokens must be at least two whole"),
+        (lambda t: t.forward_backward([{"tokens": [[1, 2], [3]]}]), "row 0: tokens must be at least two"),
+        (lambda t: t.forward_backward([{"tokens": [1, 2], "weights": ["a", "b"]}]), "as many finite weights"),
+        (lambda t: t.forward_backward([{"tokens": [1, 2], "weights": [0, 1e300]}]), "as many finite weights"),
+        (lambda t: t.forward_backward([CHAT[0] | {"weights": [0, 1]}]), "`weights` beside `messages`"),
+        (lambda t: t.forward_backward("text"), "rows: give a list, not one str"),
+        (lambda t: t.sample("a prompt"), "prompts: give a list, not one str"),
+        (lambda t: t.sample([1, 2]), "prompt 0: give a list, not one int"),
+        (lambda t: t.sample([CHAT[0]]), "prompt 0: give a list, not one dict"),
+        (lambda t: t.sample([[1.5]]), "prompt 0: give whole numbers"),
+        (lambda t: t.sample(["a"], stop_ids=5), "stop_ids: give a list, not one int"),
+        (lambda t: t.sample(["a"], stop_ids=[10**12]), "stop_ids: give whole numbers"),
+        (lambda t: t.sample(["a"], slots=0), "slots: 0 is not allowed; give a whole number, 1 or more"),
+        (lambda t: t.sample(["a"], max_new_tokens=4.5), "max_new_tokens: 4.5 is not allowed"),
+        (lambda t: t.sample(["a"], seed=None), "seed: None is not allowed"),
+        (lambda t: t.sample(["a"], temperature=1e-300), "temperature: 1e-300 is not allowed"),
+        (lambda t: t.sample(["a"], temperature=float("inf")), "temperature: inf is not allowed"),
+        (lambda t: t.sample(["a"], top_p=1e-300), "top_p: 1e-300 is not allowed"),
+        (lambda t: t.sample(["a"], temperature=-1), "temperature: -1 is not allowed; give 0, or more"),
         (lambda t: t.sample(["a"], top_p=0), "top_p"),
         (lambda t: t.sample([[]]), "at least one token"),
         (lambda t: t.sample([[5000]]), "from 0 to 1023"),

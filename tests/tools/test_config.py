@@ -66,6 +66,8 @@ def test_rates_that_give_one_run_id_are_refused(repository, field):
         ("seed", "3", "--config.sweep.seeds=3"),
         ("lora.targets", "mlp_only", "--config.sweep.conditions=mlp_only"),
         ("model.random_weights", "true", "share one base"),
+        ("train.what", "full", "use launch/train.py"),
+        ("lora.start", "adapter", "every condition"),
     ],
 )
 def test_a_study_refuses_what_it_would_ignore(repository, field, given, cure):

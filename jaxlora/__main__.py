@@ -1,0 +1,6 @@
+"""`python -m jaxlora`: the command where its script is not installed."""
+
+from jaxlora.commands import run
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,82 @@
+"""The command `jaxlora`: one module a command, each with a `main` that reads `sys.argv`.
+
+    jaxlora train --config tiny
+    jaxlora data check DIR --benchmark openai/gsm8k
+
+The scripts in `launch/` and `tools/` are doors to the same functions. JAX and other slow things are imported
+inside functions, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+
+from jaxlora.cli import HelpFormatter
+from jaxlora.runtime.errors import UserError, run_main
+
+DESCRIPTION = "Fine-tune language models with LoRA or whole, on Cloud TPUs, GPUs and CPUs."
+
+COMMANDS = {
+    "train": "fine-tune as a configuration says; the same command resumes",
+    "study": "trials, sweep, evaluation and report as one command",
+    "evaluate": "score a run, the base or an adapter on a benchmark",
+    "generate": "answer a file of prompts",
+    "chat": "talk to a run, an adapter or the base",
+    "export": "hand on what a run selected: a PEFT adapter, a merged model",
+    "preview": "show rows as the model will see them",
+    "plan": "memory, time and cost on a TPU slice, without the slice",
+    "bench": "measure training and decoding",
+    "data": "build, check and audit datasets",
+}
+OF_DATA = {
+    "build": "stream a source; accept, group, split and render its rows",
+    "check": "run the data gates and write the report that training asks for",
+    "audit": "quality report, token statistics, and rows for a person to read",
+}
+
+
+def run() -> None:
+    """The console script."""
+    run_main(main)
+
+
+def main() -> int | None:
+    """Run the command that `sys.argv` names.
+
+    Raises:
+      UserError: there is no such command, or it was given something wrong.
+    """
+    name = _chosen("jaxlora", DESCRIPTION, COMMANDS)
+    if name == "data":
+        name = f"{_chosen('jaxlora data', 'Datasets.', OF_DATA)}_dataset"
+    return importlib.import_module(f"jaxlora.commands.{name}").main()
+
+
+def _chosen(program: str, description: str, commands: Mapping[str, str]) -> str:
+    """The command that the first word names, which then goes: the rest of `sys.argv` is the command's own."""
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        name = sys.argv.pop(1)
+        sys.argv[0] = f"{program} {name}"
+        return name
+    width = max(map(len, commands)) + 2
+    listed = "\n".join(f"  {name:<{width}}{text}" for name, text in commands.items())
+    parser = argparse.ArgumentParser(program, f"{program} COMMAND [options]", formatter_class=HelpFormatter)
+    parser.description = f"{description}\n\ncommands:\n{listed}\n\n`{program} COMMAND --help` shows one."
+    if program == "jaxlora":
+        parser.add_argument("--version", action="version", version=f"jaxlora {_version()}")
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        close = difflib.get_close_matches(sys.argv[1], commands, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"give one of {', '.join(commands)}"
+        raise UserError(f"{program}: no command {sys.argv[1]!r:.80}; {advice}")
+    parser.parse_args()
+    raise UserError(f"{program}: name a command: {', '.join(commands)}")
+
+
+def _version() -> str:
+    import jaxlora
+
+    return jaxlora.__version__

@@ -1,0 +1,227 @@
+"""Measure training and decoding: real tokens per second, utilisation, compilations, memory.
+
+    jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
+    jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
+
+Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
+like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
+a directory with config.json. Prints a table and one line of JSON.
+
+A rows file is JSON with "rows": [[prompt_tokens, total_tokens], ...]; a lengths file has "prompt_tokens" and
+one or more lists of answer lengths, of which --answers names one (default: adapter_generated_tokens).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from jaxlora.cli import HelpFormatter
+from jaxlora.config import Condition, RunConfig, from_dict
+from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime.errors import UserError, add_number
+
+CONDITIONS = get_args(Condition)
+
+
+def main() -> int:
+    options = parse()
+    config = configuration(options)
+    from jaxlora.runtime.devices import setup
+
+    setup(config.results_dir, config.model.dtype)
+    measure = {"train": run_train, "decode": run_decode}[options.what]
+    result = {"model": options.model, "condition": options.condition, "rank": options.rank}
+    result |= measure(options, config, shape_of(config, options.num_layers))
+    show(result)
+    print(json.dumps(result))
+    return 0
+
+
+# --- The command line ---------------------------------------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    """The options of one of the two benchmarks; each takes only its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    train = commands.add_parser("train", help="training steps, then a validation pass")
+    decode = commands.add_parser("decode", help="decoding to answers of given lengths")
+    for command in (train, decode):
+        _add_model_options(command)
+
+    _add_step_options(train)
+    add_number(train, "--steps", help="only the first steps")
+    train.add_argument("--no-validation", action="store_true", help="leave out the validation pass")
+
+    decode.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
+    decode.add_argument(
+        "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
+    )
+    add_number(decode, "--prompts", help="only the first prompts")
+    add_number(decode, "--slots", default=384, help="rows decoded at once")
+    decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
+    options = parser.parse_args()
+    if options.what == "decode" and options.answers and not options.lengths:
+        raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
+    return options
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="qwen3-8b", help="published name or directory with config.json")
+    parser.add_argument("--random-weights", action="store_true", help="no effect: weights are always random")
+    add_number(parser, "--num-layers", help="fewer layers than the model has, for a quick look")
+    parser.add_argument("--condition", default="all_layer", choices=CONDITIONS)
+    add_number(parser, "--rank", default=8)
+    parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+
+
+def _add_step_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=Path, help="JSON with row lengths")
+    add_number(parser, "--batch-rows", default=8, help="rows of a step")
+    add_number(parser, "--buffer-sizes", default=6, help="buffer lengths, each compiled once")
+    parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
+    parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+
+
+def configuration(options: argparse.Namespace) -> RunConfig:
+    """The options as a checked configuration; fields without an option keep their defaults."""
+    values: dict[str, Any] = {
+        "model": {
+            "path": options.model,
+            "random_weights": True,
+            "dtype": options.dtype,
+            "attention": options.attention,
+        },
+        "lora": {"targets": options.condition, "rank": options.rank},
+    }
+    if options.what == "decode":
+        values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
+    else:
+        values["model"] |= {"layers": options.layers, "remat": options.remat}
+        values["train"] = {"batch_rows": options.batch_rows, "buffer_sizes": options.buffer_sizes}
+    return from_dict(values)
+
+
+def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
+    """The model's shape, with only its first layers if `num_layers` is given.
+
+    Raises:
+      UserError: there is no such model, or it has fewer layers.
+    """
+    from jaxlora.checkpoints.base import find_base
+
+    try:
+        shape = find_base(config.model, with_weights=False).config
+    except UserError as error:
+        raise UserError(str(error).replace("config.model.path", "--model")) from None
+    if num_layers is None:
+        return shape
+    if num_layers > shape.num_hidden_layers:
+        raise UserError(
+            f"--num-layers: {num_layers}, but the model has {shape.num_hidden_layers}; give fewer"
+        )
+    return replace(shape, num_hidden_layers=num_layers)
+
+
+# --- The benchmarks -----------------------------------------------------------------------------------------
+
+
+def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from jaxlora.bench import bench_train
+
+    lengths = read_rows(options.rows) if options.rows else default_rows()
+    return bench_train(config, shape, lengths, options.steps, not options.no_validation)
+
+
+def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from jaxlora.bench import bench_decode
+
+    name = options.answers or "adapter_generated_tokens"
+    prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
+    n = options.prompts or len(prompts)
+    return bench_decode(config, shape, prompts[:n], answers[:n])
+
+
+# --- Lengths ------------------------------------------------------------------------------------------------
+
+
+def default_rows(n: int = 512) -> list[tuple[int, int]]:
+    """Prompt and total lengths shaped like the study's: mean 340 tokens a row, a long tail."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(60, 150, n)
+    answers = np.clip(rng.lognormal(5.25, 0.65, n), 30, 1500).astype(int)
+    return [(int(p), int(p + a)) for p, a in zip(prompts, answers, strict=True)]
+
+
+def default_answers(n: int = 1319) -> tuple[list[int], list[int]]:
+    """Prompt and answer lengths shaped like GSM8K after fine-tuning."""
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+    prompts = rng.integers(60, 180, n)
+    answers = np.clip(rng.lognormal(5.0, 0.45, n), 20, 512).astype(int)
+    return prompts.tolist(), answers.tolist()
+
+
+def read_rows(path: Path) -> list[tuple[int, int]]:
+    """Prompt and total lengths of a rows file.
+
+    Raises:
+      UserError: the file cannot be read, or does not hold pairs of lengths.
+    """
+    rows = _list_of(path, "rows")
+    for i, row in enumerate(rows):
+        if not (isinstance(row, list) and len(row) == 2 and all(map(_is_length, row)) and row[0] < row[1]):
+            raise UserError(
+                f"{path}: rows[{i}] is {row!r:.40}; give [prompt, total] in tokens, with prompt < total"
+            )
+    return [(prompt, total) for prompt, total in rows]
+
+
+def read_answers(path: Path, name: str) -> tuple[list[int], list[int]]:
+    """The prompt lengths of a lengths file, and its list of answer lengths with this name.
+
+    Raises:
+      UserError: the file cannot be read, has no such list, or its lists differ in length.
+    """
+    prompts, answers = _list_of(path, "prompt_tokens"), _list_of(path, name)
+    for field, lengths in (("prompt_tokens", prompts), (name, answers)):
+        for i, length in enumerate(lengths):
+            if not _is_length(length):
+                raise UserError(f"{path}: {field}[{i}] is {length!r:.40}; give a whole number > 0")
+    if len(prompts) != len(answers):
+        raise UserError(f"{path}: {len(prompts)} prompt_tokens, but {len(answers)} {name}; give one each")
+    return prompts, answers
+
+
+def _list_of(path: Path, name: str) -> list[Any]:
+    from jaxlora.runtime.files import read_object
+
+    values = read_object(path)
+    if not isinstance(values.get(name), list) or not values[name]:
+        raise UserError(f"{path}: holds no list {name!r}; it has {', '.join(values) or 'nothing'}")
+    return values[name]
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 1 << 24  # the limit of `data.max_length`; True is no length
+
+
+def show(result: dict) -> None:
+    """The result as a table on the terminal."""
+    from rich.table import Table
+
+    from jaxlora.runtime.progress import console
+
+    table = Table(show_header=False, box=None)
+    for name, value in result.items():
+        text = f"{value:,.4g}" if isinstance(value, float) and value < 1e4 else value
+        table.add_row(name.replace("_", " "), f"{text:,.0f}" if isinstance(text, float) else str(text))
+    console.print(table)

@@ -1,0 +1,155 @@
+"""Talk to a model: a run's selected weights, an adapter on its base, or an untouched base.
+
+    jaxlora chat --run results/tiny-all_layer-seed-0
+    jaxlora chat --adapter adapter --system "Answer in one sentence."
+    jaxlora chat --base --model Qwen/Qwen3-8B --temperature 0
+
+Each line is a turn; /reset forgets the conversation, /quit or the end of the input ends it. From a pipe,
+answers alone go to standard output, so that `echo "What is 2 + 3?" | jaxlora chat ...` can be used by others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from jaxlora.cli import HelpFormatter
+from jaxlora.commands import subject
+from jaxlora.runtime.errors import UserError, one_line
+from jaxlora.runtime.terminal import harmless
+
+if TYPE_CHECKING:
+    from jaxlora.engine import Sample, Trainer
+
+HELP = "/reset forgets the conversation, /quit ends it"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    subject.add_options(parser)
+    options = parser.parse_args()
+    subject.check(options)
+    trainer = subject.open_subject(options)
+    if not trainer.engine.tokenizer.chat_template:
+        raise UserError("chat: this base has no chat template; `jaxlora generate` continues plain texts")
+    chat = Chat(trainer, options)
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        _say(f"{trainer.engine.base.source.path}; {HELP}")
+    for line in _lines(on_terminal):
+        try:
+            if not chat.take(line.strip()):
+                break
+        except UserError as error:
+            if not on_terminal:  # the answers that follow would be to another conversation
+                raise
+            _say(f"error: {one_line(error)}")
+        except KeyboardInterrupt:
+            if not on_terminal:
+                raise
+            _say("\nstopped; the turn is forgotten")
+    return 0
+
+
+class Chat:
+    """A conversation so far, and the model that answers."""
+
+    def __init__(self, trainer: Trainer, options: argparse.Namespace):
+        self.trainer, self.options = trainer, options
+        self.turns = 0  # never set back: each turn draws by a seed of its own
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system prompt."""
+        system = self.options.system
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+
+    def take(self, line: str) -> bool:
+        """Obey or answer one line; whether the chat goes on.
+
+        Raises:
+          UserError: the line holds a control token, is no command, or the conversation is full.
+        """
+        if line == "/quit":
+            return False
+        if line == "/reset":
+            self.reset()
+            _say("the conversation is forgotten")
+        elif line.startswith("/") and line[1:].isalpha():
+            raise UserError(f"{line}: no such command; {HELP}")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, line: str) -> None:
+        from jaxlora.data.control import guard_of
+        from jaxlora.data.messages import check_text
+
+        tokenizer = self.trainer.engine.tokenizer
+        check_text(line, guard_of(tokenizer))
+        turn = {"role": "user", "content": line}
+        ids, room = self._prompt([*self.messages, turn])
+        started = time.perf_counter()
+        sample = self._sample(ids, room)
+        seconds = time.perf_counter() - started
+        self.turns += 1
+        reason = "" if sample.stop_reason == "stop" else "; cut at --max-new-tokens"
+        reason += "; with compiling" if self.turns == 1 else ""
+        _say(f"[{len(sample.tokens)} tokens, {len(sample.tokens) / seconds:.1f} tokens/s{reason}]")
+        text = str(tokenizer.decode(sample.tokens, skip_special_tokens=True))
+        if guard_of(tokenizer).find(text, special_only=True):
+            _say("the answer spells out a control token; its turn is forgotten")
+            return
+        self.messages += [turn, {"role": "assistant", "content": text}]
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
+        """The prompt's tokens, and how many the answer may have."""
+        from jaxlora.data.render import render_chat
+
+        ids = render_chat(self.trainer.engine.tokenizer, messages, enable_thinking=self.options.thinking)
+        most = self.trainer.spec.config.max_position_embeddings
+        if len(ids) >= most:
+            raise UserError(f"the conversation has {len(ids)} of {most} tokens; /reset starts a new one")
+        return ids, min(self.options.max_new_tokens, most - len(ids))
+
+    def _sample(self, ids: list[int], room: int) -> Sample:
+        """The answer, printed as it is decoded."""
+        shown = ""
+
+        def show(_: int, text: str) -> None:
+            nonlocal shown
+            if text.startswith(shown):  # a tokenizer may write the end anew when more follows: wait for it
+                print(harmless(text[len(shown) :]), end="", flush=True)
+                shown = text
+
+        options = self.options
+        settings = {"temperature": options.temperature, "top_p": options.top_p, "stream": show}
+        (sample,) = self.trainer.sample([ids], room, seed=options.seed + self.turns, **settings)
+        show(0, sample.text)
+        print(flush=True)
+        return sample
+
+
+def _lines(on_terminal: bool) -> Iterator[str]:
+    """The lines of standard input, edited as a shell's where a person types them."""
+    if not on_terminal:
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+        yield from sys.stdin
+        return
+    with suppress(ImportError):  # not on every platform
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def _say(text: str) -> None:
+    """What is not the model's, beside its answers."""
+    print(harmless(text), file=sys.stderr, flush=True)

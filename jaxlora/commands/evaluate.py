@@ -1,0 +1,77 @@
+"""Evaluate on GSM8K by greedy decoding: a run's selected adapter, the untouched base, or any PEFT adapter.
+
+    jaxlora evaluate --config tiny --run results/tiny-all_layer-seed-0
+    jaxlora evaluate --config main --base
+    jaxlora evaluate --config main --adapter hf://OWNER/NAME/PATH --seed 0 --out scores
+
+A run is evaluated as its manifest says: --config gives only the benchmark, the limits, the mesh and the
+place of the base. Any other adapter runs on the base of --config; placement, rank and alpha are its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jaxlora.runtime.errors import UserError
+
+
+def main() -> None:
+    from jaxlora.cli import parse_config
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", type=Path, metavar="DIR", help="a finished run; writes DIR/evaluation")
+    subject.add_argument("--base", action="store_true", help="writes <results_dir>/<prefix>-base/evaluation")
+    subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
+    parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
+    parser.add_argument("--seed", type=int, help="seed of --adapter; needed where it does not record one")
+    parser.add_argument("--any-base", action="store_true", help="--adapter may name another base")
+    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    config, options = parse_config(parser)
+    named = (options.out, options.condition, options.seed, options.any_base or None)
+    if options.adapter is None and any(value is not None for value in named):
+        raise UserError("--out, --condition, --seed and --any-base belong to --adapter")
+    if options.adapter is not None and options.out is None:
+        raise UserError("--adapter needs --out: the folder to write its records to")
+
+    from jaxlora.evals.run import show
+    from jaxlora.evals.subjects import (
+        adapter_target,
+        base_target,
+        check_free,
+        describe,
+        evaluate_target,
+        run_config,
+        run_target,
+    )
+    from jaxlora.runtime import hosts
+    from jaxlora.runtime.devices import setup
+
+    with_weights = not options.dry_run
+    if options.run is not None:
+        own = run_config(config, options.run)
+        setup(own.results_dir, own.model.dtype)
+        target = run_target(config, options.run, with_weights)
+    elif options.base:
+        setup(config.results_dir, config.model.dtype)
+        target = base_target(config, with_weights)
+    else:
+        setup(config.results_dir, config.model.dtype)
+        target = adapter_target(
+            config,
+            options.adapter,
+            options.out,
+            options.condition,
+            options.seed,
+            with_weights,
+            options.any_base,
+        )
+    check_free(target.out, options.overwrite)
+    if options.dry_run:
+        if hosts.is_first():
+            print("\n".join(describe(target)))
+        return
+    show([evaluate_target(target, options.overwrite)])

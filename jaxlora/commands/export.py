@@ -1,0 +1,95 @@
+"""Hand on what a run selected: a PEFT adapter, and a merged checkpoint if asked; or a model trained whole.
+
+jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter
+jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter --merged merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlora.cli import HelpFormatter
+from jaxlora.runtime.claims import enough_room
+from jaxlora.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlora.checkpoints.export import Selected
+
+
+def main() -> None:
+    options = parse()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
+    from jaxlora.checkpoints.export import load_selected, write_adapter, write_merged
+
+    with_weights = options.merged is not None and not options.dry_run
+    selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
+    if selected.spec.lora is None and options.merged:
+        raise UserError("--merged: this run trained all weights; --out alone takes its model")
+    describe(selected, options.out, options.merged)
+    if options.dry_run:
+        print("dry run: nothing was written")
+        return
+    with enough_room(options.out):
+        if selected.spec.lora is None:
+            write_merged(selected, options.out)
+        else:
+            write_adapter(selected, options.out, options.overwrite)
+    if options.merged:
+        with enough_room(options.merged):
+            write_merged(selected, options.merged)
+
+
+def parse() -> argparse.Namespace:
+    """The options, once it is known that they do not contradict each other or the disk."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="directory of a finished run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="ADAPTER_DIR",
+        help="folder to write adapter_model.safetensors and adapter_config.json to (PEFT and vLLM load it)",
+    )
+    parser.add_argument(
+        "--merged",
+        type=Path,
+        metavar="OUT",
+        help="also write a full checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
+    )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="directory of the base (default: the run's)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="where the run's tokenizer is now (default: as the run says)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    options = parser.parse_args()
+
+    if options.merged and options.merged.resolve() == options.out.resolve():
+        raise UserError(f"--merged {options.merged}: is --out, too; give two folders")
+    for folder in (options.merged, None if options.overwrite else options.out):
+        if folder is not None and folder.exists():
+            raise UserError(f"{folder}: exists already; give a new folder")
+    return options
+
+
+def describe(selected: Selected, out: Path, merged: Path | None) -> None:
+    """Print what would be written, and where."""
+    from jaxlora.checkpoints.export import adapter_bytes, merged_bytes
+
+    lora = selected.spec.lora
+    print(f"run       {selected.config.run_id}, step {selected.metadata.get('step', 'not recorded')}")
+    if lora is None:
+        print(f"model     all weights, seed {selected.config.seed}")
+        print(f"out       {out}, {merged_bytes(selected) / 1e9:.2f} GB")
+    else:
+        what = f"{lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}"
+        print(f"adapter   {what}, seed {selected.config.seed}")
+        print(f"out       {out}, {adapter_bytes(selected) / 1e6:.1f} MB")
+    if merged:
+        size = merged_bytes(selected) / 1e9
+        print(f"merged    {merged}, {size:.2f} GB; needs about {2 * size:.1f} GB of host memory")
+    if (tokenizer := selected.tokenizer_folder()) is not None:
+        print(f"tokenizer {tokenizer}")

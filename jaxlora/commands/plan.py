@@ -1,0 +1,116 @@
+"""Plan a run on a Cloud TPU slice without the slice: memory, time and cost from the compiled programs.
+
+    jaxlora plan --config main --topology v5e-8
+    jaxlora plan --config main --topology all --json plans.json
+    jaxlora plan --config main --topology v5e-8 --search
+
+Exit code 0: it fits; 1: it does not, and the output says what would; 2: a mistake in the request. Times are
+lower bounds: compute, memory and interconnect are assumed to overlap fully and to reach their peak rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlora.cli import parse_config
+from jaxlora.config import RunConfig
+from jaxlora.runtime.errors import UserError, add_number
+from jaxlora.runtime.progress import make_console
+from jaxlora.runtime.remote import resolve
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jaxlora.models.spec import ModelConfig
+    from jaxlora.plan.programs import Workload
+    from jaxlora.plan.report import Plan
+    from jaxlora.runtime.devices import Slice
+
+
+def main() -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--topology", required=True, metavar="SLICE", help="such as v5e-8 or v6e-8, or all")
+    parser.add_argument(
+        "--search", action="store_true", help="look for the fastest mesh, remat and micro-batches that fit"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the plans as JSON as well; -: only JSON, on stdout"
+    )
+    add_number(parser, "--price", float, metavar="DOLLARS", help="price of a chip-hour")
+    add_number(parser, "--train-rows", metavar="N", help="rows of an epoch [the study's]")
+    add_number(parser, "--validation-rows", metavar="N", help="rows of a validation [the study's]")
+    add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens of a row [the study's]")
+    config, options = parse_config(parser)
+    check_options(options)
+
+    from jaxlora.plan.programs import Workload
+    from jaxlora.runtime.devices import SLICES, slice_named
+
+    sizes = ("train_rows", "validation_rows", "row_tokens")
+    given = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    workload = Workload(**given)
+    names = list(SLICES) if options.topology == "all" else [options.topology]
+    slices = [slice_named(name) for name in names]
+    model = find_model(config.model.path)
+    console = make_console(stderr=options.json == "-")
+    plans = plan_slices(config, model, slices, workload, options.search, options.price, console)
+    if options.json:
+        text = json.dumps([plan.to_json() for plan in plans], indent=1) + "\n"
+        if options.json == "-":
+            sys.stdout.write(text)
+        else:
+            Path(options.json).write_text(text)
+    return 0 if all(plan.fits for plan in plans) else 1
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what could not be written afterwards before anything is compiled, which takes minutes."""
+    if options.json and options.json != "-":
+        if Path(options.json).exists():
+            raise UserError(f"--json: {options.json} exists already; give a new file")
+        if not Path(options.json).parent.is_dir():
+            raise UserError(f"--json: {Path(options.json).parent} is no folder; make it first")
+
+
+def plan_slices(
+    config: RunConfig,
+    model: ModelConfig,
+    slices: list[Slice],
+    workload: Workload,
+    any_mesh: bool,
+    price: float | None,
+    console: Console,
+) -> list[Plan]:
+    """Compile and print a plan for each slice.
+
+    Args:
+      any_mesh: search for the fastest mesh, remat and micro-batches instead of taking the configuration's.
+    """
+    from jaxlora.plan.report import make_plan, print_comparison, print_plan, search
+
+    plans = []
+    for slice_ in slices:
+        chosen, step = config, None
+        if any_mesh:
+            chosen, step = search(config, model, slice_, workload, console)
+            if step is None:
+                console.print(f"{slice_.name}: nothing that was tried fits; here is the plan as configured")
+        plans.append(make_plan(chosen, model, slice_, workload, price, step))
+        print_plan(plans[-1], console)
+    if len(plans) > 1:
+        print_comparison(plans, console)
+    return plans
+
+
+def find_model(path: str) -> ModelConfig:
+    """The shape of a model in a directory, or of a published one; nothing is downloaded."""
+    from jaxlora.models.families import load_model_config, published_config
+
+    folder = resolve(path)
+    return load_model_config(folder) if Path(folder).is_dir() else published_config(path)

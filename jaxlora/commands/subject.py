@@ -1,0 +1,132 @@
+"""What `chat` and `generate` sample from: a run's selected weights, an adapter on its base, or a base.
+
+add_options(parser)                          # --run | --adapter | --base, and how to draw
+options = parser.parse_args()
+check(options)
+trainer = open_subject(options)
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlora.cli import CONFIG_HELP, load_config
+from jaxlora.config import ModelSource
+from jaxlora.runtime.errors import UserError, add_number
+
+if TYPE_CHECKING:
+    from jaxlora.engine import Engine, Trainer
+
+ADAPTER_SETTINGS = "adapter_config.json"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Who answers, and how its tokens are drawn."""
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--run", type=Path, metavar="DIR", help="a finished run; its base is found by itself")
+    who.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
+    who.add_argument("--base", action="store_true", help="the untouched base of --config or --model")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}: its base")
+    base.add_argument(
+        "--model", metavar="PATH", help="the base: a directory, Hub name, gs:// or embedded:base"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    add_number(parser, "--temperature", float, zero=True, default=0.7, help="0: greedy [%(default)s]")
+    add_number(parser, "--top-p", float, most=1, default=1.0, help="of the likeliest tokens [%(default)s]")
+    add_number(parser, "--seed", zero=True, default=0, help="of the tokens that are drawn [%(default)s]")
+    add_number(parser, "--max-new-tokens", default=512, metavar="N", help="of an answer [%(default)s]")
+    parser.add_argument("--thinking", action="store_true", help="let the model think where its template can")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, before anything slow is imported.
+
+    Raises:
+      UserError: says which.
+    """
+    if options.base and not (options.config or options.model):
+        raise UserError("--base: of which model? give --model PATH, or --config FILE")
+    if options.run is not None and not (options.run / "manifest.json").is_file():
+        raise UserError(f"--run {options.run}: holds no manifest.json; give the directory of a finished run")
+
+
+def open_subject(options: argparse.Namespace) -> Trainer:
+    """Load what the options name; nothing will be trained.
+
+    Raises:
+      UserError: it is not there, it is not finished, or it belongs to another base.
+    """
+    from jaxlora.runtime import hosts
+    from jaxlora.runtime.devices import setup
+
+    setup("results", "bfloat16")  # the engine sees to the products of float32
+    if hosts.n_processes() > 1:
+        raise UserError("chat and generate run on one host; start them on a machine of one host")
+    given = source_given(options)
+    if options.run is not None:
+        trainer = _open_run(options.run, given)
+    elif options.adapter is not None:
+        trainer = _open_adapter(options.adapter, given)
+    else:
+        assert given is not None, "checked"
+        trainer = _engine(given).untrained()
+    if not trainer.spec.full:
+        _ = trainer.engine.frozen  # the wait is now, not at the first question
+    return trainer
+
+
+def source_given(options: argparse.Namespace) -> ModelSource | None:
+    """The base that `--config` or `--model` names; None where neither is given."""
+    if options.config:
+        return load_config(options.config).model
+    return _source(options.model) if options.model else None
+
+
+def _source(path: str) -> ModelSource:
+    """A base in the dtype that suits the machine."""
+    import jax
+
+    return ModelSource(path=path, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _engine(source: ModelSource) -> Engine:
+    from jaxlora.checkpoints.base import find_base
+    from jaxlora.engine import engine_of
+
+    return engine_of(find_base(source))
+
+
+def _open_run(run: Path, given: ModelSource | None) -> Trainer:
+    """The selected weights of a run; the base is the run's own, or a copy of it at another place."""
+    from jaxlora.checkpoints.export import load_selected
+    from jaxlora.engine import engine_of
+
+    selected = load_selected(run, given.path if given else None, with_weights=True)
+    return engine_of(selected.base).open(run)
+
+
+def _open_adapter(address: str, given: ModelSource | None) -> Trainer:
+    """An adapter on the base that it names, or on the one that was given; with its own tokenizer, if any."""
+    from jaxlora.evals.subjects import fetch_adapter
+
+    folder = fetch_adapter(address) if address.startswith("hf://") else Path(address)
+    source = given or _source(_named_base(folder))
+    if source.tokenizer is None and (folder / "tokenizer_config.json").is_file():
+        source = replace(source, tokenizer=str(folder))
+    return _engine(source).open(folder)
+
+
+def _named_base(folder: Path) -> str:
+    """The base that an adapter names."""
+    from jaxlora.runtime.files import read_object
+
+    if not (folder / ADAPTER_SETTINGS).is_file():
+        raise UserError(f"--adapter {folder}: holds no {ADAPTER_SETTINGS}; give the folder of a PEFT adapter")
+    name = read_object(folder / ADAPTER_SETTINGS).get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise UserError(f"--adapter {folder}: names no base; give it with --model")
+    return name
