@@ -295,7 +295,10 @@ def require_gates(
         report_hash = sha256_of(place)
         gates, reason = _judge(place, train, validation)
     if reason and not allow_ungated:
-        raise UserError(f"data gates: {reason}; --config.data.allow_ungated=true trains anyway")
+        raise UserError(
+            f"data gates: {reason}; --config.data.allow_ungated=true trains anyway; rows of your own that are"
+            " not for a benchmark need none: --config own"
+        )
     if reason:
         console.print(f"UNGATED DATA: {reason}", style="bold red", markup=False, soft_wrap=True)
     return GateStatus(

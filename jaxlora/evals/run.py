@@ -28,8 +28,9 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
 from jaxlora.runtime.claims import replace_together
-from jaxlora.runtime.files import metric_record, read_json, sha256_of, summary_record
+from jaxlora.runtime.files import read_json, sha256_of
 from jaxlora.runtime.progress import console, progress_bar
+from jaxlora.runtime.records import metric_record, summary_record
 from jaxlora.runtime.terminal import harmless
 from jaxlora.train.board import write_outcome
 

@@ -1,12 +1,11 @@
-"""The records of a run: what is written to its directory, with which fields, and how it is read back.
+"""JSON and JSONL files, written whole or not at all, read within limits.
 
-    append_jsonl(run_dir / "metrics.jsonl", metric_record(run_id=run_id, step=1, split="train", loss=1.14))
-    write_json_atomic(run_dir / "summary.json", summary_record(run_id=run_id, status="completed"))
-    records = read_jsonl(run_dir / "metrics.jsonl")
+    write_json_atomic(folder / "summary.json", {"status": "completed"})
+    append_jsonl(folder / "metrics.jsonl", {"step": 1, "loss": 1.14})
+    records = read_jsonl(folder / "metrics.jsonl")
 
-Training and evaluation write the same records. A field that does not apply is null, never missing. A crash
-never leaves half a JSON file, and at most one torn last line in a JSONL file, which the readers and the next
-append repair.
+A crash never leaves half a JSON file, and at most one torn last line in a JSONL file, which the readers and
+the next append repair.
 """
 
 from __future__ import annotations
@@ -26,48 +25,6 @@ from jaxlora.runtime.errors import UserError
 Record = dict[str, Any]
 MAX_JSON_BYTES = 256 * 2**20  # larger files are not ours; they are refused before they are read
 MAX_JSONL_BYTES = 2 * 2**30
-
-METRIC_FIELDS = (
-    "run_id",
-    "checkpoint",  # the checkpoint that was measured, as `step-3169`; null for a training step
-    "condition",  # `attention_only`, `mlp_only`, `all_layer`, or null for the untouched base
-    "seed",
-    "step",  # optimizer steps done; the first step is 1
-    "split",  # one of SPLITS
-    "loss",  # mean negative log likelihood per weighted target token
-    "learning_rate",
-    "eval_metric",  # the benchmark score in [0, 1]; null for training and validation
-    "token_count",
-    "cost",
-)
-SUMMARY_FIELDS = (
-    "run_id",
-    "checkpoint",
-    "condition",
-    "seed",
-    "dataset",
-    "primary_metric",  # {"name": ..., "value": ...}
-    "artifact_paths",  # {name: path relative to the run directory}
-    "status",  # "completed"; a run that fails leaves `failure.json` instead of a summary
-    "token_count",
-)
-SPLITS = ("train", "validation", "test")
-
-
-def metric_record(**fields: Any) -> Record:
-    """One row of `metrics.jsonl`: every field of METRIC_FIELDS, null where not given, then the extra ones."""
-    if fields.get("split") not in SPLITS:
-        raise ValueError(f"split is {fields.get('split')!r}; it must be one of {', '.join(SPLITS)}")
-    return _with_nulls(METRIC_FIELDS, fields)
-
-
-def summary_record(**fields: Any) -> Record:
-    """The content of `summary.json`: every field of SUMMARY_FIELDS, null where not given, then extra ones."""
-    return _with_nulls(SUMMARY_FIELDS, fields)
-
-
-def _with_nulls(names: tuple[str, ...], fields: Record) -> Record:
-    return {name: fields.get(name) for name in names} | fields
 
 
 # --- Writing ------------------------------------------------------------------------------------------------

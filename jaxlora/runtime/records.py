@@ -1,22 +1,72 @@
-"""The files of a run read back and checked: what later code relies on has the right type, or is one line.
+"""The records of a run: which fields they have, written and read back.
 
+    append_jsonl(run_dir / "metrics.jsonl", metric_record(run_id=run_id, step=1, split="train", loss=1.14))
+    write_json_atomic(run_dir / "summary.json", summary_record(run_id=run_id, status="completed"))
     manifest, summary = read_manifest(run), read_summary(run)
     for row in read_metrics(run): row["step"], row["loss"]
 
-Fields that are not listed here are passed on as they are: nothing computes with them.
+Training and evaluation write the same records. A field that does not apply is null, never missing. Read back,
+what later code relies on has the right type, or is one line; fields that are not listed here are passed on as
+they are: nothing computes with them.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required
+from typing import Annotated, Any, Literal, Required, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_numbered_jsonl, read_object
+
+METRIC_FIELDS = (
+    "run_id",
+    "checkpoint",  # the checkpoint that was measured, as `step-3169`; null for a training step
+    "condition",  # `attention_only`, `mlp_only`, `all_layer`, or null for the untouched base
+    "seed",
+    "step",  # optimizer steps done; the first step is 1
+    "split",  # one of SPLITS
+    "loss",  # mean negative log likelihood per weighted target token
+    "learning_rate",
+    "eval_metric",  # the benchmark score in [0, 1]; null for training and validation
+    "token_count",
+    "cost",
+)
+SUMMARY_FIELDS = (
+    "run_id",
+    "checkpoint",
+    "condition",
+    "seed",
+    "dataset",
+    "primary_metric",  # {"name": ..., "value": ...}
+    "artifact_paths",  # {name: path relative to the run directory}
+    "status",  # "completed"; a run that fails leaves `failure.json` instead of a summary
+    "token_count",
+)
+Split = Literal["train", "validation", "test"]
+SPLITS = get_args(Split)
+
+
+def metric_record(**fields: Any) -> Record:
+    """One row of `metrics.jsonl`: every field of METRIC_FIELDS, null where not given, then the extra ones."""
+    if fields.get("split") not in SPLITS:
+        raise ValueError(f"split is {fields.get('split')!r}; it must be one of {', '.join(SPLITS)}")
+    return _with_nulls(METRIC_FIELDS, fields)
+
+
+def summary_record(**fields: Any) -> Record:
+    """The content of `summary.json`: every field of SUMMARY_FIELDS, null where not given, then extra ones."""
+    return _with_nulls(SUMMARY_FIELDS, fields)
+
+
+def _with_nulls(names: tuple[str, ...], fields: Record) -> Record:
+    return {name: fields.get(name) for name in names} | fields
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
 
 _OPEN = ConfigDict(extra="allow", strict=True)
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
@@ -38,7 +88,7 @@ class _Identity(TypedDict, total=False):
 
 
 class _Metric(_Identity, total=False):
-    split: Required[Literal["train", "validation", "test"]]
+    split: Required[Split]
     loss: Number | None
     learning_rate: Number | None
     eval_metric: Number | None

@@ -39,14 +39,19 @@ from jaxlora.runtime.files import (
     append_jsonl,
     cut_jsonl,
     is_disk_full,
-    metric_record,
     sha256_of,
-    summary_record,
     write_json_atomic,
     write_text_atomic,
 )
 from jaxlora.runtime.progress import console
-from jaxlora.runtime.records import progress_problem, read_manifest, read_metrics, read_summary
+from jaxlora.runtime.records import (
+    metric_record,
+    progress_problem,
+    read_manifest,
+    read_metrics,
+    read_summary,
+    summary_record,
+)
 from jaxlora.runtime.redaction import without_secrets
 from jaxlora.runtime.terminal import harmless
 from jaxlora.sharding import place_trained

@@ -9,17 +9,8 @@ import pytest
 
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, needs_separator, rescore, score
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import (
-    METRIC_FIELDS,
-    SUMMARY_FIELDS,
-    append_jsonl,
-    metric_record,
-    read_json,
-    read_jsonl,
-    summary_record,
-    write_json_atomic,
-    write_jsonl_atomic,
-)
+from jaxlora.runtime.files import append_jsonl, read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
+from jaxlora.runtime.records import METRIC_FIELDS, SUMMARY_FIELDS, metric_record, summary_record
 
 PROBLEM = Problem(3, "gsm8k-0003", "How much?", "460")
 

@@ -11,14 +11,8 @@ from safetensors.numpy import save_file
 
 from helpers.hf_models import make_checkpoint
 from jaxlora.evals.gsm8k import Problem, aggregate, score
-from jaxlora.runtime.files import (
-    append_jsonl,
-    metric_record,
-    summary_record,
-    write_json_atomic,
-    write_jsonl_atomic,
-    write_text_atomic,
-)
+from jaxlora.runtime.files import append_jsonl, write_json_atomic, write_jsonl_atomic, write_text_atomic
+from jaxlora.runtime.records import metric_record, summary_record
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.study import figures
 from jaxlora.study.comparison import Evaluation

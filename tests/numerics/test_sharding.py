@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import cache
 
@@ -61,19 +62,22 @@ def model_spec(rank: int = 8, scan: bool = True) -> ModelSpec:
 
 @cache
 def host_weights(spec: ModelSpec):
-    """A random base and adapter on the host, so that each mesh starts from the same numbers."""
+    """A random base and adapter on the host, so that each mesh starts from the same numbers; or no base and
+    all weights."""
     rng = np.random.default_rng(0)
 
     def draw(path, x) -> np.ndarray:
         is_norm = "norm" in jax.tree_util.keystr(path)
         return (is_norm + 0.15 * rng.normal(size=x.shape)).astype(x.dtype)
 
+    if spec.full:
+        return {}, jax.tree.map_with_path(draw, spec.abstract_base)
     lora = jax.eval_shape(lambda: init_lora(spec, seed=0))
     return jax.tree.map_with_path(draw, spec.abstract_base), jax.tree.map_with_path(draw, lora)
 
 
 def placed_base(mesh, spec: ModelSpec, frozen):
-    return jax.tree.map(jax.device_put, frozen, base_shardings(mesh, spec))
+    return jax.tree.map(jax.device_put, frozen, base_shardings(mesh, spec)) if frozen else {}
 
 
 def batches(layout: str = "packed"):
@@ -124,6 +128,14 @@ def check_equals_one_device(spec: ModelSpec, mesh, **options) -> None:
 @pytest.mark.parametrize("shape", QUICK_MESHES, ids=str)
 def test_a_mesh_gives_the_losses_and_the_adapter_of_one_device(shape):
     check_equals_one_device(model_spec(), mesh_of(*shape))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "all weights"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_mesh_trains_other_families_as_one_device_does(family, full):
+    config = dataclasses.replace(CONFIG, model_type=family)
+    spec = ModelSpec(config, None if full else LoraConfig(), "float32", full=full)
+    check_equals_one_device(spec, mesh_of(2, 2, 2))
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ from jaxlora.parity.study import (
     verdict,
 )
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import append_jsonl, metric_record, read_json, summary_record, write_json_atomic
+from jaxlora.runtime.files import append_jsonl, read_json, write_json_atomic
+from jaxlora.runtime.records import metric_record, summary_record
 from jaxlora.runtime.remote import embedded_path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import importlib
+import json
 import os
 import runpy
 import shutil
@@ -163,7 +164,9 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_command(repository, w
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert files <= held
-    assert {f"jaxlora/configs/{name}.py" for name in ("main", "tiny", "lr_sweep", "rank_sweep")} <= held
+    assert {
+        f"jaxlora/configs/{name}.py" for name in ("main", "tiny", "own", "smollm2", "lr_sweep", "rank_sweep")
+    } <= held
     archive = zipfile.ZipFile(wheel)
     (points,) = [name for name in held if name.endswith("entry_points.txt")]
     assert "jaxlora = jaxlora.commands:run" in archive.read(points).decode()
@@ -180,3 +183,16 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     done = subprocess.run(command, cwd=tmp_path / "work", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<|im_end|>" in done.stdout
+
+
+def test_rows_of_ones_own_need_nothing_but_their_path(repository, tmp_path):
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}."} for i in range(20)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    words = ["train", "--config", "own", "--config.data.train_path=mine.json", "--dry-run"]
+    done = forks.run([repository / "jaxlora/__main__.py", *words], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "training 18 rows" in said
+    assert "validation 2 rows" in said
+    assert "Alpaca rows in JSON list" in said
+    assert [*tmp_path.iterdir()] == [tmp_path / "mine.json"]

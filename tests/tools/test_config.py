@@ -108,6 +108,13 @@ def test_the_studys_values_are_the_defaults(repository):
     assert config.run_id == "qwen3-8b-all_layer-seed-0"
 
 
+def test_smollm2_comes_from_the_hub_or_a_directory(repository):
+    config = load_config(repository / "configs/smollm2.py")
+    assert config.model.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    given = load_config(repository / "configs/smollm2.py", {"model.path": "a/folder"})
+    assert given == dataclasses.replace(config, model=dataclasses.replace(config.model, path="a/folder"))
+
+
 def test_a_configuration_survives_its_dictionary():
     config = dataclasses.replace(RunConfig(), seed=3)
     assert from_dict(to_dict(config)) == config

@@ -1,0 +1,8 @@
+"""Your own rows, nothing to set but their path.
+
+The same as `--config own`, by path; its fields stand in `jaxlora/configs/own.py`.
+"""
+
+from jaxlora.configs.own import get_config
+
+__all__ = ["get_config"]
