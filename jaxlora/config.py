@@ -350,37 +350,74 @@ def plain(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
 def allowed(kind: Any) -> str:
-    """What a field takes, in words: `whole number > 0`, `a | b`, `text or none`."""
+    """What a field takes, in words: `a whole number from 1 to 65,536`, `a | b`, `text or none`."""
     if kind is type(None):
         return "none"
     if get_origin(kind) is Annotated:
         base, *extras = get_args(kind)
-        words = [allowed(base)]
+        words, bounds = [allowed(base)], []
         for extra in extras:
             if isinstance(extra, BeforeValidator):  # of targets
                 return f"{allowed(Condition)}, or modules with commas, such as q_proj,v_proj"
             for rule in getattr(extra, "metadata", []):
                 if getattr(rule, "min_length", 0):
                     words[0] = words[0].removesuffix(", or none")
-                for symbol, attribute in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le")):
-                    if getattr(rule, attribute, _LARGEST) != _LARGEST:
-                        words.append(f"{symbol} {getattr(rule, attribute)}")
-        return " ".join(words)
+                for attribute, word in _BOUNDS.items():
+                    if (bound := getattr(rule, attribute, None)) is not None:
+                        bounds.append((attribute, word, bound))
+        if base is int:
+            low, high = (bound + (attribute == "gt") for attribute, _, bound in bounds)
+            return f"{words[0]} from {low:,} to {high:,}"
+        return f"{words[0]} {' and '.join(f'{word} {bound:g}' for _, word, bound in bounds)}".strip()
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"{allowed(get_args(kind)[0])}, several with commas, or none"
     if args := get_args(kind):
         return " or ".join(allowed(a) for a in args)
-    names = {int: "whole number", float: "number", bool: "true | false", str: "text"}
+    names = {int: "a whole number", float: "a number", bool: "true | false", str: "text"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+# Names that others give to our fields: TRL, Transformers, PEFT, Unsloth and Tinker.
+_ELSEWHERE = {
+    "optim.peak_lr": ("learning_rate", "lr", "lora_lr"),
+    "optim.schedule": ("lr_scheduler_type", "lr_schedule", "lr_scheduler"),
+    "optim.warmup_fraction": ("warmup_ratio", "warmup_steps", "warmup"),
+    "optim.clip_norm": ("max_grad_norm", "grad_clip", "gradient_clipping"),
+    "optim.weight_decay": ("weight_decay", "wd"),
+    "optim.b2": ("adam_beta2", "beta2"),
+    "optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
+    "lora.rank": ("r", "lora_r", "lora_rank", "rank"),
+    "lora.alpha": ("lora_alpha", "alpha"),
+    "lora.targets": ("target_modules", "lora_target", "targets"),
+    "train.epochs": ("num_train_epochs", "num_epochs", "epochs"),
+    "train.batch_rows": ("per_device_train_batch_size", "train_batch_size", "batch_size"),
+    "train.max_buffer_tokens": ("gradient_accumulation_steps", "micro_batch_size"),
+    "train.layout": ("packing", "sample_packing"),
+    "train.validation_every": ("eval_steps", "eval_every"),
+    "train.checkpoint_every": ("save_steps", "save_every"),
+    "data.max_length": ("max_seq_length", "max_seq_len", "max_length", "cutoff_len"),
+    "data.train_path": ("dataset", "dataset_name", "train_file", "data_path"),
+    "data.loss_on": ("assistant_only_loss", "train_on", "completion_only_loss"),
+    "model.path": ("model_name_or_path", "model_name", "model_id"),
+    "model.dtype": ("bf16", "fp32", "torch_dtype", "dtype"),
+    "model.remat": ("gradient_checkpointing", "activation_checkpointing"),
+    "results_dir": ("output_dir", "log_path"),
+}
 
 
 def closest(name: str) -> str:
     """Advice for a field that does not exist."""
     import difflib
 
+    last = name.rpartition(".")[2].lower()
+    if known := [field for field, others in _ELSEWHERE.items() if last in others]:
+        return f"did you mean {known[0]}?"
     names = [field for field, *_ in fields()]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else "see --help for all fields"
@@ -403,8 +440,6 @@ def one_line(error: ValidationError) -> str:
         return f"config.{name}: unknown field; {closest(name)}"
     given = json.dumps(problem["input"], default=str) if problem["input"] not in ([], ()) else "none"
     text = allowed(kinds[name])
-    if problem["type"] == "less_than_equal" and "<=" not in text:
-        text += f", at most {_LARGEST}"
     return f"config.{name}: {given} is not allowed; give {text}"
 
 

@@ -8,23 +8,23 @@ import pytest
 from helpers import forks
 
 from jaxlora.cli import field_table, load_config
-from jaxlora.config import RunConfig, check_study, from_dict, to_dict
+from jaxlora.config import _ELSEWHERE, RunConfig, check_study, fields, from_dict, to_dict
 from jaxlora.runtime.errors import UserError
 
 BAD = {
-    "lora.rank": ("0", "whole number > 0"),
-    "lora.alpha": ("inf", "number > 0"),
+    "lora.rank": ("0", "a whole number from 1 to 65,536"),
+    "lora.alpha": ("inf", "a number above 0 and at most 1e+30"),
     "lora.targets": ("everything", "attention_only | mlp_only | all_layer"),
-    "optim.peak_lr": ("-1e-4", "number > 0"),
-    "optim.b2": ("1.0", "< 1"),
-    "optim.eps": ("nan", "number > 0"),
-    "seed": ("one", "whole number >= 0"),
-    "train.epochs": ("1.5", "whole number > 0"),
-    "data.train_rows": ("0", "whole number > 0 or none"),
+    "optim.peak_lr": ("-1e-4", "a number above 0"),
+    "optim.b2": ("1.0", "at least 0 and below 1"),
+    "optim.eps": ("nan", "a number above 0"),
+    "seed": ("one", "a whole number from 0 to 2,147,483,647"),
+    "train.epochs": ("1.5", "a whole number from 1 to 10,000"),
+    "data.train_rows": ("0", "a whole number from 1 to 2,147,483,647 or none"),
     "data.on_bad_row": ("ignore", "error | skip"),
     "model.dtype": ("float16", "bfloat16 | float32"),
     "overwrite": ("maybe", "true | false"),
-    "sweep.ranks": ("100000", "whole number > 0 <= 65536, several with commas, or none"),
+    "sweep.ranks": ("100000", "a whole number from 1 to 65,536, several with commas, or none"),
     "results_dir": ("gs://bucket/results", "a local or a mounted one"),
 }
 
@@ -85,6 +85,26 @@ def test_a_study_takes_what_its_sweep_says_too(repository):
 def test_an_unknown_field_is_named(repository, name):
     with pytest.raises(UserError, match=rf"config\.{name}: unknown field"):
         load_config(repository / "configs/tiny.py", {name: "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("learning_rate", "optim.peak_lr"),
+        ("optim.learning_rate", "optim.peak_lr"),
+        ("lora_r", "lora.rank"),
+        ("num_train_epochs", "train.epochs"),
+        ("train.max_seq_length", "data.max_length"),
+        ("model_name_or_path", "model.path"),
+    ],
+)
+def test_a_name_that_others_use_is_translated(repository, name, ours):
+    with pytest.raises(UserError, match=rf"config\.{name}: unknown field; did you mean {ours}\?$"):
+        load_config(repository / "configs/tiny.py", {name: "1"})
+
+
+def test_every_translation_is_a_field():
+    assert {*_ELSEWHERE} <= {name for name, *_ in fields()}
 
 
 def test_overrides_take_their_types(repository):
