@@ -151,8 +151,9 @@ def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> Ru
     """
     if slice_ is None or config.mesh != MeshConfig():
         return config
-    tokens = config.train.batch_rows * ROW_TOKENS
-    for choice in candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple):
+    train = config.train
+    tokens = train.batch_rows * ROW_TOKENS
+    for choice in candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what):
         fits = choice.memory < FULL * slice_.chip.hbm_bytes
         if fits and choice.remat == config.model.remat and choice.buffers == 1:
             return replace(config, mesh=choice.mesh)

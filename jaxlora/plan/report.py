@@ -158,8 +158,9 @@ def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, workloa
 
 def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload) -> list[Choice]:
     """All choices for this configuration's optimizer step, fastest first."""
-    tokens = config.train.batch_rows * workload.row_tokens
-    return candidates(model, config.lora, slice_, tokens, config.train.buffer_multiple)
+    train = config.train
+    tokens = train.batch_rows * workload.row_tokens
+    return candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what)
 
 
 def overrides(choice: Choice) -> str:

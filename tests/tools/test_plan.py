@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig
+from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig
 from jaxlora.estimate import REMATS, attention_flops, candidates, estimate, factors, roofline, with_mesh
 from jaxlora.models.families import count_parameters, published_config
 from jaxlora.models.spec import ModelConfig
@@ -215,6 +215,20 @@ def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest(name, remat, expect
     fitting = [c for c in whole if c.remat == remat and c.memory < 0.9 * slice_.chip.hbm_bytes]
     best = min(c.best.seconds for c in fitting)
     assert next(c for c in fitting if c.mesh == expected).best.seconds <= 1.05 * best
+
+
+def test_the_mesh_of_a_run_that_trains_all_weights_is_chosen_for_that():
+    model, slice_ = published_config("qwen3-8b"), slice_named("v5e-16")
+    adapters, whole = RunConfig(), RunConfig(train=TrainConfig(what="full"))
+    multiple = whole.train.buffer_multiple
+    fitting = [
+        c.mesh
+        for c in candidates(model, LoraConfig(), slice_, 2720, multiple, what="full")
+        if c.memory < 0.9 * slice_.chip.hbm_bytes and c.buffers == 1 and not c.remat
+    ]
+    assert with_mesh(whole, model, slice_).mesh == fitting[0]
+    # The adapters' mesh copies 18 bytes a parameter to chips that have no room for them.
+    assert with_mesh(adapters, model, slice_).mesh not in fitting
 
 
 def test_a_mesh_that_is_given_stays_and_off_the_table_nothing_is_chosen():
