@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
+from jaxlora.checkpoints.export import check_selected
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, from_dict
@@ -174,6 +175,7 @@ class Engine:
             if recorded not in (None, self.base.fingerprint()):
                 trained_on = (manifest.get("base") or {}).get("path")
                 raise UserError(f"{folder}: was trained on another base; load({trained_on!r}) first")
+            check_selected(folder)
             seed, folder = (manifest.get("config") or {}).get("seed"), folder / "selected"
         if not (folder / "config.json").is_file():
             adapter = read_adapter(folder, self.base.config, self.base.folder)

@@ -109,7 +109,7 @@ def load_selected(
     known = trained_on.get("fingerprint"), summary.get("base_weights_sha256")
     spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
     selected = folder / "selected"
-    _check_recorded(folder, summary)
+    check_selected(folder)
     if config.train.what == "full":
         metadata = {"run_id": config.run_id, "step": summary.get("selected_step")}
         metadata[RENDERED_BY] = rendered_by(manifest)
@@ -130,9 +130,13 @@ def load_selected(
     return Selected(folder, config, found, known[0], spec, adapter.tree, metadata, known[1])
 
 
-def _check_recorded(run: Path, summary: dict[str, Any]) -> None:
-    """Refuse what a run selected where it is not what the run's summary has the hashes of (`UserError`)."""
-    for name, expected in (summary.get("sha256") or {}).items():
+def check_selected(run: Path) -> None:
+    """Look at what a finished run selected before it is read.
+
+    Raises:
+      UserError: a file is gone, or is not what the run's summary has the hash of.
+    """
+    for name, expected in (read_summary(run).get("sha256") or {}).items():
         if not name.startswith("selected/"):
             continue
         file = run / name

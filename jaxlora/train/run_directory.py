@@ -31,6 +31,7 @@ from typing import Any
 
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import load_base, save_model
+from jaxlora.checkpoints.export import check_selected
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
@@ -399,7 +400,12 @@ def _is_written(run: Path, note: bytes) -> Exception:
 
 
 def read_selected(job: Job) -> Tree:
-    """What a finished run selected, as its training held it, but rounded to what was written."""
+    """What a finished run selected, as its training held it, but rounded to what was written.
+
+    Raises:
+      UserError: its files are not what the run wrote.
+    """
+    check_selected(job.config.run_dir)
     folder = job.config.run_dir / "selected"
     if not job.spec.full:
         return place_trained(job.mesh, job.spec, read_adapter(folder, job.spec.config).tree)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers import kills
+from helpers.trials import flip_a_bit
 
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import write_json_atomic
@@ -198,6 +199,13 @@ class TestResuming:
         assert (run.path / "evaluation" / "summary.json").is_file()
         shutil.rmtree(run.path / "evaluation")
         assert kills.outcome(run.path) == before
+
+    def test_but_not_of_weights_that_are_not_what_the_run_wrote(self, lab, folder):
+        words = ("--config.eval.after_training=true", "--config.eval.problems=2")
+        run = lab.kill_at(folder, kills.AFTER_TRAINING, *words)
+        flip_a_bit(run.path / "selected" / "adapter_model.safetensors")
+        assert "adapter_model.safetensors: is not what the run wrote" in refused(lab, folder, *words)
+        assert not (run.path / "evaluation").exists()
 
 
 class TestThingsThatGoWrong:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import kills
 from helpers.kills import differing
-from helpers.trials import DAMAGE, JSON_DAMAGE, fill, one_line, small_disk, try_damage
+from helpers.trials import DAMAGE, JSON_DAMAGE, fill, flip_a_bit, one_line, small_disk, try_damage
 
+import jaxlora
 from jaxlora.data.build import FILES, BuildPlan, build
 from jaxlora.runtime.errors import UserError
 
@@ -52,6 +53,15 @@ def full_disk(tool: kills.Tool, moment: str, code: int, nth: int = 1) -> None:
         assert files_of(folder).items() >= before.items()
         assert not [name for name in files_of(folder) if name.endswith((".tmp", ".lock"))]
         tool.finish(folder)
+
+
+def test_from_python_too_a_damaged_run_is_not_opened(lab, run, tmp_path):
+    engine, copy = jaxlora.load(lab.folder / "model"), tmp_path / run.name
+    shutil.copytree(run, copy)
+    assert engine.open(copy).seed == 0
+    flip_a_bit(copy / "selected" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model.safetensors: is not what the run wrote"):
+        engine.open(copy)
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
