@@ -23,14 +23,7 @@ from jaxlora.checkpoints.base import (
     save_model,
     tokenizer_sha256,
 )
-from jaxlora.checkpoints.peft import (
-    FINGERPRINT,
-    METADATA,
-    RENDERED_BY,
-    SETTINGS,
-    WEIGHTS,
-    export_adapter,
-)
+from jaxlora.checkpoints.peft import ADAPTER_FILES, FINGERPRINT, RENDERED_BY, export_adapter
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
@@ -175,11 +168,15 @@ def merged_bytes(selected: Selected) -> int:
 
 def is_exported(selected: Selected, out: Path) -> bool:
     """Whether a folder holds just this adapter: an export that was stopped after it goes on from there."""
-    own = selected.run / "selected"
-    names = (WEIGHTS, SETTINGS, METADATA)
-    return not selected.spec.full and all(
-        (out / name).is_file() and (out / name).read_bytes() == (own / name).read_bytes() for name in names
-    )
+    return not selected.spec.full and unlike(selected.run / "selected", out) is None
+
+
+def unlike(own: Path, out: Path) -> str | None:
+    """The first file of an adapter in `out` that is not byte for byte that of `own`; None: all are."""
+    for name in ADAPTER_FILES:
+        if not (out / name).is_file() or sha256_of(out / name) != sha256_of(own / name):
+            return name
+    return None
 
 
 def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) -> None:

@@ -26,6 +26,7 @@ from jaxlora.runtime.files import write_json_atomic
 from jaxlora.runtime.folders import new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
+ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
 FINGERPRINT, RENDERED_BY = "base_fingerprint", "tokenizer_sha256"  # in `jaxlora.json`
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's
 PREFIX = "base_model.model."

@@ -26,7 +26,7 @@ from jaxlora.checkpoints.base import (
     weights_sha256,
 )
 from jaxlora.checkpoints.export import load_selected, run_tokenizer
-from jaxlora.checkpoints.peft import METADATA, RENDERED_BY, SETTINGS, WEIGHTS
+from jaxlora.checkpoints.peft import ADAPTER_FILES, RENDERED_BY, WEIGHTS
 from jaxlora.config import RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX
@@ -179,7 +179,7 @@ def fetch_adapter(address: str) -> Path:
         raise UserError(f"{address}: not an adapter on the Hub; write hf://OWNER/NAME/PATH")
     owner, name, inner = parts[0], parts[1], parts[2] if len(parts) == 3 else ""
     name, _, revision = name.partition("@")
-    wanted = [str(Path(inner) / file) for file in (WEIGHTS, SETTINGS, METADATA, *TOKENIZER_FILES)]
+    wanted = [str(Path(inner) / file) for file in (*ADAPTER_FILES, *TOKENIZER_FILES)]
 
     def missing(folder: Path) -> str:
         found = (folder / inner / WEIGHTS).is_file()

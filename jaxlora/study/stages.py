@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxlora.checkpoints.export import load_selected, write_adapter
+from jaxlora.checkpoints.export import load_selected, unlike, write_adapter
 from jaxlora.checkpoints.peft import SETTINGS
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import Benchmark, FilePair, check, report_place, require_gates
@@ -23,7 +23,7 @@ from jaxlora.evals.run import evaluation_inputs, show, why_redo
 from jaxlora.evals.subjects import Target, base_target, evaluate_target, run_target
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import MachineError, UserError
-from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic, write_text_atomic
+from jaxlora.runtime.files import read_json, write_json_atomic, write_text_atomic
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Interrupted
 from jaxlora.study import STAGE_NAMES, grid
@@ -37,7 +37,7 @@ from jaxlora.study.report import (
     write_derived,
 )
 from jaxlora.study.results import Run, load_evaluation, load_run, lowest_nll
-from jaxlora.study.state import ADAPTER_FILES, SELECTED, State, run_state, selected_sha256
+from jaxlora.study.state import SELECTED, State, run_state, selected_sha256
 from jaxlora.train.loop import Diverged, train
 from jaxlora.train.selection import select_checkpoint, select_learning_rate
 
@@ -281,20 +281,12 @@ def _check_export(session: Session) -> list[Task]:
         own = run.run_dir / SELECTED
         if not out.is_dir():
             state = State("missing")
-        elif different := _unlike(own, out):
+        elif different := unlike(own, out):
             state = State("redo", f"its {different} differs from the run's")
         else:
             state = State("done")
         tasks.append(Task(run.run_id, state, (run, out)))
     return tasks or [Task("adapters", _NO_RUN)]
-
-
-def _unlike(own: Path, out: Path) -> str | None:
-    """The first file of an exported adapter that is not byte for byte that of the run; None: all are."""
-    for name in ADAPTER_FILES:
-        if not (out / name).is_file() or sha256_of(out / name) != sha256_of(own / name):
-            return name
-    return None
 
 
 def _run_export(session: Session, tasks: list[Task]) -> None:
@@ -303,7 +295,7 @@ def _run_export(session: Session, tasks: list[Task]) -> None:
         if not (out / SETTINGS).is_file():  # the remains of an export, which is not taken for one
             shutil.rmtree(out, ignore_errors=True)
         write_adapter(load_selected(run.run_dir), out, overwrite=out.exists())
-        if different := _unlike(run.run_dir / SELECTED, out):
+        if different := unlike(run.run_dir / SELECTED, out):
             raise UserError(
                 f"{out / different}: is not what {run.run_dir / SELECTED} holds; train this run again"
             )

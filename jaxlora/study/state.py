@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlora.checkpoints.base import find_base
-from jaxlora.checkpoints.peft import METADATA, SETTINGS, WEIGHTS
+from jaxlora.checkpoints.peft import ADAPTER_FILES
 from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.render import TOKENIZER_SUFFIXES
 from jaxlora.data.sources import locate
@@ -30,7 +30,6 @@ from jaxlora.train.run_directory import is_finished
 
 Kind = Literal["done", "missing", "unfinished", "failed", "redo", "damaged", "foreign", "waiting"]
 DIVERGED = "Diverged"  # the error of a loss that is not finite: every repetition would end in it
-ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
 SELECTED = "selected"  # the folder of a run's selected adapter; a checkpoint can make it again
 RUN_FILES = ("metrics.jsonl", *(f"{SELECTED}/{name}" for name in ADAPTER_FILES))  # read after a run has ended
 
