@@ -5,20 +5,17 @@
 The study chose its rates by 64 steps at a constant rate; would whole runs choose the same?
 """
 
-from jaxlora.config import DataConfig, EvalConfig, RunConfig, SweepConfig, TrainConfig
+from dataclasses import replace
 
-DATASET = "hf://sumitdotml/lora-and-friends-dataset/rendered"
+from jaxlora.config import RunConfig, SweepConfig
+from jaxlora.configs import main
 
 
 def get_config() -> RunConfig:
-    return RunConfig(
+    study = main.get_config()
+    return replace(
+        study,
         prefix="qwen3-8b-rates",
-        data=DataConfig(
-            train_path=f"{DATASET}/train.jsonl",
-            validation_path=f"{DATASET}/val.jsonl",
-            shuffle=False,  # the study's order is the file's
-        ),
-        eval=EvalConfig(benchmark="openai/gsm8k"),
-        train=TrainConfig(epochs=1),
+        train=replace(study.train, epochs=1),
         sweep=SweepConfig(seeds=(0,), learning_rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
     )

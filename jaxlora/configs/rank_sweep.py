@@ -6,20 +6,17 @@ The best learning rate may differ from rank to rank, so every rank is tried at t
 the lowest validation loss over the rates, step by step.
 """
 
-from jaxlora.config import DataConfig, EvalConfig, RunConfig, SweepConfig, TrainConfig
+from dataclasses import replace
 
-DATASET = "hf://sumitdotml/lora-and-friends-dataset/rendered"
+from jaxlora.config import RunConfig, SweepConfig
+from jaxlora.configs import main
 
 
 def get_config() -> RunConfig:
-    return RunConfig(
+    study = main.get_config()
+    return replace(
+        study,
         prefix="qwen3-8b-ranks",
-        data=DataConfig(
-            train_path=f"{DATASET}/train.jsonl",
-            validation_path=f"{DATASET}/val.jsonl",
-            shuffle=False,  # the study's order is the file's
-        ),
-        eval=EvalConfig(benchmark="openai/gsm8k"),
-        train=TrainConfig(epochs=1),
+        train=replace(study.train, epochs=1),
         sweep=SweepConfig(seeds=(0,), ranks=(1, 4, 16, 64), learning_rates=(1e-4, 3e-4, 1e-3)),
     )
