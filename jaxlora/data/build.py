@@ -31,7 +31,7 @@ from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object, sha256_of, write_json_atomic
-from jaxlora.runtime.folders import put_back, put_in_place
+from jaxlora.runtime.folders import put_back, put_in_place, sync
 from jaxlora.runtime.progress import progress_bar
 
 MANIFEST_NAME = "manifest.json"
@@ -298,10 +298,7 @@ def _empty(folder: Path) -> None:
 
 def _publish(folder: Path, out: Path) -> None:
     """Make the finished folder the dataset, once it is on the disk."""
-    for path in (*(folder / name for name in FILES), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync(folder)
     put_in_place(folder, out)
 
 
