@@ -16,8 +16,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxlora.data.containers import parse_object, read_lines
 from jaxlora.data.gsm8k_source import convert
-from jaxlora.data.sources import locate, parse_object, read_lines
+from jaxlora.data.sources import locate
 from jaxlora.runtime.errors import UserError, run_main
 from jaxlora.runtime.progress import progress_bar
 

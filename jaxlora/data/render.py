@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from jaxlora.data.containers import is_text
 from jaxlora.data.control import guard_of, rust_panics
 from jaxlora.data.limits import bounded
 from jaxlora.data.masks import Span, marks_answers, spans_of_prefixes, spans_of_template, weights_of
@@ -37,7 +38,6 @@ from jaxlora.data.messages import (
     check_prompt,
     check_text,
 )
-from jaxlora.data.sources import is_text
 from jaxlora.data.template import begun, dated, variables
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.folders import file_in

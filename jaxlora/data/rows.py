@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlora.config import DataConfig
-from jaxlora.data.containers import container_of, count_rows, read_rows, strings_of
+from jaxlora.data.containers import container_of, count_rows, parse_object, read_rows, strings_of
 from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
 from jaxlora.data.messages import Example
 from jaxlora.data.render import LossOn, RenderedRow, Tokenizer, render_batch
-from jaxlora.data.sources import locate, parse_object, read_hub
+from jaxlora.data.sources import locate, read_hub
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import progress_bar

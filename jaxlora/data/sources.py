@@ -16,19 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.data.containers import (
-    MAX_LINE_BYTES,
     SUFFIXES,
-    count_lines,
     count_rows,
-    is_text,
-    parse_object,
-    read_lines,
     read_rows,
 )
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.remote import announce, first_line, resolve
 
-__all__ = ["MAX_LINE_BYTES", "count_lines", "is_text", "parse_object", "read_lines"]  # read from here, too
 HUB_PREFIX = "hf://"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.data.boxes import extract_boxed
-from jaxlora.data.sources import is_text
+from jaxlora.data.containers import is_text
 from jaxlora.evals.answers import normalize, numeric_match, read_number, strict_match
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_numbered_jsonl

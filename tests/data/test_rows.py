@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from jaxlora.data.containers import read_lines
 from jaxlora.data.render import load_tokenizer, prompt_messages, render_batch
 from jaxlora.data.rows import BATCH_ROWS, load_rendered_rows
-from jaxlora.data.sources import locate, read_lines
+from jaxlora.data.sources import locate
 from jaxlora.runtime.errors import UserError
 
 

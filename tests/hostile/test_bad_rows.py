@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from jaxlora.data.audit import audit
 from jaxlora.data.boxes import extract_boxed
 from jaxlora.data.build import BuildPlan, build
+from jaxlora.data.containers import MAX_LINE_BYTES, parse_object
 from jaxlora.data.gates import Benchmark, FilePair, check, require_gates
 from jaxlora.data.gsm8k_source import convert
 from jaxlora.data.render import load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
-from jaxlora.data.sources import MAX_LINE_BYTES, parse_object
 from jaxlora.evals.answers import numeric_match, strict_match
 from jaxlora.evals.gsm8k import aggregate, count, load_problems, rescore
 from jaxlora.runtime.files import read_jsonl
