@@ -14,11 +14,11 @@ The verbs are those of Tinker. Behind them are the programs of a run (`jaxlora.t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +75,16 @@ def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = N
     Raises:
       UserError: there is no such base, or it is not one of a supported family.
     """
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = dtype or default_dtype()
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype!r:.80} is not supported; give bfloat16 or float32")
     source = ModelSource(path=str(path), dtype=dtype)  # type: ignore[arg-type]
     return engine_of(find_base(source), mesh)
+
+
+def default_dtype() -> Literal["bfloat16", "float32"]:
+    """The dtype that suits this machine: CPUs only imitate bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
@@ -194,9 +199,12 @@ class Engine:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """The mesh, and products of float32 in all their bits (GPUs and TPUs would take fewer)."""
-        precision = "highest" if self.dtype == "float32" else None
-        with jax.set_mesh(self.machine.mesh), jax.default_matmul_precision(precision):
+        with jax.set_mesh(self.machine.mesh), self.precise():
             yield
+
+    def precise(self) -> AbstractContextManager[None]:
+        """Products of float32 in all their bits."""
+        return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
 
 Row = Mapping[str, Any] | RenderedRow
@@ -354,7 +362,7 @@ class Trainer:
             text = self._text(tokens[:-1] if tokens[-1] in stops else tokens)
             stream(i, text.rstrip("\ufffd"))  # the beginning of a character
 
-        with jax.set_mesh(mesh), jax.default_matmul_precision(self._precision):
+        with jax.set_mesh(mesh), self.engine.precise():
             answers = generate(
                 spec,
                 lora,
@@ -429,10 +437,6 @@ class Trainer:
     @property
     def _frozen(self) -> Tree:
         return {} if self.spec.full else self.engine.frozen
-
-    @property
-    def _precision(self) -> str | None:
-        return "highest" if self.spec.dtype == "float32" else None
 
     def _zeros(self) -> Tree:
         return jax.tree.map(jnp.zeros_like, self._trained)

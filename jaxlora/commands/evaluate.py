@@ -51,15 +51,13 @@ def main() -> None:
     from jaxlora.runtime.devices import setup
 
     with_weights = not options.dry_run
+    own = config if options.run is None else run_config(config, options.run)
+    setup(own.results_dir, own.model.dtype)
     if options.run is not None:
-        own = run_config(config, options.run)
-        setup(own.results_dir, own.model.dtype)
         target = run_target(config, options.run, with_weights)
     elif options.base:
-        setup(config.results_dir, config.model.dtype)
         target = base_target(config, with_weights)
     else:
-        setup(config.results_dir, config.model.dtype)
         target = adapter_target(
             config,
             options.adapter,

@@ -9,7 +9,6 @@ trainer = open_subject(options)
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,6 @@ from jaxlora.runtime.errors import UserError, add_number
 
 if TYPE_CHECKING:
     from jaxlora.engine import Engine, Trainer
-
-ADAPTER_SETTINGS = "adapter_config.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +85,9 @@ def source_given(options: argparse.Namespace) -> ModelSource | None:
 
 def _source(path: str) -> ModelSource:
     """A base in the dtype that suits the machine."""
-    import jax
+    from jaxlora.engine import default_dtype
 
-    return ModelSource(path=path, dtype="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return ModelSource(path=path, dtype=default_dtype())
 
 
 def _engine(source: ModelSource) -> Engine:
@@ -111,22 +108,21 @@ def _open_run(run: Path, given: ModelSource | None) -> Trainer:
 
 def _open_adapter(address: str, given: ModelSource | None) -> Trainer:
     """An adapter on the base that it names, or on the one that was given; with its own tokenizer, if any."""
-    from jaxlora.evals.subjects import fetch_adapter
+    from jaxlora.evals.subjects import adapter_folder, with_own_tokenizer
 
-    folder = fetch_adapter(address) if address.startswith("hf://") else Path(address)
+    folder = adapter_folder(address)
     source = given or _source(_named_base(folder))
-    if source.tokenizer is None and (folder / "tokenizer_config.json").is_file():
-        source = replace(source, tokenizer=str(folder))
-    return _engine(source).open(folder)
+    return _engine(with_own_tokenizer(source, folder)).open(folder)
 
 
 def _named_base(folder: Path) -> str:
     """The base that an adapter names."""
+    from jaxlora.checkpoints.peft import SETTINGS
     from jaxlora.runtime.files import read_object
 
-    if not (folder / ADAPTER_SETTINGS).is_file():
-        raise UserError(f"--adapter {folder}: holds no {ADAPTER_SETTINGS}; give the folder of a PEFT adapter")
-    name = read_object(folder / ADAPTER_SETTINGS).get("base_model_name_or_path")
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"--adapter {folder}: holds no {SETTINGS}; give the folder of a PEFT adapter")
+    name = read_object(folder / SETTINGS).get("base_model_name_or_path")
     if not name or not isinstance(name, str):
         raise UserError(f"--adapter {folder}: names no base; give it with --model")
     return name

@@ -27,7 +27,7 @@ from jaxlora.checkpoints.base import (
 )
 from jaxlora.checkpoints.export import load_selected, run_tokenizer
 from jaxlora.checkpoints.peft import ADAPTER_FILES, RENDERED_BY, WEIGHTS
-from jaxlora.config import RunConfig, from_dict
+from jaxlora.config import ModelSource, RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX
 from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts
@@ -136,9 +136,8 @@ def adapter_target(
     Raises:
       UserError: no such adapter, one for another base, or one whose seed is not known.
     """
-    folder = fetch_adapter(adapter) if adapter.startswith(HUB_PREFIX) else Path(adapter)
-    if config.model.tokenizer is None and (folder / "tokenizer_config.json").is_file():
-        config = replace(config, model=replace(config.model, tokenizer=str(folder)))
+    folder = adapter_folder(adapter)
+    config = replace(config, model=with_own_tokenizer(config.model, folder))
     base = find_base(config.model, config.seed, with_weights)
     lora_config, lora, metadata, shapes = read_adapter(folder, base.config, base.folder)
     if not any_base and (reason := other_base(metadata, base)):
@@ -167,13 +166,21 @@ def adapter_target(
     return Target(replace(config, lora=lora_config, seed=seed), subject, base, spec, lora, out)
 
 
-def fetch_adapter(address: str) -> Path:
-    """The local folder of `hf://OWNER/NAME[@REVISION]/PATH`: the three files of an adapter, and those of its
-    tokenizer where it has one; then cached.
+def with_own_tokenizer(source: ModelSource, adapter: Path) -> ModelSource:
+    """The base with the tokenizer beside an adapter, where there is one and no other is named."""
+    named = source.tokenizer is not None or not (adapter / "tokenizer_config.json").is_file()
+    return source if named else replace(source, tokenizer=str(adapter))
+
+
+def adapter_folder(address: str) -> Path:
+    """The local folder of an adapter. Of `hf://OWNER/NAME[@REVISION]/PATH`, the three files of an adapter and
+    those of its tokenizer, where it has one, are fetched and then cached.
 
     Raises:
       UserError: the address is not one, or the Hub does not give it.
     """
+    if not address.startswith(HUB_PREFIX):
+        return Path(address)
     parts = address.removeprefix(HUB_PREFIX).strip("/").split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise UserError(f"{address}: not an adapter on the Hub; write hf://OWNER/NAME/PATH")

@@ -26,7 +26,7 @@ from jaxlora.data.render import render_prompts
 from jaxlora.evals import run as evaluation
 from jaxlora.evals.gsm8k import load_problems, rescore
 from jaxlora.evals.run import evaluation_inputs, load_prompts
-from jaxlora.evals.subjects import base_target, fetch_adapter
+from jaxlora.evals.subjects import adapter_folder, base_target
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
@@ -311,16 +311,16 @@ def test_an_adapter_on_the_hub_is_three_files_of_one_folder_and_its_tokenizer(ba
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert fetch_adapter(f"hf://owner/name/{inner}") == tmp_path / inner
+    assert adapter_folder(f"hf://owner/name/{inner}") == tmp_path / inner
     names = ("adapter_model.safetensors", "adapter_config.json", "jaxlora.json")
     wanted = [f"{inner}/{name}" for name in (*names, *TOKENIZER_FILES)]
     assert asked == [("owner/name", None, wanted, True), ("owner/name", None, wanted, False)]
-    assert fetch_adapter(f"hf://owner/name@v1/{inner}") == tmp_path / inner
+    assert adapter_folder(f"hf://owner/name@v1/{inner}") == tmp_path / inner
     assert asked[-1][:2] == ("owner/name", "v1")
     with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors there"):
-        fetch_adapter("hf://owner/name/elsewhere")
+        adapter_folder("hf://owner/name/elsewhere")
     with pytest.raises(UserError, match="write hf://OWNER/NAME/PATH"):
-        fetch_adapter("hf://owner")
+        adapter_folder("hf://owner")
 
 
 # --- Stopping, lengths, tokenizers --------------------------------------------------------------------------
