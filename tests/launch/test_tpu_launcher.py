@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -98,6 +99,27 @@ class Cloud:
     def environment(self, **more: str) -> dict[str, str]:
         path = f"{self.folder / 'laptop-bin'}:/usr/local/bin:/usr/bin:/bin"
         return {"PATH": path, "HOME": str(self.folder), "FAKE_CLOUD": str(self.folder), **more}
+
+    def begin(
+        self, step: str, *options: str, command: tuple[str, ...], **streams: Any
+    ) -> subprocess.Popen[str]:
+        """Starts a step that goes on by itself, in a process group of its own."""
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        return subprocess.Popen(
+            self.line(step, *options, command=command),
+            env=self.environment(),
+            text=True,
+            start_new_session=True,
+            **(silent | streams),
+        )
+
+    def leave_running(self) -> subprocess.Popen[str]:
+        """Starts `run`, and leaves it by Ctrl-C once the program has made results/ready."""
+        run = self.begin("run", command=("bash", "train.sh"))
+        while not self.host_file("src/results/ready").exists():
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGINT)
+        return run
 
     def launch(self, step: str, *options: str, command: tuple[str, ...] = (), **environment: str):
         return subprocess.run(
@@ -725,13 +747,7 @@ class TestASliceGoesOnlyWhenItsResultsAreInTheBucket:
         self, cloud: Cloud, first: list[str], told: str
     ) -> None:
         cloud.program('touch "$FAKE_CLOUD/runs"; until [ -e "$FAKE_CLOUD/finish" ]; do sleep 0.1; done')
-        run = subprocess.Popen(
-            cloud.line("run", *first, command=("bash", "train.sh")),
-            env=cloud.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        run = cloud.begin("run", *first, command=("bash", "train.sh"))
         while not (cloud.folder / "runs").exists():
             assert run.poll() is None
             time.sleep(0.05)
@@ -761,15 +777,8 @@ class TestTheClockOfTheLaptopDecidesNothing:
         assert cloud.run("--max-failures=0", command=("bash", "train.sh", "ahead")).returncode == 3
         self.at(cloud, "20260101T000000Z")
         cloud.program(TestAnInterruptionTearsNothingDown.WAITS)
-        run = subprocess.Popen(
-            cloud.line("run", "--again", command=("bash", "train.sh", "ahead")),
-            env=cloud.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        command = ("bash", "train.sh", "ahead")
+        run = cloud.begin("run", "--again", command=command, stdout=subprocess.PIPE)
         assert run.stdout is not None
         while "start number 2" not in run.stdout.readline():
             assert run.poll() is None
@@ -783,14 +792,7 @@ class TestTheClockOfTheLaptopDecidesNothing:
             assert b"start number 2 with ahead" in followed.value.stdout
         else:
             self.at(cloud, "20260101T010000Z")
-            again = subprocess.Popen(
-                cloud.line("run", command=("bash", "train.sh", "ahead")),
-                env=cloud.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            again = cloud.begin("run", command=command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             assert again.stdout is not None
             while "start number" not in (line := again.stdout.readline()):
                 assert again.poll() is None
@@ -1062,15 +1064,8 @@ class TestAnInterruptionTearsNothingDown:
 
     def interrupt(self, cloud: Cloud, number: signal.Signals) -> tuple[int, str]:
         """Starts `all` and, once the command runs, signals every process that a terminal would signal."""
-        process = subprocess.Popen(
-            cloud.line("all", command=("bash", "train.sh")),
-            env=cloud.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = cloud.begin("all", command=("bash", "train.sh"), **pipes)
         assert process.stdout is not None
         while "start number" not in process.stdout.readline():
             assert process.poll() is None
@@ -1124,14 +1119,8 @@ class TestAnInterruptionTearsNothingDown:
         cloud.program(ended + self.WAITS.removeprefix(RESUMABLE))
         self.interrupt(cloud, signal.SIGINT)
         cloud.plan({"match": "tpu_host.sh current", "exit": 255, "stderr": "ssh: connection refused"})
-        again = subprocess.Popen(
-            cloud.line("run", command=("bash", "train.sh")),
-            env=cloud.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        again = cloud.begin("run", command=("bash", "train.sh"), **pipes)
         assert again.stdout is not None
         while "start number 2" not in again.stdout.readline():
             assert again.poll() is None
@@ -1172,17 +1161,7 @@ class TestEndingIt:
             "mkdir -p results/run; trap 'sleep 0.5; echo saved > results/run/state; exit 75' TERM\n"
             "touch results/ready; while :; do sleep 0.1; done"
         )
-        run = subprocess.Popen(
-            cloud.line("run", command=("bash", "train.sh")),
-            env=cloud.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while not cloud.host_file("src/results/ready").exists():
-            time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGINT)
+        run = cloud.leave_running()
         assert run.wait(timeout=30) == 130
         assert cloud.launch(step).returncode == 0
         assert (cloud.results() / "state").read_text() == "saved\n"
@@ -1194,17 +1173,7 @@ class TestEndingIt:
     def test_a_command_that_does_not_end_is_killed(self, cloud: Cloud) -> None:
         cloud.on_the_host(JAXLORA_STOP_SECONDS="1")
         cloud.program("trap '' TERM; mkdir -p results; touch results/ready; while :; do sleep 0.1; done")
-        run = subprocess.Popen(
-            cloud.line("run", command=("bash", "train.sh")),
-            env=cloud.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while not cloud.host_file("src/results/ready").exists():
-            time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGINT)
+        run = cloud.leave_running()
         run.wait(timeout=30)
         cloud.host_file("src/results/late").touch()
         assert cloud.launch("stop").returncode == 0

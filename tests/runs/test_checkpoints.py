@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.trials import DAMAGE, flip_a_bit
 
 import jaxlora.checkpoints.run_state as module
 from jaxlora.checkpoints.run_state import RunState, damage
@@ -66,18 +67,7 @@ def files_of(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
-FAULTS = {"a flipped bit": flip_a_bit, "a truncation": truncate, "a missing file": Path.unlink}
+FAULTS = {name: DAMAGE[name] for name in ("a flipped bit", "a truncation", "a missing file")}
 
 
 def wait_until(condition, seconds: float = 60) -> bool:
