@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import grain.python as grain
 
 from jaxlora.config import TrainConfig
-from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up
+from jaxlora.data.order import row_words
+from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up, spread
 from jaxlora.data.render import RenderedRow
 
 
@@ -58,10 +59,23 @@ def choose_layout(
 
 
 def step_batch(
-    rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], layout: Layout, step: int
+    rows: Sequence[RenderedRow],
+    rows_of_step: Callable[[int], Sequence[int]],
+    layout: Layout,
+    step: int,
+    dropout_seed: int | None = None,
 ) -> Batch:
-    """The rows of one training step."""
-    return layout.build([rows[i] for i in rows_of_step(step)])
+    """The rows of one training step.
+
+    Args:
+      dropout_seed: with adapters that drop inputs, the seed of that; the batch has one more array `dropout`,
+        int32 like its tokens, from which each token's mask follows (`jaxlora.models.dropout`).
+    """
+    chosen = rows_of_step(step)
+    batch = layout.build([rows[i] for i in chosen])
+    if dropout_seed is None:
+        return batch
+    return batch | {"dropout": spread(batch, row_words(dropout_seed, step, chosen))}
 
 
 def ahead(build: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:

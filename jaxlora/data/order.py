@@ -19,6 +19,12 @@ import numpy as np
 from jaxlora.runtime.errors import UserError
 
 
+def row_words(seed: int, step: int, rows: Sequence[int]) -> np.ndarray:
+    """A word of its own for each row of a step: int32 [rows], a hash of (seed, step, row)."""
+    keys = _mix(np.asarray(rows, np.uint64) + _start(seed, -step))  # no epoch's number
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
 @lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
 def shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers of all rows in the order of an epoch: int64 [n_rows], read-only.
