@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.redaction import holds_secret
+from jaxlora.runtime.text import holds_secret
 
 # Strict about names and about infinities; lenient about "8" for 8, because overrides arrive as text.
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)

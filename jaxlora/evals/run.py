@@ -27,11 +27,11 @@ from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import replace_together
 from jaxlora.runtime.files import read_json, sha256_of
+from jaxlora.runtime.folders import replace_together
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.records import metric_record, summary_record
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 from jaxlora.train.board import write_outcome
 
 

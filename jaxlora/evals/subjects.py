@@ -33,13 +33,13 @@ from jaxlora.data.sources import HUB_PREFIX
 from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed, enough_room
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.folders import claimed, enough_room
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest
 from jaxlora.runtime.remote import fetch_folder
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 from jaxlora.sharding import make_mesh, place_trained
 
 FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")

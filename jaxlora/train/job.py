@@ -18,9 +18,8 @@ from rich.table import Table
 from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base
 from jaxlora.config import DataConfig, RunConfig
-from jaxlora.data.batches import Layout, choose_layout, ranges
+from jaxlora.data.batches import Layout, choose_layout, ranges, split_validation
 from jaxlora.data.gates import GateStatus, require_gates
-from jaxlora.data.order import split_validation
 from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
 from jaxlora.estimate import with_mesh

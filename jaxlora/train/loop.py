@@ -170,10 +170,10 @@ class Run:
             if self.step < last and not self.stopped_early:
                 for step, batch in ahead(batch_of, range(self.step + 1, last + 1)):
                     self.stage = "training"
-                    display.announce_shape("training step", batch["tokens"].shape)
                     rate = np.float32(learning_rate(step, job.config.optim, job.plan))
                     placed = place_batch(job.mesh, batch)
-                    self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
+                    with display.compiling("training step", batch["tokens"].shape):
+                        self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
                     begin_saving()  # until now there was nothing to save
                     self.step = step
                     log.add(step, metrics, float(rate))
@@ -344,8 +344,9 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
     for batch in validation_batches(job.validation_rows, job.validation_layout):
         if hosts.agree(run.stop.signum is not None):
             return None
-        display.announce_shape("validation step", batch["tokens"].shape)
-        sums.append(eval_step(run.state.trained, run.frozen, place_batch(job.mesh, batch)))
+        placed = place_batch(job.mesh, batch)
+        with display.compiling("validation step", batch["tokens"].shape):
+            sums.append(eval_step(run.state.trained, run.frozen, placed))
         display.validating(len(sums))
     totals = np.asarray(jax.device_get(sums), np.float64)
     nll, weight = totals.sum(axis=0)

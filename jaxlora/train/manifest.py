@@ -30,8 +30,7 @@ from jaxlora.lora import count_trainable
 from jaxlora.models.families import count_matrix_parameters, count_parameters
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
-from jaxlora.runtime.redaction import without_secrets
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.train.job import Job, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.

@@ -53,8 +53,7 @@ from jaxlora.runtime.records import (
     read_summary,
     summary_record,
 )
-from jaxlora.runtime.redaction import without_secrets
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.sharding import place_trained
 from jaxlora.train.board import Board, write_outcome
 from jaxlora.train.display import draw_validation

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxlora.config import OptimConfig, TrainConfig
-from jaxlora.data.order import rows_of_step
+from jaxlora.data.batches import rows_of_step
 
 
 @dataclass(frozen=True)

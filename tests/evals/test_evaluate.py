@@ -30,10 +30,10 @@ from jaxlora.evals.subjects import adapter_folder, base_target
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
-from jaxlora.runtime import claims
-from jaxlora.runtime.claims import claimed
+from jaxlora.runtime import folders
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.folders import claimed
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
@@ -517,10 +517,10 @@ def test_a_process_killed_while_it_writes_leaves_the_older_evaluation(evaluate, 
     out = tmp_path / "results" / "tiny-base" / "evaluation"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     if not (child := os.fork()):  # it must not use JAX, whose threads a fork does not have
-        setattr(claims.os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(folders.os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         try:
             with claimed(out):
-                claims.replace_together(out, dict.fromkeys(before, b"other"))
+                folders.replace_together(out, dict.fromkeys(before, b"other"))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -541,7 +541,7 @@ def test_a_full_disk_is_one_line_and_the_older_evaluation_stays(evaluate, tmp_pa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(claims.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(
         MachineError, match=r"evaluation: no room left on the disk; make room and start again"
     ):
@@ -554,7 +554,7 @@ def test_the_summary_has_the_hash_of_what_was_decoded_and_not_of_what_lies_there
     evaluate, tmp_path, monkeypatch
 ):
     """Another writer that takes no lock cannot have its answers recorded as ours."""
-    write = claims.replace_together
+    write = folders.replace_together
 
     def disturbed(folder, contents):
         write(folder, contents)

@@ -20,8 +20,7 @@ from peft import get_peft_model
 
 from jaxlora.checkpoints.base import load_base
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig, from_dict
-from jaxlora.data.batches import Layout, step_batch
-from jaxlora.data.order import row_words
+from jaxlora.data.batches import Layout, row_words, step_batch
 from jaxlora.lora import get_path
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.dropout import Noise, dropped, kept
