@@ -91,6 +91,7 @@ class LoraConfig:
     )
     rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Alpha = _doc("the update is scaled by alpha / rank", 32.0)
+    dropout: Decay = _doc("share of an adapter's input that a training step leaves out, as PEFT's", 0.0)
     output_head: bool = _doc("adapt the output head as well (needs an untied head)", False)
     start: str | None = _doc(
         "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
@@ -112,7 +113,9 @@ class OptimConfig:
     """Adam and its learning rate."""
 
     peak_lr: Rate = _doc("learning rate after warm-up", 3e-4)
-    schedule: Literal["cosine", "constant"] = _doc("cosine: warm-up, then cosine to the minimum", "cosine")
+    schedule: Literal["cosine", "linear", "constant"] = _doc(
+        "cosine, linear: warm-up, then so to the minimum", "cosine"
+    )
     warmup_fraction: Fraction = _doc("share of all steps spent warming up", 0.03)
     min_lr_fraction: Fraction = _doc("final learning rate as a share of the peak", 0.1)
     b1: Decay = _doc("decay of the first moment", 0.9)
@@ -153,7 +156,11 @@ class TrainConfig:
 
     what: Literal["lora", "full"] = _doc("adapters over a frozen base, or all weights", "lora")
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
-    epochs: Epochs = _doc("passes over the rows, in file order", 2)
+    epochs: Epochs = _doc("passes over the rows", 2)
+    max_steps: Positive | None = _doc("end after so many optimizer steps; none: after the epochs", None)
+    early_stopping: Positive | None = _doc(
+        "end after so many validations in a row without a lower NLL; none: never", None
+    )
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
     buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 6)
     buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
@@ -285,6 +292,8 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.train.what: a study compares adapters; use launch/train.py for a full run")
     if config.lora.start is not None:
         raise UserError("config.lora.start: its placement would stand for every condition's; give none")
+    if config.train.early_stopping is not None:
+        raise UserError("config.train.early_stopping: runs of a study take the same steps; give none")
     _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (
@@ -394,8 +403,11 @@ _ELSEWHERE = {
     "optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
     "lora.rank": ("r", "lora_r", "lora_rank", "rank"),
     "lora.alpha": ("lora_alpha", "alpha"),
+    "lora.dropout": ("lora_dropout", "dropout"),
     "lora.targets": ("target_modules", "lora_target", "targets"),
     "train.epochs": ("num_train_epochs", "num_epochs", "epochs"),
+    "train.max_steps": ("max_steps", "num_steps"),
+    "train.early_stopping": ("early_stopping_patience", "early_stopping", "patience"),
     "train.batch_rows": ("per_device_train_batch_size", "train_batch_size", "batch_size"),
     "train.max_buffer_tokens": ("gradient_accumulation_steps", "micro_batch_size"),
     "train.layout": ("packing", "sample_packing"),
@@ -465,6 +477,12 @@ def _check_combinations(config: RunConfig) -> None:
     if data.validation_path is not None and data.validation_fraction is not None:
         raise UserError(
             "config.data.validation_fraction: data.validation_path is given, too; give one of them"
+        )
+    if config.lora.dropout and config.train.what == "full":
+        raise UserError("config.lora.dropout: with train.what=full no adapter is trained; give 0")
+    if config.lora.dropout and (config.lora.output_head or "lm_head" in config.lora.modules):
+        raise UserError(
+            "config.lora.dropout: is not computed in the head's adapter; give 0, or leave the head out"
         )
     if config.eval.after_training and config.eval.benchmark is None:
         raise UserError("config.eval.benchmark: eval.after_training needs one; name a benchmark")

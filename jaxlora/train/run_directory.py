@@ -57,7 +57,7 @@ from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.sharding import place_trained
 from jaxlora.train.board import Board, write_outcome
 from jaxlora.train.display import draw_validation
-from jaxlora.train.job import Job, token_count
+from jaxlora.train.job import Job, token_count, trained_tokens
 from jaxlora.train.manifest import (
     differences,
     identity,
@@ -274,8 +274,13 @@ class RunDirectory:
             base_fingerprint=job.base.fingerprint(),
         )
 
-    def finish(self, step: int, validations: dict[int, float]) -> None:
-        """Write the picture and `summary.json`: the run is complete."""
+    def finish(self, step: int, validations: dict[int, float], last: int) -> None:
+        """Write the picture and `summary.json`: the run is complete.
+
+        Args:
+          step: the selected one.
+          last: the one that the run ended with.
+        """
         if not hosts.is_main():
             return
         self._check_ours()
@@ -287,9 +292,9 @@ class RunDirectory:
             self._board.close()
             self._board = None
         write_outcome(self.path / "tensorboard", {"final/validation_nll": validations[step]}, step)
-        plan, job = self.job.plan, self.job
-        validation_tokens = token_count(job.validation_rows) * len(plan.validation_steps)
-        train_tokens = token_count(job.train_rows) * job.config.train.epochs
+        job = self.job
+        validation_tokens = token_count(job.validation_rows) * len(validations)
+        train_tokens = trained_tokens(job, last)
         names = (
             "manifest.json",
             "metrics.jsonl",
@@ -310,6 +315,7 @@ class RunDirectory:
             validation_token_count=validation_tokens,
             validations=[{"step": s, "mean_nll": nll} for s, nll in sorted(validations.items())],
             selected_step=step,
+            **_end(job, last),
             base_weights_sha256=self.base_weights_sha256,
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
@@ -337,6 +343,18 @@ class RunDirectory:
             if not is_disk_full(second):
                 raise
             console.print("failure.json could not be written either: the disk is full")
+
+
+def _end(job: Job, last: int) -> dict[str, Any]:
+    """Why a run ended before its epochs did; nothing where it did not."""
+    if last < job.plan.total_steps:
+        patience = job.config.train.early_stopping
+        reason = f"early stopping: no lower validation NLL in the last {patience} validations"
+    elif job.config.train.max_steps == last:
+        reason = "train.max_steps"
+    else:
+        return {}
+    return {"last_step": last, "ended_by": reason}
 
 
 # --- Whose directory it is ----------------------------------------------------------------------------------

@@ -216,8 +216,9 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
     assert "the study [red]t, in x[/red]; its runs are [red]t-..." in text
     assert "│ all_layer-seed-2 " in text
 
-    shown = Console(width=200, file=io.StringIO())
-    monkeypatch.setattr("jaxlora.train.display.console", shown)
+    shown = Console(width=200, file=io.StringIO(), force_terminal=True, color_system=None)
+    for module in ("jaxlora.train.display", "jaxlora.runtime.progress"):
+        monkeypatch.setattr(f"{module}.console", shown)
     job = prepare(grid.sweep_runs(config)[0], with_weights=False)
     with TrainingDisplay(job, first_step=1) as display:
         display.show(1, 0.5, display.rate(100))
