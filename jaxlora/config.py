@@ -172,6 +172,9 @@ class TrainConfig:
         "also checkpoint each this many steps, without validation; none: only after validations", None
     )
     grace_seconds: Rate = _doc("after SIGTERM, the process saves and ends within this many seconds", 25.0)
+    samples: Annotated[int, Field(ge=0, le=64)] = _doc(
+        "answers to the first validation prompts that each validation writes to samples.jsonl", 0
+    )
     startup_check: bool = _doc("before step 1, check that the fresh adapter and the decoder agree", True)
 
 
@@ -190,11 +193,16 @@ class MeshConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class EvalConfig:
-    """A benchmark in GSM8K's form, by greedy decoding."""
+    """A benchmark in GSM8K's form, or any questions with a rule, by greedy decoding."""
 
     benchmark: str | None = _doc(
         "questions and answers: a JSONL file or openai/gsm8k; training is then gated against it", None
     )
+    rule: str | None = _doc(
+        "boxed, last_number, exact or regex:PATTERN, for any file; none: GSM8K's form and score", None
+    )
+    system: str | None = _doc("system prompt; none: the study's, and with a rule no system prompt", None)
+    columns: tuple[str, ...] = _doc("with a rule: names of columns, as question=task,answer=target", ())
     problems: Positive | None = _doc("use only the first problems; none: all", None)
     max_new_tokens: Length = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
@@ -235,6 +243,9 @@ class RunConfig:
     seed: Count = _doc("of the adapter's initialisation and, with model.random_weights, of the base", 0)
     results_dir: str = _doc("where run directories are made", "results")
     overwrite: bool = _doc("delete an existing run directory of this id first", False)
+    tracking: Literal["wandb", "trackio"] | None = _doc(
+        "show the curves there as well (an extra of that name)", None
+    )
     price: Rate | None = _doc("dollars of one chip for one hour, for the report's cost", None)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -294,6 +305,9 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.lora.start: its placement would stand for every condition's; give none")
     if config.train.early_stopping is not None:
         raise UserError("config.train.early_stopping: runs of a study take the same steps; give none")
+    for field in ("rule", "system", "columns"):
+        if getattr(config.eval, field):
+            raise UserError(f"config.eval.{field}: a study is scored as GSM8K is; give none")
     _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (
@@ -420,6 +434,7 @@ _ELSEWHERE = {
     "model.dtype": ("bf16", "fp32", "torch_dtype", "dtype"),
     "model.remat": ("gradient_checkpointing", "activation_checkpointing"),
     "results_dir": ("output_dir", "log_path"),
+    "tracking": ("report_to", "wandb_project"),
 }
 
 
@@ -463,12 +478,24 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
         if isinstance(value, dict):
             _check_texts(value, f"{group}{name}.")
         elif isinstance(value, str):
-            if not value or not value.isprintable() or len(value) > 1000:
+            most = 1000
+            if f"{group}{name}" == "config.eval.system":  # a prompt may be long, and have lines
+                value, most = value.replace("\n", " ").replace("\t", " "), 20_000
+            if not value or not value.isprintable() or len(value) > most:
                 raise UserError(
-                    f"{group}{name}: {value!r:.80} is not allowed; give up to 1000 printable characters"
+                    f"{group}{name}: {value!r:.80} is not allowed; give up to {most} printable characters"
                 )
             if holds_secret(value):
                 raise UserError(f"{group}{name}: holds a key or token; export it in the environment instead")
+
+
+def _check_columns(given: EvalConfig) -> None:
+    for pair in given.columns:
+        name, _, column = pair.partition("=")
+        if name not in ("question", "answer") or not column:
+            raise UserError(f"config.eval.columns: {pair!r} is no pair; give question=COLUMN,answer=COLUMN")
+    if given.columns and given.rule is None:
+        raise UserError("config.eval.columns: go with eval.rule, such as last_number; give one")
 
 
 def _check_combinations(config: RunConfig) -> None:
@@ -488,6 +515,7 @@ def _check_combinations(config: RunConfig) -> None:
         raise UserError("config.eval.benchmark: eval.after_training needs one; name a benchmark")
     if odd := [pair for pair in data.columns if "=" not in pair]:
         raise UserError(f"config.data.columns: {odd[0]!r} is no pair; give NAME=COLUMN, as prompt=question")
+    _check_columns(config.eval)
     for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix and its settings
         given = getattr(config, field)
         if given is None:

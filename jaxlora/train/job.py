@@ -33,6 +33,7 @@ from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
+from jaxlora.train.tracking import check_tracking
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def prepare(
       UserError: anything that would stop the run: one line that says what to do.
     """
     data, train = config.data, config.train
+    check_tracking(config)
     if gates is None:
         gates = _look_at_gates(config)
     base = find_base(config.model, config.seed, with_weights)

@@ -39,6 +39,7 @@ from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import Job, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import check_inputs, identity, make_manifest
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
+from jaxlora.train.samples import sample_records
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.selection import select_checkpoint, stops_early
 from jaxlora.train.startup import check_start
@@ -147,7 +148,7 @@ class Run:
             self.state = fresh_state(self.job)
         if before is not None:
             self.store.drop_after(self.step)
-        self.directory.start_records(size)
+        self.directory.start_records(size, self.validations)
 
     def to_the_end(self) -> TrainResult | None:
         """Train from the step where the run is to its last one, and close it.
@@ -210,6 +211,7 @@ class Run:
 
     def _after_step(self, log: StepLog) -> None:
         """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
+        job = self.job
         stopping = hosts.agree(self.stop.signum is not None)
         saves = self._saves
         if not stopping and not saves:
@@ -223,6 +225,10 @@ class Run:
                 self.validations[self.step] = mean_nll
                 self.directory.record(self.directory.validation_record(self.step, mean_nll))
                 log.display.validated(self.step, self.validations)
+                if job.config.train.samples:
+                    self.stage = "sampling"
+                    shown = sample_records(job, self.state.trained, self.frozen, self.step)
+                    self.directory.record_samples(shown)
         if saves or stopping:
             self.stage = "saving"
             best = select_checkpoint(self.validations) if self.validations else None

@@ -37,12 +37,14 @@ from jaxlora.train.job import Job, token_count
 _FREE = {
     "results_dir",
     "overwrite",
+    "tracking",
     "price",
     "eval",
     "selection",  # what a study makes of the configuration; its runs hold their own values
     "sweep",
     "train.checkpoint_every",
     "train.grace_seconds",
+    "train.samples",
     "train.startup_check",
     "data.gate_report",
     "data.allow_ungated",

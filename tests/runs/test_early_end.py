@@ -46,7 +46,10 @@ def test_it_stops_after_as_many_validations_without_a_better_one(early):
 
 @pytest.mark.parametrize(
     ("moment", "nth"),
-    [("published, older ones not deleted", 4), ("half an adapter exported", 1)],
+    [
+        ("published, older ones not deleted", 4),
+        pytest.param("half an adapter exported", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_resumed_it_draws_the_same_masks_and_stops_at_the_same_step(early, moment, nth):
     folder = early.new_folder()
