@@ -32,7 +32,7 @@ def run(stop: Stop) -> int:
 
     from jaxlora.runtime.devices import setup
     from jaxlora.runtime.progress import console
-    from jaxlora.runtime.terminal import harmless
+    from jaxlora.runtime.text import harmless
 
     setup(config.results_dir, config.model.dtype)
     from jaxlora.rl.job import describe, prepare
