@@ -13,15 +13,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
 from jaxlora.data.boxes import extract_boxed
-from jaxlora.evals.answers import normalize, numeric_match, strict_match
+from jaxlora.evals.answers import normalize, numeric_match, read_number, strict_match
 from jaxlora.runtime.errors import UserError
 
 Job = Mapping[str, Any]  # what a worker is given: `raw` of the problem, its `answer`, and the `text`
 MAX_SYMBOLS = 1000  # letters of an answer that is read as an expression; longer ones are compared as text
+CLOSE = Fraction(1, 1000)  # two numbers that differ by less may be one, rounded
 HOW = "pip install 'jaxlora[rl]'"
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -50,7 +52,9 @@ def quick_match(gold: str, box: str | None) -> bool | None:
         return False
     if same_text(gold, box) or numeric_match(box, gold):
         return True
-    return False if _is_words(gold) or max(len(gold), len(box)) > MAX_SYMBOLS else None
+    if _is_words(gold) or max(len(gold), len(box)) > MAX_SYMBOLS or _other_numbers(gold, box):
+        return False
+    return None
 
 
 def math_correct(gold: str, text: str) -> bool:
@@ -86,6 +90,14 @@ def _plain(answer: str) -> str:
     text = re.sub(r"(?<![0-9])\.(?=[0-9])", "0.", text)
     text = _NAMED.sub("", text)
     return text.lower() if re.fullmatch(r"[A-Za-z]{2,}", text) else text
+
+
+def _other_numbers(gold: str, box: str) -> bool:
+    """Whether both are numbers and clearly not the same one: no algebra is needed for most wrong answers."""
+    if "%" in gold + box:
+        return False  # 50% is 50 to some and 1/2 to others
+    left, right = read_number(gold), read_number(box)
+    return left is not None and right is not None and abs(left - right) > CLOSE
 
 
 def _is_words(gold: str) -> bool:

@@ -172,7 +172,8 @@ class Stopped(Exception):
 
 def serve(name: str, time_limit_s: float, workers: int) -> None:
     """Read a line of jobs, write a line of outcomes, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes the pipe when it ends
+    for signum in (signal.SIGINT, signal.SIGTERM):  # the parent's: it saves, and closes the pipe when it ends
+        signal.signal(signum, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
     # What graders print must not get between the answers, and they have no input.
     requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb")
