@@ -129,7 +129,7 @@ class RLDirectory(RunDirectory):
 
     # --- The end --------------------------------------------------------------------------------------------
 
-    def finish(self, step: int, validations: dict[int, float]) -> None:
+    def finish(self, step: int, validations: dict[int, float], last: int) -> None:
         """Write the picture and `summary.json`: the run is complete."""
         if not hosts.is_main():
             return

@@ -132,6 +132,10 @@ def check_settings(config: RunConfig) -> None:
         )
     if rl.kl and config.train.what == "full":
         raise UserError("config.rl.kl: with train.what=full no base is kept to diverge from; give 0")
+    if config.lora.dropout:
+        raise UserError(
+            "config.lora.dropout: answers are sampled without any, so ratios would be off; give 0"
+        )
     if config.model.layers == "scan":
         raise UserError("config.model.layers: sampler and learner share layers one by one; give unroll")
 

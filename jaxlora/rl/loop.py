@@ -158,7 +158,7 @@ class Run:
             self.store.wait()
         self.stage = "export"
         self.directory.export_selected(self.state.trained, self.step)
-        self.directory.finish(self.step, self.evaluations)
+        self.directory.finish(self.step, self.evaluations, self.step)
         return RLResult(self.step, self.evaluations.get(self.step), self.frozen, self.state.trained)
 
     def _one_step(self, step: int, ahead: Future[Sampled]) -> Future[Sampled] | None:
