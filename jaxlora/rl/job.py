@@ -16,7 +16,7 @@ from rich.table import Table
 
 from jaxlora.checkpoints.base import Base, find_base
 from jaxlora.config import RunConfig
-from jaxlora.data.order import shuffled
+from jaxlora.data.batches import shuffled
 from jaxlora.data.packing import round_up
 from jaxlora.data.render import Tokenizer, render_chat
 from jaxlora.estimate import with_mesh

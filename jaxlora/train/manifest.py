@@ -30,6 +30,7 @@ from jaxlora.lora import count_trainable
 from jaxlora.models.families import count_matrix_parameters, count_parameters
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.remote import resolve
 from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.train.job import Job, Prepared, token_count
 
@@ -192,7 +193,7 @@ def _lora(job: Prepared) -> dict[str, Any]:
 
 def _start_hash(config: RunConfig) -> str | None:
     start = config.lora.start
-    return None if start is None else sha256_of(Path(start) / WEIGHTS)
+    return None if start is None else sha256_of(resolve(start) / WEIGHTS)
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
