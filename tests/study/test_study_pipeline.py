@@ -656,7 +656,11 @@ def test_a_run_that_failed_and_one_that_waits_for_it_are_named(session, monkeypa
 
 def test_a_finished_study_is_a_success(session, capsys):
     assert _work(session, None) == 0
-    assert "the report is results/tiny-report/report.html" in " ".join(capsys.readouterr().err.split())
+    shown = " ".join(capsys.readouterr().err.split())
+    report = Path("results/tiny-report/report.md").read_text()
+    (headline,) = (line for line in report.splitlines() if line.startswith("# "))
+    assert headline.lstrip("# ") in shown  # the verdict
+    assert shown.endswith("the report is results/tiny-report/report.html")
 
 
 # --- Evaluations of something else --------------------------------------------------------------------------
