@@ -214,7 +214,8 @@ def _time_training(
     rate = partial(learning_rate, optim=config.optim, plan=plan)
 
     shapes: dict[tuple[int, ...], Batch] = {}
-    batch_of = partial(step_batch, rows, plan.rows_of_step, layout)
+    seed = 0 if config.lora.dropout else None
+    batch_of = partial(step_batch, rows, plan.rows_of_step, layout, dropout_seed=seed)
     for step in range(1, last + 1):
         batch = batch_of(step)
         shapes.setdefault(batch["tokens"].shape, batch)

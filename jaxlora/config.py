@@ -143,6 +143,7 @@ class DataConfig:
     enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
     shuffle: bool = _doc("another order in each epoch, by config.seed; false: the file's order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
+    cache: bool = _doc("keep the tokens of large files in ~/.cache/jaxlora/rows, and find them again", True)
     on_bad_row: Literal["error", "skip"] = _doc(
         "stop at a row that cannot be used, or count and skip", "error"
     )

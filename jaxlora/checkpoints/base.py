@@ -427,7 +427,12 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor, directory: str | Pa
 
 
 def save_model(
-    out: str | Path, spec: ModelSpec, weights: Tree, source: str | Path, tokenizer: str | Path | None = None
+    out: str | Path,
+    spec: ModelSpec,
+    weights: Tree,
+    source: str | Path,
+    tokenizer: str | Path | None = None,
+    readme: str | None = None,
 ) -> None:
     """Write a full checkpoint in shards with an index, with the source's config and tokenizer files.
 
@@ -437,6 +442,7 @@ def save_model(
       weights: all weights, in the spec's form of the layers, in the dtype to write.
       source: the directory of the base.
       tokenizer: another tokenizer, which trained the model, as of `load_tokenizer`; None: the base's.
+      readme: the text of its README.md; None: it has none.
 
     Raises:
       UserError: the folder exists already.
@@ -462,6 +468,8 @@ def save_model(
             (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             copy_files(source, staging, MODEL_FILES)
             copy_files(renders, staging, TOKENIZER_FILES)
+            if readme is not None:
+                (staging / "README.md").write_text(readme)
             _record_dtype(staging / "config.json", str(jax.tree.leaves(weights)[0].dtype))
 
 

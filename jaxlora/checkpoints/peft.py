@@ -59,6 +59,7 @@ def export_adapter(
     extra: dict[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     base_fingerprint: str | None = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as a PEFT folder, whole or not at all.
@@ -74,6 +75,7 @@ def export_adapter(
       tokenizer: the folder of the tokenizer that rendered the rows; its files are put beside the adapter, and
         its hash is recorded.
       base_fingerprint: recorded, so that another base is refused; None: not known.
+      readme: the text of its README.md; None: it has none.
       overwrite: replace `out_dir` if it is an adapter already.
 
     Raises:
@@ -109,6 +111,8 @@ def export_adapter(
             write_json_atomic(staging / METADATA, own)
             if tokenizer is not None:
                 copy_files(tokenizer, staging, TOKENIZER_FILES)
+            if readme is not None:
+                (staging / "README.md").write_text(readme)
 
 
 def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:

@@ -93,6 +93,9 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--buffer-sizes", default=6, help="buffer lengths, each compiled once")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    add_number(
+        parser, "--dropout", float, zero=True, default=0.0, help="of the adapters' inputs [%(default)s]"
+    )
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
@@ -112,6 +115,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
     else:
+        values["lora"]["dropout"] = options.dropout
         values["model"] |= {"layers": options.layers, "remat": options.remat}
         values["train"] = {"batch_rows": options.batch_rows, "buffer_sizes": options.buffer_sizes}
     return from_dict(values)
