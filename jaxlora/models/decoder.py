@@ -23,12 +23,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
+from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
-from jaxlora.models.spec import GROUPS, AdapterShape, ModelConfig, Weight
+from jaxlora.models.grouped import How
+from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, ModelConfig, Weight
 from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]
-PRODUCT = "product"  # the name of what `_keep_products` keeps
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -158,16 +159,16 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool, qk_norms: bool):
+    def __init__(self, make_linear, make_norm, make_mlp, config: ModelConfig, joined: bool, qk_norms: bool):
         self.input_layernorm = make_norm(config.hidden_size)
         self.self_attn = Attention(make_linear, make_norm, config, joined, qk_norms)
         self.post_attention_layernorm = make_norm(config.hidden_size)
-        self.mlp = MLP(make_linear, joined)
+        self.mlp = make_mlp()
 
-    def __call__(self, x, rotary, attend: Attend, cache):
+    def __call__(self, x, rotary, attend: Attend, cache, *real):
         y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache)
         x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x), *real)
         return constrain(x, "batch", "length", None), cache
 
 
@@ -194,9 +195,16 @@ class Decoder(nnx.Module):
         biased = {w.path for w in spec.table if w.array == "bias"}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
+            def make_linear(path: str) -> Linear:
+                return Linear(table[path], spec, stack, path in biased)
+
+            def make_mlp() -> MLP | ExpertMLP:
+                return ExpertMLP(table, spec, stack) if config.experts else MLP(make_linear, spec.joined)
+
             return DecoderLayer(
-                lambda path: Linear(table[path], spec, stack, path in biased),
+                make_linear,
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
+                make_mlp,
                 config,
                 spec.joined,
                 "layers.self_attn.q_norm" in table,
@@ -211,7 +219,7 @@ class Decoder(nnx.Module):
         self.lm_head = Linear(table["lm_head"], spec) if "lm_head" in table else None
         self.config, self.scan = config, spec.scan
 
-    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False):
+    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False, real=None):
         """Hidden states after the last norm.
 
         Args:
@@ -220,6 +228,7 @@ class Decoder(nnx.Module):
           cache: None, or one entry a layer: a list (unrolled) or a tree with a leading layer axis (scanned).
           remat: what the backward pass computes again: nothing, the activations of each layer (True), or
             only those that are no product and no attention (`elementwise`): a third of the memory.
+          real: bool `[batch, length]`: the tokens that go to experts, in a model that has them; None: all.
 
         Returns:
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
@@ -227,8 +236,10 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens)
         rotary = rotary_angles(positions, rotary_frequencies(self.config))
 
+        own = () if real is None or self.config.experts is None else (real,)
+
         def call(definition, x, state, cache):
-            return nnx.merge(definition, state)(x, rotary, attend, cache)
+            return nnx.merge(definition, state)(x, rotary, attend, cache, *own)
 
         if remat:
             keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
@@ -314,11 +325,24 @@ class ModelSpec:
     joined: bool = False  # q, k, v and gate, up are one matrix each; without an adapter only
     full: bool = False
     shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
+    products: How = "auto"  # how experts' products are computed
 
     @property
     def scale(self) -> float:
         """alpha / r of the adapter; 0 without one."""
         return 0.0 if self.lora is None else self.lora.alpha / self.lora.rank
+
+    @property
+    def expert_rank(self) -> int:
+        """Rank of each expert's adapter: that of the adapter, divided by the experts that a token goes to."""
+        if self.lora is None or self.config.experts is None:
+            return 0
+        return self.lora.rank // self.config.experts.num_experts_per_tok
+
+    @property
+    def expert_scale(self) -> float:
+        """alpha / r of an expert's adapter; 0 without one."""
+        return self.lora.alpha / self.expert_rank if self.lora and self.expert_rank else 0.0
 
     @cached_property
     def _split(self):
@@ -344,12 +368,19 @@ class ModelSpec:
     def ranks(self, weight: Weight) -> tuple[int, ...]:
         """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""
         own = next((shape.ranks for shape in self.shapes if shape.path == weight.path), None)
-        return own or (self.lora.rank if self.lora else 0,) * self._copies(weight)
+        usual = self.expert_rank if weight.experts else self.lora.rank if self.lora else 0
+        return own or (usual,) * self._copies(weight)
+
+    def stored_rank(self, weight: Weight) -> int:
+        """Rank of the arrays of an adapted weight's adapter: the largest of any dense weight, or its own."""
+        if not weight.experts:
+            return self.lora.rank if self.lora else 0
+        return max(self.ranks(weight))
 
     def scales(self, weight: Weight) -> tuple[float, ...]:
         """alpha / rank (or what stands for it) of an adapted weight's adapter in each layer."""
         own = next((shape.scales for shape in self.shapes if shape.path == weight.path), None)
-        return own or (self.scale,) * self._copies(weight)
+        return own or (self.expert_scale if weight.experts else self.scale,) * self._copies(weight)
 
     def _copies(self, weight: Weight) -> int:
         return self.config.num_hidden_layers if weight.stacked else 1

@@ -112,7 +112,8 @@ def buffer_loss(
     def attend(q, k, v, cache):
         return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
+    real = segment_ids > 0 if spec.config.experts else None
+    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, real=real)
     wanted = segment_ids > 0 if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
