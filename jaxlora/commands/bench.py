@@ -2,6 +2,7 @@
 
     jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
+    jaxlora bench experts --model qwen3-30b-a3b --rank 32 --tokens 8192
 
 Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
 like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
@@ -21,7 +22,7 @@ from typing import Any, get_args
 
 from jaxlora.cli import HelpFormatter
 from jaxlora.config import Condition, RunConfig, from_dict
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.spec import How, ModelConfig
 from jaxlora.runtime.errors import UserError, add_number
 
 CONDITIONS = get_args(Condition)
@@ -33,7 +34,7 @@ def main() -> int:
     from jaxlora.runtime.devices import setup
 
     setup(config.results_dir, config.model.dtype)
-    measure = {"train": run_train, "decode": run_decode}[options.what]
+    measure = {"train": run_train, "decode": run_decode, "experts": run_experts}[options.what]
     result = {"model": options.model, "condition": options.condition, "rank": options.rank}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
@@ -45,13 +46,19 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The options of one of the two benchmarks; each takes only its own."""
+    """The options of one of the benchmarks; each takes only its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     train = commands.add_parser("train", help="training steps, then a validation pass")
     decode = commands.add_parser("decode", help="decoding to answers of given lengths")
-    for command in (train, decode):
+    experts = commands.add_parser("experts", help="one layer's experts, by each implementation")
+    for command in (train, decode, experts):
         _add_model_options(command)
+    for command in (train, experts):
+        command.add_argument(
+            "--products", default="auto", help=f"of experts, by {', '.join(get_args(How))}; all: each in turn"
+        )
+    add_number(experts, "--tokens", default=8192, help="tokens that go to experts")
 
     _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
@@ -65,6 +72,9 @@ def parse() -> argparse.Namespace:
     add_number(decode, "--slots", default=384, help="rows decoded at once")
     decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     options = parser.parse_args()
+    known = (*get_args(How), *(("all",) if options.what == "experts" else ()))
+    if options.what != "decode" and options.products not in known:
+        raise UserError(f"--products: {options.products!r:.80} is not known; give {', '.join(known)}")
     if options.what == "decode" and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
     return options
@@ -101,7 +111,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     }
     if options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
-    else:
+    elif options.what == "train":
         values["model"] |= {"layers": options.layers, "remat": options.remat}
         values["train"] = {"batch_rows": options.batch_rows, "buffer_sizes": options.buffer_sizes}
     return from_dict(values)
@@ -135,7 +145,16 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
     from jaxlora.bench import bench_train
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
-    return bench_train(config, shape, lengths, options.steps, not options.no_validation)
+    return bench_train(config, shape, lengths, options.steps, not options.no_validation, options.products)
+
+
+def run_experts(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from jaxlora.bench import bench_experts
+    from jaxlora.models.grouped import resolve
+
+    hows = [how for how in get_args(How) if how != "auto"]
+    chosen = hows if options.products == "all" else [resolve(options.products)]
+    return bench_experts(config, shape, options.tokens, chosen)
 
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
-from jaxlora.models.grouped import How
-from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, ModelConfig, Weight
+from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight
 from jaxlora.sharding import constrain, gather_again, gathered
 
 Tree = dict[str, Any]

@@ -20,8 +20,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from jaxlora.models.grouped import How, expert_products, group_tokens, tile_rows, to_rows, to_tokens
-from jaxlora.models.spec import PRODUCT, Experts, Weight
+from jaxlora.models.grouped import expert_products, group_tokens, tile_rows, to_rows, to_tokens
+from jaxlora.models.spec import PRODUCT, Experts, How, Weight
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import EXPERTS, gathered, spec_for
 
@@ -122,7 +122,7 @@ def _experts(config: Experts, scale: float, how: How, own: _Split, x, real, rout
         )
     if own.experts:
         choices -= jax.lax.axis_index("expert") * arrays["gate_proj"]["weight"].shape[0]
-    y = _own_experts(config, scale, how, tokens, choices, shares, arrays)
+    y = own_experts(config, scale, how, tokens, choices, shares, arrays)
     if own.units:
         y = jax.lax.psum(y, "tensor")
     if own.tokens:
@@ -132,7 +132,7 @@ def _experts(config: Experts, scale: float, how: How, own: _Split, x, real, rout
     return y.reshape(x.shape)
 
 
-def _own_experts(config: Experts, scale: float, how: How, tokens, choices, shares, arrays):
+def own_experts(config: Experts, scale: float, how: How, tokens, choices, shares, arrays):
     """The sum over these experts, of which there may be a part only."""
     n_experts = arrays["gate_proj"]["weight"].shape[0]
     groups = group_tokens(choices, n_experts, tile_rows(choices.size, config.num_experts))

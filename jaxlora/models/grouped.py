@@ -17,16 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlora.models import grouped_triton
+from jaxlora.models.spec import How
 
-How = Literal["auto", "loop", "ragged_dot", "triton"]
 Adapter = tuple[jax.Array, jax.Array]  # A float32 [experts, r, in], B float32 [experts, out, r]
 Term = tuple[jax.Array, jax.Array]  # rows [rows, in], matrices [experts, out, in]
 TILES = (16, 128)  # least and most rows of a tile: what tensor cores take, and what keeps them busy
@@ -249,6 +248,8 @@ def _is_primal(x: Any) -> bool:
 def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = False) -> jax.Array:
     """Sum over terms (x, W) of W x of each row with its tile's matrix, or of W^T x: `[rows, out or in]`."""
     if how == "triton":
+        from jaxlora.models import grouped_triton  # not everywhere: it imports a compiler
+
         return grouped_triton.sum_of_products(terms, groups.expert, transposed)
     if how == "ragged_dot":
         return _ragged_sum(terms, groups, transposed)
@@ -258,6 +259,8 @@ def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = Fal
 def _outer(how: How, left: jax.Array, right: jax.Array, groups: Groups) -> jax.Array:
     """Sum over an expert's rows of left x right: float32 `[experts, left's width, right's width]`."""
     if how == "triton":
+        from jaxlora.models import grouped_triton
+
         return grouped_triton.outer_products(left, right, groups.tiles, _tile(left, groups))
     if how == "ragged_dot":
         sizes = groups.tiles * _tile(left, groups)

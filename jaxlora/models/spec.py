@@ -11,7 +11,7 @@ that table; anything that it does not name is an error.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
@@ -92,6 +92,7 @@ def check_positions(config: ModelConfig, longest: int, what: str) -> None:
         raise UserError(f"{what} take {longest:,} tokens, but the model has {most:,} positions")
 
 
+How = Literal["auto", "loop", "ragged_dot", "triton"]  # are experts' products computed, see `models.grouped`
 PRODUCT = "product"  # the name of results of products, which recomputing can be told to keep
 
 # The groups of weights that each named placement adapts.
