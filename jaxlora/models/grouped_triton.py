@@ -81,7 +81,7 @@ def _accumulate(total, x_ref, w_ref, expert, transposed: bool):
         own = pl.ds(i * depth, depth)
         x = x_ref[:, own]
         w = w_ref[expert, own, :] if transposed else w_ref[expert, :, own]
-        return total + pl.dot(x, w, trans_b=not transposed)
+        return total + plgpu.dot(x, w, trans_b=not transposed)
 
     return jax.lax.fori_loop(0, x_ref.shape[1] // depth, step, total)
 
@@ -122,7 +122,7 @@ def _outer_kernel(bounds_ref, left_ref, right_ref, out_ref, *, depth: int):
 
     def step(i, total):
         own = pl.ds(start + i * depth, depth)
-        return total + pl.dot(left_ref[own, :], right_ref[own, :], trans_a=True)
+        return total + plgpu.dot(left_ref[own, :], right_ref[own, :], trans_a=True)
 
     total = jnp.zeros(out_ref.shape[1:], jnp.float32)
     out_ref[0, :, :] = jax.lax.fori_loop(0, (end - start) // depth, step, total)
