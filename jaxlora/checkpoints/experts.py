@@ -59,9 +59,7 @@ def check_layout(stored: dict[str, StoredTensor], directory: str | Path) -> None
     single = next(filter(_SINGLE.search, stored), None)
     whole = next(filter(_WHOLE.search, stored), None)
     if single is not None and whole is not None:
-        raise UserError(
-            f"{directory}: experts both one by one ({single}) and fused ({whole}); keep one of them"
-        )
+        raise UserError(f"{directory}: experts one by one ({single}) and fused ({whole}); keep one of them")
 
 
 def take(stored: dict[str, StoredTensor], weight: Weight, key: str, directory: str | Path) -> StoredTensor:
@@ -89,9 +87,8 @@ def take(stored: dict[str, StoredTensor], weight: Weight, key: str, directory: s
     first = parts[0]
     for part in parts:
         if (part.shape, part.dtype) != (first.shape, first.dtype):
-            raise UserError(
-                f"{directory}: {part.key} is {part.dtype} {part.shape}, others {first.dtype} {first.shape}"
-            )
+            own, others = (f"{one.dtype} {one.shape}" for one in (part, first))
+            raise UserError(f"{directory}: {part.key} is {own}, but others of its layer are {others}")
     return OfExperts(first.file, key, (len(parts), *first.shape), first.dtype, 0, tuple(parts))
 
 

@@ -340,7 +340,9 @@ class ModelSpec:
 
     @property
     def expert_scale(self) -> float:
-        """alpha / r of an expert's adapter; 0 without one."""
+        """alpha / r of an expert's adapter; 0 without one; 1 where `shapes` says each layer's."""
+        if self.shapes:
+            return 1.0
         return self.lora.alpha / self.expert_rank if self.lora and self.expert_rank else 0.0
 
     @cached_property
@@ -407,14 +409,17 @@ class ModelSpec:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
         if not self.shapes:
             return lora
+        experts = {weight.path for weight in self.adapted if weight.experts}
         own = {
-            shape.path: np.asarray(shape.scales, np.float32) / np.float32(self.scale) for shape in self.shapes
+            shape.path: np.asarray(shape.scales, np.float32)
+            / np.float32(self.expert_scale if shape.path in experts else self.scale)
+            for shape in self.shapes
         }
 
         def scaled(path, x):
             factors = own.get(".".join(key.key for key in path[:-1]))
             if factors is None or path[-1].key != "lora_a":
                 return x
-            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim == 3 else x * factors[0]
+            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim > 2 else x * factors[0]
 
         return jax.tree.map_with_path(scaled, lora)
