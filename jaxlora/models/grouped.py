@@ -79,9 +79,10 @@ def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
     place = jnp.zeros_like(order).at[order].set(row, unique_indices=True).reshape(n_tokens, k)
     # The choice in each row.
     expert = jnp.sum(jnp.arange(n_tiles)[:, None] >= ends[None], axis=1, dtype=jnp.int32)
-    own = jnp.minimum(jnp.repeat(expert, tile, total_repeat_length=n_rows), n_experts - 1)
+    owner = jnp.broadcast_to(expert[:, None], (n_tiles, tile)).reshape(n_rows)
+    own = jnp.minimum(owner, n_experts - 1)
     within = jnp.arange(n_rows, dtype=jnp.int32) - first[own]
-    held = (within < counts[own]) & jnp.repeat(expert < n_experts, tile, total_repeat_length=n_rows)
+    held = (within < counts[own]) & (owner < n_experts)
     source = order.at[starts[own] + within].get(mode="clip")
     token = jnp.where(held, source // k, n_tokens)
     return Groups(place, token, source % k, expert, tiles, counts[:-1])
