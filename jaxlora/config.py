@@ -190,6 +190,7 @@ class MeshConfig:
     data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)
     fsdp: Axis = _doc("the base's weights and the tokens are split over these; 0: chosen", 0)
     tensor: Axis = _doc("heads and hidden units are split over these; 0: chosen", 0)
+    expert: Axis = _doc("experts and tokens are split over these; 0: chosen", 0)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -582,7 +583,8 @@ def _check_combinations(config: RunConfig) -> None:
                 f"config.{field}: {plain(values)} names a value twice (run ids hold seven digits); give"
                 " each once"
             )
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+    mesh = config.mesh
+    if [mesh.data, mesh.fsdp, mesh.tensor, mesh.expert].count(-1) > 1:
         raise UserError(
-            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"
+            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor, expert"
         )

@@ -163,7 +163,9 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
         raise UserError(
             "config.lora.dropout: is not computed in the head's adapter, which this start has; give 0"
         )
-    return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
+    spec = replace(model, lora=lora, shapes=adapter.shapes)
+    check_targets(spec)
+    return replace(config, lora=lora), spec
 
 
 def fresh_state(job: Prepared) -> TrainState:
