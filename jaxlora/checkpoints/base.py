@@ -48,10 +48,9 @@ from jaxlora.models.families import load_model_config, published_config
 from jaxlora.models.quantised import Scheme, quantise
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_object, sha256_of
-from jaxlora.runtime.folders import file_in, new_folder
+from jaxlora.runtime.folders import claimed, file_in, new_folder
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, fetch_folder, is_remote, mirror, resolve, weight_files
 from jaxlora.sharding import base_shardings, named, weight_shardings

@@ -20,10 +20,9 @@ from jaxlora.lora import check_lora, get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import write_json_atomic
-from jaxlora.runtime.folders import new_folder
+from jaxlora.runtime.folders import claimed, new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
 ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlora.cli import HelpFormatter
-from jaxlora.runtime.claims import claimed, enough_room
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.folders import claimed, enough_room
 
 if TYPE_CHECKING:
     from jaxlora.checkpoints.export import Selected

@@ -19,8 +19,8 @@ from jaxlora.evals.run import (
 )
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.files import read_json
+from jaxlora.runtime.folders import claimed
 from jaxlora.train.job import Job
 from jaxlora.train.loop import TrainResult
 

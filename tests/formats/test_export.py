@@ -26,7 +26,7 @@ from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import MeshConfig, ModelSource, RunConfig, to_dict
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
-from jaxlora.runtime.claims import claimed
+from jaxlora.runtime.folders import claimed
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.sharding import make_mesh
 
