@@ -70,6 +70,11 @@ class Scheme:
     native: bool = True  # the device has such products; else float32 imitates them, with the same numbers
     turned: bool = False  # float8: a second, transposed copy for the backward pass, see `quantise`
 
+    @property
+    def products(self) -> str:
+        """As `config.model.base_products` names them."""
+        return "both" if self.activations else "weights"
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -125,6 +130,13 @@ def capability(kind: str, device: Any) -> tuple[bool, bool, str]:
         fast = name != "TPU v4"
         return fast, True, "int8 at twice the rate of bfloat16" if fast else "v4: int8 is no faster"
     return False, False, "TPUs to v6e have no e4m3 products"
+
+
+def described(scheme: Scheme) -> str:
+    """A scheme in words, for plans."""
+    if not scheme.activations:
+        return f"{scheme.kind}, turned back for products"
+    return f"{scheme.kind}, products of 8-bit factors{'' if scheme.native else ', imitated'}"
 
 
 # --- Rounding -----------------------------------------------------------------------------------------------
