@@ -42,17 +42,13 @@ def decode_weights(
         lose the update, which is smaller than the steps between 8-bit numbers.
     """
     lora, base = spec.computing(trained, frozen)
-    merge = merge and spec.scheme is None
     if spec.scheme is not None:
         spec = replace(spec, scheme=replace(spec.scheme, turned=False))
         base = jax.tree.map(for_decoding, base, is_leaf=is_quantised)
     home = _mesh_of(base)
     mesh = decode_mesh(home, spec.config.num_key_value_heads)
-    keep = spec.lora is not None and not merge
-    whole_groups = spec.scheme is None or spec.scheme.kind != "nf4"  # whose groups of scales cross rows
-    joined = not keep and mesh.shape["tensor"] == 1 and whole_groups
-    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
-    form = replace(spec, scan=False, joined=joined, full=False, **adapter)
+    form = decode_form(spec, mesh, merge)
+    keep = form.lora is not None
     shardings = base_shardings(mesh, form)
     cut = _make_cut(spec, form, home)
     layers = {}
@@ -63,6 +59,16 @@ def decode_weights(
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
     return form, lora if keep else {}, {**outside, "layers": layers}, mesh
+
+
+def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
+    """The form of a model in decoding on this mesh, see `decode_weights`."""
+    scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
+    keep = spec.lora is not None and not (merge and scheme is None)
+    whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
+    joined = not keep and mesh.shape["tensor"] == 1 and whole_groups
+    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
+    return replace(spec, scan=False, joined=joined, full=False, scheme=scheme, **adapter)
 
 
 @cache

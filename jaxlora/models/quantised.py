@@ -325,6 +325,13 @@ def abstract(scheme: Scheme, weight: jax.ShapeDtypeStruct) -> Quantised:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*stack, *x.shape), x.dtype), one)
 
 
+def bits_of(scheme: Scheme) -> float:
+    """Bits that a large weight takes for each of its numbers."""
+    if scheme.kind == "nf4":
+        return 4 + 8 / BLOCK + 2 * 32 / (BLOCK * GROUP)
+    return 16.0 if scheme.turned else 8.0
+
+
 def is_quantised(x: Any) -> bool:
     return isinstance(x, Quantised)
 

@@ -177,7 +177,10 @@ def test_nf4_takes_a_little_over_four_bits_and_rounds_as_bitsandbytes():
     bitsandbytes = pytest.importorskip("bitsandbytes.functional")
     packed, state = bitsandbytes.quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
     np.testing.assert_array_equal(np.ravel(found.values), packed.numpy().ravel())
-    np.testing.assert_array_equal(np.ravel(found.scales), state.absmax.numpy().ravel())
+    # A scale in the middle between two codes may fall on either side.
+    differ = np.ravel(found.scales).astype(int) - state.absmax.numpy().ravel()
+    assert np.abs(differ).max() <= 1
+    assert np.mean(differ != 0) < 0.01
 
 
 @pytest.mark.parametrize("kind", ["float8", "int8"])
