@@ -113,6 +113,8 @@ class Slice:
         Slices this small do not wrap around, so a corner has one link along each axis of the grid; and a
         collective ends only when every chip has its share, the corners included.
         """
+        if self.n_chips == 1:
+            return math.inf  # nothing comes in
         return self.chip.link_rate * sum(size > 1 for size in self.grid)
 
     def to_json(self) -> dict[str, Any]:
