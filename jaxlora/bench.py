@@ -35,7 +35,7 @@ from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.sharding import place_batch, place_trained, token_multiple
+from jaxlora.sharding import place_batch, place_trained, token_lines, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
@@ -206,8 +206,9 @@ def _time_training(
     """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
-    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, token_multiple(mesh))
-    compute = replace(compute, max_segments=config.train.batch_rows if layout.packed else 1)
+    split = token_multiple(mesh), token_lines(mesh)
+    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, *split)
+    compute = replace(compute, max_segments=layout.rows_a_line)
     state = init_state(place_trained(mesh, spec, init_lora(spec, 0)), config.optim)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
@@ -252,8 +253,9 @@ def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
     """Real tokens per second of a validation pass that has been compiled and warmed up."""
     rows_a_time = config.train.validation_batch_rows
     batches = ranges(len(rows), rows_a_time)
-    layout = choose_layout(rows, batches, rows_a_time, config.train, token_multiple(mesh))
-    compute = replace(compute, remat=False, max_segments=rows_a_time if layout.packed else 1)
+    split = token_multiple(mesh), token_lines(mesh)
+    layout = choose_layout(rows, batches, rows_a_time, config.train, *split)
+    compute = replace(compute, remat=False, max_segments=layout.rows_a_line)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
     for _ in range(warm_up_runs()):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from jaxlora.checkpoints.export import check_selected
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, from_dict
-from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
+from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up, rows_of
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
 from jaxlora.estimate import with_mesh
 from jaxlora.generate.decode import Sampling, generate
@@ -247,13 +247,13 @@ class Trainer:
             with self.engine.inside():
                 grads = self._zeros() if grads is None else grads
                 made = []
-                for batch, compute, lengths in self._batches(rendered):
+                for batch, compute, by_row in self._batches(rendered):
                     step = make_gradient_step(self.spec, compute, loss)
                     placed = place_batch(self.engine.machine.mesh, batch)
                     grads, value, found = step(self._trained, grads, self._frozen, placed)
-                    made.append((value, found, lengths, float(batch["weights"].sum())))
+                    made.append((value, found, by_row, float(batch["weights"].sum())))
                 total = sum(float(hosts.whole(value)) for value, *_ in made)
-                logprobs = [row for _, found, own, _ in made for row in _by_row(hosts.whole(found), own)]
+                logprobs = [row for _, found, by_row, _ in made for row in by_row(found)]
         except BaseException as error:
             error.add_note("The gradients since the last optim_step are dropped; compute them again.")
             raise
@@ -313,10 +313,10 @@ class Trainer:
         """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
         found = []
         with self.engine.inside():
-            for batch, compute, lengths in self._batches(self._render(rows)):
+            for batch, compute, by_row in self._batches(self._render(rows)):
                 step = make_logprob_step(self.spec, compute)
                 values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
-                found += _by_row(hosts.whole(values), lengths)
+                found += by_row(values)
         return found
 
     def sample(
@@ -468,23 +468,27 @@ class Trainer:
             found.append(one)
         return found
 
-    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, list[int]]]:
-        """Packed batches `[1, 1, length]` of all rows in order, how to compute them, and their rows' tokens.
+    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, Callable]]:
+        """Packed batches `[1, lines, length]` of all rows in order, how to compute them, and what takes their
+        results apart by rows.
 
         One buffer each: a program for every number of buffers would be compiled for minutes, again and again.
         """
         dense = self.engine.machine.backend == "xla"
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
         lengths = [row.n_tokens for row in rows]
-        multiple = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
-        length = multiple
-        while length < largest_buffer(lengths, most):
+        lines = self.engine.machine.lines
+        parts = cut_into_buffers(lengths, most * lines)
+        own = [[lengths[i] for i in part] for part in parts]
+        whole = max(map(sum, own))  # so that each part is one buffer
+        length = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
+        while length < max(largest_buffer(part, whole, lines) for part in own):
             length *= 2
-        parts = cut_into_buffers(lengths, most)
         rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
         compute = self.engine.machine.compute(rows_a_line)
-        for part in parts:
-            yield pack([rows[i] for i in part], (length,), most), compute, [lengths[i] for i in part]
+        for part, sizes in zip(parts, own, strict=True):
+            batch = pack([rows[i] for i in part], (length,), whole, lines)
+            yield batch, compute, partial(_by_row, lengths=sizes, whole=whole, lines=lines)
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
         if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
@@ -590,7 +594,6 @@ def _listed(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def _by_row(values: Any, lengths: list[int]) -> list[np.ndarray]:
-    """Values `[1, 1, length]` as one array a row."""
-    ends = np.cumsum(lengths)
-    return np.split(np.asarray(values)[0, 0, : ends[-1]], ends[:-1])
+def _by_row(values: Any, lengths: list[int], whole: int, lines: int) -> list[np.ndarray]:
+    """Values `[1, lines, length]` as one array a row."""
+    return rows_of(hosts.whole(values), lengths, whole, lines)

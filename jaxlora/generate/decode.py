@@ -3,7 +3,8 @@
     answers = generate(spec, lora, weights, prompts, stop_ids=(151645,), max_new_tokens=512, slots=256)
     answers[0].tokens, answers[0].stop_reason          # ids up to and with the token that stopped it, "stop"
 
-The cache has a fixed number of slots. A prompt is prefilled into a free slot; all slots decode together,
+The cache has a fixed number of slots; of several devices each has so many of its own and the weights whole,
+or all have a part of every slot's heads. A prompt is prefilled into a free slot; all slots decode together,
 several steps a call, with the choice of tokens and the stop test on the device; a finished slot takes the
 next prompt. What a row generates depends on nothing but its own prompt and, where tokens are drawn, on the
 seed and the prompt's number.
@@ -26,7 +27,7 @@ from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.decoder import Decoder, ModelSpec, Tree
 from jaxlora.runtime.devices import decoder_options
 from jaxlora.runtime.hosts import whole
-from jaxlora.sharding import constrain_decode
+from jaxlora.sharding import by_slot, constrain_decode
 
 STEPS_PER_CALL = 16
 PREFILL_ROWS = 32
@@ -112,10 +113,15 @@ def make_prefill(
     Reads prompts `tokens` `[rows, length]` (int32, padded on the right, true `lengths` `[rows]`) into the
     given slots and picks their first token. `old` is what those slots had generated before: tokens
     `[rows, max_new_tokens]`, their numbers `[rows]`, and log-probabilities. `keys` `[rows, 2]` as in the
-    state. A slot number beyond the last marks a filler row.
+    state. A slot number beyond the last marks a filler row. Where devices have slots of their own, each has
+    its part of the rows, and numbers its slots from 0.
     """
 
     def prefill(state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys=None):
+        rows = tokens, lengths, slots, limits, keys
+        return by_slot(own, state, lora, weights, *rows, whole=(1, 2))
+
+    def own(state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys=None):
         model = spec.bind(lora, weights)
         hidden, cache = prefill_hidden(model, state.cache, tokens, lengths, slots, backend)
         final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -180,7 +186,10 @@ def make_decode(
         )
 
     def decode(state: DecodeState, lora: Tree, weights: Tree, window: int) -> DecodeState:
-        return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
+        def own(state, lora, weights):
+            return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
+
+        return by_slot(own, state, lora, weights, whole=(1, 2))
 
     return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 
@@ -256,11 +265,12 @@ def _at_first(logprobs, slots, values):
 
 @jax.jit
 def _take(array: jax.Array, slots: jax.Array) -> jax.Array:
-    return constrain_decode(array[slots])
+    return constrain_decode(by_slot(lambda array, slots: array[slots], array, slots))
 
 
 def take_slots(state: DecodeState, slots: np.ndarray) -> DecodeState:
-    """These slots only. The old cache is given up layer by layer, because two of them would not fit."""
+    """These slots only, numbered as in `make_prefill`. The old cache is given up layer by layer, because two
+    of them would not fit."""
     for i, layer in enumerate(state.cache):
         state.cache[i] = tuple(_take(x, slots) for x in layer)  # type: ignore[call-overload]
     return DecodeState(state.cache, *jax.tree.map(lambda x: _take(x, slots), state[1:]))

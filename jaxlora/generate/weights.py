@@ -5,8 +5,8 @@
         answers = generate(spec, lora, weights, prompts, ...)
 
 One tree a layer, whose caches are then updated in place; the adapter merged, so that it costs nothing; q, k,
-v and gate, up joined to one product each. Every token reads all weights: on several chips they are split by
-heads and stay where they are, where training would gather them over `fsdp` in every step.
+v and gate, up joined to one product each. Every token reads all weights: on several chips each has a copy, or
+they are split by heads, and stay where they are, where training would gather them over `fsdp` in every step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlora.config import MeshConfig
 from jaxlora.lora import get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.families import count_parameters
 from jaxlora.models.spec import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
@@ -41,7 +42,8 @@ def decode_weights(
     """
     lora, base = spec.computing(trained, frozen)
     home = _mesh_of(base)
-    mesh = decode_mesh(home, spec.config.num_key_value_heads)
+    size = count_parameters(spec.config) * jnp.dtype(spec.dtype).itemsize
+    mesh = decode_mesh(home, spec.config.num_key_value_heads, size)
     keep = spec.lora is not None and not merge
     joined = not keep and mesh.shape["tensor"] == 1
     adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.spec import GROUPS, AdapterShape, ModelConfig, Weight
-from jaxlora.sharding import constrain, gather_again, gathered
+from jaxlora.sharding import constrain, embedded, gather_again, gathered, gathered_adapter
 
 Tree = dict[str, Any]
 PRODUCT = "product"  # the name of what `_keep_products` keeps
@@ -94,8 +94,8 @@ def _products(axes, adapted, scale, x, weights, adapters) -> list[jax.Array]:
 
 def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
-    a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
-    b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
+    a = [gathered_adapter(a.astype(x.dtype), (None, own[1])) for a, own in zip(all_a, axes, strict=True)]
+    b = [gathered_adapter(b.astype(x.dtype), (own[0], None)) for b, own in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
@@ -178,11 +178,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(weight.shape, dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # Every chip looks up all tokens of its copy of the base in its own columns; then the parts change
-        # places. The table itself is never gathered.
-        copy = ("batch_of_copy", "length_of_copy")
-        rows = jnp.take(self.weight[...], constrain(tokens, *copy), axis=0, mode="clip")
-        return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
+        return embedded(self.weight[...], tokens)
 
 
 class Decoder(nnx.Module):

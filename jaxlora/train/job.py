@@ -58,7 +58,7 @@ class Job:
 
     def compute(self, layout: Layout) -> Compute:
         """How steps over buffers of this layout are computed."""
-        return self.machine.compute(layout.batch_rows if layout.packed else 1)
+        return self.machine.compute(layout.rows_a_line)
 
 
 def prepare(
@@ -102,7 +102,7 @@ def prepare(
     steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
-    multiple = token_multiple(machine.mesh)
+    split = token_multiple(machine.mesh), machine.lines
     return Job(
         config=config,
         base=base,
@@ -114,8 +114,8 @@ def prepare(
         reports=reports,
         gates=gates,
         plan=plan,
-        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, multiple),
-        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, multiple),
+        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, *split),
+        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, *split),
     )
 
 
@@ -227,7 +227,8 @@ def estimate_memory(job: Job) -> dict[str, int]:
     logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
-    tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
+    layout = job.train_layout
+    tokens = max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows)
     kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
         kept += sum(kept_per_token(config, False))

@@ -259,7 +259,7 @@ class Run:
         """
         job = self.job
         longest = max(job.train_layout.sizes)
-        lines = 1 if job.train_layout.packed else job.train_layout.batch_rows
+        lines = job.train_layout.lines if job.train_layout.packed else job.train_layout.batch_rows
         like = step_batch(job.train_rows, job.plan.rows_of_step, job.train_layout, self.step + 1)
         batch = {name: np.zeros((1, lines, longest), x.dtype) for name, x in like.items()}
         arguments = self.state, self.frozen, place_batch(job.mesh, batch), jnp.float32(0)
