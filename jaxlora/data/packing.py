@@ -122,12 +122,13 @@ def largest_buffer(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> i
 
 def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lines: int = 1) -> Batch:
     """Rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`,
-    each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line.
+    each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line; and, float32,
+    the rows' extras, which all have under the same names.
     """
     lengths = [row.n_tokens for row in rows]
     parts = cut_into_lines(lengths, max_tokens, lines)
     length = _smallest(sizes, max(_fullest(buffer, lengths) for buffer in parts))
-    batch = _empty(len(parts), lines, length)
+    batch = _empty(rows, len(parts), lines, length)
     for i, buffer in enumerate(parts):
         for line, part in enumerate(buffer):
             start = 0
@@ -149,20 +150,22 @@ def rows_of(values: np.ndarray, lengths: Sequence[int], max_tokens: int, lines: 
 
 def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch:
     """One row a line, `n_rows` lines: the same arrays, each `[1, n_rows, length]`."""
-    batch = _empty(1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
+    batch = _empty(rows, 1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
     for i, row in enumerate(rows):
         _place(batch, (0, i), 0, row, 1)
     return batch
 
 
-def _empty(*shape: int) -> Batch:
+def _empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    return batch | {"weights": np.zeros(shape, np.float32)}
+    return batch | {name: np.zeros(shape, np.float32) for name in ("weights", *rows[0].extras)}
 
 
 def _place(batch: Batch, line: tuple[int, int], start: int, row: RenderedRow, segment: int) -> None:
     place = (*line, slice(start, start + row.n_tokens))
     batch["tokens"][place], batch["targets"][place], batch["weights"][place] = shifted(row)
+    for name, values in row.extras.items():  # of the predicted token, as the weights
+        batch[name][place] = values[1:]
     batch["positions"][place] = np.arange(row.n_tokens)
     batch["segment_ids"][place] = segment
 

@@ -20,7 +20,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,12 +58,16 @@ SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """One row as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted."""
+    """One row as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted.
+
+    `extras` are further float32 arrays [length] that an objective takes, such as `advantages`.
+    """
 
     row_id: str
     tokens: np.ndarray
     weights: np.ndarray
     prompt_id: str = ""  # rows of one question have one: a hash of its canonical text
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:

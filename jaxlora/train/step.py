@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from jaxlora.sharding import (
     token_lines,
     total,
 )
-from jaxlora.train.objective import OBJECTIVES
+from jaxlora.train.objective import Loss, objective_of, temperature_of
 
 
 class TrainState(NamedTuple):
@@ -113,8 +113,17 @@ def init_state(trained: Tree, optim: OptimConfig) -> TrainState:
     return TrainState(trained, optimizer(optim).init(trained))
 
 
+Wanted = bool | Literal["weighted"]  # whose log-probabilities: of all targets, or only those with a weight
+
+
 def buffer_loss(
-    spec: ModelSpec, trained: Tree, frozen: Tree, buffer: Tree, compute: Compute, loss: str, logprobs: bool
+    spec: ModelSpec,
+    trained: Tree,
+    frozen: Tree,
+    buffer: Tree,
+    compute: Compute,
+    loss: str | Loss,
+    logprobs: Wanted,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
@@ -128,10 +137,18 @@ def buffer_loss(
         return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
     hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
-    wanted = segment_ids > 0 if logprobs else None
+    weights = buffer["weights"]
+    wanted = weights != 0 if logprobs == "weighted" else segment_ids > 0 if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
-        hidden, head_of(model), buffer["targets"], buffer["weights"], OBJECTIVES[loss], extras, wanted
+        hidden,
+        head_of(model),
+        buffer["targets"],
+        weights,
+        objective_of(loss),
+        extras,
+        wanted,
+        temperature_of(loss),
     )
 
 
@@ -139,7 +156,13 @@ _BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights"}
 
 
 def gradients(
-    spec: ModelSpec, trained: Tree, frozen: Tree, batch: Tree, compute: Compute, loss: str, logprobs: bool
+    spec: ModelSpec,
+    trained: Tree,
+    frozen: Tree,
+    batch: Tree,
+    compute: Compute,
+    loss: str | Loss,
+    logprobs: Wanted,
 ) -> tuple[Tree, jax.Array, jax.Array | None]:
     """Gradient and loss of a batch `[buffers, lines, length]`, summed over buffers; log p of its targets."""
     if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
@@ -198,13 +221,15 @@ def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str
 
 
 @lru_cache(maxsize=8)
-def make_gradient_step(spec: ModelSpec, compute: Compute, loss: str = "cross_entropy"):
+def make_gradient_step(
+    spec: ModelSpec, compute: Compute, loss: str | Loss = "cross_entropy", logprobs: Wanted = True
+):
     """The jitted `(trained, grads, frozen, batch) -> (grads, loss, logprobs)`: gradients add up in `grads`,
-    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 at padding.
+    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 where they are not wanted.
     """
 
     def gradient_step(trained: Tree, grads: Tree, frozen: Tree, batch: Tree):
-        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, True)
+        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, logprobs)
         grads = constrain_trained(spec, jax.tree.map(jnp.add, grads, new))
         return grads, *on_every_chip((value, found))
 
@@ -247,12 +272,18 @@ def make_eval_step(spec: ModelSpec, compute: Compute):
 
 
 @lru_cache(maxsize=8)
-def make_logprob_step(spec: ModelSpec, compute: Compute):
-    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`."""
+def make_logprob_step(
+    spec: ModelSpec, compute: Compute, loss: str | Loss = "cross_entropy", logprobs: Wanted = True
+):
+    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`.
+
+    Of `loss` only the temperature counts.
+    """
+    likelihood = Loss("cross_entropy", temperature=temperature_of(loss))
 
     def of_lines(trained: Tree, frozen: Tree, batch: Tree) -> tuple[jax.Array]:
         def of_buffer(_, buffer):
-            return None, buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", True)[1]
+            return None, buffer_loss(spec, trained, frozen, buffer, compute, likelihood, logprobs)[1]
 
         return (jax.lax.scan(of_buffer, None, batch)[1],)
 
