@@ -122,8 +122,8 @@ def largest_buffer(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> i
 
 def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lines: int = 1) -> Batch:
     """Rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`,
-    each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line; and, float32,
-    the rows' extras, which all have under the same names.
+    each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line; and,
+    float32, the rows' extras, which all have under the same names.
     """
     lengths = [row.n_tokens for row in rows]
     parts = cut_into_lines(lengths, max_tokens, lines)

@@ -15,7 +15,7 @@ import pytest
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack, pad
 from jaxlora.data.render import RenderedRow
-from jaxlora.generate.decode import generate
+from jaxlora.generate.decode import Sampling, generate, init_decode, make_decode
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import ModelConfig
@@ -234,6 +234,48 @@ def test_a_mesh_decodes_the_greedy_tokens_of_one_device(shape):
             answers.append(generate(spec, *weights, prompts, stop_ids=(6,), max_new_tokens=12, slots=4))
     assert answers[0] == answers[1]
     assert len({token for answer in answers[0] for token in answer.tokens}) > 10  # not one token repeated
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_devices_with_slots_of_their_own_decode_the_tokens_of_one(shape, packed):
+    spec = model_spec(scan=False)
+    frozen, lora = host_weights(spec)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(1, 30, 21)]
+    options = {"stop_ids": (6,), "max_new_tokens": 12, "limits": rng.integers(1, 12, 21).tolist()}
+    answers = []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        with jax.set_mesh(mesh):
+            weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
+            answers.append(
+                generate(spec, *weights, prompts, slots=4, tail_slots=(2, 1), packed=packed, **options)
+            )
+    assert answers[0] == answers[1]
+
+
+def test_devices_with_slots_of_their_own_exchange_nothing():
+    spec, mesh = dataclasses.replace(model_spec(scan=False), lora=None), mesh_of(8, 1, 1)
+    with jax.set_mesh(mesh):
+        frozen = placed_base(mesh, spec, host_weights(model_spec(scan=False))[0])
+        state = init_decode(spec, 16, 128, 8)
+        program = make_decode(spec, (6,)).lower(state, {}, frozen, 128).compile(QUICK_COMPILE)
+    assert not collectives(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_answers_that_share_a_prompt_are_those_of_one_device(shape):
+    spec = model_spec(scan=False)
+    frozen, lora = host_weights(spec)
+    prompts = [[5, 9, 3], [12, 7], [7, 20, 4, 1]]
+    answers = []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        with jax.set_mesh(mesh):
+            weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
+            options = {"stop_ids": (6,), "max_new_tokens": 6, "slots": 8, "repeats": 8}
+            answers.append(generate(spec, *weights, prompts, sampling=Sampling(1.0), **options))
+    assert answers[0] == answers[1]
 
 
 def whole_stacks_in(program: str, spec: ModelSpec) -> list[str]:
