@@ -30,10 +30,10 @@ from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
 from jaxlora.checkpoints.export import check_selected
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, from_dict
+from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, TrainConfig, from_dict
 from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up, rows_of
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import Sampling, generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_lora, check_targets, init_lora
@@ -41,7 +41,6 @@ from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
@@ -89,10 +88,14 @@ def default_dtype() -> Literal["bfloat16", "float32"]:
 
 def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
     """An engine of a base that was found, on a mesh as of `load`."""
-    source = base.source
-    if mesh is None and (slice_ := slice_of(jax.devices())) is not None:
-        mesh = with_mesh(RunConfig(model=source), base.config, slice_).mesh
-    return Engine(base, wire(source, mesh or MeshConfig()))
+    chosen = _chosen_mesh(base, "lora") if mesh is None else mesh
+    return Engine(base, wire(base.source, chosen), chosen=mesh is None)
+
+
+def _chosen_mesh(base: Base, what: Literal["lora", "full"]) -> MeshConfig:
+    """The mesh on which a run of this machine would train adapters, or all weights."""
+    config = RunConfig(model=base.source, train=TrainConfig(what=what))
+    return mesh_here(config, base.config).mesh
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,9 @@ class Sample:
 class Engine:
     """A base in memory. It is frozen: trainers share it."""
 
-    def __init__(self, base: Base, machine: Machine):
+    def __init__(self, base: Base, machine: Machine, chosen: bool = False):
         self.base, self.machine = base, machine
+        self._chosen = chosen  # the mesh was chosen, for adapters
         self.dtype = base.source.dtype
 
     @cached_property
@@ -156,7 +160,12 @@ class Engine:
             return Trainer(self, spec, init_lora(spec, seed), seed)
 
     def full(self) -> Trainer:
-        """Train all weights: float32 master weights, copies in the engine's dtype for computing."""
+        """Train all weights: float32 master weights, copies in the engine's dtype for computing.
+
+        Where no mesh was given, they may lie on another one than the engine's: the one that such a run takes.
+        """
+        if self._chosen and (mesh := _chosen_mesh(self.base, "full")) != _chosen_mesh(self.base, "lora"):
+            return Engine(self.base, wire(self.base.source, mesh)).full()
         spec = self._spec(full=True)
         with self.inside():
             weights = self.base.load(replace(spec, dtype="float32", full=False), self.machine.mesh)

@@ -22,13 +22,12 @@ from jaxlora.data.batches import Layout, choose_layout, ranges, split_validation
 from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import check_positions
-from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
@@ -93,8 +92,7 @@ def prepare(
     longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
     check_positions(base.config, longest, "config.data.max_length: the longest rows")
     config, spec = trained_spec(config, base)
-    if (slice_ := slice_of(jax.devices())) is not None:
-        config = with_mesh(config, base.config, slice_)
+    config = mesh_here(config, base.config)
     machine = wire(config.model, config.mesh)
     spec = replace(spec, scan=machine.scan)
     plan = plan_run(config.optim, train, len(train_rows), config.seed if data.shuffle else None)
