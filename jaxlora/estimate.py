@@ -34,6 +34,8 @@ TOKEN_BLOCK = 128  # the splash kernel's: each chip's share of a buffer is a mul
 ROW_TOKENS = 340  # mean of the study's rows
 EQUAL = 1.05  # the estimate cannot tell step times apart whose ratio is no greater
 FULL = 0.9  # usable share of a chip's memory: the estimate is good to about a tenth
+REACHED = 0.75  # of the peak rates of products and of memory: what well-tuned programs sustain
+HIDDEN = 0.5  # of the time of collectives lies behind products
 
 # The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
 BACKWARD_PASSES = 3.5
@@ -55,7 +57,16 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
+        """At best: a bound, not to be budgeted with."""
         return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def likely(self) -> float:
+        """At rates that are reached: 75% of the peaks, and half of the collectives waited for.
+
+        A rule of thumb. No run on a real slice stands behind it.
+        """
+        return max(self.compute, self.memory) / REACHED + (1 - HIDDEN) * self.interconnect
 
     @property
     def bound(self) -> str:

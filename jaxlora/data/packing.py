@@ -156,6 +156,18 @@ def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch
     return batch
 
 
+def spread(batch: Batch, words: np.ndarray) -> np.ndarray:
+    """Each row's word at each of its tokens: int32, in the shape of the batch's arrays; 0 at padding.
+
+    Args:
+      words: int32 [rows], in the order in which the batch was built.
+    """
+    segments = batch["segment_ids"]
+    counts = segments.max(axis=-1)
+    before = np.cumsum(counts).reshape(counts.shape) - counts
+    return np.where(segments > 0, words[before[..., None] + np.maximum(segments, 1) - 1], 0).astype(np.int32)
+
+
 def _empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     return batch | {name: np.zeros(shape, np.float32) for name in ("weights", *rows[0].extras)}

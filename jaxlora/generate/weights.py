@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -49,10 +49,10 @@ def decode_weights(
     adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
     form = replace(spec, scan=False, joined=joined, full=False, **adapter)
     shardings = base_shardings(mesh, form)
-    cut = _make_cut(spec, form, home)
+    cut, changed = _make_cut(spec, form, home), partial(_changed, spec, form)
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        layer = cut(base["layers"], lora, i) if spec.scan else _layer(spec, form, base["layers"][i], lora, i)
+        layer = cut(base["layers"], lora, i) if spec.scan else changed(base["layers"][i], lora, i)
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
@@ -71,6 +71,36 @@ def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, T
         lambda stacked, lora, i: _layer(spec, form, jax.tree.map(lambda x: x[i], stacked), lora, i),
         out_shardings=base_shardings(mesh, form)["layers"][0],
     )
+
+
+def _changed(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
+    """As `_layer`, by one program for all layers; arrays that need no change are the layer's own."""
+    made = jax.tree.map(lambda x: x, layer)
+    for path in JOINED if form.joined else ():
+        for part in JOINED[path]:
+            _take(made, part)
+    for path, array in _make_changed(spec, form)(layer, lora, i).items():
+        set_path(made, path, array)
+    return made
+
+
+@cache
+def _make_changed(spec: ModelSpec, form: ModelSpec) -> Callable[[Tree, Tree, int], dict[str, jax.Array]]:
+    """One program that makes what differs in a layer, by dotted path."""
+    merged = {weight.place.removeprefix("layers.") for weight in spec.adapted if form.lora is None}
+
+    def changed(layer: Tree, lora: Tree, i: int) -> dict[str, jax.Array]:
+        before, after = _paths(layer), _paths(_layer(spec, form, layer, lora, i))
+        return {path: array for path, array in after.items() if path in merged or path not in before}
+
+    return jax.jit(changed)
+
+
+def _paths(tree: Tree) -> dict[str, jax.Array]:
+    """The arrays of a tree by dotted path."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:

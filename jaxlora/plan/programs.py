@@ -105,7 +105,7 @@ class Program:
         """Plain values: bytes, FLOPs and seconds of one run on one chip."""
         values = asdict(self)
         values["memory"]["total"] = self.memory.total
-        values["best"] |= {"seconds": self.best.seconds, "bound": self.best.bound}
+        values["best"] |= {"seconds": self.best.seconds, "likely": self.best.likely, "bound": self.best.bound}
         return values
 
 

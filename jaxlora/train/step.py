@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxlora.config import MeshConfig, ModelSource, OptimConfig, Remat
 from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
 from jaxlora.runtime.devices import scan_layers, step_options
 from jaxlora.sharding import (
@@ -128,7 +129,8 @@ def buffer_loss(
     """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
     The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
-    targets, positions, segment ids and weights are the objective's extras.
+    targets, positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it
+    holds `dropout`, as training batches do.
     """
     model = spec.bind(trained, frozen)
     segment_ids = buffer["segment_ids"]
@@ -136,7 +138,10 @@ def buffer_loss(
     def attend(q, k, v, cache):
         return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
+    noise = None
+    if spec.lora is not None and spec.lora.dropout and "dropout" in buffer:
+        noise = Noise.of(buffer["dropout"], buffer["positions"], spec.lora.dropout)
+    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise)
     weights = buffer["weights"]
     wanted = weights != 0 if logprobs == "weighted" else segment_ids > 0 if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
@@ -152,7 +157,7 @@ def buffer_loss(
     )
 
 
-_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights"}
+_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout"}
 
 
 def gradients(

@@ -84,6 +84,7 @@ def test_the_roofline_is_the_slowest_of_three():
     best = roofline(slice_named("v5e-8"), flops=19.7e12, hbm_bytes=81.9e9, ici_bytes=50e9)
     assert (best.compute, best.memory, best.interconnect) == pytest.approx((0.1, 0.1, 0.5))
     assert (best.seconds, best.bound) == (0.5, "interconnect")
+    assert best.likely == pytest.approx(0.1 / 0.75 + 0.5 / 2)
     assert roofline(slice_named("v4-8"), 275e12, 1e9, 1e9).bound == "compute"
     assert roofline(slice_named("v6e-8"), 1e12, 1640e9, 1e9).bound == "memory"
 
@@ -432,12 +433,15 @@ def test_a_plan_that_fits_exits_with_0_and_writes_json(repository, tmp_path, com
     file = tmp_path / "plan.json"
     assert run_tool(repository, "--topology", "v5e-8", "--price", "1.2", "--json", str(file)) == 0
     (plan,) = json.loads(file.read_text())
-    # 6,338 steps and 7 x 177 validation batches of 0.1 s
-    hours = (6338 + 7 * 177) * 0.1 / 3600
+    # 6,338 steps and 7 x 177 validation batches, each taken to be as long as a step
+    seconds = plan["programs"][0]["best"]["likely"]
+    hours = (6338 + 7 * 177) * seconds / 3600
     assert plan["run"] == pytest.approx({"hours": hours, "dollars": hours * 8 * 1.2})
     assert plan["sweep"]["hours"] == pytest.approx(6 * hours)
     assert plan["programs"][0]["best"]["bound"] == "compute"
-    assert "v5e-8: fits; at best 27,200 tokens/s" in capsys.readouterr().out
+    assert (
+        f"v5e-8: fits; likely {8 * 340 / seconds:,.0f} tokens/s (at best 27,200)" in capsys.readouterr().out
+    )
     assert run_tool(repository, "--topology", "v5e-8", "--json", str(file)) == 2  # never overwritten
 
 
