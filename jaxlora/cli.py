@@ -67,10 +67,18 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
         raise UserError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from None
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
-    values = to_dict(config)
-    for name, text in (overrides or {}).items():
+    return from_dict(with_overrides(to_dict(config), overrides or {}))
+
+
+def with_overrides(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+    """The nested values of a configuration with some fields set, by dotted name, from text.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    for name, text in overrides.items():
         _set(values, name, text)
-    return from_dict(values)
+    return values
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None):

@@ -192,8 +192,8 @@ class TrainConfig:
 class MeshConfig:
     """Axes of the device mesh; one of them may be -1: all that is left.
 
-    Where none is given, the mesh is chosen for a TPU slice (`jaxlora.estimate.with_mesh`), and elsewhere
-    fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
+    Where none is given, the mesh is chosen for TPU slices and GPUs (`jaxlora.estimate.mesh_here`), and
+    elsewhere fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
     """
 
     data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)

@@ -28,7 +28,15 @@ from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
 from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight
-from jaxlora.sharding import array_axes, constrain, dotted, gather_again, gathered
+from jaxlora.sharding import (
+    array_axes,
+    constrain,
+    dotted,
+    embedded,
+    gather_again,
+    gathered,
+    gathered_adapter,
+)
 
 Tree = dict[str, Any]
 OUTER = True
@@ -109,8 +117,8 @@ def _gathered(weight, axes):
 
 def _deltas(axes, scale, x, all_a, all_b, *, in_passing=False) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
-    a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
-    b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
+    a = [gathered_adapter(a.astype(x.dtype), (None, own[1])) for a, own in zip(all_a, axes, strict=True)]
+    b = [gathered_adapter(b.astype(x.dtype), (own[0], None)) for b, own in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
     if in_passing and OUTER and all_b[0].shape[1] <= 16:
@@ -227,11 +235,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(weight.shape, dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # Every chip looks up all tokens of its copy of the base in its own columns; then the parts change
-        # places. The table itself is never gathered.
-        copy = ("batch_of_copy", "length_of_copy")
-        rows = jnp.take(self.weight[...], constrain(tokens, *copy), axis=0, mode="clip")
-        return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
+        return embedded(self.weight[...], tokens)
 
 
 class Decoder(nnx.Module):

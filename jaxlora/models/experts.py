@@ -24,7 +24,7 @@ from jaxlora.models.dropout import Noise
 from jaxlora.models.grouped import expert_products, group_tokens, tile_rows, to_rows, to_tokens
 from jaxlora.models.spec import PRODUCT, Experts, How, Weight
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import EXPERTS, gathered, spec_for
+from jaxlora.sharding import EXPERTS, auto_mesh, gathered, spec_for
 
 GATHERED = "gathered"  # the name of weights that the backward pass gathers again
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -162,8 +162,8 @@ class _Split(NamedTuple):
 
 def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacked: bool) -> Callable:
     """`run(split, x, real, router, arrays)` on every chip for its tokens; on one device, as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = auto_mesh()
+    if mesh is None or mesh.size == 1:
         return partial(run, _Split())
 
     def on_mesh(x, real, router, arrays):

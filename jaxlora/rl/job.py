@@ -19,7 +19,7 @@ from jaxlora.config import RunConfig
 from jaxlora.data.batches import shuffled
 from jaxlora.data.packing import round_up
 from jaxlora.data.render import Tokenizer, render_chat
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import WINDOW_MULTIPLE
 from jaxlora.lora import count_trainable
 from jaxlora.models.decoder import ModelSpec, kept_per_token
@@ -28,7 +28,6 @@ from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import check_positions
 from jaxlora.rl.problems import Problem, load_problems
 from jaxlora.rl.rewards import check_problems, grader_named
-from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.train.job import trained_spec, what_is_trained
@@ -94,8 +93,7 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
     longest = max(map(len, [*prompts, *eval_prompts])) + rl.max_new_tokens
     check_positions(base.config, longest, "config.rl.max_new_tokens: the longest prompt and its answer")
     config, spec = trained_spec(config, base)
-    if (slice_ := slice_of(jax.devices())) is not None:
-        config = with_mesh(config, base.config, slice_)
+    config = mesh_here(config, base.config)
     return RLJob(
         config=config,
         base=base,

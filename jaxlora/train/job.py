@@ -24,14 +24,14 @@ from jaxlora.data.cache import RowCache, default_folder
 from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import described, pick_scheme
 from jaxlora.models.spec import check_positions
-from jaxlora.runtime.devices import memory_of, slice_of
+from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
@@ -79,7 +79,7 @@ class Job:
 
     def compute(self, layout: Layout) -> Compute:
         """How steps over buffers of this layout are computed."""
-        return self.machine.compute(layout.batch_rows if layout.packed else 1)
+        return self.machine.compute(layout.rows_a_line)
 
 
 def prepare(
@@ -115,8 +115,7 @@ def prepare(
     longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
     check_positions(base.config, longest, "config.data.max_length: the longest rows")
     config, spec = trained_spec(config, base)
-    if (slice_ := slice_of(jax.devices())) is not None:
-        config = with_mesh(config, base.config, slice_)
+    config = mesh_here(config, base.config)
     machine = wire(config.model, config.mesh)
     spec = replace(spec, scan=machine.scan)
     plan = plan_run(config.optim, train, len(train_rows), config.seed if data.shuffle else None)
@@ -124,7 +123,7 @@ def prepare(
     steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
-    multiple = token_multiple(machine.mesh)
+    split = token_multiple(machine.mesh), machine.lines
     return Job(
         config=config,
         base=base,
@@ -136,8 +135,8 @@ def prepare(
         reports=reports,
         gates=gates,
         plan=plan,
-        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, multiple),
-        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, multiple),
+        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, *split),
+        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, *split),
     )
 
 
@@ -266,7 +265,8 @@ def estimate_memory(job: Job) -> dict[str, int]:
     logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
-    tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
+    layout = job.train_layout
+    tokens = max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows)
     kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
         kept += sum(kept_per_token(config, False))

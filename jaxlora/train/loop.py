@@ -283,7 +283,7 @@ class Run:
         """
         job = self.job
         longest = max(job.train_layout.sizes)
-        lines = 1 if job.train_layout.packed else job.train_layout.batch_rows
+        lines = job.train_layout.lines if job.train_layout.packed else job.train_layout.batch_rows
         like = self._batch_of()(self.step + 1)
         batch = {name: np.zeros((1, lines, longest), x.dtype) for name, x in like.items()}
         arguments = self.state, self.frozen, place_batch(job.mesh, batch), jnp.float32(0)

@@ -25,7 +25,16 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
 from jaxlora.runtime.devices import scan_layers, step_options
-from jaxlora.sharding import constrain, constrain_trained, make_mesh
+from jaxlora.sharding import (
+    by_line,
+    constrain,
+    constrain_trained,
+    make_mesh,
+    runs_by_line,
+    summed_over_lines,
+    token_lines,
+    total,
+)
 from jaxlora.train.objective import Loss, objective_of, temperature_of
 
 
@@ -43,6 +52,7 @@ class Compute:
     backend: str = "xla"  # of attention
     remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Decoder`
     max_segments: int = 1  # most rows in one line of a buffer
+    by_line: bool = False  # a program a device, each with its own lines, where a mesh allows it
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,12 @@ class Machine:
 
     def compute(self, max_segments: int = 1) -> Compute:
         """How steps over buffers with at most so many rows in a line are computed."""
-        return Compute(self.backend, self.remat, max_segments)
+        return Compute(self.backend, self.remat, max_segments, self.lines > 1)
+
+    @property
+    def lines(self) -> int:
+        """Lines of a packed buffer."""
+        return token_lines(self.mesh)
 
 
 def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] | None = None) -> Machine:
@@ -67,7 +82,7 @@ def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] 
     """
     whole = mesh if isinstance(mesh, Mesh) else make_mesh(mesh, devices)
     platform = whole.devices.flat[0].platform
-    backend = pick_backend(model.attention, platform, model.dtype, whole.size)
+    backend = pick_backend(model.attention, platform, model.dtype)
     return Machine(whole, backend, scan_layers(model.layers, platform), model.remat)
 
 
@@ -158,6 +173,14 @@ def gradients(
     logprobs: Wanted,
 ) -> tuple[Tree, jax.Array, jax.Array | None]:
     """Gradient and loss of a batch `[buffers, lines, length]`, summed over buffers; log p of its targets."""
+    if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+        alone = replace(compute, by_line=False)
+
+        def of_own_lines(trained, frozen, batch):
+            grads, value, found = gradients(spec, trained, frozen, batch, alone, loss, logprobs)
+            return summed_over_lines(spec, grads), total(value), found
+
+        return by_line(of_own_lines, spec, trained, frozen, batch, ("trained", "whole", "lines"))
 
     def of_buffer(trained, buffer):
         return buffer_loss(spec, trained, frozen, buffer, compute, loss, logprobs)
@@ -239,13 +262,19 @@ def _update_step(spec: ModelSpec, optim: OptimConfig):
 def make_eval_step(spec: ModelSpec, compute: Compute):
     """The jitted `(trained, frozen, batch) -> (summed nll, weight)` of validation; forward only."""
 
-    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
-        def add(total, buffer):
+    def summed(trained: Tree, frozen: Tree, batch: Tree) -> jax.Array:
+        def add(so_far, buffer):
             value, _ = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", False)
-            return total + value, None
+            return so_far + value, None
 
-        total, _ = jax.lax.scan(add, jnp.float32(0), batch)
-        return on_every_chip((total, jnp.sum(batch["weights"])))
+        return jax.lax.scan(add, jnp.float32(0), batch)[0]
+
+    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
+        if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+            (value,) = by_line(lambda *own: (total(summed(*own)),), spec, trained, frozen, batch, ("whole",))
+        else:
+            value = summed(trained, frozen, batch)
+        return on_every_chip((value, jnp.sum(batch["weights"])))
 
     return jax.jit(eval_step, compiler_options=step_options())
 
@@ -260,11 +289,17 @@ def make_logprob_step(
     """
     likelihood = Loss("cross_entropy", temperature=temperature_of(loss))
 
-    def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
+    def of_lines(trained: Tree, frozen: Tree, batch: Tree) -> tuple[jax.Array]:
         def of_buffer(_, buffer):
             return None, buffer_loss(spec, trained, frozen, buffer, compute, likelihood, logprobs)[1]
 
-        return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
+        return (jax.lax.scan(of_buffer, None, batch)[1],)
+
+    def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
+        arguments = trained, frozen, batch
+        if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+            return on_every_chip(by_line(of_lines, spec, *arguments, ("lines",))[0])
+        return on_every_chip(of_lines(*arguments)[0])
 
     return jax.jit(logprob_step, compiler_options=step_options())
 
