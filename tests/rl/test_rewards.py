@@ -112,6 +112,8 @@ RIGHT = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
     (r"\text{(A)}", "A"),
     (r"(x-1)(x+1)", "x^2-1"),
+    (r"\frac{1}{3}", "0.333333333"),
+    (r"50\%", "0.5"),
 ]
 WRONG = [
     ("5", "6"),
@@ -121,6 +123,8 @@ WRONG = [
     (r"\text{even}", "neve"),  # the same product of letters
     (r"\text{even}", "odd"),
     ("Yes", "No"),
+    ("Yes", "esY"),
+    ("even", "neve"),
     (r"\frac{3}{4}", r"\frac{4}{3}"),
     ("x+1", "x-1"),
     ("(1,2)", "(2,1)"),
