@@ -234,6 +234,49 @@ class SweepConfig:
     batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
 
 
+GroupSize = Annotated[int, Field(ge=2, le=4096)]
+Policy = Literal["importance_sampling", "ppo", "cispo", "dro"]  # as in jaxlora.train.objective
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RLConfig:
+    """Learning from rewards (`jaxlora rl`): problems, sampling, rewards, the objective."""
+
+    problems: str = _doc("problems with answers: a file, or reasoning_gym:TASK", "embedded:data/train.jsonl")
+    problem_rows: Positive | None = _doc("use only the first problems; none: all", None)
+    eval_problems: str | None = _doc("held-out problems, answered greedily; none: no evaluation", None)
+    eval_rows: Positive | None = _doc("use only the first of them; none: all", None)
+    system: str | None = _doc("the system message; none: that of the row", None)
+    suffix: str | None = _doc("text after each question; none: nothing", None)
+    reward: str = _doc("gsm8k_strict, gsm8k_numeric, math, ..., or module:function", "gsm8k_strict")
+    format_weight: NotNegative = _doc("what an answer that is not well formed loses", 0.0)
+    time_limit_s: Rate = _doc("longest grading of one answer in seconds; above it, it earns 0", 1.0)
+    steps: Positive = _doc("batches that are sampled and learned from", 100)
+    prompts: Positive = _doc("prompts of a batch", 32)
+    group: GroupSize = _doc("answers to each prompt, whose mean reward is the baseline", 16)
+    temperature: Rate = _doc("of sampling; the learner's log-probabilities are tempered alike", 1.0)
+    top_p: Annotated[float, Field(gt=0, le=1)] = _doc(
+        "must be 1: a filter would change the sampler only", 1.0
+    )
+    max_new_tokens: Length = _doc("longest answer in tokens, its end token included", 512)
+    slots: Positive = _doc("answers decoded at once", 256)
+    loss: Policy = _doc("the objective; sums over action tokens", "importance_sampling")
+    clip_low: NotNegative = _doc("lowest ratio, for ppo and cispo", 0.8)
+    clip_high: Rate = _doc("highest ratio, for ppo and cispo", 1.2)
+    beta: NotNegative = _doc("pull towards the sampler, for dro", 0.05)
+    kl: NotNegative = _doc("weight of the divergence from the base; 0: none", 0.0)
+    baseline: Literal["group", "leave_one_out"] = _doc(
+        "what is subtracted from a reward: the mean of its group, or of the others in it", "group"
+    )
+    divide_by_std: bool = _doc("divide advantages by their group's standard deviation", False)
+    divide_by_length: bool = _doc("divide advantages by the answer's tokens", False)
+    mask_truncated: bool = _doc("leave out answers that were cut at the token limit", False)
+    updates_per_batch: Positive = _doc("optimizer steps of a batch, each on its part of the prompts", 1)
+    refill: Count = _doc("sample other prompts for constant groups, so many times a batch", 0)
+    overlap: bool = _doc("sample the next batch while learning from this one: one step off policy", False)
+    eval_every: Positive = _doc("evaluate and checkpoint each this many batches, and at the end", 10)
+
+
 @dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
     """One training run: one placement, one seed. A study makes its runs from one of these."""
@@ -256,6 +299,7 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
 
     @property
     def condition(self) -> str:

@@ -45,7 +45,7 @@ from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import EMBEDDED, is_remote, weight_files
+from jaxlora.runtime.remote import EMBEDDED, is_remote, resolve, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -84,7 +84,7 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
     Raises:
       UserError: one line that names the file and what is wrong with it.
     """
-    folder = Path(directory)
+    folder = resolve(str(directory))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds {SETTINGS}")
     if not (folder / SETTINGS).exists():

@@ -1,7 +1,8 @@
-"""Measure training and decoding: real tokens per second, utilisation, compilations, memory.
+"""Measure training, decoding and learning from rewards: real tokens per second, utilisation, memory.
 
     jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
+    jaxlora bench rl     --model qwen3-8b --random-weights --rank 1 --lengths LENGTHS.json
 
 Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
 like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
@@ -33,7 +34,7 @@ def main() -> int:
     from jaxlora.runtime.devices import setup
 
     setup(config.results_dir, config.model.dtype)
-    measure = {"train": run_train, "decode": run_decode}[options.what]
+    measure = {"train": run_train, "decode": run_decode, "rl": run_rl}[options.what]
     result = {"model": options.model, "condition": options.condition, "rank": options.rank}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
@@ -45,27 +46,33 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The options of one of the two benchmarks; each takes only its own."""
+    """The options of one of the benchmarks; each takes only its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     train = commands.add_parser("train", help="training steps, then a validation pass")
     decode = commands.add_parser("decode", help="decoding to answers of given lengths")
-    for command in (train, decode):
+    rl = commands.add_parser("rl", help="batches of sampling, grading and learning, answers of given lengths")
+    for command in (train, decode, rl):
         _add_model_options(command)
 
     _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
     train.add_argument("--no-validation", action="store_true", help="leave out the validation pass")
 
-    decode.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
-    decode.add_argument(
-        "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
-    )
+    for command in (decode, rl):
+        command.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
+        command.add_argument(
+            "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
+        )
+        add_number(command, "--slots", default=384, help="rows decoded at once")
     add_number(decode, "--prompts", help="only the first prompts")
-    add_number(decode, "--slots", default=384, help="rows decoded at once")
+    add_number(rl, "--prompts", default=64, help="prompts of a batch")
+    add_number(rl, "--group", default=16, help="answers to each prompt")
+    add_number(rl, "--steps", default=1, help="batches that are timed")
+    add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
     decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     options = parser.parse_args()
-    if options.what == "decode" and options.answers and not options.lengths:
+    if options.what != "train" and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
     return options
 
@@ -99,7 +106,10 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         },
         "lora": {"targets": options.condition, "rank": options.rank},
     }
-    if options.what == "decode":
+    if options.what == "rl":
+        values["rl"] = {"prompts": options.prompts, "group": options.group, "slots": options.slots}
+        values["train"] = {"max_buffer_tokens": options.buffer_tokens}
+    elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
     else:
         values["model"] |= {"layers": options.layers, "remat": options.remat}
@@ -145,6 +155,18 @@ def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfi
     prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
     n = options.prompts or len(prompts)
     return bench_decode(config, shape, prompts[:n], answers[:n])
+
+
+def run_rl(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from itertools import cycle, islice
+
+    from jaxlora.rl.bench import bench_rl
+
+    name = options.answers or "adapter_generated_tokens"
+    prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
+    prompts = list(islice(cycle(prompts), options.prompts))
+    answers = list(islice(cycle(answers), options.prompts * options.group))
+    return bench_rl(config, shape, prompts, answers, options.steps)
 
 
 # --- Lengths ------------------------------------------------------------------------------------------------

@@ -426,10 +426,13 @@ def _keys(seed: int, n: int) -> np.ndarray:
 
 
 def _sizes(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], up: Callable[[int, int], int]
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    up: Callable[[int, int], int],
+    n_sizes: int = 4,
 ) -> tuple[tuple[int, ...], int]:
     """The lengths to which prompts are padded, and the positions of the cache."""
-    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], 4, PROMPT_MULTIPLE)
+    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], n_sizes, PROMPT_MULTIPLE)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     return sizes, max(up(longest, WINDOW_MULTIPLE), max(sizes))
 
@@ -475,7 +478,8 @@ def generate(
     tail_slots = worth if tail_slots is None else tail_slots
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
     up = round_up if stream is None else _doubled
-    sizes, capacity = _sizes(prompts, limits, up)
+    # Where answers share prompts, padding these costs little beside another program.
+    sizes, capacity = _sizes(prompts, limits, up, 4 if repeats == 1 else 2)
     prefill = make_prefill(spec, stop_ids, backend, sampling)
     decode = make_decode(spec, stop_ids, backend, sampling=sampling)
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)

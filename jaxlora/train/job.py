@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,21 @@ from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
+
+
+class Prepared(Protocol):
+    """What is known of a run of any kind before its weights are loaded."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def base(self) -> Base: ...
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def mesh(self) -> jax.sharding.Mesh: ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,7 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
     return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
 
 
-def fresh_state(job: Job) -> TrainState:
+def fresh_state(job: Prepared) -> TrainState:
     """The state before the first step; a function of the seed, and of what the run starts from."""
     spec, start = job.spec, job.config.lora.start
     if spec.full:
@@ -160,7 +176,7 @@ def fresh_state(job: Job) -> TrainState:
     return init_state(trained, job.config.optim)
 
 
-def abstract_state(job: Job) -> TrainState:
+def abstract_state(job: Prepared) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
 
     def make() -> TrainState:
@@ -174,7 +190,7 @@ def abstract_state(job: Job) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def load_frozen(job: Job) -> Tree:
+def load_frozen(job: Prepared) -> Tree:
     """The base of a job; `{}` where all weights are trained."""
     return {} if job.spec.full else job.base.load(job.spec, job.mesh)
 
@@ -254,7 +270,7 @@ def estimate_memory(job: Job) -> dict[str, int]:
     }
 
 
-def _what_is_trained(job: Job) -> str:
+def what_is_trained(job: Prepared) -> str:
     lora = job.spec.lora
     if lora is None:
         return "all weights, float32 master weights"
@@ -280,7 +296,7 @@ def describe(job: Job) -> Table:
         "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}"
         + (", random weights" if config.model.random_weights else ""),
         "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
-        "trained": _what_is_trained(job),
+        "trained": what_is_trained(job),
         "training": f"{len(job.train_rows):,} rows, {train_tokens:,} tokens an epoch, "
         f"{trained_tokens(job, plan.total_steps):,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
