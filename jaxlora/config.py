@@ -143,6 +143,7 @@ class DataConfig:
     enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
     shuffle: bool = _doc("another order in each epoch, by config.seed; false: the file's order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
+    cache: bool = _doc("keep the tokens of large files in ~/.cache/jaxlora/rows, and find them again", True)
     on_bad_row: Literal["error", "skip"] = _doc(
         "stop at a row that cannot be used, or count and skip", "error"
     )
@@ -189,6 +190,7 @@ class MeshConfig:
     data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)
     fsdp: Axis = _doc("the base's weights and the tokens are split over these; 0: chosen", 0)
     tensor: Axis = _doc("heads and hidden units are split over these; 0: chosen", 0)
+    expert: Axis = _doc("experts and tokens are split over these; 0: chosen", 0)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -581,7 +583,8 @@ def _check_combinations(config: RunConfig) -> None:
                 f"config.{field}: {plain(values)} names a value twice (run ids hold seven digits); give"
                 " each once"
             )
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+    mesh = config.mesh
+    if [mesh.data, mesh.fsdp, mesh.tensor, mesh.expert].count(-1) > 1:
         raise UserError(
-            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"
+            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor, expert"
         )

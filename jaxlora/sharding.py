@@ -2,7 +2,8 @@
 
 The mesh has three axes. `fsdp` splits the base's weights and the tokens of a step; `data` splits the tokens
 only; `tensor` splits heads, hidden units of the MLP and the vocabulary. The residual stream's hidden axis is
-never split: each layer's weights are gathered over `fsdp` just before they are used.
+never split: each layer's weights are gathered over `fsdp` just before they are used. A model with experts may
+have a fourth one, `expert`, which splits experts and tokens; of all other weights each part has a copy.
 
     mesh = make_mesh(MeshConfig(fsdp=8))
     with jax.set_mesh(mesh):
@@ -26,10 +27,15 @@ from jaxlora.runtime.errors import UserError
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),  # rows, where there are enough of them: decoding, padded batches
-    "length": ("data", "fsdp"),  # a packed buffer is one row: its tokens are what is split over chips
-    "batch_of_copy": ("data",),  # the same over copies of the base only
-    "length_of_copy": ("data",),
+    "batch": ("data", "fsdp", "expert"),  # rows, where there are enough: decoding, padded batches
+    "length": (
+        "data",
+        "fsdp",
+        "expert",
+    ),  # a packed buffer is one row: its tokens are what is split over chips
+    "batch_of_copy": ("data", "expert"),  # the same over copies of the base only
+    "length_of_copy": ("data", "expert"),
+    "expert": ("expert",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -44,19 +50,22 @@ LORA_AXES: dict[str, tuple[str | None, str | None]] = {
     "lora_a": (None, "adapter"),  # [r, in]
     "lora_b": ("adapter", None),  # [out, r]
 }
+EXPERTS = "layers.mlp.experts."  # the weights of experts, whose adapters lie where they do
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh `[data, fsdp, tensor]` over the devices (default: all).
+    """A mesh `[data, fsdp, tensor]` over the devices (default: all); with `expert` before the last, if given.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     whole = whole_mesh(config, len(devices))
-    shape = (whole.data, whole.fsdp, whole.tensor)
-    names = ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = {"data": whole.data, "fsdp": whole.fsdp, "expert": whole.expert, "tensor": whole.tensor}
+    if whole.expert in (0, 1):
+        del sizes["expert"]
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
@@ -66,6 +75,8 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
       UserError: the sizes do not multiply to the number of devices.
     """
     sizes = {"data": config.data or 1, "fsdp": config.fsdp, "tensor": config.tensor or 1}
+    if config.expert:
+        sizes["expert"] = config.expert
     if config.fsdp == 0:
         sizes["fsdp"] = 1 if -1 in sizes.values() else -1
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -73,13 +84,20 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
     if math.prod(shape) != n_devices:
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: {asked} does not fit {n_devices} devices; set one axis to -1")
-    return MeshConfig(*shape)
+    return MeshConfig(**dict(zip(sizes, shape, strict=True)))
 
 
-def decode_mesh(mesh: Mesh, kv_heads: int) -> Mesh:
-    """The same devices for decoding: split by key-value heads as far as they allow, else by slots."""
+def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1) -> Mesh:
+    """The same devices for decoding: split by key-value heads as far as they allow, else by slots.
+
+    Experts are split over the same chips as slots, as far as they allow.
+    """
     tensor = math.gcd(mesh.size, kv_heads)
-    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    rest = mesh.size // tensor
+    if (expert := math.gcd(rest, experts)) > 1:
+        split = mesh.devices.reshape(rest // expert, 1, expert, tensor)
+        return Mesh(split, ("data", "fsdp", "expert", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    devices = mesh.devices.reshape(rest, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
@@ -91,11 +109,16 @@ def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) ->
     spec: list[tuple[str, ...] | None] = []
     taken: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES[axis] if axis else ()
+        names = _axes_of(mesh, axis) if axis else ()
         split = names and not taken & set(names) and size % _ways(mesh, names) == 0
         spec.append(names if split else None)
         taken |= set(names) if split else set()
     return PartitionSpec(*spec)
+
+
+def _axes_of(mesh: Any, axis: str) -> tuple[str, ...]:
+    """The axes of this mesh that a logical axis is split over."""
+    return tuple(name for name in RULES[axis] if name in mesh.shape)
 
 
 def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -110,7 +133,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def token_shards(mesh: Any) -> int:
     """Over how many chips the tokens of a step are split."""
-    return _ways(mesh, RULES["length"])
+    return _ways(mesh, _axes_of(mesh, "length"))
 
 
 def token_multiple(mesh: Mesh) -> int:
@@ -239,8 +262,9 @@ def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
 
     def axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
         own: tuple[str | None, ...] = ()
-        if split_lora and path and getattr(path[-1], "key", None) in LORA_AXES:
-            own = LORA_AXES[path[-1].key]
+        if path and (part := getattr(path[-1], "key", None)) in LORA_AXES:
+            own = LORA_AXES[part] if split_lora else (None, None)
+            own = ("expert", *own) if EXPERTS in _dotted(path) else own
         elif spec.full:
             own = weights.get(_dotted(path), ())
         return (None,) * (np.ndim(leaf) - len(own)) + own

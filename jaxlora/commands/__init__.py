@@ -37,6 +37,7 @@ OF_DATA = {
     "build": "stream a source; accept, group, split and render its rows",
     "check": "run the data gates and write the report that training asks for",
     "audit": "quality report, token statistics, and rows for a person to read",
+    "bench": "measure how long rows take to be ready, and their memory",
 }
 
 

@@ -3,6 +3,7 @@
     jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
     jaxlora bench rl     --model qwen3-8b --random-weights --rank 1 --lengths LENGTHS.json
+    jaxlora bench experts --model qwen3-30b-a3b --rank 32 --tokens 8192
 
 Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
 like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
@@ -22,7 +23,7 @@ from typing import Any, get_args
 
 from jaxlora.cli import HelpFormatter
 from jaxlora.config import Condition, RunConfig, from_dict
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.spec import How, ModelConfig
 from jaxlora.runtime.errors import UserError, add_number
 
 CONDITIONS = get_args(Condition)
@@ -34,7 +35,8 @@ def main() -> int:
     from jaxlora.runtime.devices import setup
 
     setup(config.results_dir, config.model.dtype)
-    measure = {"train": run_train, "decode": run_decode, "rl": run_rl}[options.what]
+    runs = {"train": run_train, "decode": run_decode, "rl": run_rl, "experts": run_experts}
+    measure = runs[options.what]
     result = {"model": options.model, "condition": options.condition, "rank": options.rank}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
@@ -52,8 +54,14 @@ def parse() -> argparse.Namespace:
     train = commands.add_parser("train", help="training steps, then a validation pass")
     decode = commands.add_parser("decode", help="decoding to answers of given lengths")
     rl = commands.add_parser("rl", help="batches of sampling, grading and learning, answers of given lengths")
-    for command in (train, decode, rl):
+    experts = commands.add_parser("experts", help="one layer's experts, by each implementation")
+    for command in (train, decode, rl, experts):
         _add_model_options(command)
+    for command in (train, experts):
+        command.add_argument(
+            "--products", default="auto", help=f"of experts, by {', '.join(get_args(How))}; all: each in turn"
+        )
+    add_number(experts, "--tokens", default=8192, help="tokens that go to experts")
 
     _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
@@ -72,7 +80,10 @@ def parse() -> argparse.Namespace:
     add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
     decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     options = parser.parse_args()
-    if options.what != "train" and options.answers and not options.lengths:
+    known = (*get_args(How), *(("all",) if options.what == "experts" else ()))
+    if options.what in ("train", "experts") and options.products not in known:
+        raise UserError(f"--products: {options.products!r:.80} is not known; give {', '.join(known)}")
+    if options.what in ("decode", "rl") and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
     return options
 
@@ -93,6 +104,9 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--buffer-sizes", default=6, help="buffer lengths, each compiled once")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    add_number(
+        parser, "--dropout", float, zero=True, default=0.0, help="of the adapters' inputs [%(default)s]"
+    )
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
@@ -111,7 +125,8 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         values["train"] = {"max_buffer_tokens": options.buffer_tokens}
     elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
-    else:
+    elif options.what == "train":
+        values["lora"]["dropout"] = options.dropout
         values["model"] |= {"layers": options.layers, "remat": options.remat}
         values["train"] = {"batch_rows": options.batch_rows, "buffer_sizes": options.buffer_sizes}
     return from_dict(values)
@@ -145,7 +160,16 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
     from jaxlora.bench import bench_train
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
-    return bench_train(config, shape, lengths, options.steps, not options.no_validation)
+    return bench_train(config, shape, lengths, options.steps, not options.no_validation, options.products)
+
+
+def run_experts(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from jaxlora.bench import bench_experts
+    from jaxlora.models.grouped import resolve
+
+    hows = [how for how in get_args(How) if how != "auto"]
+    chosen = hows if options.products == "all" else [resolve(options.products)]
+    return bench_experts(config, shape, options.tokens, chosen)
 
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:

@@ -209,7 +209,10 @@ def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str, 
         )
         return segment_attention(q, k, v, segment_ids, backend), (keys, values)
 
-    return model(tokens, positions, attend, cache)
+    real = None
+    if model.config.experts:  # neither padding nor filler rows
+        real = (segment_ids > 0) & (slots < cache[0][0].shape[0])[:, None]
+    return model(tokens, positions, attend, cache, real=real)
 
 
 def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str):
@@ -226,7 +229,8 @@ def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str)
         y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
         return y[:, None], (keys, values)
 
-    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
+    real = state.active[:, None] if model.config.experts else None
+    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache, real=real)
     return hidden[:, 0], cache
 
 

@@ -41,7 +41,8 @@ def decode_weights(
     """
     lora, base = spec.computing(trained, frozen)
     home = _mesh_of(base)
-    mesh = decode_mesh(home, spec.config.num_key_value_heads)
+    experts = spec.config.experts.num_experts if spec.config.experts else 1
+    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts)
     keep = spec.lora is not None and not merge
     joined = not keep and mesh.shape["tensor"] == 1
     adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
@@ -76,6 +77,8 @@ def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) ->
     layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
     if form.joined:
         for path, parts in JOINED.items():
+            if spec.config.experts and path.startswith("mlp."):
+                continue  # the products of experts stay as they are
             modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
             arrays = {name: jnp.concatenate([module[name] for module in modules]) for name in modules[0]}
             set_path(layer, path, arrays)

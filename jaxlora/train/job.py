@@ -17,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.checkpoints.adapters import other_base, read_adapter
-from jaxlora.checkpoints.base import Base, find_base
+from jaxlora.checkpoints.base import Base, find_base, tokenizer_sha256
 from jaxlora.config import DataConfig, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges, split_validation
+from jaxlora.data.cache import RowCache, default_folder
 from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
@@ -29,12 +30,14 @@ from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import check_positions
-from jaxlora.runtime.devices import slice_of
+from jaxlora.runtime.devices import memory_of, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
+
+SURE = 0.8  # of a memory: the estimate is good to about a fifth
 
 
 class Prepared(Protocol):
@@ -160,7 +163,9 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
         raise UserError(
             "config.lora.dropout: is not computed in the head's adapter, which this start has; give 0"
         )
-    return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
+    spec = replace(model, lora=lora, shapes=adapter.shapes)
+    check_targets(spec)
+    return replace(config, lora=lora), spec
 
 
 def fresh_state(job: Prepared) -> TrainState:
@@ -216,6 +221,7 @@ def _load_rows(
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
         options=RowOptions.of(data),
+        cache=RowCache(default_folder(), tokenizer_sha256(tokenizer)) if data.cache else None,
     )
     rows, report = load(data.train_path, limit=data.train_rows)
     if data.validation_path is not None:
@@ -270,6 +276,42 @@ def estimate_memory(job: Job) -> dict[str, int]:
     }
 
 
+def memory_per_device(job: Job) -> int:
+    """Bytes that a run needs on one device, from `estimate_memory`: the base is split over fsdp and tensor,
+    activations over all devices, adapters are whole on each. On CPUs, which share their memory, those of all.
+    """
+    shape, parts = job.mesh.shape, estimate_memory(job)
+    split = shape["fsdp"] * shape["tensor"]
+    trained = "trained weights, gradients and moments"
+    one = parts["base"] / split + parts["activations"] / job.mesh.size + parts["output head"]
+    one += parts[trained] / (split if job.spec.full else 1)
+    on_cpu = job.mesh.devices.flat[0].platform == "cpu"
+    return round(one * (job.mesh.size if on_cpu else 1))
+
+
+def fits(job: Job) -> bool | None:
+    """Whether the run's memory fits the devices that are here: None where it is too close to say, or nothing
+    says how much there is."""
+    room, needed = memory_of(job.mesh.devices.flat[0]), memory_per_device(job)
+    if room is None or SURE * room < needed <= room / SURE:
+        return None
+    return needed <= SURE * room
+
+
+def _room(job: Job) -> str:
+    """The same in words."""
+    device = job.mesh.devices.flat[0]
+    room, needed = memory_of(device), memory_per_device(job)
+    if room is None:
+        return f"about {needed / 2**30:.2f} GiB a device, which does not say what it has"
+    owner = "this machine" if device.platform == "cpu" else "a device"
+    text = f"about {needed / 2**30:.2f} of the {room / 2**30:.2f} GiB that {owner} has: "
+    if fits(job):
+        return text + "fits"
+    smaller = "train.max_buffer_tokens or train.batch_rows smaller, or model.remat=elementwise"
+    return text + ("may not fit" if fits(job) is None else "does not fit") + f"; {smaller}, takes less"
+
+
 def what_is_trained(job: Prepared) -> str:
     lora = job.spec.lora
     if lora is None:
@@ -308,6 +350,7 @@ def describe(job: Job) -> Table:
         "buffers": f"{config.train.layout}, {', '.join(map(str, job.train_layout.sizes))} tokens, "
         f"{padding_efficiency(job.train_rows, epoch, job.train_layout):.1%} of them real",
         "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
+        "room": _room(job),
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
         f" attention {job.machine.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
     }

@@ -48,6 +48,7 @@ _FREE = {
     "train.samples",
     "train.startup_check",
     "data.gate_report",
+    "data.cache",
     "data.allow_ungated",
     "data.train_path",  # the files' and the tokens' hashes are compared instead
     "data.validation_path",

@@ -126,9 +126,12 @@ def buffer_loss(
     noise = None
     if spec.lora is not None and spec.lora.dropout and "dropout" in buffer:
         noise = Noise.of(buffer["dropout"], buffer["positions"], spec.lora.dropout)
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise)
-    weights = buffer["weights"]
-    wanted = weights != 0 if logprobs == "weighted" else segment_ids > 0 if logprobs else None
+    filled, weights = segment_ids > 0, buffer["weights"]
+    real = filled if spec.config.experts else None
+    hidden, _ = model(
+        buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise, real=real
+    )
+    wanted = weights != 0 if logprobs == "weighted" else filled if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
         hidden,
