@@ -35,6 +35,7 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.experts import own_experts
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.grouped import resolve
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import Experts, How, ModelConfig
 from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.errors import UserError
@@ -47,10 +48,11 @@ from jaxlora.train.step import wire as wire_machine
 LATE = 2  # steps that the host runs ahead, as in training
 
 
-def wire(config: RunConfig, model: ModelConfig) -> tuple[Mesh, ModelSpec, Compute]:
+def wire(config: RunConfig, model: ModelConfig, training: bool = True) -> tuple[Mesh, ModelSpec, Compute]:
     """The mesh, the spec and the way to compute that a run of this configuration has on this machine."""
     machine = wire_machine(config.model, config.mesh)
-    spec = ModelSpec(model, config.lora, config.model.dtype, machine.scan)
+    scheme = pick_scheme(config.model, machine.mesh.devices.flat[0], training)
+    spec = ModelSpec(model, config.lora, config.model.dtype, machine.scan, scheme=scheme)
     return machine.mesh, spec, machine.compute()
 
 
@@ -283,7 +285,7 @@ def bench_decode(
     Raises:
       UserError: the configuration asks for a mesh or an attention that this machine does not have.
     """
-    mesh, spec, _ = wire(config, model)
+    mesh, spec, _ = wire(config, model, training=False)
     spec = replace(spec, scan=False)
     backend = decode_backend(config.model.dtype, config.model.attention)
     facts = device_facts()

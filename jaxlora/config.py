@@ -53,6 +53,7 @@ Targets = Annotated[
     Field(pattern=rf"^({_PLACEMENTS}|({_MODULE})(,({_MODULE}))*)$", max_length=500),
 ]
 Remat = bool | Literal["elementwise"]
+BaseDtype = Literal["bfloat16", "float8", "int8", "nf4"]
 _NOT_EMPTY = Field(min_length=1)
 
 
@@ -70,6 +71,14 @@ class ModelSource:
     tokenizer: str | None = _doc("tokenizer directory or Hub name; none: the model's own", None)
     random_weights: bool = _doc("draw random weights for config.json instead of loading any", False)
     dtype: Literal["bfloat16", "float32"] = _doc("dtype of the frozen base and of activations", "bfloat16")
+    base_dtype: BaseDtype | None = _doc(
+        "what the frozen base's projections are rounded to when they are loaded; none: model.dtype", None
+    )
+    base_products: Literal["auto", "weights", "both"] = _doc(
+        "over an 8-bit base: products of both factors in 8 bits, or with weights turned back to model.dtype;"
+        " auto: by device",
+        "auto",
+    )
     attention: Literal["auto", "xla", "splash", "cudnn"] = _doc("attention backend; auto: by device", "auto")
     layers: Literal["auto", "scan", "unroll"] = _doc(
         "one loop over stacked layers, or each layer in turn", "auto"
@@ -535,6 +544,20 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
                 raise UserError(f"{group}{name}: holds a key or token; export it in the environment instead")
 
 
+def check_base_dtype(model: ModelSource) -> None:
+    """Refuse what a base cannot be rounded to.
+
+    Raises:
+      UserError: names the field, and what to give.
+    """
+    if model.base_dtype == "bfloat16" and model.dtype != "bfloat16":
+        raise UserError("config.model.base_dtype: bfloat16 needs model.dtype=bfloat16 as well")
+    if model.base_dtype == "nf4" and model.base_products == "both":
+        raise UserError("config.model.base_products: nf4 is turned back for products; give weights or auto")
+    if model.base_products != "auto" and model.base_dtype in (None, "bfloat16"):
+        raise UserError("config.model.base_products: without model.base_dtype it means nothing; give both")
+
+
 def _check_columns(given: EvalConfig) -> None:
     for pair in given.columns:
         name, _, column = pair.partition("=")
@@ -546,6 +569,11 @@ def _check_columns(given: EvalConfig) -> None:
 
 def _check_combinations(config: RunConfig) -> None:
     _check_texts(to_dict(config))
+    check_base_dtype(config.model)
+    if config.model.base_dtype not in (None, "bfloat16") and config.train.what == "full":
+        raise UserError(
+            "config.model.base_dtype: with train.what=full all weights are trained, in float32; give none"
+        )
     data = config.data
     if data.validation_path is not None and data.validation_fraction is not None:
         raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import partial
 from typing import get_args
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxlora.config import Condition
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
+from jaxlora.models.quantised import dequantise, is_quantised
 from jaxlora.models.spec import Weight
 from jaxlora.runtime.errors import UserError
 
@@ -151,18 +153,22 @@ def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None
 def merged_weight(
     spec: ModelSpec, lora: Tree, weight: Weight, array: jax.Array, layer: int | None = None
 ) -> jax.Array:
-    """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None)."""
+    """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None).
+
+    Of a quantised weight, the numbers that it stands for, in the model's dtype.
+    """
     pair = get_path(lora, weight.path)
     a, b = (pair[name] if layer is None else pair[name][layer] for name in ("lora_a", "lora_b"))
     scales = jnp.asarray(spec.scales(weight), jnp.float32)
     whole = scales.reshape(-1, *(1,) * len(weight.shape)) if weight.stacked else scales[0]
-    return _merged(array, a, b, whole if layer is None else scales[layer])
+    dtype = spec.dtype if is_quantised(array) else array.dtype
+    return _merged(array, a, b, whole if layer is None else scales[layer], jnp.dtype(dtype))
 
 
-@jax.jit
-def _merged(weight, a, b, scale):
+@partial(jax.jit, static_argnums=4)
+def _merged(weight, a, b, scale, dtype):
     delta = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
-    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    return (dequantise(weight, jnp.float32) + scale * delta).astype(dtype)
 
 
 def get_path(tree: Tree, path: str) -> Tree:

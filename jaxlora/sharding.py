@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from jaxlora.config import MeshConfig
 from jaxlora.runtime.errors import UserError
@@ -153,12 +153,25 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 def base_shardings(mesh: Mesh, spec: Any) -> Any:
     """The sharding of each weight of the base, in the form of `spec.abstract_base` (a `ModelSpec`)."""
     axes = _weight_axes(spec)
+    return jax.tree.map_with_path(
+        lambda path, x: _lying(mesh, path, axes[dotted(path)], x), spec.abstract_base
+    )
 
-    def sharding(path, leaf) -> NamedSharding:
-        own = axes[_dotted(path)]
-        return named(mesh, (None,) * (leaf.ndim - len(own)) + own, leaf.shape)
 
-    return jax.tree.map_with_path(sharding, spec.abstract_base)
+def weight_shardings(mesh: Mesh, axes: tuple[str | None, ...], weight: Any) -> Any:
+    """The sharding of each array of one weight with these axes, which may be quantised or stacked."""
+    return jax.tree.map_with_path(lambda path, x: _lying(mesh, path, axes, x), weight)
+
+
+def _lying(mesh: Mesh, path: Any, axes: tuple[str | None, ...], x: Any) -> NamedSharding:
+    own = array_axes(path, axes)
+    return named(mesh, (None,) * (len(x.shape) - len(own)) + own, x.shape)
+
+
+def array_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of one array of a weight that has these axes: the arrays of a quantised one lie as it does."""
+    turned = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "turned"
+    return axes[::-1] if turned else axes
 
 
 def place_trained(mesh: Mesh, spec: Any, tree: Any) -> Any:
@@ -250,7 +263,7 @@ def _weight_axes(spec: Any) -> dict[str, tuple[str | None, ...]]:
     return {weight.place: weight.axes for weight in spec.table}
 
 
-def _dotted(path: Any) -> str:
+def dotted(path: Any) -> str:
     """The dotted path of an array, without the numbers of layers and what is outside the tree."""
     return ".".join(key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str))
 
@@ -264,9 +277,9 @@ def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
         own: tuple[str | None, ...] = ()
         if path and (part := getattr(path[-1], "key", None)) in LORA_AXES:
             own = LORA_AXES[part] if split_lora else (None, None)
-            own = ("expert", *own) if EXPERTS in _dotted(path) else own
+            own = ("expert", *own) if EXPERTS in dotted(path) else own
         elif spec.full:
-            own = weights.get(_dotted(path), ())
+            own = weights.get(dotted(path), ())
         return (None,) * (np.ndim(leaf) - len(own)) + own
 
     return axes

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from jaxlora.checkpoints.base import Base, fingerprint
 from jaxlora.checkpoints.expert_adapters import FUSED, ExpertAdapter, read_experts
 from jaxlora.checkpoints.peft import (
+    BASE_DTYPE,
     FINGERPRINT,
     METADATA,
     PARTS,
@@ -125,6 +126,10 @@ def other_base(metadata: dict[str, Any], base: Base) -> str | None:
     folder here may be a copy of what the adapter knows by a Hub name, and has the right shapes.
     """
     recorded, named, here = metadata.get(FINGERPRINT), metadata["base_model"], base.source.path
+    rounded = metadata.get(BASE_DTYPE)
+    if rounded is not None and rounded != base.source.base_dtype:
+        given = base.source.base_dtype or base.source.dtype
+        return f"was trained on its base in {rounded}, not in {given}; give base_dtype={rounded}"
     if recorded is not None:
         if not base.has_weights or base.fingerprint() == recorded:
             return None

@@ -36,6 +36,7 @@ from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
+from jaxlora.models.quantised import dequantised, pick_scheme
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object, sha256_of
 from jaxlora.runtime.progress import console
@@ -107,7 +108,7 @@ def load_selected(
     found = find_base(source, config.seed, with_weights)
     trained_on = manifest.get("base") or {}
     known = trained_on.get("fingerprint"), summary.get("base_weights_sha256")
-    spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
+    spec = ModelSpec(found.config, None, config.model.dtype, scan=False, scheme=pick_scheme(config.model))
     selected = folder / "selected"
     check_selected(folder)
     if config.train.what == "full":
@@ -227,8 +228,10 @@ def write_adapter(
 def write_merged(selected: Selected, out: str | Path, readme: str | None = None) -> None:
     """Write the base with the adapter folded in, in the dtype of the base's files; see `save_model`.
 
-    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. Of a run
-    that trained all weights, its own model is written.
+    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. A run over
+    a quantised base is merged with the numbers that its weights stood for: with the base's own, the model
+    would be another than the one that was trained. Of a run that trained all weights, its own model is
+    written.
     """
     base = _base(selected)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
@@ -237,9 +240,15 @@ def write_merged(selected: Selected, out: str | Path, readme: str | None = None)
         spec = replace(selected.spec, full=False)
         weights = load_base(selected.run / "selected", spec, mesh)
     else:
-        spec = replace(selected.spec, dtype=_stored_dtype(base))
+        dtype, scheme = _stored_dtype(base), selected.spec.scheme
+        # What is rounded to fewer bits is first read in the dtype that training read.
+        spec = replace(selected.spec, dtype=dtype) if scheme is None else selected.spec
         frozen = selected.base.load(spec, mesh, selected.weights_sha256)
-        weights = merge_lora(spec, selected.lora, frozen)
+        spec = replace(spec, dtype=dtype)
+        if scheme is not None:
+            console.print(f"merging with the base as it was trained on, rounded to {scheme.kind}")
+        weights = dequantised(merge_lora(spec, selected.lora, frozen), dtype)
+        spec = replace(spec, scheme=None)
     console.print(f"writing {out}", markup=False)
     save_model(out, spec, weights, base, tokenizer, readme)
 

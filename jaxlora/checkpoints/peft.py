@@ -27,6 +27,7 @@ from jaxlora.runtime.folders import claimed, new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
 ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
+BASE_DTYPE = "base_dtype"  # in `jaxlora.json` of an adapter that was trained on a quantised base
 FINGERPRINT, RENDERED_BY = "base_fingerprint", "tokenizer_sha256"  # in `jaxlora.json`
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's
 PREFIX = "base_model.model."
@@ -97,7 +98,9 @@ def export_adapter(
         "seed": seed,
     }
     own |= {"rank": spec.lora.rank, "alpha": spec.lora.alpha}
-    if clash := own.keys() & (extra or {}).keys():
+    if spec.scheme is not None:
+        own |= {BASE_DTYPE: spec.scheme.kind, "base_products": spec.scheme.products}
+    if clash := own.keys() & (extra or {}).keys() - {BASE_DTYPE, "base_products"}:
         raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
     own |= extra or {}
     if base_fingerprint is not None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jaxlora.cli import HelpFormatter
-from jaxlora.config import Condition, RunConfig, from_dict
+from jaxlora.config import BaseDtype, Condition, RunConfig, from_dict
 from jaxlora.models.spec import How, ModelConfig
 from jaxlora.runtime.errors import UserError, add_number
 
@@ -38,6 +38,7 @@ def main() -> int:
     runs = {"train": run_train, "decode": run_decode, "rl": run_rl, "experts": run_experts}
     measure = runs[options.what]
     result = {"model": options.model, "condition": options.condition, "rank": options.rank}
+    result |= {"base_dtype": options.base_dtype or options.dtype}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
     print(json.dumps(result))
@@ -96,6 +97,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--rank", default=8)
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--base-dtype", choices=get_args(BaseDtype), help="of the frozen base [--dtype]")
+    parser.add_argument(
+        "--base-products", default="auto", choices=["auto", "weights", "both"], help="see model.base_products"
+    )
 
 
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +121,8 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "path": options.model,
             "random_weights": True,
             "dtype": options.dtype,
+            "base_dtype": options.base_dtype,
+            "base_products": options.base_products,
             "attention": options.attention,
         },
         "lora": {"targets": options.condition, "rank": options.rank},

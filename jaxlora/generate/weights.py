@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlora.config import MeshConfig
 from jaxlora.lora import get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
@@ -37,16 +38,18 @@ def decode_weights(
       trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
       frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
       merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
-        returned and applied at every step.
+        returned and applied at every step. Over a quantised base it always is: rounding the sum again would
+        lose the update, which is smaller than the steps between 8-bit numbers.
     """
     lora, base = spec.computing(trained, frozen)
+    if spec.scheme is not None:
+        spec = replace(spec, scheme=replace(spec.scheme, turned=False))
+        base = jax.tree.map(for_decoding, base, is_leaf=is_quantised)
     home = _mesh_of(base)
     experts = spec.config.experts.num_experts if spec.config.experts else 1
     mesh = decode_mesh(home, spec.config.num_key_value_heads, experts)
-    keep = spec.lora is not None and not merge
-    joined = not keep and mesh.shape["tensor"] == 1
-    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
-    form = replace(spec, scan=False, joined=joined, full=False, **adapter)
+    form = decode_form(spec, mesh, merge)
+    keep = form.lora is not None
     shardings = base_shardings(mesh, form)
     cut = _make_cut(spec, form, home)
     layers = {}
@@ -57,6 +60,16 @@ def decode_weights(
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
     return form, lora if keep else {}, {**outside, "layers": layers}, mesh
+
+
+def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
+    """The form of a model in decoding on this mesh, see `decode_weights`."""
+    scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
+    keep = spec.lora is not None and not (merge and scheme is None)
+    whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
+    joined = not keep and mesh.shape["tensor"] == 1 and whole_groups
+    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
+    return replace(spec, scan=False, joined=joined, full=False, scheme=scheme, **adapter)
 
 
 @cache
@@ -80,8 +93,7 @@ def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) ->
             if spec.config.experts and path.startswith("mlp."):
                 continue  # the products of experts stay as they are
             modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
-            arrays = {name: jnp.concatenate([module[name] for module in modules]) for name in modules[0]}
-            set_path(layer, path, arrays)
+            set_path(layer, path, jax.tree.map(lambda *parts: jnp.concatenate(parts), *modules))
     return layer
 
 

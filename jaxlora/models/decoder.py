@@ -26,10 +26,12 @@ from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
+from jaxlora.models.quantised import Scheme, abstract, products
 from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight
-from jaxlora.sharding import constrain, gather_again, gathered
+from jaxlora.sharding import array_axes, constrain, dotted, gather_again, gathered
 
 Tree = dict[str, Any]
+OUTER = True
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -50,8 +52,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
-    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one. A `[r, in]` and B
-    `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
+    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one, or is quantised. A
+    `[r, in]` and B `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
     """
 
     def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = (), bias: bool = False):
@@ -75,7 +77,7 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
     Their adapters read the input together: one product with all A, and one for its gradient. With `noise`
     each reads what its own dropout leaves of the input.
     """
-    weights = [one.weight[...] for one in linears]
+    weights = [one.weight.get_value() for one in linears]
     adapted = [i for i, one in enumerate(linears) if one.lora_a is not None]
     adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
     drops = None if noise is None else [linears[i].path for i in adapted]
@@ -89,22 +91,52 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
 
 def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=None) -> list[jax.Array]:
     """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
-    ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
+    ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
         own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
-        deltas = _deltas(*own) if drops is None else _dropped_deltas(drops, Noise(words, rate), *own)
+        if drops is not None:
+            deltas = _dropped_deltas(drops, Noise(words, rate), *own)
+        else:  # a product that is scaled afterwards takes the adapter on its way
+            deltas = _deltas(*own, in_passing=ys[0].dtype != x.dtype)
         for i, delta in zip(adapted, deltas, strict=True):
             ys[i] += delta
-    return ys
+    return [y.astype(x.dtype) for y in ys]
 
 
-def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
+def _gathered(weight, axes):
+    return jax.tree.map_with_path(lambda path, x: gathered(x, array_axes(path, axes)), weight)
+
+
+def _deltas(axes, scale, x, all_a, all_b, *, in_passing=False) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
     a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
     b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
+    if in_passing and OUTER and all_b[0].shape[1] <= 16:
+        return [_by_columns(*pair) for pair in zip(lows, b, strict=True)]
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
+
+
+@jax.custom_vjp
+def _by_columns(low, b):
+    """B low, column by column, in float32: no product of its own but a part of what it is added to."""
+    low, b = low.astype(jnp.float32), b.astype(jnp.float32)
+    parts = [low[..., r : r + 1] * b[:, r] for r in range(b.shape[1])]
+    return sum(parts[1:], parts[0])
+
+
+def _by_columns_forward(low, b):
+    return _by_columns(low, b), (low, b)
+
+
+def _by_columns_backward(saved, dy):
+    low, b = saved
+    dy = dy.astype(low.dtype)
+    return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("...o,...r->or", dy, low)
+
+
+_by_columns.defvjp(_by_columns_forward, _by_columns_backward)
 
 
 def _dropped_deltas(paths, noise: Noise, axes, scale, x, all_a, all_b) -> list[jax.Array]:
@@ -354,6 +386,7 @@ class ModelSpec:
     full: bool = False
     shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
     products: How = "auto"  # how experts' products are computed
+    scheme: Scheme | None = None  # of a quantised base's projections; None: in `dtype`
 
     @property
     def scale(self) -> float:
@@ -377,9 +410,20 @@ class ModelSpec:
     @cached_property
     def _split(self):
         assert self.lora is None or not (self.joined or self.full)
+        assert self.scheme is None or not self.full
         module = nnx.eval_shape(lambda: Decoder(self))
         definition, lora, rest = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
-        return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(rest)
+        return definition, nnx.to_pure_dict(lora), self._quantised(nnx.to_pure_dict(rest))
+
+    def _quantised(self, base: Tree) -> Tree:
+        """Shapes of the base with quantised ones in place of those that are quantised."""
+        places = {weight.place: self.scheme_of(weight) for weight in self.table}
+
+        def form(path, x):
+            scheme = places[dotted(path)]
+            return x if scheme is None else abstract(scheme, x)
+
+        return jax.tree.map_with_path(form, base)
 
     @property
     def abstract_base(self) -> Tree:
@@ -394,6 +438,10 @@ class ModelSpec:
     def adapted(self) -> list[Weight]:
         """The weights that carry an adapter."""
         return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
+
+    def scheme_of(self, weight: Weight) -> Scheme | None:
+        """How this weight is quantised; only the layers' projections are."""
+        return self.scheme if weight.stacked and len(weight.shape) == 2 else None
 
     def ranks(self, weight: Weight) -> tuple[int, ...]:
         """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""

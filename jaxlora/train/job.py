@@ -29,6 +29,7 @@ from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
+from jaxlora.models.quantised import described, pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime.devices import memory_of, slice_of
 from jaxlora.runtime.errors import UserError
@@ -146,7 +147,8 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
     Raises:
       UserError: the model cannot have this placement, or the adapter to start from is not one for it.
     """
-    model = ModelSpec(base.config, None, config.model.dtype)
+    scheme = pick_scheme(config.model, training=True)
+    model = ModelSpec(base.config, None, config.model.dtype, scheme=scheme)
     if config.train.what == "full":
         if config.lora.start is not None:
             raise UserError("config.lora.start: with train.what=full no adapter is trained; merge it first")
@@ -269,7 +271,7 @@ def estimate_memory(job: Job) -> dict[str, int]:
     if job.config.model.remat is True:  # one layer at a time is whole
         kept += sum(kept_per_token(config, False))
     return {
-        "base": count_parameters(config) * width,
+        "base": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.spec.abstract_base)),
         "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
         "activations": kept * tokens * width,
         "output head": 2 * 4 * config.vocab_size * min(CHUNK, tokens),
@@ -336,6 +338,7 @@ def describe(job: Job) -> Table:
     rows = {
         "run": f"{config.run_id} in {config.run_dir}",
         "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}"
+        + (f", base in {described(job.spec.scheme)}" if job.spec.scheme else "")
         + (", random weights" if config.model.random_weights else ""),
         "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
         "trained": what_is_trained(job),

@@ -122,6 +122,7 @@ def common_manifest(job: Prepared) -> dict[str, Any]:
         "base": {
             "path": config.model.path,
             "fingerprint": job.base.fingerprint(),
+            **({} if job.spec.scheme is None else {"products": job.spec.scheme.products}),
             "parameters": count_parameters(job.spec.config),
             "matrix_parameters": count_matrix_parameters(job.spec.config),
         },
@@ -209,6 +210,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     base = manifest.get("base") or {}
     start = (manifest.get("trained") or {}).get("start_sha256")
     flat["tokenizer"] = (manifest.get("tokenizer") or {}).get("sha256")
+    flat["base.products"] = base.get("products")  # over a quantised base, what is rounded in them
     return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 
 
