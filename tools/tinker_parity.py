@@ -71,9 +71,9 @@ def record(words: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one call (default: 300)")
     options = parser.parse_args(words)
 
+    from jaxlora.checkpoints.base import end_of_turn
     from jaxlora.data.render import load_tokenizer
     from jaxlora.data.rows import load_rendered_rows
-    from jaxlora.evals.run import end_of_turn
     from jaxlora.parity.policy import PolicySettings, record_policy
     from jaxlora.parity.recording import choose_rows, make_settings, prompts_of
     from jaxlora.parity.recording import record as run
@@ -91,7 +91,8 @@ def record(words: list[str]) -> int:
     tokenizer = load_tokenizer(options.tokenizer)
     limit = 100 * settings.n_rows
     rows, _ = load_rendered_rows(options.rows, tokenizer, max_length=4096, on_bad_row="skip", limit=limit)
-    (stop,) = end_of_turn(tokenizer)
+    if (stop := end_of_turn(tokenizer)) is None:
+        raise UserError(f"{options.tokenizer}: its chat template writes no token after an answer")
     label = options.base_label or options.base
     if options.policy:
         policy = PolicySettings(

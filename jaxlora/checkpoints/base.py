@@ -124,7 +124,7 @@ class Base:
         Raises:
           UserError: there is none.
         """
-        own = [_end_of_turn(tokenizer), tokenizer.eos_token_id]
+        own = [end_of_turn(tokenizer), tokenizer.eos_token_id]
         generation = {}
         if self.folder is not None and (self.folder / GENERATION).is_file():
             generation = read_object(file_in(self.folder, GENERATION))
@@ -165,7 +165,7 @@ def _shape_text(config: ModelConfig) -> str:
     return repr(config).replace(", experts=None)", ")").replace(", rope_scaling=None)", ")")
 
 
-def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The token that the chat template writes after an assistant's turn, where it writes one."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     try:

@@ -172,8 +172,10 @@ class Stopped(Exception):
 
 def serve(name: str, time_limit_s: float, workers: int) -> None:
     """Read a line of jobs, write a line of outcomes, until there are no more."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the parent's: it saves, and closes the pipe when it ends
-        signal.signal(signum, signal.SIG_IGN)
+    # The parent's: it saves, and closes the pipe when it ends. A function that does nothing, other than
+    # SIG_IGN, is not passed on to the programs that a grader starts.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: None)
     logging.disable(logging.CRITICAL)
     # What graders print must not get between the answers, and they have no input.
     requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb")

@@ -143,7 +143,7 @@ def _read(record: Record | ValueError, system: str | None, suffix: str) -> tuple
     if isinstance(record, ValueError):
         raise ValueError("not a JSON object") from None
     if _is_generated(record):
-        return _messages(record["question"], system, suffix), record["answer"]
+        return _messages(record.get("question"), system, suffix), str(record.get("answer") or "")
     asked = next((record[name] for name in ("messages", *_QUESTIONS) if _is_there(record.get(name))), None)
     if asked is None:
         raise ValueError("no messages, problem, question or prompt")

@@ -53,7 +53,7 @@ def misbehaves(row: dict, text: str):
     if text == "reads":
         return float(sys.stdin.read() == "")
     if text == "starts a process":
-        subprocess.Popen(["sleep", "987654"])
+        subprocess.Popen(["sleep", row["seconds"]])
         time.sleep(1000)
     return {
         "NaN": float("nan"),

@@ -7,14 +7,15 @@ answers and took ten steps of `importance_sampling` and of `ppo` on them.
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from helpers.hf_models import make_checkpoint
 
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import RenderedRow
@@ -23,12 +24,10 @@ from jaxlora.parity.comparing import BARS, relative
 from jaxlora.parity.ours import OurBackend
 from jaxlora.parity.policy import (
     OBJECTIVES,
-    PolicySettings,
     centred,
     compare_policy,
     load_policy,
     ratios,
-    record_policy,
     recorded_rows,
     rows_of,
     run_policy,
@@ -119,13 +118,19 @@ def test_what_is_broken_on_purpose_makes_another_adapter(loaded, wrong):
 
 
 @pytest.mark.slow
-def test_a_recording_of_this_package_comes_back_as_it_was_written(tmp_path):
-    make_checkpoint(tmp_path / "base", vocab_size=64, hidden_size=16, num_hidden_layers=1, head_dim=8)
-    backend = OurBackend(tmp_path / "base", "float32", "sum", one_device())
-    settings = PolicySettings(steps=4, group_size=3, shortest=4, longer=3, learning_rate=1e-2)
-    record_policy(backend, [[3, 5, 7, 9], [2, 4, 6]], settings, tmp_path / "own.json", "tiny", stop_token=63)
-    found = compare_policy(load_policy(tmp_path / "own.json"), tmp_path / "base", "float32", one_device())
-    assert [check for check in found if not check.passed] == []
+def test_this_package_recorded_as_if_it_were_a_service_comes_back(tmp_path, monkeypatch):
+    """By the two commands; JSON holds every float32 exactly, so the replay differs nowhere."""
+    backend = OurBackend(FIXTURE / "base", "float32", "sum", one_device())
+    monkeypatch.setattr("jaxlora.parity.tinker_service.TinkerBackend", lambda base, seconds: backend)
+    main = runpy.run_path("tools/tinker_parity.py")["main"]
+    out = tmp_path / "own.json"
+    words = ["record", "--policy", "--out", str(out), "--base-label", "tiny", "--tokenizer", "embedded:base"]
+    monkeypatch.setattr(sys, "argv", ["tinker_parity.py", *words, "--steps", "4"])
+    assert main() == 0
+    monkeypatch.setattr(sys, "argv", ["x", "compare", str(out), "--base", str(FIXTURE / "base")])
+    assert main() == 0
+    assert str(tmp_path) not in out.read_text()
+    found = compare_policy(load_policy(out), FIXTURE / "base", "float32", one_device())
     # Drawing and reading are two programs; all else is the same one.
     assert max(check.value for check in found[1:] if not check.above) == 0
     assert found[0].value < 1e-5

@@ -9,6 +9,9 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.bad_input import attempt, tries
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.evals import gsm8k
@@ -249,3 +252,53 @@ def test_a_task_that_is_not_there_is_one_line(task, message):
     with pytest.raises(UserError, match=message) as caught:
         load_problems(f"reasoning_gym:{task}")
     assert "\n" not in str(caught.value)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["\\boxed{1}", "####", "user", "assistant", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "value"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+KEYS = (
+    "id",
+    "messages",
+    "problem",
+    "question",
+    "prompt",
+    "answer",
+    "solution",
+    "final_answer",
+    "task",
+    "entry",
+    "index",
+    "options",
+)
+
+
+@tries(60)
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6) | VALUES, max_size=4))
+def test_whatever_rows_hold_they_are_problems_or_counted(tmp_path_factory, rows):
+    file = tmp_path_factory.getbasetemp() / "odd-problems.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused = attempt("problems", read_problems, str(file))
+    if refused is None:
+        problems, report = read_problems(str(file))
+        assert report.used + sum(report.skipped.values()) == report.rows == len(rows)
+        for problem in problems:
+            assert problem.answer or "task" in problem.raw
+            assert problem.messages[-1]["role"] == "user"
+            json.dumps([problem.messages, problem.answer], ensure_ascii=False).encode()
+
+
+@tries(60)
+@given(st.text(max_size=40))
+def test_whatever_a_generator_is_called_it_is_a_problem_source_or_one_line(name):
+    assert attempt("problem source", read_problems, f"reasoning_gym:{name}?size=1") is not None

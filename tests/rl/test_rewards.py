@@ -112,6 +112,8 @@ RIGHT = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
     (r"\text{(A)}", "A"),
     (r"(x-1)(x+1)", "x^2-1"),
+    (r"\frac{1}{3}", "0.333333333"),
+    (r"50\%", "0.5"),
 ]
 WRONG = [
     ("5", "6"),
@@ -121,6 +123,8 @@ WRONG = [
     (r"\text{even}", "neve"),  # the same product of letters
     (r"\text{even}", "odd"),
     ("Yes", "No"),
+    ("Yes", "esY"),
+    ("even", "neve"),
     (r"\frac{3}{4}", r"\frac{4}{3}"),
     ("x+1", "x-1"),
     ("(1,2)", "(2,1)"),
@@ -326,16 +330,27 @@ def test_workers_that_hang_end_when_the_parent_or_the_server_is_killed(repositor
         parent.stdout.close()
 
 
-def test_what_a_stopped_function_started_ends_with_it(misbehaving):
-    assert grade_one(misbehaving, "starts a process").failed == "time limit"
-    running = [Path(f"/proc/{name}/cmdline") for name in os.listdir("/proc") if name.isdigit()]
-    lines = []
-    for file in running:
+def running(word: str) -> bool:
+    """Whether any process has this word on its command line."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            lines.append(file.read_bytes())
+            if word.encode() in Path(f"/proc/{name}/cmdline").read_bytes():
+                return True
         except OSError:
             continue
-    assert not any(b"987654" in line for line in lines)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_what_a_stopped_function_started_ends_with_it(misbehaving):
+    seconds = f"98765{os.getpid()}"  # nobody else's
+    row = Problem("p-1", [], "5", {"seconds": seconds})
+    (found,) = misbehaving.grade([(row, "starts a process", False)])
+    assert found.failed == "time limit"
+    end = time.monotonic() + 5
+    while running(f"sleep\0{seconds}") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not running(f"sleep\0{seconds}")
 
 
 def test_a_killed_server_is_started_again():
@@ -344,6 +359,18 @@ def test_a_killed_server_is_started_again():
         os.kill(grader._pool._process.pid, signal.SIGKILL)
         time.sleep(0.1)
         assert grade_one(grader, "x" * 5).reward == 0.5
+
+
+def test_a_signal_to_every_process_of_a_run_is_the_parents_alone():
+    """Who stops a run may signal its whole group: what is being graded is graded to its end."""
+    with grader_named(f"{FUNCTIONS}:process") as grader:
+        first = {int(one.reward) for one in grader.grade([(problem(), "", False)] * 50)}
+        for pid in [grader._pool._process.pid, *first]:
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
+        again = grader.grade([(problem(), "", False)] * 50)
+        assert {int(one.reward) for one in again} <= first
+        assert count_failures(again) == {}
 
 
 def test_ctrl_c_during_grading_leaves_a_grader_that_works(misbehaving):
