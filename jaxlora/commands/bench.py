@@ -70,6 +70,11 @@ def parse() -> argparse.Namespace:
     add_number(rl, "--group", default=16, help="answers to each prompt")
     add_number(rl, "--steps", default=1, help="batches that are timed")
     add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
+    rl.add_argument(
+        "--no-sharing",
+        action="store_true",
+        help="compute a prompt once an answer in learning, not once a group",
+    )
     decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
     options = parser.parse_args()
     if options.what != "train" and options.answers and not options.lengths:
@@ -108,6 +113,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     }
     if options.what == "rl":
         values["rl"] = {"prompts": options.prompts, "group": options.group, "slots": options.slots}
+        values["rl"]["share_prompts"] = not options.no_sharing
         values["train"] = {"max_buffer_tokens": options.buffer_tokens}
     elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
