@@ -4,8 +4,8 @@
 
 A buffer holds a prompt and, after it, what follows it in each of its rows. Only attention must see whole
 rows: for it queries, keys and values are copied into a wider buffer, in which every row has the prompt before
-it, and the outputs are taken back. That is exact for any attention. The gradient of a prompt's position is the
-sum over its copies, added up in one order, so that the same rows give the same bits.
+it, and the outputs are taken back. That is exact for any attention. The gradient of a prompt's position is
+the sum over its copies, added up in one order, so that the same rows give the same bits.
 """
 
 from __future__ import annotations

@@ -115,9 +115,9 @@ def buffer_loss(
     """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
     The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`, and in some cases the places of
-    prompts that rows share, see `jaxlora.models.shared`; what else is in it beside tokens, targets, positions,
-    segment ids and weights are the objective's extras. Adapters drop inputs only where it holds `dropout`, as
-    training batches do.
+    prompts that rows share, see `jaxlora.models.shared`; what else is in it beside tokens, targets,
+    positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it holds
+    `dropout`, as training batches do.
     """
     model = spec.bind(trained, frozen)
     segment_ids = buffer["segment_ids"]
