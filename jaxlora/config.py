@@ -282,6 +282,10 @@ class RLConfig:
     divide_by_std: bool = _doc("divide advantages by their group's standard deviation", False)
     divide_by_length: bool = _doc("divide advantages by the answer's tokens", False)
     mask_truncated: bool = _doc("leave out answers that were cut at the token limit", False)
+    share_prompts: bool = _doc(
+        "on one device with train.layout=packed, learn from a prompt's answers with the prompt computed once",
+        True,
+    )
     updates_per_batch: Positive = _doc("optimizer steps of a batch, each on its part of the prompts", 1)
     refill: Count = _doc("sample other prompts for constant groups, so many times a batch", 0)
     overlap: bool = _doc("sample the next batch while learning from this one: one step off policy", False)

@@ -135,11 +135,11 @@ def _warm_up(job: RLJob, sampler: Sampler, learner: Learner, state: Any, answers
     for _ in range(warm_up_runs()):
         sampler.groups(state.trained, 0, range(rl.prompts), limits=limits)
     rows = [row for group in rows_of(_made_up(job, answers), rl) for row in group]
-    buffers = buffers_of(rows, job.config.train, token_multiple(mesh))
+    buffers = buffers_of(rows, job.config.train, token_multiple(mesh), rl.share_prompts and mesh.size == 1)
     compute = job.machine.compute(most_segments(buffers))
     step = make_gradient_step(job.spec, compute, job.loss, "weighted")
     grads: Tree = jax.tree.map(jnp.zeros_like, state.trained)
-    for batch in {batch["tokens"].shape: batch for batch in buffers}.values():
+    for batch in {tuple(x.shape for x in batch.values()): batch for batch in buffers}.values():
         for _ in range(warm_up_runs()):
             grads, *_ = step(state.trained, grads, learner.frozen, place_batch(mesh, batch))
     update = make_update_step(job.spec, job.config.optim)

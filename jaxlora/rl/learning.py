@@ -26,6 +26,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
 from jaxlora.rl.sampling import Group
+from jaxlora.rl.shared_buffers import shared_buffers
 from jaxlora.runtime import hosts
 from jaxlora.sharding import place_batch, token_multiple
 from jaxlora.train.objective import Loss, extras_of
@@ -76,7 +77,7 @@ def _row(group: Group, i: int, advantage: float) -> RenderedRow:
     logprobs = np.zeros(len(tokens), np.float32)
     logprobs[before:] = episode.logprobs
     extras = {"advantages": weights * np.float32(advantage), "sampler_logprobs": logprobs}
-    return RenderedRow(f"{group.problem.id}/{i}", tokens, weights, extras=extras)
+    return RenderedRow(f"{group.problem.id}/{i}", tokens, weights, str(group.position), extras)
 
 
 def parts_of(groups: Sequence[Any], n: int) -> list[list[Any]]:
@@ -85,14 +86,22 @@ def parts_of(groups: Sequence[Any], n: int) -> list[list[Any]]:
     return [list(groups[a:b]) for a, b in pairwise(cuts) if b > a]
 
 
-def buffers_of(rows: Sequence[RenderedRow], train: TrainConfig, multiple: int) -> list[Batch]:
+def buffers_of(
+    rows: Sequence[RenderedRow], train: TrainConfig, multiple: int, shares: bool = False
+) -> list[Batch]:
     """The rows in buffers `[1, lines, length]` of few shapes, and little padding: longest rows first, each in
-    the first buffer with room (packed), or rows of like length together (padded)."""
+    the first buffer with room (packed), or rows of like length together (padded).
+
+    Args:
+      shares: packed rows of one prompt share it.
+    """
     multiple = round_up(train.buffer_multiple, multiple)
     ordered = sorted(rows, key=lambda row: -row.n_tokens)
     whole = round_up(max(train.max_buffer_tokens, ordered[0].n_tokens), multiple)
     if train.layout == "packed":
         sizes = sorted({max(multiple, round_up(whole >> i, multiple)) for i in range(SIZES)})
+        if shares:
+            return shared_buffers(rows, sizes, MAX_ROWS, multiple)
         return [pack(part, sizes, whole) for part in _fitted(ordered, whole)]
     found, rest = [], ordered
     while rest:
@@ -178,7 +187,8 @@ class Learner:
     def gradient(self, state: TrainState, rows: Sequence[RenderedRow]) -> tuple[Tree, list[Any]]:
         """The gradient summed over rows; of each buffer its loss, log-probabilities, and what was in it."""
         mesh = self.machine.mesh
-        buffers = buffers_of(rows, self.config.train, token_multiple(mesh))
+        shares = self.config.rl.share_prompts and mesh.size == 1
+        buffers = buffers_of(rows, self.config.train, token_multiple(mesh), shares)
         compute = self.machine.compute(most_segments(buffers))
         step = make_gradient_step(self.spec, compute, self.loss, "weighted")
         grads = jax.tree.map(jnp.zeros_like, state.trained)
