@@ -27,7 +27,7 @@ from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight
 from jaxlora.sharding import (
     array_axes,
     constrain,
@@ -370,7 +370,10 @@ def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
         return False
     if weight.lora_group == "output_head":
         return lora.output_head or weight.name in lora.modules
-    return weight.lora_group in GROUPS.get(lora.targets, ()) or weight.name in lora.modules  # type: ignore[call-overload]
+    if weight.lora_group in GROUPS.get(lora.targets, ()):  # type: ignore[call-overload]
+        return True
+    parts = JOINED.get(weight.path.removeprefix("layers."), (weight.path,))
+    return any(part.rpartition(".")[2] in lora.modules for part in parts)
 
 
 @dataclass(frozen=True)
@@ -386,7 +389,7 @@ class ModelSpec:
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"  # of computing, and of the frozen base
     scan: bool = True
-    joined: bool = False  # q, k, v and gate, up are one matrix each; without an adapter only
+    joined: bool = False  # q, k, v and gate, up are one matrix each, in decoding only
     full: bool = False
     shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
     products: How = "auto"  # how experts' products are computed
@@ -413,7 +416,7 @@ class ModelSpec:
 
     @cached_property
     def _split(self):
-        assert self.lora is None or not (self.joined or self.full)
+        assert self.lora is None or not self.full
         assert self.scheme is None or not self.full
         module = nnx.eval_shape(lambda: Decoder(self))
         definition, lora, rest = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
@@ -479,14 +482,14 @@ class ModelSpec:
         The adapter's layer axis is stacked in either form of the layers.
         """
         lora, weights = self.computing(trained, frozen)
-        lora = self._with_scales(lora)
+        lora = self.with_scales(lora)
         if not self.scan and "layers" in lora:
             depth = self.config.num_hidden_layers
             layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}
             lora = {**lora, "layers": layers}
         return nnx.merge(self._split[0], lora, weights)
 
-    def _with_scales(self, lora: Tree) -> Tree:
+    def with_scales(self, lora: Tree) -> Tree:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
         if not self.shapes:
             return lora
