@@ -29,7 +29,7 @@ from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import place_trained, token_multiple, trained_shardings
+from jaxlora.sharding import base_shardings, place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
@@ -170,6 +170,17 @@ def abstract_state(job: Job) -> TrainState:
     state = jax.eval_shape(make)
     shardings = trained_shardings(job.mesh, job.spec, state)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def abstract_frozen(job: Job) -> Tree:
+    """Shapes, dtypes and shardings of what `load_frozen` gives, without any array."""
+    if job.spec.full:
+        return {}
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        job.spec.abstract_base,
+        base_shardings(job.mesh, job.spec),
+    )
 
 
 def load_frozen(job: Job) -> Tree:
