@@ -42,6 +42,7 @@ from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import place_batch, place_trained, token_lines, token_multiple
+from jaxlora.train.programs import StepPrograms
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
@@ -248,10 +249,13 @@ def _time_training(
     first_step_seconds = 0.0
     with CompileCounter() as compiled:
         start = time.perf_counter()
+        programs = StepPrograms(step_fn, mesh)
+        for batch in shapes.values():
+            programs.start(state, frozen, place_batch(mesh, batch), jnp.float32(0))
         for shape, batch in shapes.items():
             console.print(f"compiling for {shape[-1]} tokens")
             for _ in range(warm_up_runs()):
-                state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
+                state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
                 float(metrics["nll"])
                 first_step_seconds = first_step_seconds or time.perf_counter() - start
 
@@ -261,7 +265,7 @@ def _time_training(
     with CompileCounter() as compiled_again, progress_bar("training", last, "steps") as advance:
         clock = time.perf_counter()
         for step, batch in ahead(batch_of, range(1, last + 1)):
-            state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
+            state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
             tokens += sum(rows[i].n_tokens for i in plan.rows_of_step(step))
             buffer_tokens += batch["tokens"].size
             waiting.append(metrics["nll"])

@@ -127,6 +127,21 @@ class Layout:
             return pack(rows, self.sizes, self.max_buffer_tokens, self.lines)
         return pad(rows, self.sizes, self.batch_rows)
 
+    def shape(self, rows: Sequence[RenderedRow]) -> tuple[int, int, int]:
+        """The shape of the batch that `build` makes of these rows."""
+        lengths = [row.n_tokens for row in rows]
+        if not self.packed:
+            return 1, self.batch_rows, min(size for size in self.sizes if size >= max(lengths))
+        largest = largest_buffer(lengths, self.max_buffer_tokens, self.lines)
+        buffers = len(cut_into_lines(lengths, self.max_buffer_tokens, self.lines))
+        return buffers, self.lines, min(size for size in self.sizes if size >= largest)
+
+    def shapes(
+        self, rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], steps: range
+    ) -> list[tuple[int, int, int]]:
+        """The shapes of the batches of these steps, each once, in the order in which they come."""
+        return list(dict.fromkeys(self.shape([rows[i] for i in rows_of_step(step)]) for step in steps))
+
     def order(self, rows: Sequence[RenderedRow]) -> list[int]:
         """The numbers of these rows in the order in which they lie in the batch, line after line."""
         if not self.packed:

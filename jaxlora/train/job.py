@@ -33,7 +33,7 @@ from jaxlora.models.quantised import described, pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import place_trained, token_multiple, trained_shardings
+from jaxlora.sharding import base_shardings, place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
@@ -194,6 +194,17 @@ def abstract_state(job: Prepared) -> TrainState:
     state = jax.eval_shape(make)
     shardings = trained_shardings(job.mesh, job.spec, state)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def abstract_frozen(job: Prepared) -> Tree:
+    """Shapes, dtypes and shardings of what `load_frozen` gives, without any array."""
+    if job.spec.full:
+        return {}
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        job.spec.abstract_base,
+        base_shardings(job.mesh, job.spec),
+    )
 
 
 def load_frozen(job: Prepared) -> Tree:
