@@ -59,7 +59,8 @@ def wire(
     machine = wire_machine(config.model, config.mesh, devices)
     full = config.train.what == "full"
     lora = None if full else config.lora
-    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full)
+    # The machine that compiles is another one, so nothing is left to `auto`.
+    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, products="ragged_dot")
     return machine.mesh, spec, machine.compute()
 
 
@@ -220,7 +221,8 @@ class Programs:
 
     @cached_property
     def _decode_mesh(self) -> jax.sharding.Mesh:
-        return decode_mesh(self.mesh, self.model.num_key_value_heads)
+        experts = self.model.experts.num_experts if self.model.experts else 1
+        return decode_mesh(self.mesh, self.model.num_key_value_heads, experts)
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval

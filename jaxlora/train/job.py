@@ -229,9 +229,10 @@ def estimate_memory(job: Job) -> dict[str, int]:
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
     tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
-    kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
+    ways = max(job.config.mesh.expert, 1)
+    kept = sum(kept_per_token(config, job.config.model.remat, ways)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
-        kept += sum(kept_per_token(config, False))
+        kept += sum(kept_per_token(config, False, ways))
     return {
         "base": count_parameters(config) * width,
         "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
@@ -246,7 +247,10 @@ def _what_is_trained(job: Job) -> str:
         return "all weights, float32 master weights"
     names = ", ".join(weight.name for weight in job.spec.adapted)
     start = f", starting from {lora.start}" if lora.start else ""
-    return f"adapter {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, on {names}{start}"
+    rank = f"rank {lora.rank}"
+    if any(weight.experts for weight in job.spec.adapted):
+        rank += f" ({job.spec.expert_rank} of each expert)"
+    return f"adapter {lora.condition}, {rank}, alpha {lora.alpha:g}, on {names}{start}"
 
 
 def describe(job: Job) -> Table:
