@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
-from jaxlora.models.decoder import is_adapted, kept_per_token
+from jaxlora.models.decoder import ModelSpec, kept_per_token
 from jaxlora.models.families import count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import ModelConfig
@@ -270,7 +270,7 @@ class _Share:
         if self.full:
             return 0
         layers = self.model.num_hidden_layers
-        adapted = [w for w in parameter_table(self.model) if is_adapted(w, self.lora)]
+        adapted = ModelSpec(self.model, self.lora).adapted
         return sum(self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted)
 
     @property

@@ -26,7 +26,7 @@ from jaxlora.checkpoints.base import (
 from jaxlora.checkpoints.peft import ADAPTER_FILES, FINGERPRINT, RENDERED_BY, export_adapter
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
-from jaxlora.lora import count_trainable, merge_lora
+from jaxlora.lora import check_mergeable, count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
 from jaxlora.runtime.errors import UserError
@@ -210,6 +210,7 @@ def write_merged(selected: Selected, out: str | Path) -> None:
     The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. Of a run
     that trained all weights, its own model is written.
     """
+    check_mergeable(selected.spec)
     base = _base(selected)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     tokenizer = selected.tokenizer_folder()

@@ -36,13 +36,13 @@ def decode_weights(
     Args:
       trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
       frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
-      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
-        returned and applied at every step.
+      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise, or where that
+        cannot be (`ModelSpec.mergeable`), the adapter is returned and applied at every step.
     """
     lora, base = spec.computing(trained, frozen)
     home = _mesh_of(base)
     mesh = decode_mesh(home, spec.config.num_key_value_heads)
-    keep = spec.lora is not None and not merge
+    keep = spec.lora is not None and not (merge and spec.mergeable)
     joined = not keep and mesh.shape["tensor"] == 1
     adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
     form = replace(spec, scan=False, joined=joined, full=False, **adapter)

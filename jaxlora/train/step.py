@@ -11,8 +11,8 @@ gradient accumulation over the buffers of a batch (its micro-batches) is a sum, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +99,16 @@ def init_state(trained: Tree, optim: OptimConfig) -> TrainState:
 
 
 def buffer_loss(
-    spec: ModelSpec, trained: Tree, frozen: Tree, buffer: Tree, compute: Compute, loss: str, logprobs: bool
+    spec: ModelSpec,
+    trained: Tree,
+    frozen: Tree,
+    buffer: Tree,
+    compute: Compute,
+    loss: str,
+    logprobs: bool | Literal["weighted"],
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The loss of one buffer summed over its positions, and log p of its targets where asked for.
+    """The loss of one buffer summed over its positions, and log p of its targets where asked for: nowhere,
+    everywhere, or of those that have a weight.
 
     The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
     targets, positions, segment ids and weights are the objective's extras.
@@ -113,7 +120,7 @@ def buffer_loss(
         return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
     hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
-    wanted = segment_ids > 0 if logprobs else None
+    wanted = (buffer["weights"] != 0 if logprobs == "weighted" else segment_ids > 0) if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
         hidden, head_of(model), buffer["targets"], buffer["weights"], OBJECTIVES[loss], extras, wanted
@@ -228,6 +235,24 @@ def make_logprob_step(spec: ModelSpec, compute: Compute):
         return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
 
     return jax.jit(logprob_step, compiler_options=step_options())
+
+
+@lru_cache(maxsize=8)
+def make_row_step(spec: ModelSpec, compute: Compute):
+    """The jitted `(trained, frozen, batch) -> summed nll of each row`, as `make_eval_step` row by row:
+    float32 `[buffers, lines, segments]`, a row's place is its segment id; that of padding, 0, holds 0.
+    """
+
+    def row_step(trained: Tree, frozen: Tree, batch: Tree):
+        def of_buffer(_, buffer):
+            _, found = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", "weighted")
+            losses = -buffer["weights"] * found
+            add = partial(jax.ops.segment_sum, num_segments=compute.max_segments + 1)
+            return None, jax.vmap(add)(losses, buffer["segment_ids"])
+
+        return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
+
+    return jax.jit(row_step, compiler_options=step_options())
 
 
 def _without_rates(optim: OptimConfig) -> OptimConfig:
