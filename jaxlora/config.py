@@ -91,6 +91,7 @@ class LoraConfig:
     )
     rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Alpha = _doc("the update is scaled by alpha / rank", 32.0)
+    dropout: Decay = _doc("share of an adapter's input that a training step leaves out, as PEFT's", 0.0)
     output_head: bool = _doc("adapt the output head as well; a tied one, apart from the embedding", False)
     start: str | None = _doc(
         "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
@@ -112,7 +113,9 @@ class OptimConfig:
     """Adam and its learning rate."""
 
     peak_lr: Rate = _doc("learning rate after warm-up", 3e-4)
-    schedule: Literal["cosine", "constant"] = _doc("cosine: warm-up, then cosine to the minimum", "cosine")
+    schedule: Literal["cosine", "linear", "constant"] = _doc(
+        "cosine, linear: warm-up, then so to the minimum", "cosine"
+    )
     warmup_fraction: Fraction = _doc("share of all steps spent warming up", 0.03)
     min_lr_fraction: Fraction = _doc("final learning rate as a share of the peak", 0.1)
     b1: Decay = _doc("decay of the first moment", 0.9)
@@ -153,7 +156,11 @@ class TrainConfig:
 
     what: Literal["lora", "full"] = _doc("adapters over a frozen base, or all weights", "lora")
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
-    epochs: Epochs = _doc("passes over the rows, in file order", 2)
+    epochs: Epochs = _doc("passes over the rows", 2)
+    max_steps: Positive | None = _doc("end after so many optimizer steps; none: after the epochs", None)
+    early_stopping: Positive | None = _doc(
+        "end after so many validations in a row without a lower NLL; none: never", None
+    )
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
     buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 6)
     buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
@@ -165,6 +172,9 @@ class TrainConfig:
         "also checkpoint each this many steps, without validation; none: only after validations", None
     )
     grace_seconds: Rate = _doc("after SIGTERM, the process saves and ends within this many seconds", 25.0)
+    samples: Annotated[int, Field(ge=0, le=64)] = _doc(
+        "answers to the first validation prompts that each validation writes to samples.jsonl", 0
+    )
     startup_check: bool = _doc("before step 1, check that the fresh adapter and the decoder agree", True)
 
 
@@ -183,11 +193,16 @@ class MeshConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class EvalConfig:
-    """A benchmark in GSM8K's form, by greedy decoding."""
+    """A benchmark in GSM8K's form, or any questions with a rule, by greedy decoding."""
 
     benchmark: str | None = _doc(
         "questions and answers: a JSONL file or openai/gsm8k; training is then gated against it", None
     )
+    rule: str | None = _doc(
+        "boxed, last_number, exact or regex:PATTERN, for any file; none: GSM8K's form and score", None
+    )
+    system: str | None = _doc("system prompt; none: the study's, and with a rule no system prompt", None)
+    columns: tuple[str, ...] = _doc("with a rule: names of columns, as question=task,answer=target", ())
     problems: Positive | None = _doc("use only the first problems; none: all", None)
     max_new_tokens: Length = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
@@ -252,6 +267,9 @@ class RunConfig:
     seed: Count = _doc("of the adapter's initialisation and, with model.random_weights, of the base", 0)
     results_dir: str = _doc("where run directories are made", "results")
     overwrite: bool = _doc("delete an existing run directory of this id first", False)
+    tracking: Literal["wandb", "trackio"] | None = _doc(
+        "show the curves there as well (an extra of that name)", None
+    )
     price: Rate | None = _doc("dollars of one chip for one hour, for the report's cost", None)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -310,6 +328,11 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.train.what: a study compares adapters; use launch/train.py for a full run")
     if config.lora.start is not None:
         raise UserError("config.lora.start: its placement would stand for every condition's; give none")
+    if config.train.early_stopping is not None:
+        raise UserError("config.train.early_stopping: runs of a study take the same steps; give none")
+    for field in ("rule", "system", "columns"):
+        if getattr(config.eval, field):
+            raise UserError(f"config.eval.{field}: a study is scored as GSM8K is; give none")
     _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (
@@ -419,8 +442,11 @@ _ELSEWHERE = {
     "optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
     "lora.rank": ("r", "lora_r", "lora_rank", "rank"),
     "lora.alpha": ("lora_alpha", "alpha"),
+    "lora.dropout": ("lora_dropout", "dropout"),
     "lora.targets": ("target_modules", "lora_target", "targets"),
     "train.epochs": ("num_train_epochs", "num_epochs", "epochs"),
+    "train.max_steps": ("max_steps", "num_steps"),
+    "train.early_stopping": ("early_stopping_patience", "early_stopping", "patience"),
     "train.batch_rows": ("per_device_train_batch_size", "train_batch_size", "batch_size"),
     "train.max_buffer_tokens": ("gradient_accumulation_steps", "micro_batch_size"),
     "train.layout": ("packing", "sample_packing"),
@@ -433,6 +459,7 @@ _ELSEWHERE = {
     "model.dtype": ("bf16", "fp32", "torch_dtype", "dtype"),
     "model.remat": ("gradient_checkpointing", "activation_checkpointing"),
     "results_dir": ("output_dir", "log_path"),
+    "tracking": ("report_to", "wandb_project"),
 }
 
 
@@ -476,12 +503,24 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
         if isinstance(value, dict):
             _check_texts(value, f"{group}{name}.")
         elif isinstance(value, str):
-            if not value or not value.isprintable() or len(value) > 1000:
+            most = 1000
+            if f"{group}{name}" == "config.eval.system":  # a prompt may be long, and have lines
+                value, most = value.replace("\n", " ").replace("\t", " "), 20_000
+            if not value or not value.isprintable() or len(value) > most:
                 raise UserError(
-                    f"{group}{name}: {value!r:.80} is not allowed; give up to 1000 printable characters"
+                    f"{group}{name}: {value!r:.80} is not allowed; give up to {most} printable characters"
                 )
             if holds_secret(value):
                 raise UserError(f"{group}{name}: holds a key or token; export it in the environment instead")
+
+
+def _check_columns(given: EvalConfig) -> None:
+    for pair in given.columns:
+        name, _, column = pair.partition("=")
+        if name not in ("question", "answer") or not column:
+            raise UserError(f"config.eval.columns: {pair!r} is no pair; give question=COLUMN,answer=COLUMN")
+    if given.columns and given.rule is None:
+        raise UserError("config.eval.columns: go with eval.rule, such as last_number; give one")
 
 
 def _check_combinations(config: RunConfig) -> None:
@@ -491,10 +530,17 @@ def _check_combinations(config: RunConfig) -> None:
         raise UserError(
             "config.data.validation_fraction: data.validation_path is given, too; give one of them"
         )
+    if config.lora.dropout and config.train.what == "full":
+        raise UserError("config.lora.dropout: with train.what=full no adapter is trained; give 0")
+    if config.lora.dropout and (config.lora.output_head or "lm_head" in config.lora.modules):
+        raise UserError(
+            "config.lora.dropout: is not computed in the head's adapter; give 0, or leave the head out"
+        )
     if config.eval.after_training and config.eval.benchmark is None:
         raise UserError("config.eval.benchmark: eval.after_training needs one; name a benchmark")
     if odd := [pair for pair in data.columns if "=" not in pair]:
         raise UserError(f"config.data.columns: {odd[0]!r} is no pair; give NAME=COLUMN, as prompt=question")
+    _check_columns(config.eval)
     for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix and its settings
         given = getattr(config, field)
         if given is None:

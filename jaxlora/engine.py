@@ -45,7 +45,7 @@ from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
-from jaxlora.train.objective import objective_named
+from jaxlora.train.objective import Loss, extras_of, objective_of
 from jaxlora.train.step import (
     Compute,
     Machine,
@@ -226,21 +226,22 @@ class Trainer:
 
     # --- Training -------------------------------------------------------------------------------------------
 
-    def forward_backward(self, rows: Sequence[Row], loss: str = "cross_entropy") -> Result:
+    def forward_backward(self, rows: Sequence[Row], loss: str | Loss = "cross_entropy") -> Result:
         """Compute loss and gradient of these rows now; gradients add up until the next `optim_step`.
 
         Args:
           rows: dictionaries with `messages`, or with `tokens` and `weights` (one a token, that of predicting
-            it; the first has none): see `jaxlora.data.render`.
-          loss: an objective of `jaxlora.train.objective`.
+            it; the first has none): see `jaxlora.data.render`. For objectives of policy gradients also with
+            `advantages` and the sampler's `logprobs`, one a token like the weights.
+          loss: an objective of `jaxlora.train.objective`, by name or with settings.
 
         Raises:
           UserError: a row cannot be used (names its number), or the loss is not known.
 
         Stopped on its way (by Ctrl-C, or for want of memory), it drops the gradients since the last step.
         """
-        objective_named(loss)
-        rendered = self._render(rows)
+        objective_of(loss)
+        rendered = [_with_extras(i, row, extras_of(loss)) for i, row in enumerate(self._render(rows))]
         # The step takes the memory of the gradients so far: stopped on the way, they are gone.
         grads, self._grads = self._grads, None
         try:
@@ -313,7 +314,8 @@ class Trainer:
         """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
         found = []
         with self.engine.inside():
-            for batch, compute, lengths in self._batches(self._render(rows)):
+            rendered = [_with_extras(i, row, ()) for i, row in enumerate(self._render(rows))]
+            for batch, compute, lengths in self._batches(rendered):
                 step = make_logprob_step(self.spec, compute)
                 values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
                 found += _by_row(hosts.whole(values), lengths)
@@ -554,21 +556,44 @@ def _from_ids(i: int, row: Any) -> RenderedRow:
     """A row given as token ids, with a weight for each."""
     if not isinstance(row, Mapping) or "tokens" not in row:
         raise UserError(f"row {i}: give `messages`, or `tokens` and `weights`")
-    if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id"})):
+    if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id", *_EXTRAS})):
         raise UserError(f"row {i}: {odd[0]!r:.80} is not known; give `tokens` and `weights`")
     tokens = _array(row["tokens"])
     if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"row {i}: tokens must be at least two whole numbers")
-    weights = _array(row.get("weights", np.arange(len(tokens)) > 0))
-    if weights.dtype.kind in "biuf":
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
-            weights = weights.astype(np.float32)
-    if weights.shape != tokens.shape or weights.dtype != np.float32 or not np.isfinite(weights).all():
-        raise UserError(f"row {i}: {len(tokens)} tokens need as many finite weights, not {weights.shape}")
+    weights = _numbers(i, "weights", row.get("weights", np.arange(len(tokens)) > 0), len(tokens))
+    extras = {own: _numbers(i, name, row[name], len(tokens)) for name, own in _EXTRAS.items() if name in row}
     within = np.clip(
         tokens.astype(np.int64), -1, np.iinfo(np.int32).max
     )  # others must not come round to a valid id
-    return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights)
+    return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights, extras=extras)
+
+
+# Per-token numbers of a row beside its weights, and the objectives' names for them.
+_EXTRAS = {
+    "advantages": "advantages",
+    "logprobs": "sampler_logprobs",
+    "reference_logprobs": "reference_logprobs",
+}
+
+
+def _numbers(i: int, name: str, values: Any, n_tokens: int) -> np.ndarray:
+    """One finite float32 a token."""
+    numbers = _array(values)
+    if numbers.dtype.kind in "biuf":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+            numbers = numbers.astype(np.float32)
+    if numbers.shape != (n_tokens,) or numbers.dtype != np.float32 or not np.isfinite(numbers).all():
+        raise UserError(f"row {i}: {n_tokens} tokens need as many finite {name}, not {numbers.shape}")
+    return numbers
+
+
+def _with_extras(i: int, row: RenderedRow, needed: Sequence[str]) -> RenderedRow:
+    """The row with the extras that an objective takes, and no others."""
+    if missing := [name for name in needed if name not in row.extras]:
+        given = next(name for name, own in _EXTRAS.items() if own == missing[0])
+        raise UserError(f"row {i}: this loss needs `{given}`, one number a token")
+    return replace(row, extras={name: row.extras[name] for name in needed})
 
 
 def _array(values: Any) -> np.ndarray:

@@ -109,7 +109,7 @@ def load_selected(
         return Selected(folder, config, found, known[0], replace(spec, full=True), {}, metadata, known[1])
     adapter = read_adapter(selected, found.config, found.folder)
     for name, given, expected in (
-        ("the placement", adapter.lora, replace(config.lora, start=None)),
+        ("the placement", adapter.lora, replace(config.lora, start=None, dropout=0.0)),
         ("the seed", adapter.metadata["seed"], config.seed),
         ("the run id", adapter.metadata.get("run_id"), config.run_id),
         ("the step", adapter.metadata.get("step"), summary.get("selected_step")),

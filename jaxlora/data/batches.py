@@ -20,9 +20,15 @@ import grain.python as grain
 import numpy as np
 
 from jaxlora.config import TrainConfig
-from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up
+from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up, spread
 from jaxlora.data.render import RenderedRow
 from jaxlora.runtime.errors import UserError
+
+
+def row_words(seed: int, step: int, rows: Sequence[int]) -> np.ndarray:
+    """A word of its own for each row of a step: int32 [rows], a hash of (seed, step, row)."""
+    keys = _mix(np.asarray(rows, np.uint64) + _start(seed, -step))  # no epoch's number
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.int32)
 
 
 @lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
@@ -135,10 +141,23 @@ def choose_layout(
 
 
 def step_batch(
-    rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], layout: Layout, step: int
+    rows: Sequence[RenderedRow],
+    rows_of_step: Callable[[int], Sequence[int]],
+    layout: Layout,
+    step: int,
+    dropout_seed: int | None = None,
 ) -> Batch:
-    """The rows of one training step."""
-    return layout.build([rows[i] for i in rows_of_step(step)])
+    """The rows of one training step.
+
+    Args:
+      dropout_seed: with adapters that drop inputs, the seed of that; the batch has one more array `dropout`,
+        int32 like its tokens, from which each token's mask follows (`jaxlora.models.dropout`).
+    """
+    chosen = rows_of_step(step)
+    batch = layout.build([rows[i] for i in chosen])
+    if dropout_seed is None:
+        return batch
+    return batch | {"dropout": spread(batch, row_words(dropout_seed, step, chosen))}
 
 
 def ahead(build: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:

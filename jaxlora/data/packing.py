@@ -70,12 +70,13 @@ def largest_buffer(lengths: Sequence[int], max_tokens: int) -> int:
 
 def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int) -> Batch:
     """Rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`,
-    each `[buffers, 1, length]` with the smallest of the lengths that holds the fullest buffer.
+    each `[buffers, 1, length]` with the smallest of the lengths that holds the fullest buffer; and, float32,
+    the rows' extras, which all have under the same names.
     """
     lengths = [row.n_tokens for row in rows]
     parts = cut_into_buffers(lengths, max_tokens)
     length = _smallest(sizes, largest_buffer(lengths, max_tokens))
-    batch = _empty(len(parts), 1, length)
+    batch = _empty(rows, len(parts), 1, length)
     for i, part in enumerate(parts):
         start = 0
         for segment, j in enumerate(part):
@@ -86,20 +87,34 @@ def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int) -> 
 
 def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch:
     """One row a line, `n_rows` lines: the same arrays, each `[1, n_rows, length]`."""
-    batch = _empty(1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
+    batch = _empty(rows, 1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
     for i, row in enumerate(rows):
         _place(batch, (0, i), 0, row, 1)
     return batch
 
 
-def _empty(*shape: int) -> Batch:
+def spread(batch: Batch, words: np.ndarray) -> np.ndarray:
+    """Each row's word at each of its tokens: int32, in the shape of the batch's arrays; 0 at padding.
+
+    Args:
+      words: int32 [rows], in the order in which the batch was built.
+    """
+    segments = batch["segment_ids"]
+    counts = segments.max(axis=-1)
+    before = np.cumsum(counts).reshape(counts.shape) - counts
+    return np.where(segments > 0, words[before[..., None] + np.maximum(segments, 1) - 1], 0).astype(np.int32)
+
+
+def _empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
-    return batch | {"weights": np.zeros(shape, np.float32)}
+    return batch | {name: np.zeros(shape, np.float32) for name in ("weights", *rows[0].extras)}
 
 
 def _place(batch: Batch, line: tuple[int, int], start: int, row: RenderedRow, segment: int) -> None:
     place = (*line, slice(start, start + row.n_tokens))
     batch["tokens"][place], batch["targets"][place], batch["weights"][place] = shifted(row)
+    for name, values in row.extras.items():  # of the predicted token, as the weights
+        batch[name][place] = values[1:]
     batch["positions"][place] = np.arange(row.n_tokens)
     batch["segment_ids"][place] = segment
 

@@ -1,4 +1,4 @@
-"""Evaluate a base or an adapter on GSM8K: prompts, greedy decoding, both scores, records on disk.
+"""Evaluate a base or an adapter on GSM8K or any questions: prompts, greedy decoding, scores, records on disk.
 
 summary = evaluate(config, subject, spec, trained, frozen, base, out_dir)
 """
@@ -20,7 +20,8 @@ from rich.table import Table
 from jaxlora.checkpoints.base import Base
 from jaxlora.config import RunConfig
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
-from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
+from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, load_questions, score
+from jaxlora.evals.rules import rule_named
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import decode_backend
@@ -63,7 +64,8 @@ def evaluation_inputs(
         "dtype": config.model.dtype,
         "max_new_tokens": config.eval.max_new_tokens,
         "merged": config.eval.merge_adapter if subject.condition not in (None, "full") else None,
-        "system_prompt": SYSTEM_PROMPT,
+        "system_prompt": system_prompt(config),
+        **({} if config.eval.rule is None else {"rule": config.eval.rule}),
     }
 
 
@@ -83,8 +85,19 @@ def why_redo(out_dir: Path, inputs: dict[str, Any]) -> str | None:
 
 def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem], list[list[int]]]:
     """The benchmark's problems and their prompts as token ids."""
-    problems = load_problems(config.benchmark, config.eval.problems)
-    return problems, render_prompts(tokenizer, [problem.question for problem in problems])
+    settings = config.eval
+    if settings.rule is None:
+        problems = load_problems(config.benchmark, settings.problems)
+    else:
+        columns = dict(pair.split("=", 1) for pair in settings.columns)
+        problems = load_questions(config.benchmark, rule_named(settings.rule), columns, settings.problems)
+    questions = [problem.question for problem in problems]
+    return problems, render_prompts(tokenizer, questions, system_prompt(config))
+
+
+def system_prompt(config: RunConfig) -> str | None:
+    """What the questions are asked with: the configuration's; else the study's where its score is taken."""
+    return config.eval.system or (SYSTEM_PROMPT if config.eval.rule is None else None)
 
 
 def check_lengths(config: RunConfig, base: Base, prompts: list[list[int]]) -> None:
@@ -136,10 +149,11 @@ def evaluate(
         )
     seconds = time.monotonic() - start
     records = []
+    rule = None if config.eval.rule is None else rule_named(config.eval.rule)
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
         text = str(tokenizer.decode(ids))
-        records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
+        records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason, rule))
     facts = inputs | {"first_prompt": tokenizer.decode(prompts[0]), "stop_token_ids": list(stop_ids)}
     return hosts.broadcast(_write(out_dir, config.benchmark, subject, records, facts, seconds))
 
@@ -211,7 +225,9 @@ def show(summaries: list[dict[str, Any]]) -> None:
     """Print scores side by side, with what a reader needs to trust them."""
     problems = " and ".join(sorted({str(s["total"]) for s in summaries}))
     table = Table(title=f"greedy answers to {problems} problems", title_justify="left")
-    for name in ("", "strict", "numeric", "no box", "cut off", "tokens/s"):
+    rules = {s.get("rule") for s in summaries}
+    strict, none = ("strict", "no box") if rules == {None} else ("right", "no answer")
+    for name in ("", strict, "numeric", none, "cut off", "tokens/s"):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     for s in summaries:
         table.add_row(

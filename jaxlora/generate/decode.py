@@ -30,6 +30,8 @@ from jaxlora.sharding import constrain_decode
 
 STEPS_PER_CALL = 16
 PREFILL_ROWS = 32
+SHARED_ROWS, SHARED_PROMPTS = 64, 4  # the same where answers share prompts: answers, and their prompts
+SHARED_WORTH = 16  # free slots that are worth such a prefill, which costs about a decoding step
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this many tokens
 TAIL_FROM_SLOTS = 256  # with fewer slots a step is bound by reading the weights, however many are idle
 WINDOW_MULTIPLE = 128  # the cache is read up to a multiple of this many tokens
@@ -107,18 +109,25 @@ def init_decode(
 def make_prefill(
     spec: ModelSpec, stop_ids: tuple[int, ...], backend: str = "xla", sampling: Sampling = GREEDY
 ):
-    """The jitted `(state, lora, weights, tokens, lengths, slots, limits, keys) -> (state, old)`.
+    """The jitted `(state, lora, weights, tokens, lengths, slots, limits, keys, source) -> (state, old)`.
 
     Reads prompts `tokens` `[rows, length]` (int32, padded on the right, true `lengths` `[rows]`) into the
     given slots and picks their first token. `old` is what those slots had generated before: tokens
     `[rows, max_new_tokens]`, their numbers `[rows]`, and log-probabilities. `keys` `[rows, 2]` as in the
     state. A slot number beyond the last marks a filler row.
+
+    With `source`, int32 `[answers]`, several answers share a prompt, which is read once: answer i has prompt
+    `source[i]`, and `slots`, `limits`, `keys` and `old` are of answers.
     """
 
-    def prefill(state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys=None):
+    def prefill(
+        state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys=None, source=None
+    ):
         model = spec.bind(lora, weights)
-        hidden, cache = prefill_hidden(model, state.cache, tokens, lengths, slots, backend)
+        hidden, cache = prefill_hidden(model, state.cache, tokens, lengths, slots, backend, source)
         final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        if source is not None:
+            final, lengths = final[source], lengths[source]
         first, logprob = choose(model, final, sampling, keys, jnp.zeros_like(lengths))
         old = jax.tree.map(
             lambda x: x.at[slots].get(mode="clip"), (state.output, state.n_new, state.logprobs)
@@ -185,14 +194,18 @@ def make_decode(
     return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 
 
-def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str):
-    """States `[rows, length, hidden]` of prompts, and the cache with their keys and values in these slots."""
+def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str, source=None):
+    """States `[rows, length, hidden]` of prompts, and the cache with their keys and values in these slots.
+
+    With `source`, slot i gets those of prompt `source[i]`.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
 
     def attend(q, k, v, cache):
         keys, values = (
-            old.at[slots, : k.shape[1]].set(new, mode="drop") for old, new in zip(cache, (k, v), strict=True)
+            old.at[slots, : k.shape[1]].set(new if source is None else new[source], mode="drop")
+            for old, new in zip(cache, (k, v), strict=True)
         )
         return segment_attention(q, k, v, segment_ids, backend), (keys, values)
 
@@ -280,8 +293,10 @@ class _Slots:
         stop_ids: tuple[int, ...],
         n: int,
         keys: np.ndarray | None,
+        repeats: int = 1,
     ):
         self.prompts, self.limits, self.stop_ids, self.keys = prompts, limits, stop_ids, keys
+        self.repeats = repeats  # so many prompts in a row are the same one
         # The prompts that wait, shortest last: they are taken from the end.
         self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         self.owner = np.full(n, -1)  # the prompt in each slot, until its answer is collected
@@ -295,11 +310,25 @@ class _Slots:
         Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.
         """
         free = np.flatnonzero(~self.active)
-        worthwhile = len(free) >= at_once or len(free) >= len(self.queue) or not self.active.any()
+        worth = at_once if self.repeats == 1 else min(at_once, SHARED_WORTH)
+        worthwhile = len(free) >= worth or len(free) >= len(self.queue) or not self.active.any()
         return free[: min(at_once, len(self.queue))] if worthwhile else free[:0]
+
+    def take(self, free: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """The next prompts for these slots, and the slots that they take: where answers share prompts, not
+        more than `SHARED_PROMPTS` different ones."""
+        taken = [self.queue.pop() for _ in free]
+        if self.repeats == 1:
+            return taken, free
+        different = list(dict.fromkeys(index // self.repeats for index in taken))[:SHARED_PROMPTS]
+        kept = [index for index in taken if index // self.repeats in different]
+        self.queue += reversed(taken[len(kept) :])
+        return kept, free[: len(kept)]
 
     def prefill_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
         """What `make_prefill` takes of these prompts and filler rows."""
+        if self.repeats > 1:
+            return self._shared_rows(taken, slots, n_rows, sizes)
         longest = max(len(self.prompts[index]) for index in taken)
         tokens = np.zeros((n_rows, min(size for size in sizes if size >= longest)), np.int32)
         lengths, limits = np.ones(n_rows, np.int32), np.ones(n_rows, np.int32)
@@ -313,6 +342,25 @@ class _Slots:
         keys = np.zeros((n_rows, 2), np.uint32)
         keys[: len(taken)] = self.keys[taken]
         return tokens, lengths, places, limits, keys
+
+    def _shared_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
+        """The same where answers share prompts, which are adjacent in the queue."""
+        different = list(dict.fromkeys(index // self.repeats for index in taken))
+        prompts = [self.prompts[group * self.repeats] for group in different]
+        longest = max(map(len, prompts))
+        tokens = np.zeros((SHARED_PROMPTS, min(size for size in sizes if size >= longest)), np.int32)
+        lengths = np.ones(SHARED_PROMPTS, np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+        places, limits = np.full(n_rows, len(self.owner), np.int32), np.ones(n_rows, np.int32)
+        source = np.zeros(n_rows, np.int32)
+        places[: len(taken)], limits[: len(taken)] = slots, [self.limits[index] for index in taken]
+        source[: len(taken)] = [different.index(index // self.repeats) for index in taken]
+        if self.keys is None:
+            return tokens, lengths, places, limits, None, source
+        keys = np.zeros((n_rows, 2), np.uint32)
+        keys[: len(taken)] = self.keys[taken]
+        return tokens, lengths, places, limits, keys, source
 
     def put(self, taken: list[int], slots: np.ndarray) -> None:
         """These prompts are in these slots now."""
@@ -400,16 +448,20 @@ def generate(
     backend: str = "xla",
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    keys: np.ndarray | None = None,
+    repeats: int = 1,
     progress: Callable[[int], None] | None = None,
     stream: Callable[[int, list[int]], None] | None = None,
 ) -> list[Generation]:
-    """Answers to all prompts, in their order.
+    """Answers to all prompts, in their order; with `repeats`, those of one prompt stand together.
 
     Args:
       spec, lora, weights: as of `jaxlora.generate.weights`; layers are unrolled, their caches in place.
       stop_ids: tokens that end an answer.
       seed: of the tokens that are drawn; with it a prompt's number in the list decides.
-      limits: most new tokens of each prompt; None: `max_new_tokens` for all.
+      keys: raw keys of the answers' random numbers, uint32 `[answers, 2]`, in place of the seed.
+      repeats: answers to each prompt, which is then read once for all that begin together.
+      limits: most new tokens of each answer; None: `max_new_tokens` for all.
       tail_slots: go on with so few once no prompt waits and no more rows are left, because the longest
         answers end alone. None: a quarter of the slots, where that is worth another program.
       progress: called with the number of answers newly finished.
@@ -417,6 +469,7 @@ def generate(
         are then powers of two, so that the longer and longer prompts of a chat share few programs.
     """
     assert not spec.scan, "decoding keeps one cache a layer"
+    prompts = [prompt for prompt in prompts for _ in range(repeats)] if repeats > 1 else prompts
     slots = min(slots, len(prompts))
     worth = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
     tail_slots = worth if tail_slots is None else tail_slots
@@ -426,11 +479,12 @@ def generate(
     prefill = make_prefill(spec, stop_ids, backend, sampling)
     decode = make_decode(spec, stop_ids, backend, sampling=sampling)
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
-    keys = _keys(seed, len(prompts)) if sampling.draws else None
-    rows, rows_a_call = _Slots(prompts, limits, stop_ids, slots, keys), min(PREFILL_ROWS, slots)
+    keys = None if not sampling.draws else _keys(seed, len(prompts)) if keys is None else keys
+    rows = _Slots(prompts, limits, stop_ids, slots, keys, repeats)
+    rows_a_call = min(PREFILL_ROWS if repeats == 1 else SHARED_ROWS, slots)
     while rows.queue or rows.active.any():
         while len(free := rows.to_fill(rows_a_call)):
-            taken = [rows.queue.pop() for _ in free]
+            taken, free = rows.take(free)
             state, old = prefill(state, lora, weights, *rows.prefill_rows(taken, free, rows_a_call, sizes))
             rows.collect(free, old)  # what these slots held before
             rows.put(taken, free)

@@ -23,6 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
+from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.spec import GROUPS, AdapterShape, ModelConfig, Weight, tied_head
 from jaxlora.sharding import constrain, gather_again, gathered
@@ -62,10 +63,10 @@ class Linear(nnx.Module):
         else:
             self.lora_a = self.lora_b = None  # type: ignore[assignment]
         self.bias = nnx.Param(jnp.zeros((*stack, out_size), jnp.dtype(spec.dtype))) if bias else None
-        self.axes, self.stacked, self.scale = weight.axes, bool(stack), spec.scale
+        self.axes, self.stacked, self.scale, self.path = weight.axes, bool(stack), spec.scale, weight.path
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return joint_products(x, self)[0]
+    def __call__(self, x: jax.Array, noise: Noise | None = None) -> jax.Array:
+        return joint_products(x, self, noise=noise)[0]
 
 
 class TiedHead(nnx.Module):
@@ -83,25 +84,30 @@ class TiedHead(nnx.Module):
         return _deltas([self.axes], self.scale, x, [self.lora_a[...]], [self.lora_b[...]])[0]
 
 
-def joint_products(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -> list[jax.Array]:
     """The products of several projections with one input.
 
-    Their adapters read the input together: one product with all A, and one for its gradient.
+    Their adapters read the input together: one product with all A, and one for its gradient. With `noise`
+    each reads what its own dropout leaves of the input.
     """
     weights = [one.weight[...] for one in linears]
     adapted = [i for i, one in enumerate(linears) if one.lora_a is not None]
     adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
-    function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale)
-    ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters)
+    drops = None if noise is None else [linears[i].path for i in adapted]
+    rate = 0.0 if noise is None else noise.rate
+    function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale, drops, rate)
+    words = () if noise is None else (noise.words,)
+    ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters, *words)
     ys = [checkpoint_name(y, PRODUCT) for y in ys]
     return [y if one.bias is None else y + one.bias[...] for one, y in zip(linears, ys, strict=True)]
 
 
-def _products(axes, adapted, scale, x, weights, adapters) -> list[jax.Array]:
+def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=None) -> list[jax.Array]:
     """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
     ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
     if adapted:
-        deltas = _deltas([axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True))
+        own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
+        deltas = _deltas(*own) if drops is None else _dropped_deltas(drops, Noise(words, rate), *own)
         for i, delta in zip(adapted, deltas, strict=True):
             ys[i] += delta
     return ys
@@ -114,6 +120,17 @@ def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
+
+
+def _dropped_deltas(paths, noise: Noise, axes, scale, x, all_a, all_b) -> list[jax.Array]:
+    """The same where each module drops inputs of its own; the backward pass draws its masks again."""
+    dropping = jax.checkpoint(
+        lambda x, words, path: dropped(x, Noise(words, noise.rate), path), static_argnums=2
+    )
+    return [
+        _deltas([own], scale, dropping(x, noise.words, path), [a], [b])[0]
+        for path, own, a, b in zip(paths, axes, all_a, all_b, strict=True)
+    ]
 
 
 class Attention(nnx.Module):
@@ -132,7 +149,7 @@ class Attention(nnx.Module):
         self.head_dim, self.joined = config.head_dim, joined
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
 
-    def project(self, x):
+    def project(self, x, noise):
         """Queries, keys and values `[batch, length, heads or kv_heads, head_dim]`."""
 
         def heads(y):
@@ -140,14 +157,14 @@ class Attention(nnx.Module):
 
         if self.joined:
             return jnp.split(heads(self.qkv_proj(x)), [self.heads, self.heads + self.kv_heads], axis=-2)
-        return map(heads, joint_products(x, self.q_proj, self.k_proj, self.v_proj))
+        return map(heads, joint_products(x, self.q_proj, self.k_proj, self.v_proj, noise=noise))
 
-    def __call__(self, x, rotary, attend: Attend, cache):
-        q, k, v = self.project(x)
+    def __call__(self, x, rotary, attend: Attend, cache, noise):
+        q, k, v = self.project(x, noise)
         normed = ((q, self.q_norm), (k, self.k_norm))
         q, k = (rotate(x if norm is None else norm(x), rotary) for x, norm in normed)
         y, cache = attend(q, k, v, cache)
-        return self.o_proj(y.reshape(*x.shape[:-1], -1)), cache
+        return self.o_proj(y.reshape(*x.shape[:-1], -1), noise), cache
 
 
 class MLP(nnx.Module):
@@ -162,12 +179,12 @@ class MLP(nnx.Module):
         self.down_proj = make_linear("layers.mlp.down_proj")
         self.joined = joined
 
-    def __call__(self, x):
+    def __call__(self, x, noise):
         if self.joined:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
-            gate, up = joint_products(x, self.gate_proj, self.up_proj)
-        return self.down_proj(jax.nn.silu(gate) * up)
+            gate, up = joint_products(x, self.gate_proj, self.up_proj, noise=noise)
+        return self.down_proj(jax.nn.silu(gate) * up, noise)
 
 
 class DecoderLayer(nnx.Module):
@@ -179,10 +196,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = make_norm(config.hidden_size)
         self.mlp = MLP(make_linear, joined)
 
-    def __call__(self, x, rotary, attend: Attend, cache):
-        y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache)
+    def __call__(self, x, rotary, attend: Attend, cache, noise):
+        y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache, noise)
         x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.mlp(self.post_attention_layernorm(x), noise)
         return constrain(x, "batch", "length", None), cache
 
 
@@ -233,7 +250,16 @@ class Decoder(nnx.Module):
             return Linear(table["lm_head"], spec)
         return None if spec.mergeable else TiedHead(tied_head(spec.config), spec)
 
-    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False):
+    def __call__(
+        self,
+        tokens,
+        positions,
+        attend: Attend,
+        cache=None,
+        *,
+        remat: Remat = False,
+        noise: Noise | None = None,
+    ):
         """Hidden states after the last norm.
 
         Args:
@@ -242,6 +268,7 @@ class Decoder(nnx.Module):
           cache: None, or one entry a layer: a list (unrolled) or a tree with a leading layer axis (scanned).
           remat: what the backward pass computes again: nothing, the activations of each layer (True), or
             only those that are no product and no attention (`elementwise`): a third of the memory.
+          noise: what the adapters' dropout is drawn from; None: nothing is dropped.
 
         Returns:
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
@@ -249,20 +276,23 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens)
         rotary = rotary_angles(positions, rotary_frequencies(self.config))
 
-        def call(definition, x, state, cache):
-            return nnx.merge(definition, state)(x, rotary, attend, cache)
+        def call(definition, x, state, cache, layer):
+            own = None if noise is None else noise.of_layer(layer)
+            return nnx.merge(definition, state)(x, rotary, attend, cache, own)
 
         if remat:
             keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
             call = jax.checkpoint(call, policy=keep, static_argnums=0)
         if self.scan:
             definition, state = nnx.split(self.layers)
-            x, cache = jax.lax.scan(lambda x, inputs: call(definition, x, *inputs), x, (state, cache))
+            layers = None if noise is None else jnp.arange(self.config.num_hidden_layers)
+            x, cache = jax.lax.scan(lambda x, inputs: call(definition, x, *inputs), x, (state, cache, layers))
         else:
             entries = []
             for i, module in enumerate(self.layers):
                 definition, state = nnx.split(module)
-                x, entry = call(definition, x, state, None if cache is None else cache[i])
+                own = None if cache is None else cache[i], None if noise is None else i
+                x, entry = call(definition, x, state, *own)
                 entries.append(entry)
             cache = entries
         return self.norm(x), cache

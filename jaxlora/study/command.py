@@ -89,5 +89,12 @@ def _work(session: Session, only: str | None) -> int:
         console.print(text, style="red", markup=False)
         return 1 if session.accidents else 2
     if only in (None, "report"):
+        from jaxlora.study.findings import headline, verdicts
+        from jaxlora.study.report import stored_comparison
+
+        comparison = stored_comparison(session.results(), session.folder)
+        console.print(headline(comparison), style="bold", markup=False)
+        for paragraph in verdicts(comparison):
+            console.print(paragraph, markup=False)
         console.print(f"the report is {session.folder / 'report.html'}", markup=False)
     return 0

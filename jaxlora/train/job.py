@@ -33,6 +33,7 @@ from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
+from jaxlora.train.tracking import check_tracking
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def prepare(
       UserError: anything that would stop the run: one line that says what to do.
     """
     data, train = config.data, config.train
+    check_tracking(config)
     if gates is None:
         gates = _look_at_gates(config)
     base = find_base(config.model, config.seed, with_weights)
@@ -98,7 +100,7 @@ def prepare(
     machine = wire(config.model, config.mesh)
     spec = replace(spec, scan=machine.scan)
     plan = plan_run(config.optim, train, len(train_rows), config.seed if data.shuffle else None)
-    distinct = plan.total_steps if data.shuffle else plan.steps_per_epoch
+    distinct = plan.total_steps if data.shuffle else min(plan.total_steps, plan.steps_per_epoch)
     steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
@@ -137,7 +139,11 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
     adapter = read_adapter(config.lora.start, base.config, base.folder)
     if reason := other_base(adapter.metadata, base):
         raise UserError(f"config.lora.start: {config.lora.start}: {reason}")
-    lora = replace(adapter.lora, start=config.lora.start)
+    lora = replace(adapter.lora, start=config.lora.start, dropout=config.lora.dropout)
+    if lora.dropout and (lora.output_head or "lm_head" in lora.modules):
+        raise UserError(
+            "config.lora.dropout: is not computed in the head's adapter, which this start has; give 0"
+        )
     return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
 
 
@@ -208,6 +214,15 @@ def _load_rows(
     return [rows[i] for i in train], [rows[i] for i in validation], (report, report)
 
 
+def trained_tokens(job: Job, steps: int) -> int:
+    """Shifted tokens of the first steps of a run."""
+    epochs, rest = divmod(steps, job.plan.steps_per_epoch)
+    last = range(steps - rest + 1, steps + 1)
+    return epochs * token_count(job.train_rows) + sum(
+        token_count([job.train_rows[i] for i in job.plan.rows_of_step(step)]) for step in last
+    )
+
+
 def token_count(rows: list[RenderedRow]) -> int:
     """Shifted tokens of these rows."""
     return sum(row.n_tokens for row in rows)
@@ -215,8 +230,8 @@ def token_count(rows: list[RenderedRow]) -> int:
 
 def padding_efficiency(rows: list[RenderedRow], batches: Sequence[Sequence[int]], layout: Layout) -> float:
     """Real tokens over buffer tokens of one pass."""
-    built = sum(layout.build([rows[i] for i in batch])["tokens"].size for batch in batches)
-    return token_count(rows) / built
+    parts = [[rows[i] for i in batch] for batch in batches]
+    return sum(map(token_count, parts)) / sum(layout.build(part)["tokens"].size for part in parts)
 
 
 def estimate_memory(job: Job) -> dict[str, int]:
@@ -245,7 +260,8 @@ def _what_is_trained(job: Job) -> str:
         return "all weights, float32 master weights"
     names = ", ".join(weight.name for weight in job.spec.adapted)
     start = f", starting from {lora.start}" if lora.start else ""
-    return f"adapter {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, on {names}{start}"
+    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+    return f"adapter {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}{dropout}, on {names}{start}"
 
 
 def describe(job: Job) -> Table:
@@ -254,7 +270,8 @@ def describe(job: Job) -> Table:
     trainable, total = count_trainable(job.spec), count_parameters(model)
     train_tokens, validation_tokens = token_count(job.train_rows), token_count(job.validation_rows)
     passes = len(plan.validation_steps)
-    epoch = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
+    steps = min(plan.steps_per_epoch, plan.total_steps)
+    epoch = [plan.rows_of_step(step) for step in range(1, steps + 1)]
     memory = estimate_memory(job)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     device = jax.devices()[0]
@@ -265,7 +282,7 @@ def describe(job: Job) -> Table:
         "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
         "trained": _what_is_trained(job),
         "training": f"{len(job.train_rows):,} rows, {train_tokens:,} tokens an epoch, "
-        f"{train_tokens * config.train.epochs:,} in all",
+        f"{trained_tokens(job, plan.total_steps):,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
         f"{validation_tokens * passes:,} in all",
         "steps": f"{plan.total_steps:,}, {plan.steps_per_epoch:,} an epoch, "

@@ -13,7 +13,7 @@ import math
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.data.batches import ahead, step_batch, validation_batches
+from jaxlora.data.packing import Batch
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import out_of_memory
@@ -38,8 +39,9 @@ from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import Job, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import check_inputs, identity, make_manifest
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
+from jaxlora.train.samples import sample_records
 from jaxlora.train.schedule import learning_rate
-from jaxlora.train.selection import select_checkpoint
+from jaxlora.train.selection import select_checkpoint, stops_early
 from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
@@ -146,7 +148,7 @@ class Run:
             self.state = fresh_state(self.job)
         if before is not None:
             self.store.drop_after(self.step)
-        self.directory.start_records(size)
+        self.directory.start_records(size, self.validations)
 
     def to_the_end(self) -> TrainResult | None:
         """Train from the step where the run is to its last one, and close it.
@@ -158,7 +160,7 @@ class Run:
         train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
         if self.step < last and jax.default_backend() == "tpu":
             self._check_longest(train_step)
-        batch_of = partial(step_batch, job.train_rows, job.plan.rows_of_step, job.train_layout)
+        batch_of = self._batch_of()
         with (
             self.stop.saving(job.config.train.grace_seconds) as begin_saving,
             TrainingDisplay(job, self.step + 1) as display,
@@ -166,22 +168,35 @@ class Run:
             log = StepLog(self, display)
             if self._validates:  # stopped between a validation's step and the validation
                 self._after_step(log)
-            if self.step < last:
+            if self.step < last and not self.stopped_early:
                 for step, batch in ahead(batch_of, range(self.step + 1, last + 1)):
                     self.stage = "training"
-                    display.announce_shape("training step", batch["tokens"].shape)
                     rate = np.float32(learning_rate(step, job.config.optim, job.plan))
                     placed = place_batch(job.mesh, batch)
-                    self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
+                    with display.compiling("training step", batch["tokens"].shape):
+                        self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
                     begin_saving()  # until now there was nothing to save
                     self.step = step
                     log.add(step, metrics, float(rate))
                     self.store.check()
                     self._after_step(log)
+                    if self.stopped_early:
+                        break
             log.read_all()
             self.stage = "saving"
             self.store.wait()
         return self._finish()
+
+    def _batch_of(self) -> Callable[[int], Batch]:
+        """What builds the batch of a step."""
+        job, lora = self.job, self.job.spec.lora
+        seed = job.config.seed if lora is not None and lora.dropout else None
+        return partial(step_batch, job.train_rows, job.plan.rows_of_step, job.train_layout, dropout_seed=seed)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validations so far end the run."""
+        return stops_early(self.validations, self.job.config.train.early_stopping)
 
     @property
     def _validates(self) -> bool:
@@ -196,6 +211,7 @@ class Run:
 
     def _after_step(self, log: StepLog) -> None:
         """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
+        job = self.job
         stopping = hosts.agree(self.stop.signum is not None)
         saves = self._saves
         if not stopping and not saves:
@@ -209,6 +225,10 @@ class Run:
                 self.validations[self.step] = mean_nll
                 self.directory.record(self.directory.validation_record(self.step, mean_nll))
                 log.display.validated(self.step, self.validations)
+                if job.config.train.samples:
+                    self.stage = "sampling"
+                    shown = sample_records(job, self.state.trained, self.frozen, self.step)
+                    self.directory.record_samples(shown)
         if saves or stopping:
             self.stage = "saving"
             best = select_checkpoint(self.validations) if self.validations else None
@@ -243,7 +263,11 @@ class Run:
         self.stage = "selection"
         trained = self.store.read(best, self._like).state.trained
         self.directory.export_selected(trained, best)
-        self.directory.finish(best, self.validations)
+        if self.stopped_early:
+            patience = self.job.config.train.early_stopping
+            text = f"no lower validation NLL in the last {patience} validations"
+            console.print(f"stopped early, after step {self.step}: {text}", markup=False)
+        self.directory.finish(best, self.validations, self.step)
         return TrainResult(best, self.validations[best], self.frozen, trained)
 
     def diverged(self, message: str, step: int | None = None) -> Diverged:
@@ -260,7 +284,7 @@ class Run:
         job = self.job
         longest = max(job.train_layout.sizes)
         lines = 1 if job.train_layout.packed else job.train_layout.batch_rows
-        like = step_batch(job.train_rows, job.plan.rows_of_step, job.train_layout, self.step + 1)
+        like = self._batch_of()(self.step + 1)
         batch = {name: np.zeros((1, lines, longest), x.dtype) for name, x in like.items()}
         arguments = self.state, self.frozen, place_batch(job.mesh, batch), jnp.float32(0)
         try:
@@ -326,8 +350,9 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
     for batch in validation_batches(job.validation_rows, job.validation_layout):
         if hosts.agree(run.stop.signum is not None):
             return None
-        display.announce_shape("validation step", batch["tokens"].shape)
-        sums.append(eval_step(run.state.trained, run.frozen, place_batch(job.mesh, batch)))
+        placed = place_batch(job.mesh, batch)
+        with display.compiling("validation step", batch["tokens"].shape):
+            sums.append(eval_step(run.state.trained, run.frozen, placed))
         display.validating(len(sums))
     totals = np.asarray(jax.device_get(sums), np.float64)
     nll, weight = totals.sum(axis=0)

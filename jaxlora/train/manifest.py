@@ -37,6 +37,7 @@ from jaxlora.train.job import Job, token_count
 _FREE = {
     "results_dir",
     "overwrite",
+    "tracking",
     "price",
     "eval",
     "selection",  # what a study makes of the configuration; its runs hold their own values
@@ -44,6 +45,7 @@ _FREE = {
     "regret",
     "train.checkpoint_every",
     "train.grace_seconds",
+    "train.samples",
     "train.startup_check",
     "data.gate_report",
     "data.allow_ungated",
@@ -53,6 +55,8 @@ _FREE = {
     "model.path",  # the base's fingerprint is compared instead
     "lora.start",  # its weights' hash is compared instead
 }
+# Fields that older manifests lack, with the value that says what those runs did.
+_ADDED = {"lora.dropout": 0.0, "train.max_steps": None, "train.early_stopping": None}
 # Fields that change the order of float sums: the result is the same up to rounding, but not to the bit.
 _ROUNDING = {
     "mesh",
@@ -185,7 +189,7 @@ def _start_hash(config: RunConfig) -> str | None:
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What two manifests must share for one to resume the other, flat."""
     config = _flat(manifest.get("config", {}), "")
-    flat = {name: value for name, value in config if not _in(name, _FREE | _ROUNDING)}
+    flat = _ADDED | {name: value for name, value in config if not _in(name, _FREE | _ROUNDING)}
     for name in ("train", "validation"):
         data = (manifest.get("dataset") or {}).get(name) or {}
         for key in ("sha256", "tokens_sha256"):  # of the file; of the rows under the tokenizer, with weights

@@ -22,10 +22,11 @@ from jax.sharding import Mesh
 from jaxlora.config import MeshConfig, ModelSource, OptimConfig, Remat
 from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
 from jaxlora.runtime.devices import scan_layers, step_options
 from jaxlora.sharding import constrain, constrain_trained, make_mesh
-from jaxlora.train.objective import OBJECTIVES
+from jaxlora.train.objective import Loss, objective_of, temperature_of
 
 
 class TrainState(NamedTuple):
@@ -98,20 +99,23 @@ def init_state(trained: Tree, optim: OptimConfig) -> TrainState:
     return TrainState(trained, optimizer(optim).init(trained))
 
 
+Wanted = bool | Literal["weighted"]  # whose log-probabilities: of all targets, or only those with a weight
+
+
 def buffer_loss(
     spec: ModelSpec,
     trained: Tree,
     frozen: Tree,
     buffer: Tree,
     compute: Compute,
-    loss: str,
-    logprobs: bool | Literal["weighted"],
+    loss: str | Loss,
+    logprobs: Wanted,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The loss of one buffer summed over its positions, and log p of its targets where asked for: nowhere,
-    everywhere, or of those that have a weight.
+    """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
     The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
-    targets, positions, segment ids and weights are the objective's extras.
+    targets, positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it
+    holds `dropout`, as training batches do.
     """
     model = spec.bind(trained, frozen)
     segment_ids = buffer["segment_ids"]
@@ -119,19 +123,36 @@ def buffer_loss(
     def attend(q, k, v, cache):
         return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
 
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat)
-    wanted = (buffer["weights"] != 0 if logprobs == "weighted" else segment_ids > 0) if logprobs else None
+    noise = None
+    if spec.lora is not None and spec.lora.dropout and "dropout" in buffer:
+        noise = Noise.of(buffer["dropout"], buffer["positions"], spec.lora.dropout)
+    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise)
+    weights = buffer["weights"]
+    wanted = weights != 0 if logprobs == "weighted" else segment_ids > 0 if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
-        hidden, head_of(model), buffer["targets"], buffer["weights"], OBJECTIVES[loss], extras, wanted
+        hidden,
+        head_of(model),
+        buffer["targets"],
+        weights,
+        objective_of(loss),
+        extras,
+        wanted,
+        temperature_of(loss),
     )
 
 
-_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights"}
+_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout"}
 
 
 def gradients(
-    spec: ModelSpec, trained: Tree, frozen: Tree, batch: Tree, compute: Compute, loss: str, logprobs: bool
+    spec: ModelSpec,
+    trained: Tree,
+    frozen: Tree,
+    batch: Tree,
+    compute: Compute,
+    loss: str | Loss,
+    logprobs: Wanted,
 ) -> tuple[Tree, jax.Array, jax.Array | None]:
     """Gradient and loss of a batch `[buffers, lines, length]`, summed over buffers; log p of its targets."""
 
@@ -182,13 +203,15 @@ def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str
 
 
 @lru_cache(maxsize=8)
-def make_gradient_step(spec: ModelSpec, compute: Compute, loss: str = "cross_entropy"):
+def make_gradient_step(
+    spec: ModelSpec, compute: Compute, loss: str | Loss = "cross_entropy", logprobs: Wanted = True
+):
     """The jitted `(trained, grads, frozen, batch) -> (grads, loss, logprobs)`: gradients add up in `grads`,
-    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 at padding.
+    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 where they are not wanted.
     """
 
     def gradient_step(trained: Tree, grads: Tree, frozen: Tree, batch: Tree):
-        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, True)
+        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, logprobs)
         grads = constrain_trained(spec, jax.tree.map(jnp.add, grads, new))
         return grads, *on_every_chip((value, found))
 
@@ -225,12 +248,18 @@ def make_eval_step(spec: ModelSpec, compute: Compute):
 
 
 @lru_cache(maxsize=8)
-def make_logprob_step(spec: ModelSpec, compute: Compute):
-    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`."""
+def make_logprob_step(
+    spec: ModelSpec, compute: Compute, loss: str | Loss = "cross_entropy", logprobs: Wanted = True
+):
+    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`.
+
+    Of `loss` only the temperature counts.
+    """
+    likelihood = Loss("cross_entropy", temperature=temperature_of(loss))
 
     def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
         def of_buffer(_, buffer):
-            return None, buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", True)[1]
+            return None, buffer_loss(spec, trained, frozen, buffer, compute, likelihood, logprobs)[1]
 
         return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
 

@@ -163,11 +163,33 @@ def test_any_adapter_is_scored_as_its_own_metadata_says(evaluate, run, tmp_path)
     assert (summary["run_id"], summary["condition"], summary["seed"]) == (run.name, "attention_only", 2)
 
 
-def test_an_adapter_without_a_seed_needs_one_named(evaluate, run, tmp_path):
+def test_any_questions_are_asked_and_scored_as_the_options_say(evaluate, run, tmp_path):
+    quiz = tmp_path / "quiz.csv"
+    quiz.write_text("task,target\nWhat is 3 + 4?,7\nWhat is 2 + 2?,the answer is 4\n")
+    words = ("--questions", quiz, "--system", "Be brief.", "--columns", "question=task,answer=target")
+    evaluate("--adapter", run / "selected", "--out", tmp_path / "scores", *words, "--rule", "last_number")
+    summary = read_json(tmp_path / "scores" / "summary.json")
+    assert (summary["system_prompt"], summary["rule"], summary["total"]) == ("Be brief.", "last_number", 2)
+    assert "Be brief." in summary["first_prompt"]
+    records = [
+        json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert [record["reference_answer"] for record in records] == ["7", "4"]
+    assert rescore(tmp_path / "scores" / "predictions.jsonl") == records
+    with pytest.raises(UserError, match=r"config.eval.rule: 'last' is not known"):
+        evaluate("--base", *words, "--rule", "last")
+    evaluate("--base", *words[:2], "--columns", "question=task,answer=target", "--rule", "exact")
+    summary = read_json(tmp_path / "results" / "tiny-base" / "evaluation" / "summary.json")
+    assert summary["system_prompt"] is None
+    assert "system" not in summary["first_prompt"]
+
+
+def test_an_adapter_without_a_seed_needs_none(evaluate, run, tmp_path):
     shutil.copytree(run / "selected", tmp_path / "step-3169")
     (tmp_path / "step-3169" / "jaxlora.json").unlink()
-    with pytest.raises(UserError, match="does not record its seed; name it with --seed"):
-        evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "scores")
+    evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "unknown")
+    summary = read_json(tmp_path / "unknown" / "summary.json")
+    assert (summary["seed"], summary["run_id"]) == (None, "tiny-attention_only-step-3169")
     evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "scores", "--seed", 5)
     summary = read_json(tmp_path / "scores" / "summary.json")
     assert (summary["condition"], summary["seed"], summary["checkpoint"]) == (

@@ -215,8 +215,9 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
     assert "the study [red]t, in x[/red]; its runs are [red]t-..." in text
     assert "│ all_layer-seed-2 " in text
 
-    shown = Console(width=200, file=io.StringIO())
-    monkeypatch.setattr("jaxlora.train.display.console", shown)
+    shown = Console(width=200, file=io.StringIO(), force_terminal=True, color_system=None)
+    for module in ("jaxlora.train.display", "jaxlora.runtime.progress"):
+        monkeypatch.setattr(f"{module}.console", shown)
     job = prepare(grid.sweep_runs(config)[0], with_weights=False)
     with TrainingDisplay(job, first_step=1) as display:
         display.show(1, 0.5, display.rate(100))
@@ -654,7 +655,11 @@ def test_a_run_that_failed_and_one_that_waits_for_it_are_named(session, monkeypa
 
 def test_a_finished_study_is_a_success(session, capsys):
     assert _work(session, None) == 0
-    assert "the report is results/tiny-report/report.html" in " ".join(capsys.readouterr().err.split())
+    shown = " ".join(capsys.readouterr().err.split())
+    report = Path("results/tiny-report/report.md").read_text()
+    (headline,) = (line for line in report.splitlines() if line.startswith("# "))
+    assert headline.lstrip("# ") in shown  # the verdict
+    assert shown.endswith("the report is results/tiny-report/report.html")
 
 
 # --- Evaluations of something else --------------------------------------------------------------------------
