@@ -68,15 +68,20 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
 
 
-def _curves(axes: Axes, sweeps: Sequence[Sweep], by_examples: bool = False) -> None:
-    """Envelopes over a logarithmic axis; the first steps, where all are far above, are cut off."""
+def _curves(axes: Axes, sweeps: Sequence[Sweep]) -> None:
+    """Envelopes over a logarithmic axis."""
     looks = _looks(sweeps)
     for sweep in sweeps:
-        scale = sweep.batch_rows if by_examples else 1
-        x, y = [scale * p.step for p in sweep.envelope], [p.loss for p in sweep.envelope]
+        x, y = [p.step for p in sweep.envelope], [p.loss for p in sweep.envelope]
         axes.plot(x, y, **looks[sweep.label], linewidth=1.2, markersize=4, label=sweep.name)
-    axes.set_xscale("log")
+    _step_axis(axes)
     axes.set_ylabel(_LOSS)
+
+
+def _step_axis(axes: Axes) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("step (logarithmic)")
 
 
 def draw_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
@@ -86,15 +91,13 @@ def draw_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
         return None
     figure, (left, right) = _canvas("Lowest loss over rates, by step", 2)
     _curves(left, own)
-    left.set_xlabel("step (logarithmic)")
     looks = _looks(own)
     lowest = [min(p.loss for p in points) for points in zip(*(s.envelope for s in own), strict=True)]
     for sweep in own:
         x = [p.step for p in sweep.envelope]
         y = [p.loss - low for p, low in zip(sweep.envelope, lowest, strict=True)]
         right.plot(x, y, **looks[sweep.label], linewidth=1.2, markersize=4)
-    right.set_xscale("log")
-    right.set_xlabel("step (logarithmic)")
+    _step_axis(right)
     right.set_title("Above the lowest of all, nats a token")
     right.set_ylim(bottom=0)
     _legend(figure, left)
@@ -124,7 +127,7 @@ def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figu
         if (best := sweep.best(scatter)) and not best.edge:
             axes.plot(best.rate, best.loss, "o", markersize=12, markerfacecolor="none", color="#111111")
     axes.set_xscale("log")
-    room = max(ends) - min(lowest)
+    room = max(max(ends) - min(lowest), 0.01)
     axes.set_ylim(min(lowest) - 0.05 * room, max(ends) + 0.6 * room)  # what diverges is above the picture
     axes.set_xlabel("learning rate (logarithmic)")
     axes.set_ylabel(_LOSS)
@@ -209,13 +212,12 @@ def draw_placements(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | 
     low, high = (f(p.loss for s in late for p in s.envelope[middle:]) for f in (min, max))
     left.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     left.set_xlim(left=late[0].envelope[middle].step)
-    left.set_xlabel("step (logarithmic)")
     looks = _looks(own)
     for y, sweep in enumerate(own):
         right.plot(sweep.repeats, [y] * len(sweep.repeats), looks[sweep.label]["marker"], color="#0B4F8A")
     right.set_yticks(range(len(own)), [f"{s.name}, {s.parameters / 1e6:.1f} M" for s in own])
     right.invert_yaxis()
-    right.set_xlabel("last loss at the best rate, every seed (axis does not begin at zero)")
+    right.set_xlabel("last loss at the best rate, every seed\n(axis does not begin at zero)")
     _legend(figure, left)
     return figure
 
@@ -248,7 +250,7 @@ def draw_ratios(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None
         return None
     axes.axhline(10, color="#666666", linewidth=0.8, linestyle=":")
     axes.axhline(15, color="#666666", linewidth=0.8, linestyle=":")
-    axes.set_xscale("log")
+    _step_axis(axes)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("step (logarithmic); dotted: 10 and 15")

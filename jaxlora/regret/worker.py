@@ -52,16 +52,18 @@ class Lab:
     def _check(self, cell: Cell) -> None:
         """Refuse a cell that cannot be trained here; say where its rates look wrong."""
         job = self.job(RunId(cell, 0, self.config.seed))
+        self._check_memory(cell.arm.label, sum(estimate_memory(job).values()) / job.mesh.size)
+        if warning := rate_warning(job.spec.config, cell.arm.what, cell.middle):
+            console.print(f"{cell.arm.label}: {warning}", style="yellow", markup=False)
+
+    def _check_memory(self, label: str, needed: float) -> None:
         room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-        needed = sum(estimate_memory(job).values()) / job.mesh.size
         if room is not None and needed > room:
             raise UserError(
-                f"config.regret.arms: {cell.arm.label} needs about {needed / 2**30:.1f} GiB a device, which"
+                f"config.regret.arms: {label} needs about {needed / 2**30:.1f} GiB a device, which"
                 f" has {room / 2**30:.1f}; give a lower rank, a smaller --config.train.max_buffer_tokens, or"
                 " more devices"
             )
-        if warning := rate_warning(job.spec.config, cell.arm.what, cell.middle):  # type: ignore[arg-type]
-            console.print(f"{cell.arm.label}: {warning}", style="yellow", markup=False)
 
     def config_of(self, run: RunId) -> RunConfig:
         """The configuration of one run."""
