@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.redaction import holds_secret
+from jaxlora.runtime.text import holds_secret
 
 # Strict about names and about infinities; lenient about "8" for 8, because overrides arrive as text.
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
@@ -53,6 +53,7 @@ Targets = Annotated[
     Field(pattern=rf"^({_PLACEMENTS}|({_MODULE})(,({_MODULE}))*)$", max_length=500),
 ]
 Remat = bool | Literal["elementwise"]
+BaseDtype = Literal["bfloat16", "float8", "int8", "nf4"]
 _NOT_EMPTY = Field(min_length=1)
 
 
@@ -70,6 +71,14 @@ class ModelSource:
     tokenizer: str | None = _doc("tokenizer directory or Hub name; none: the model's own", None)
     random_weights: bool = _doc("draw random weights for config.json instead of loading any", False)
     dtype: Literal["bfloat16", "float32"] = _doc("dtype of the frozen base and of activations", "bfloat16")
+    base_dtype: BaseDtype | None = _doc(
+        "what the frozen base's projections are rounded to when they are loaded; none: model.dtype", None
+    )
+    base_products: Literal["auto", "weights", "both"] = _doc(
+        "over an 8-bit base: products of both factors in 8 bits, or with weights turned back to model.dtype;"
+        " auto: by device",
+        "auto",
+    )
     attention: Literal["auto", "xla", "splash", "cudnn"] = _doc("attention backend; auto: by device", "auto")
     layers: Literal["auto", "scan", "unroll"] = _doc(
         "one loop over stacked layers, or each layer in turn", "auto"
@@ -91,7 +100,8 @@ class LoraConfig:
     )
     rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Alpha = _doc("the update is scaled by alpha / rank", 32.0)
-    output_head: bool = _doc("adapt the output head as well (needs an untied head)", False)
+    dropout: Decay = _doc("share of an adapter's input that a training step leaves out, as PEFT's", 0.0)
+    output_head: bool = _doc("adapt the output head as well; a tied one, apart from the embedding", False)
     start: str | None = _doc(
         "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
     )
@@ -112,7 +122,9 @@ class OptimConfig:
     """Adam and its learning rate."""
 
     peak_lr: Rate = _doc("learning rate after warm-up", 3e-4)
-    schedule: Literal["cosine", "constant"] = _doc("cosine: warm-up, then cosine to the minimum", "cosine")
+    schedule: Literal["cosine", "linear", "constant"] = _doc(
+        "cosine, linear: warm-up, then so to the minimum", "cosine"
+    )
     warmup_fraction: Fraction = _doc("share of all steps spent warming up", 0.03)
     min_lr_fraction: Fraction = _doc("final learning rate as a share of the peak", 0.1)
     b1: Decay = _doc("decay of the first moment", 0.9)
@@ -140,6 +152,7 @@ class DataConfig:
     enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
     shuffle: bool = _doc("another order in each epoch, by config.seed; false: the file's order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
+    cache: bool = _doc("keep the tokens of large files in ~/.cache/jaxlora/rows, and find them again", True)
     on_bad_row: Literal["error", "skip"] = _doc(
         "stop at a row that cannot be used, or count and skip", "error"
     )
@@ -153,7 +166,11 @@ class TrainConfig:
 
     what: Literal["lora", "full"] = _doc("adapters over a frozen base, or all weights", "lora")
     batch_rows: Positive = _doc("rows of one optimizer step", 8)
-    epochs: Epochs = _doc("passes over the rows, in file order", 2)
+    epochs: Epochs = _doc("passes over the rows", 2)
+    max_steps: Positive | None = _doc("end after so many optimizer steps; none: after the epochs", None)
+    early_stopping: Positive | None = _doc(
+        "end after so many validations in a row without a lower NLL; none: never", None
+    )
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
     buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 6)
     buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
@@ -165,6 +182,9 @@ class TrainConfig:
         "also checkpoint each this many steps, without validation; none: only after validations", None
     )
     grace_seconds: Rate = _doc("after SIGTERM, the process saves and ends within this many seconds", 25.0)
+    samples: Annotated[int, Field(ge=0, le=64)] = _doc(
+        "answers to the first validation prompts that each validation writes to samples.jsonl", 0
+    )
     startup_check: bool = _doc("before step 1, check that the fresh adapter and the decoder agree", True)
 
 
@@ -172,8 +192,8 @@ class TrainConfig:
 class MeshConfig:
     """Axes of the device mesh; one of them may be -1: all that is left.
 
-    Where none is given, the mesh is chosen for a TPU slice (`jaxlora.estimate.with_mesh`), and elsewhere
-    fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
+    Where none is given, the mesh is chosen for TPU slices and GPUs (`jaxlora.estimate.mesh_here`), and
+    elsewhere fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
     """
 
     data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)
@@ -184,11 +204,16 @@ class MeshConfig:
 
 @dataclass(frozen=True, config=_CHECKED)
 class EvalConfig:
-    """A benchmark in GSM8K's form, by greedy decoding."""
+    """A benchmark in GSM8K's form, or any questions with a rule, by greedy decoding."""
 
     benchmark: str | None = _doc(
         "questions and answers: a JSONL file or openai/gsm8k; training is then gated against it", None
     )
+    rule: str | None = _doc(
+        "boxed, last_number, exact or regex:PATTERN, for any file; none: GSM8K's form and score", None
+    )
+    system: str | None = _doc("system prompt; none: the study's, and with a rule no system prompt", None)
+    columns: tuple[str, ...] = _doc("with a rule: names of columns, as question=task,answer=target", ())
     problems: Positive | None = _doc("use only the first problems; none: all", None)
     max_new_tokens: Length = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
@@ -220,6 +245,77 @@ class SweepConfig:
     batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
 
 
+GroupSize = Annotated[int, Field(ge=2, le=4096)]
+Policy = Literal["importance_sampling", "ppo", "cispo", "dro"]  # as in jaxlora.train.objective
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RLConfig:
+    """Learning from rewards (`jaxlora rl`): problems, sampling, rewards, the objective."""
+
+    problems: str = _doc("problems with answers: a file, or reasoning_gym:TASK", "embedded:data/train.jsonl")
+    problem_rows: Positive | None = _doc("use only the first problems; none: all", None)
+    eval_problems: str | None = _doc("held-out problems, answered greedily; none: no evaluation", None)
+    eval_rows: Positive | None = _doc("use only the first of them; none: all", None)
+    system: str | None = _doc("the system message; none: that of the row", None)
+    suffix: str | None = _doc("text after each question; none: nothing", None)
+    reward: str = _doc("gsm8k_strict, gsm8k_numeric, math, ..., or module:function", "gsm8k_strict")
+    format_weight: NotNegative = _doc("what an answer that is not well formed loses", 0.0)
+    time_limit_s: Rate = _doc("longest grading of one answer in seconds; above it, it earns 0", 1.0)
+    steps: Positive = _doc("batches that are sampled and learned from", 100)
+    prompts: Positive = _doc("prompts of a batch", 32)
+    group: GroupSize = _doc("answers to each prompt, whose mean reward is the baseline", 16)
+    temperature: Rate = _doc("of sampling; the learner's log-probabilities are tempered alike", 1.0)
+    top_p: Annotated[float, Field(gt=0, le=1)] = _doc(
+        "must be 1: a filter would change the sampler only", 1.0
+    )
+    max_new_tokens: Length = _doc("longest answer in tokens, its end token included", 512)
+    slots: Positive = _doc("answers decoded at once", 256)
+    loss: Policy = _doc("the objective; sums over action tokens", "importance_sampling")
+    clip_low: NotNegative = _doc("lowest ratio, for ppo and cispo", 0.8)
+    clip_high: Rate = _doc("highest ratio, for ppo and cispo", 1.2)
+    beta: NotNegative = _doc("pull towards the sampler, for dro", 0.05)
+    kl: NotNegative = _doc("weight of the divergence from the base; 0: none", 0.0)
+    baseline: Literal["group", "leave_one_out"] = _doc(
+        "what is subtracted from a reward: the mean of its group, or of the others in it", "group"
+    )
+    divide_by_std: bool = _doc("divide advantages by their group's standard deviation", False)
+    divide_by_length: bool = _doc("divide advantages by the answer's tokens", False)
+    mask_truncated: bool = _doc("leave out answers that were cut at the token limit", False)
+    share_prompts: bool = _doc(
+        "on one device with train.layout=packed, learn from a prompt's answers with the prompt computed once",
+        True,
+    )
+    updates_per_batch: Positive = _doc("optimizer steps of a batch, each on its part of the prompts", 1)
+    refill: Count = _doc("sample other prompts for constant groups, so many times a batch", 0)
+    overlap: bool = _doc("sample the next batch while learning from this one: one step off policy", False)
+    eval_every: Positive = _doc("evaluate and checkpoint each this many batches, and at the end", 10)
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RegretConfig:
+    """Conditions that are each swept over learning rates, full fine-tuning among them (`jaxlora.regret`).
+
+    Where `arms` names some, `launch/study.py` runs this instead of the study.
+    """
+
+    arms: tuple[str, ...] = _doc(
+        "conditions: full, PLACEMENT:RANK such as all_layer:16 or mlp_only+lm_head:8, or"
+        " PLACEMENT~OTHER:RANK, with the rank that has as many parameters as OTHER at RANK; each with @ROWS"
+        " a step where they are not train.batch_rows",
+        (),
+    )
+    marks: tuple[Positive, ...] = _doc(
+        "steps where the best rate is read beside the last one, and must lie inside the grid", ()
+    )
+    rates: Positive = _doc("rates of each arm, at factors of 2 around the published formula's", 5)
+    extend: Count = _doc("more rates, one by one, while the best one lies on an edge; at most", 4)
+    repeats: Count = _doc("more seeds of each arm at its best rate", 1)
+    looks: Positive = _doc("held-out evaluations in each doubling of the step", 2)
+    lora_rate: Rate | None = _doc("middle of the adapters' rates; none: the formula's", None)
+    full_rate: Rate | None = _doc("middle of the rates of full fine-tuning; none: the formula's", None)
+
+
 @dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
     """One training run: one placement, one seed. A study makes its runs from one of these."""
@@ -229,6 +325,9 @@ class RunConfig:
     seed: Count = _doc("of the adapter's initialisation and, with model.random_weights, of the base", 0)
     results_dir: str = _doc("where run directories are made", "results")
     overwrite: bool = _doc("delete an existing run directory of this id first", False)
+    tracking: Literal["wandb", "trackio"] | None = _doc(
+        "show the curves there as well (an extra of that name)", None
+    )
     price: Rate | None = _doc("dollars of one chip for one hour, for the report's cost", None)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -239,6 +338,8 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+    regret: RegretConfig = dataclasses.field(default_factory=RegretConfig)
 
     @property
     def condition(self) -> str:
@@ -286,6 +387,11 @@ def check_study(config: RunConfig) -> None:
         raise UserError("config.train.what: a study compares adapters; use launch/train.py for a full run")
     if config.lora.start is not None:
         raise UserError("config.lora.start: its placement would stand for every condition's; give none")
+    if config.train.early_stopping is not None:
+        raise UserError("config.train.early_stopping: runs of a study take the same steps; give none")
+    for field in ("rule", "system", "columns"):
+        if getattr(config.eval, field):
+            raise UserError(f"config.eval.{field}: a study is scored as GSM8K is; give none")
     _ = config.benchmark, config.validation_file  # a study needs both
     own, usual, sweep = config.lora.condition, RunConfig(), config.sweep
     for one, many, given, default, swept in (
@@ -395,8 +501,11 @@ _ELSEWHERE = {
     "optim.eps": ("adam_epsilon", "adam_eps", "epsilon"),
     "lora.rank": ("r", "lora_r", "lora_rank", "rank"),
     "lora.alpha": ("lora_alpha", "alpha"),
+    "lora.dropout": ("lora_dropout", "dropout"),
     "lora.targets": ("target_modules", "lora_target", "targets"),
     "train.epochs": ("num_train_epochs", "num_epochs", "epochs"),
+    "train.max_steps": ("max_steps", "num_steps"),
+    "train.early_stopping": ("early_stopping_patience", "early_stopping", "patience"),
     "train.batch_rows": ("per_device_train_batch_size", "train_batch_size", "batch_size"),
     "train.max_buffer_tokens": ("gradient_accumulation_steps", "micro_batch_size"),
     "train.layout": ("packing", "sample_packing"),
@@ -409,6 +518,7 @@ _ELSEWHERE = {
     "model.dtype": ("bf16", "fp32", "torch_dtype", "dtype"),
     "model.remat": ("gradient_checkpointing", "activation_checkpointing"),
     "results_dir": ("output_dir", "log_path"),
+    "tracking": ("report_to", "wandb_project"),
 }
 
 
@@ -452,25 +562,63 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
         if isinstance(value, dict):
             _check_texts(value, f"{group}{name}.")
         elif isinstance(value, str):
-            if not value or not value.isprintable() or len(value) > 1000:
+            most = 1000
+            if f"{group}{name}" == "config.eval.system":  # a prompt may be long, and have lines
+                value, most = value.replace("\n", " ").replace("\t", " "), 20_000
+            if not value or not value.isprintable() or len(value) > most:
                 raise UserError(
-                    f"{group}{name}: {value!r:.80} is not allowed; give up to 1000 printable characters"
+                    f"{group}{name}: {value!r:.80} is not allowed; give up to {most} printable characters"
                 )
             if holds_secret(value):
                 raise UserError(f"{group}{name}: holds a key or token; export it in the environment instead")
 
 
+def check_base_dtype(model: ModelSource) -> None:
+    """Refuse what a base cannot be rounded to.
+
+    Raises:
+      UserError: names the field, and what to give.
+    """
+    if model.base_dtype == "bfloat16" and model.dtype != "bfloat16":
+        raise UserError("config.model.base_dtype: bfloat16 needs model.dtype=bfloat16 as well")
+    if model.base_dtype == "nf4" and model.base_products == "both":
+        raise UserError("config.model.base_products: nf4 is turned back for products; give weights or auto")
+    if model.base_products != "auto" and model.base_dtype in (None, "bfloat16"):
+        raise UserError("config.model.base_products: without model.base_dtype it means nothing; give both")
+
+
+def _check_columns(given: EvalConfig) -> None:
+    for pair in given.columns:
+        name, _, column = pair.partition("=")
+        if name not in ("question", "answer") or not column:
+            raise UserError(f"config.eval.columns: {pair!r} is no pair; give question=COLUMN,answer=COLUMN")
+    if given.columns and given.rule is None:
+        raise UserError("config.eval.columns: go with eval.rule, such as last_number; give one")
+
+
 def _check_combinations(config: RunConfig) -> None:
     _check_texts(to_dict(config))
+    check_base_dtype(config.model)
+    if config.model.base_dtype not in (None, "bfloat16") and config.train.what == "full":
+        raise UserError(
+            "config.model.base_dtype: with train.what=full all weights are trained, in float32; give none"
+        )
     data = config.data
     if data.validation_path is not None and data.validation_fraction is not None:
         raise UserError(
             "config.data.validation_fraction: data.validation_path is given, too; give one of them"
         )
+    if config.lora.dropout and config.train.what == "full":
+        raise UserError("config.lora.dropout: with train.what=full no adapter is trained; give 0")
+    if config.lora.dropout and (config.lora.output_head or "lm_head" in config.lora.modules):
+        raise UserError(
+            "config.lora.dropout: is not computed in the head's adapter; give 0, or leave the head out"
+        )
     if config.eval.after_training and config.eval.benchmark is None:
         raise UserError("config.eval.benchmark: eval.after_training needs one; name a benchmark")
     if odd := [pair for pair in data.columns if "=" not in pair]:
         raise UserError(f"config.data.columns: {odd[0]!r} is no pair; give NAME=COLUMN, as prompt=question")
+    _check_columns(config.eval)
     for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix and its settings
         given = getattr(config, field)
         if given is None:

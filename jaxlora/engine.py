@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +30,31 @@ from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
 from jaxlora.checkpoints.export import check_selected
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, from_dict
-from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
+from jaxlora.config import (
+    BaseDtype,
+    MeshConfig,
+    ModelSource,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    check_base_dtype,
+    from_dict,
+)
+from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up, rows_of
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import Sampling, generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_lora, check_targets, init_lora
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
-from jaxlora.train.objective import objective_named
+from jaxlora.train.objective import Loss, extras_of, objective_of
 from jaxlora.train.step import (
     Compute,
     Machine,
@@ -64,13 +73,20 @@ MAX_ROWS = 256  # of one line of a buffer
 LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
 
-def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = None) -> Engine:
+def load(
+    path: str,
+    dtype: str | None = None,
+    mesh: MeshConfig | Mesh | None = None,
+    base_dtype: str | None = None,
+) -> Engine:
     """Load a base, to train or sample from.
 
     Args:
       path: a Hub name, a directory, an address such as `gs://bucket/folder`, or `embedded:base`.
       dtype: `bfloat16` or `float32`, of the base and of computing; None: float32 on CPUs, else bfloat16.
       mesh: a device mesh, or its sizes; None: all devices, as a run would use them.
+      base_dtype: what the base's projections are rounded to: `float8`, `int8` or `nf4`, see
+        `jaxlora.models.quantised`; None: `dtype`.
 
     Raises:
       UserError: there is no such base, or it is not one of a supported family.
@@ -78,7 +94,11 @@ def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = N
     dtype = dtype or default_dtype()
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype!r:.80} is not supported; give bfloat16 or float32")
-    source = ModelSource(path=str(path), dtype=dtype)  # type: ignore[arg-type]
+    if base_dtype not in (None, *get_args(BaseDtype)):
+        names = ", ".join(get_args(BaseDtype))
+        raise UserError(f"base_dtype: {base_dtype!r:.80} is not supported; give one of {names}")
+    source = ModelSource(path=str(path), dtype=dtype, base_dtype=base_dtype)  # type: ignore[arg-type]
+    check_base_dtype(source)
     return engine_of(find_base(source), mesh)
 
 
@@ -89,10 +109,14 @@ def default_dtype() -> Literal["bfloat16", "float32"]:
 
 def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
     """An engine of a base that was found, on a mesh as of `load`."""
-    source = base.source
-    if mesh is None and (slice_ := slice_of(jax.devices())) is not None:
-        mesh = with_mesh(RunConfig(model=source), base.config, slice_).mesh
-    return Engine(base, wire(source, mesh or MeshConfig()))
+    chosen = _chosen_mesh(base, "lora") if mesh is None else mesh
+    return Engine(base, wire(base.source, chosen), chosen=mesh is None)
+
+
+def _chosen_mesh(base: Base, what: Literal["lora", "full"]) -> MeshConfig:
+    """The mesh on which a run of this machine would train adapters, or all weights."""
+    config = RunConfig(model=base.source, train=TrainConfig(what=what))
+    return mesh_here(config, base.config).mesh
 
 
 @dataclass(frozen=True)
@@ -122,8 +146,9 @@ class Sample:
 class Engine:
     """A base in memory. It is frozen: trainers share it."""
 
-    def __init__(self, base: Base, machine: Machine):
+    def __init__(self, base: Base, machine: Machine, chosen: bool = False):
         self.base, self.machine = base, machine
+        self._chosen = chosen  # the mesh was chosen, for adapters
         self.dtype = base.source.dtype
 
     @cached_property
@@ -156,7 +181,12 @@ class Engine:
             return Trainer(self, spec, init_lora(spec, seed), seed)
 
     def full(self) -> Trainer:
-        """Train all weights: float32 master weights, copies in the engine's dtype for computing."""
+        """Train all weights: float32 master weights, copies in the engine's dtype for computing.
+
+        Where no mesh was given, they may lie on another one than the engine's: the one that such a run takes.
+        """
+        if self._chosen and (mesh := _chosen_mesh(self.base, "full")) != _chosen_mesh(self.base, "lora"):
+            return Engine(self.base, wire(self.base.source, mesh)).full()
         spec = self._spec(full=True)
         with self.inside():
             weights = self.base.load(replace(spec, dtype="float32", full=False), self.machine.mesh)
@@ -194,7 +224,13 @@ class Engine:
         return Trainer(self, spec, weights, seed)
 
     def _spec(self, **trained: Any) -> ModelSpec:
-        return ModelSpec(self.base.config, dtype=self.dtype, scan=self.machine.scan, **trained)
+        scheme = pick_scheme(self.base.source, self.machine.mesh.devices.flat[0], training=True)
+        if scheme is not None and trained.get("full"):
+            raise UserError(
+                f"a base in {scheme.kind} cannot be trained whole; load it without base_dtype, or train an"
+                " adapter"
+            )
+        return ModelSpec(self.base.config, dtype=self.dtype, scan=self.machine.scan, scheme=scheme, **trained)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -226,34 +262,35 @@ class Trainer:
 
     # --- Training -------------------------------------------------------------------------------------------
 
-    def forward_backward(self, rows: Sequence[Row], loss: str = "cross_entropy") -> Result:
+    def forward_backward(self, rows: Sequence[Row], loss: str | Loss = "cross_entropy") -> Result:
         """Compute loss and gradient of these rows now; gradients add up until the next `optim_step`.
 
         Args:
           rows: dictionaries with `messages`, or with `tokens` and `weights` (one a token, that of predicting
-            it; the first has none): see `jaxlora.data.render`.
-          loss: an objective of `jaxlora.train.objective`.
+            it; the first has none): see `jaxlora.data.render`. For objectives of policy gradients also with
+            `advantages` and the sampler's `logprobs`, one a token like the weights.
+          loss: an objective of `jaxlora.train.objective`, by name or with settings.
 
         Raises:
           UserError: a row cannot be used (names its number), or the loss is not known.
 
         Stopped on its way (by Ctrl-C, or for want of memory), it drops the gradients since the last step.
         """
-        objective_named(loss)
-        rendered = self._render(rows)
+        objective_of(loss)
+        rendered = [_with_extras(i, row, extras_of(loss)) for i, row in enumerate(self._render(rows))]
         # The step takes the memory of the gradients so far: stopped on the way, they are gone.
         grads, self._grads = self._grads, None
         try:
             with self.engine.inside():
                 grads = self._zeros() if grads is None else grads
                 made = []
-                for batch, compute, lengths in self._batches(rendered):
+                for batch, compute, by_row in self._batches(rendered):
                     step = make_gradient_step(self.spec, compute, loss)
                     placed = place_batch(self.engine.machine.mesh, batch)
                     grads, value, found = step(self._trained, grads, self._frozen, placed)
-                    made.append((value, found, lengths, float(batch["weights"].sum())))
+                    made.append((value, found, by_row, float(batch["weights"].sum())))
                 total = sum(float(hosts.whole(value)) for value, *_ in made)
-                logprobs = [row for _, found, own, _ in made for row in _by_row(hosts.whole(found), own)]
+                logprobs = [row for _, found, by_row, _ in made for row in by_row(found)]
         except BaseException as error:
             error.add_note("The gradients since the last optim_step are dropped; compute them again.")
             raise
@@ -313,10 +350,11 @@ class Trainer:
         """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
         found = []
         with self.engine.inside():
-            for batch, compute, lengths in self._batches(self._render(rows)):
+            rendered = [_with_extras(i, row, ()) for i, row in enumerate(self._render(rows))]
+            for batch, compute, by_row in self._batches(rendered):
                 step = make_logprob_step(self.spec, compute)
                 values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
-                found += _by_row(hosts.whole(values), lengths)
+                found += by_row(values)
         return found
 
     def sample(
@@ -468,23 +506,27 @@ class Trainer:
             found.append(one)
         return found
 
-    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, list[int]]]:
-        """Packed batches `[1, 1, length]` of all rows in order, how to compute them, and their rows' tokens.
+    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, Callable]]:
+        """Packed batches `[1, lines, length]` of all rows in order, how to compute them, and what takes their
+        results apart by rows.
 
         One buffer each: a program for every number of buffers would be compiled for minutes, again and again.
         """
         dense = self.engine.machine.backend == "xla"
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
         lengths = [row.n_tokens for row in rows]
-        multiple = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
-        length = multiple
-        while length < largest_buffer(lengths, most):
+        lines = self.engine.machine.lines
+        parts = cut_into_buffers(lengths, most * lines)
+        own = [[lengths[i] for i in part] for part in parts]
+        whole = max(map(sum, own))  # so that each part is one buffer
+        length = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
+        while length < max(largest_buffer(part, whole, lines) for part in own):
             length *= 2
-        parts = cut_into_buffers(lengths, most)
         rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
         compute = self.engine.machine.compute(rows_a_line)
-        for part in parts:
-            yield pack([rows[i] for i in part], (length,), most), compute, [lengths[i] for i in part]
+        for part, sizes in zip(parts, own, strict=True):
+            batch = pack([rows[i] for i in part], (length,), whole, lines)
+            yield batch, compute, partial(_by_row, lengths=sizes, whole=whole, lines=lines)
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
         if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
@@ -554,21 +596,44 @@ def _from_ids(i: int, row: Any) -> RenderedRow:
     """A row given as token ids, with a weight for each."""
     if not isinstance(row, Mapping) or "tokens" not in row:
         raise UserError(f"row {i}: give `messages`, or `tokens` and `weights`")
-    if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id"})):
+    if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id", *_EXTRAS})):
         raise UserError(f"row {i}: {odd[0]!r:.80} is not known; give `tokens` and `weights`")
     tokens = _array(row["tokens"])
     if tokens.ndim != 1 or len(tokens) < 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"row {i}: tokens must be at least two whole numbers")
-    weights = _array(row.get("weights", np.arange(len(tokens)) > 0))
-    if weights.dtype.kind in "biuf":
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
-            weights = weights.astype(np.float32)
-    if weights.shape != tokens.shape or weights.dtype != np.float32 or not np.isfinite(weights).all():
-        raise UserError(f"row {i}: {len(tokens)} tokens need as many finite weights, not {weights.shape}")
+    weights = _numbers(i, "weights", row.get("weights", np.arange(len(tokens)) > 0), len(tokens))
+    extras = {own: _numbers(i, name, row[name], len(tokens)) for name, own in _EXTRAS.items() if name in row}
     within = np.clip(
         tokens.astype(np.int64), -1, np.iinfo(np.int32).max
     )  # others must not come round to a valid id
-    return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights)
+    return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights, extras=extras)
+
+
+# Per-token numbers of a row beside its weights, and the objectives' names for them.
+_EXTRAS = {
+    "advantages": "advantages",
+    "logprobs": "sampler_logprobs",
+    "reference_logprobs": "reference_logprobs",
+}
+
+
+def _numbers(i: int, name: str, values: Any, n_tokens: int) -> np.ndarray:
+    """One finite float32 a token."""
+    numbers = _array(values)
+    if numbers.dtype.kind in "biuf":
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+            numbers = numbers.astype(np.float32)
+    if numbers.shape != (n_tokens,) or numbers.dtype != np.float32 or not np.isfinite(numbers).all():
+        raise UserError(f"row {i}: {n_tokens} tokens need as many finite {name}, not {numbers.shape}")
+    return numbers
+
+
+def _with_extras(i: int, row: RenderedRow, needed: Sequence[str]) -> RenderedRow:
+    """The row with the extras that an objective takes, and no others."""
+    if missing := [name for name in needed if name not in row.extras]:
+        given = next(name for name, own in _EXTRAS.items() if own == missing[0])
+        raise UserError(f"row {i}: this loss needs `{given}`, one number a token")
+    return replace(row, extras={name: row.extras[name] for name in needed})
 
 
 def _array(values: Any) -> np.ndarray:
@@ -590,7 +655,6 @@ def _listed(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def _by_row(values: Any, lengths: list[int]) -> list[np.ndarray]:
-    """Values `[1, 1, length]` as one array a row."""
-    ends = np.cumsum(lengths)
-    return np.split(np.asarray(values)[0, 0, : ends[-1]], ends[:-1])
+def _by_row(values: Any, lengths: list[int], whole: int, lines: int) -> list[np.ndarray]:
+    """Values `[1, lines, length]` as one array a row."""
+    return rows_of(hosts.whole(values), lengths, whole, lines)

@@ -1,9 +1,11 @@
 """What a training step costs on a TPU slice, by arithmetic alone, and which mesh should make it fastest.
 
+GPUs of one host are joined so closely that copies of the base are fastest wherever they fit.
+
     best = roofline(slice_named("v5e-8"), flops=20e12, hbm_bytes=60e9, ici_bytes=27e9)
     best.seconds, best.bound        # 0.27, "interconnect"
     candidates(model, lora, slice_named("v5e-8"), tokens=2720, multiple=128)[0].mesh   # the fastest
-    config = with_mesh(config, model, slice_of(jax.devices()))    # with the mesh that a run trains on
+    config = mesh_here(config, model)               # with the mesh that a run trains on, on this machine
 
 Nothing is compiled here: `jaxlora.plan` compiles the few choices that look best.
 """
@@ -15,12 +17,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import jax
+
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import ModelSpec, kept_per_token
 from jaxlora.models.families import active_size, count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
+from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig, Weight
-from jaxlora.runtime.devices import Slice
+from jaxlora.runtime.devices import Slice, slice_of
 
 What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
 
@@ -30,6 +35,8 @@ TOKEN_BLOCK = 128  # the splash kernel's: each chip's share of a buffer is a mul
 ROW_TOKENS = 340  # mean of the study's rows
 EQUAL = 1.05  # the estimate cannot tell step times apart whose ratio is no greater
 FULL = 0.9  # usable share of a chip's memory: the estimate is good to about a tenth
+REACHED = 0.75  # of the peak rates of products and of memory: what well-tuned programs sustain
+HIDDEN = 0.5  # of the time of collectives lies behind products
 
 # The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
 BACKWARD_PASSES = 3.5
@@ -51,7 +58,16 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
+        """At best: a bound, not to be budgeted with."""
         return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def likely(self) -> float:
+        """At rates that are reached: 75% of the peaks, and half of the collectives waited for.
+
+        A rule of thumb. No run on a real slice stands behind it.
+        """
+        return max(self.compute, self.memory) / REACHED + (1 - HIDDEN) * self.interconnect
 
     @property
     def bound(self) -> str:
@@ -107,6 +123,7 @@ def candidates(
     tokens: float,
     multiple: int,
     what: What = "lora",
+    scheme: Scheme | None = None,
 ) -> list[Choice]:
     """Every mesh of the slice with every remat setting and 1, 2 or 4 micro-batches, fastest first.
 
@@ -115,9 +132,10 @@ def candidates(
       tokens: real tokens of an optimizer step.
       multiple: buffer lengths are multiples of this as well as of what the mesh requires.
       what: which parameters are trained.
+      scheme: of a quantised base.
     """
     choices = [
-        estimate(model, lora, slice_, mesh, remat, buffers, tokens, multiple, what)
+        estimate(model, lora, slice_, mesh, remat, buffers, tokens, multiple, what, scheme)
         for mesh in meshes(model, slice_.n_chips)
         if model.num_key_value_heads % mesh.tensor == 0
         for remat in REMATS
@@ -153,11 +171,40 @@ def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> Ru
         return config
     train = config.train
     tokens = train.batch_rows * ROW_TOKENS
-    for choice in candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what):
+    scheme = pick_scheme(config.model, slice_.chip, training=True)
+    for choice in candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what, scheme):
         fits = choice.memory < FULL * slice_.chip.hbm_bytes
         if fits and choice.remat == config.model.remat and choice.buffers == 1:
             return replace(config, mesh=choice.mesh)
     return config
+
+
+def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """The configuration with its mesh filled in for this machine's devices.
+
+    On TPUs as `with_mesh`; on several GPUs copies of the base, each split over as few as hold it.
+    """
+    devices = jax.devices()
+    if devices[0].platform != "gpu":
+        return with_mesh(config, model, slice_of(devices))
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    if len(devices) == 1 or config.mesh != MeshConfig():
+        return config
+    return replace(config, mesh=mesh_of_gpus(config, model, len(devices), memory))
+
+
+def mesh_of_gpus(config: RunConfig, model: ModelConfig, n: int, memory: float) -> MeshConfig:
+    """The mesh of n GPUs with so many bytes each: the smallest `fsdp` whose step should fit, and copies."""
+    train = config.train
+    tokens = math.ceil(max(1, train.batch_rows / n) * ROW_TOKENS) * n
+    scheme = pick_scheme(config.model, training=True)
+    for fsdp in range(1, n):
+        if n % fsdp == 0:
+            mesh = MeshConfig(n // fsdp, fsdp, 1)
+            share = _Share(model, config.lora, train.what, mesh, config.model.remat, 1, tokens, scheme, 1.0)
+            if _memory(share) < FULL * memory:
+                return mesh
+    return MeshConfig(1, n, 1)
 
 
 def factors(n: int) -> list[tuple[int, int, int]]:
@@ -192,11 +239,14 @@ def estimate(
     tokens: float,
     multiple: int,
     what: What = "lora",
+    scheme: Scheme | None = None,
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
-    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, and adapters, their
-    gradients and moments in float32. In full fine-tuning every parameter has a float32 master weight, a
+    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, or its layers quantised,
+    and adapters, their gradients and moments in float32. Of products of 8-bit numbers each counts as the
+    share of one in bfloat16 that it takes; weights that are turned back for a product are written and read
+    once more. In full fine-tuning every parameter has a float32 master weight, a
     gradient and two moments (16 bytes), and a bfloat16 copy for computing (2 bytes).
 
     Args:
@@ -205,10 +255,12 @@ def estimate(
       tokens: real tokens of the step; each buffer is padded to a multiple of `multiple` and of what the mesh
         requires.
       what: which parameters are trained.
+      scheme: of a quantised base.
     """
     block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp * (mesh.expert or 1), multiple)
     length = math.ceil(tokens / buffers / block) * block
-    share = _Share(model, lora, what, mesh, remat, buffers, length)
+    rate = slice_.chip.int8_flops / slice_.chip.flops if scheme is not None and scheme.activations else 1.0
+    share = _Share(model, lora, what, mesh, remat, buffers, length, scheme, rate)
     best = roofline(
         slice_,
         buffers * _flops(share),
@@ -229,6 +281,8 @@ class _Share:
     remat: Remat
     buffers: int  # micro-batches of the step
     length: int  # tokens of the buffer
+    scheme: Scheme | None  # of a quantised base
+    rate: float  # of products with the layers, relative to those in bfloat16
 
     @property
     def shards(self) -> int:
@@ -289,6 +343,11 @@ class _Share:
         return self.model.num_hidden_layers * sum(active_size(w, self.model) for w in matrices)
 
     @property
+    def saved(self) -> float:
+        """Bytes that all chips together save because the layers' weights are quantised."""
+        return 0.0 if self.scheme is None else self.layer_weights * (BF16 - bits_of(self.scheme) / 8)
+
+    @property
     def head_weights(self) -> int:
         return self.model.vocab_size * self.model.hidden_size
 
@@ -344,7 +403,7 @@ def _flops(share: _Share) -> float:
     are trained, 2N for theirs. Remat computes the layers' 2N forward once more. Of the experts, N counts
     those that a token goes to.
     """
-    products = (2 + share.again + share.full) * 2 * share.active_weights
+    products = (2 + share.again + share.full) * 2 * share.active_weights / share.rate
     products += (2 + share.full) * 2 * share.head_weights
     passes = 1 + share.again + BACKWARD_PASSES
     attention = attention_flops(share.model, share.tokens, keys_seen(share.length, share.shards), passes)
@@ -353,7 +412,8 @@ def _flops(share: _Share) -> float:
 
 def _read_weights(share: _Share) -> float:
     """Bytes of the weights that one chip multiplies with: layers twice, the head once."""
-    return BF16 * (2 * (share.layer_weights - share.elsewhere) + share.head_weights) / share.mesh.tensor
+    layers = share.layer_weights - share.elsewhere
+    return (BF16 * (2 * layers + share.head_weights) - 2 * share.saved) / share.mesh.tensor
 
 
 def _interconnect_bytes(share: _Share) -> float:
@@ -390,6 +450,8 @@ def _hbm_bytes(share: _Share) -> float:
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
     if share.full:
         weights += 2 * BF16 * (share.parameters - share.elsewhere) / share.mesh.tensor
+    if share.scheme is not None and not share.scheme.activations:
+        weights += 2 * 2 * BF16 * share.layer_weights / share.mesh.tensor
     return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.own_adapters
 
 
@@ -411,7 +473,7 @@ def _memory(share: _Share) -> float:
     """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = BF16 * share.own_parameters
+    size = BF16 * share.own_parameters - share.saved / (mesh.fsdp * mesh.tensor)
     if share.full:
         size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
         size += FLOAT32 * share.head_weights / mesh.tensor

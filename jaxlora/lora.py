@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from functools import partial
 from typing import get_args
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxlora.config import Condition
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
+from jaxlora.models.quantised import dequantise, is_quantised
 from jaxlora.models.spec import Weight
 from jaxlora.runtime.errors import UserError
 
@@ -54,9 +56,7 @@ def check_targets(spec: ModelSpec) -> None:
     lora = spec.lora
     if lora is None:
         raise UserError("config.lora: no projection would be adapted; give lora.targets")
-    known = [weight.name for weight in spec.table if weight.lora_group]
-    if lora.output_head and "lm_head" not in known:
-        raise UserError("config.lora.output_head: this model ties its head to the embedding; give false")
+    known = [weight.name for weight in spec.adaptable]
     if odd := [name for name in lora.modules if name not in known]:
         names = ", ".join((*get_args(Condition), *known))
         raise UserError(f"config.lora.targets: this model has no {', '.join(odd)}; it has {names}")
@@ -74,6 +74,8 @@ def _check_experts(spec: ModelSpec) -> None:
     if lora is None or experts is None or not names:
         return
     active = experts.num_experts_per_tok
+    if lora.dropout:
+        raise UserError("config.lora.dropout: experts' adapters take none (nor do PEFT's); give 0")
     if lora.rank % active and not spec.shapes:
         near = sorted({max(lora.rank // active, 1) * active, (lora.rank // active + 1) * active})
         raise UserError(
@@ -123,6 +125,19 @@ def check_lora(spec: ModelSpec, lora: Tree) -> None:
         raise UserError(f"adapter: unexpected {', '.join(sorted(found)[:3])}")
 
 
+def check_mergeable(spec: ModelSpec) -> None:
+    """Refuse to merge an adapter that has no place in the weights, see `ModelSpec.mergeable`.
+
+    Raises:
+      UserError: says what to do instead.
+    """
+    if not spec.mergeable:
+        raise UserError(
+            "an adapter on the output head cannot be merged where the head is tied to the embedding; export"
+            " the adapter itself"
+        )
+
+
 def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None) -> Tree:
     """Weights with W + (alpha / r) B A in place of W: the sum in float32, cast once to the weights' dtype.
 
@@ -131,7 +146,11 @@ def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None
     Args:
       tree: the base, or, with `layer`, the subtree of that layer of an unrolled or sliced base.
       layer: its number; None: `tree` is the whole base in the spec's form of the layers.
+
+    Raises:
+      UserError: as `check_mergeable`.
     """
+    check_mergeable(spec)
     merged = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
     for weight in spec.adapted:
         if layer is not None and weight.stacked:
@@ -149,18 +168,22 @@ def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None
 def merged_weight(
     spec: ModelSpec, lora: Tree, weight: Weight, array: jax.Array, layer: int | None = None
 ) -> jax.Array:
-    """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None)."""
+    """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None).
+
+    Of a quantised weight, the numbers that it stands for, in the model's dtype.
+    """
     pair = get_path(lora, weight.path)
     a, b = (pair[name] if layer is None else pair[name][layer] for name in ("lora_a", "lora_b"))
     scales = jnp.asarray(spec.scales(weight), jnp.float32)
     whole = scales.reshape(-1, *(1,) * len(weight.shape)) if weight.stacked else scales[0]
-    return _merged(array, a, b, whole if layer is None else scales[layer])
+    dtype = spec.dtype if is_quantised(array) else array.dtype
+    return _merged(array, a, b, whole if layer is None else scales[layer], jnp.dtype(dtype))
 
 
-@jax.jit
-def _merged(weight, a, b, scale):
+@partial(jax.jit, static_argnums=4)
+def _merged(weight, a, b, scale, dtype):
     delta = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
-    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    return (dequantise(weight, jnp.float32) + scale * delta).astype(dtype)
 
 
 def get_path(tree: Tree, path: str) -> Tree:

@@ -5,6 +5,10 @@ only; `tensor` splits heads, hidden units of the MLP and the vocabulary. The res
 never split: each layer's weights are gathered over `fsdp` just before they are used. A model with experts may
 have a fourth one, `expert`, which splits experts and tokens; of all other weights each part has a copy.
 
+On GPUs a buffer has a line of whole rows for each device that tokens are split over. Without `tensor` a
+device then needs nothing of the others' lines, and a step is one program a device (`by_line`): its
+collectives are those written here, and none that a compiler finds.
+
     mesh = make_mesh(MeshConfig(fsdp=8))
     with jax.set_mesh(mesh):
         state = place_trained(mesh, spec, init_state(lora, optim))
@@ -18,9 +22,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from jaxlora.config import MeshConfig
 from jaxlora.runtime.errors import UserError
@@ -46,6 +51,7 @@ RULES: dict[str, tuple[str, ...]] = {
 # Below this rank an adapter with its gradient and moments takes less than 6 GB at Qwen3-8B's size even when
 # every projection has one, and gathering it in every layer would cost more time than the memory is worth.
 SHARD_LORA_FROM_RANK = 256
+COPY_SHARE = 0.25  # of a GPU's memory that the decoder's copy of the weights may take
 LORA_AXES: dict[str, tuple[str | None, str | None]] = {
     "lora_a": (None, "adapter"),  # [r, in]
     "lora_b": ("adapter", None),  # [out, r]
@@ -87,18 +93,29 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
     return MeshConfig(**dict(zip(sizes, shape, strict=True)))
 
 
-def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1) -> Mesh:
-    """The same devices for decoding: split by key-value heads as far as they allow, else by slots.
+def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0) -> Mesh:
+    """The same devices for decoding.
 
-    Experts are split over the same chips as slots, as far as they allow.
+    On GPUs every device decodes with a copy of the weights (so many bytes) where that leaves memory for the
+    base and the caches; else, and on TPUs, they are split by key-value heads as far as these allow. Experts
+    are split over the same chips as slots, as far as they allow.
     """
-    tensor = math.gcd(mesh.size, kv_heads)
+    tensor, memory = math.gcd(mesh.size, kv_heads), _memory_of(mesh.devices.flat[0])
+    if memory is not None:
+        fits = [n for n in range(1, tensor) if tensor % n == 0 and weights <= COPY_SHARE * memory * n]
+        tensor = min(fits, default=tensor)
     rest = mesh.size // tensor
     if (expert := math.gcd(rest, experts)) > 1:
         split = mesh.devices.reshape(rest // expert, 1, expert, tensor)
         return Mesh(split, ("data", "fsdp", "expert", "tensor"), axis_types=(AxisType.Auto,) * 4)
     devices = mesh.devices.reshape(rest, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def _memory_of(device: jax.Device) -> int | None:
+    """Bytes that JAX may use of a GPU; None: it is none, or does not say."""
+    stats = device.memory_stats() if device.platform == "gpu" else None
+    return stats.get("bytes_limit") if stats else None
 
 
 def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
@@ -136,10 +153,18 @@ def token_shards(mesh: Any) -> int:
     return _ways(mesh, _axes_of(mesh, "length"))
 
 
+def token_lines(mesh: Mesh) -> int:
+    """Lines of a packed buffer: on GPUs one for each device that tokens are split over; elsewhere one in all.
+
+    GPUs' kernels need whole rows; that of TPUs attends over one line whose tokens lie on many chips.
+    """
+    return token_shards(mesh) if mesh.devices.flat[0].platform == "gpu" else 1
+
+
 def token_multiple(mesh: Mesh) -> int:
-    """Buffer lengths must be multiples of this: whole blocks of the attention kernel on every chip."""
+    """Lengths of lines must be multiples of this: whole blocks of the attention kernel on every chip."""
     platform = mesh.devices.flat[0].platform
-    return token_shards(mesh) * (128 if platform == "tpu" else 1)
+    return token_shards(mesh) // token_lines(mesh) * (128 if platform == "tpu" else 1)
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -153,12 +178,25 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 def base_shardings(mesh: Mesh, spec: Any) -> Any:
     """The sharding of each weight of the base, in the form of `spec.abstract_base` (a `ModelSpec`)."""
     axes = _weight_axes(spec)
+    return jax.tree.map_with_path(
+        lambda path, x: _lying(mesh, path, axes[dotted(path)], x), spec.abstract_base
+    )
 
-    def sharding(path, leaf) -> NamedSharding:
-        own = axes[_dotted(path)]
-        return named(mesh, (None,) * (leaf.ndim - len(own)) + own, leaf.shape)
 
-    return jax.tree.map_with_path(sharding, spec.abstract_base)
+def weight_shardings(mesh: Mesh, axes: tuple[str | None, ...], weight: Any) -> Any:
+    """The sharding of each array of one weight with these axes, which may be quantised or stacked."""
+    return jax.tree.map_with_path(lambda path, x: _lying(mesh, path, axes, x), weight)
+
+
+def _lying(mesh: Mesh, path: Any, axes: tuple[str | None, ...], x: Any) -> NamedSharding:
+    own = array_axes(path, axes)
+    return named(mesh, (None,) * (len(x.shape) - len(own)) + own, x.shape)
+
+
+def array_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of one array of a weight that has these axes: the arrays of a quantised one lie as it does."""
+    turned = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "turned"
+    return axes[::-1] if turned else axes
 
 
 def place_trained(mesh: Mesh, spec: Any, tree: Any) -> Any:
@@ -189,8 +227,8 @@ def constrain_decode(state: Any) -> Any:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask the compiler to lay x out by its logical axes; outside a mesh, x itself."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = auto_mesh()
+    if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec_for(mesh, axes, x.shape))
 
@@ -203,10 +241,24 @@ def constrain_trained(spec: Any, tree: Any) -> Any:
 
 def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """The weight whole over `fsdp` (its `tensor` axis stays split): an all-gather where it is used."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if fsdp_ways() == 1:
         return weight  # not even a constraint: a scan would keep its result, a second copy of the base
+    if auto_mesh() is None:
+        return _whole_over_fsdp(weight, axes.index("embed")) if "embed" in axes else weight
     return constrain(weight, *(None if axis in ("embed", "adapter") else axis for axis in axes))
+
+
+def gathered_adapter(matrix: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """`gathered` for A `[r, in]` or B `[out, r]` with the axes of what it adapts; None for the axis of r."""
+    long = next(i for i, axis in enumerate(axes) if axis is not None)
+    if fsdp_ways() == 1 or auto_mesh() is not None:
+        return gathered(matrix, axes)
+    return _whole_over_fsdp(matrix, long) if matrix.shape[1 - long] >= SHARD_LORA_FROM_RANK else matrix
+
+
+def _whole_over_fsdp(x: jax.Array, axis: int) -> jax.Array:
+    """Inside `by_line`: all parts of x, whose gradient is summed and split again."""
+    return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
 
 
 def gather_again(function: Callable, *, in_loop: bool) -> Callable:
@@ -219,8 +271,7 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
       in_loop: the caller is the body of a scan, where forward and backward pass are loops of their own and
         the compiler cannot merge their gathers.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if fsdp_ways() == 1:
         return function
     return jax.checkpoint(function, prevent_cse=not in_loop)
 
@@ -230,8 +281,8 @@ def split_tokens(x: jax.Array) -> jax.Array:
 
     Work that treats shards as rows of a batch then stays on each chip. One device is one shard.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else token_shards(mesh)
+    mesh = auto_mesh()
+    shards = 1 if mesh is None else token_shards(mesh)
     batch, length, *rest = x.shape
     if shards == 1:
         return x.reshape(1, batch * length, *rest)
@@ -242,6 +293,126 @@ def split_tokens(x: jax.Array) -> jax.Array:
     return constrain(y, "batch", *(None,) * (y.ndim - 1))
 
 
+# --- One program a device -----------------------------------------------------------------------------------
+
+
+def auto_mesh() -> Any:
+    """The mesh over which the compiler splits what is traced now; None outside one and inside `by_line`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
+
+
+def fsdp_ways() -> int:
+    """Over how many devices the base is split, inside `by_line` too; 1 outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["fsdp"]
+
+
+def runs_by_line(spec: Any, lines: int) -> bool:
+    """Whether a step over buffers of so many lines may run by `by_line`, on the mesh of this context.
+
+    `fsdp` must divide all that it splits, because a device's part does not say what it is a part of.
+    """
+    mesh = auto_mesh()
+    if mesh is None or mesh.shape["tensor"] > 1 or lines % token_shards(mesh):
+        return False
+    if spec.config.experts is not None:  # their products are programs a device of their own
+        return False
+    sizes = [spec.config.hidden_size]
+    if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK:
+        sizes += [size for weight in spec.adapted for size in weight.shape]
+    return token_shards(mesh) > 1 and not any(size % mesh.shape["fsdp"] for size in sizes)
+
+
+def by_line(
+    function: Callable, spec: Any, trained: Any, frozen: Any, batch: Any, out: tuple[str, ...]
+) -> Any:
+    """`function(trained, frozen, batch)` on every device with its part of each and its own lines.
+
+    Args:
+      batch: arrays `[buffers, lines, length]`.
+      out: how each result lies: as what is `trained`, `whole` on every device, or split by `lines`.
+    """
+    mesh = auto_mesh()
+
+    def specs(axes, tree):
+        return jax.tree.map_with_path(lambda path, x: spec_for(mesh, axes(path, x), x.shape), tree)
+
+    weights = _weight_axes(spec)
+
+    def base_axes(path, x):
+        own = array_axes(path, weights[dotted(path)])
+        return (None,) * (x.ndim - len(own)) + own
+
+    of_trained = specs(_trained_axes(spec), trained)
+    lines = PartitionSpec(None, _axes_of(mesh, "batch"))
+    results = {"trained": of_trained, "whole": PartitionSpec(), "lines": lines}
+    mapped = jax.shard_map(
+        function,
+        in_specs=(of_trained, specs(base_axes, frozen), jax.tree.map(lambda _: lines, batch)),
+        out_specs=tuple(results[name] for name in out),
+        check_vma=False,
+    )
+    return mapped(trained, frozen, batch)
+
+
+def slot_shards() -> int:
+    """Over how many devices of this context's mesh `by_slot` splits slots: all, unless weights are split."""
+    mesh = auto_mesh()
+    if mesh is None or mesh.shape["tensor"] > 1 or mesh.shape.get("expert", 1) > 1:
+        return 1
+    return token_shards(mesh)
+
+
+def by_slot(function: Callable, *arguments: Any, whole: tuple[int, ...] = ()) -> Any:
+    """`function(*arguments)` on every device with its part of each first axis, where all can be split.
+
+    Args:
+      whole: the numbers of the arguments that every device has whole.
+    """
+    shards = slot_shards()
+    split = [x for i, argument in enumerate(arguments) if i not in whole for x in jax.tree.leaves(argument)]
+    if shards == 1 or any(x.shape[0] % shards for x in split):
+        return function(*arguments)
+    own = PartitionSpec(_axes_of(auto_mesh(), "batch"))
+    specs = tuple(PartitionSpec() if i in whole else own for i in range(len(arguments)))
+    return jax.shard_map(function, in_specs=specs, out_specs=own, check_vma=False)(*arguments)
+
+
+def summed_over_lines(spec: Any, grads: Any) -> Any:
+    """Inside `by_line`: the sum over devices of each one's gradient of what is trained, once for all of it.
+
+    What `fsdp` splits was summed over it where its parts were gathered.
+    """
+    axes, mesh = _trained_axes(spec), jax.sharding.get_abstract_mesh()
+
+    def over(path, x) -> tuple[str, ...]:
+        split = mesh.shape["fsdp"] > 1 and {"embed", "adapter"} & set(axes(path, x))
+        return ("data",) if split else _axes_of(mesh, "length")
+
+    return jax.tree.map_with_path(lambda path, x: jax.lax.psum(x, over(path, x)), grads)
+
+
+def total(x: Any) -> Any:
+    """Inside `by_line`: the sum over all devices."""
+    axes = _axes_of(jax.sharding.get_abstract_mesh(), "length")
+    return jax.tree.map(lambda value: jax.lax.psum(value, axes), x)
+
+
+def embedded(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows `[batch, length, hidden]` of the table `[vocab, hidden]`, which is never gathered.
+
+    Every chip looks up all tokens of its copy of the base in its own columns; then the parts change places.
+    """
+    if auto_mesh() is None and fsdp_ways() > 1:
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        rows = jnp.take(table, tokens, axis=0, mode="clip")
+        return jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+    copy = ("batch_of_copy", "length_of_copy")
+    rows = jnp.take(table, constrain(tokens, *copy), axis=0, mode="clip")
+    return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
+
+
 def _ways(mesh: Any, names: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
@@ -250,7 +421,7 @@ def _weight_axes(spec: Any) -> dict[str, tuple[str | None, ...]]:
     return {weight.place: weight.axes for weight in spec.table}
 
 
-def _dotted(path: Any) -> str:
+def dotted(path: Any) -> str:
     """The dotted path of an array, without the numbers of layers and what is outside the tree."""
     return ".".join(key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str))
 
@@ -264,9 +435,9 @@ def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
         own: tuple[str | None, ...] = ()
         if path and (part := getattr(path[-1], "key", None)) in LORA_AXES:
             own = LORA_AXES[part] if split_lora else (None, None)
-            own = ("expert", *own) if EXPERTS in _dotted(path) else own
+            own = ("expert", *own) if EXPERTS in dotted(path) else own
         elif spec.full:
-            own = weights.get(_dotted(path), ())
+            own = weights.get(dotted(path), ())
         return (None,) * (np.ndim(leaf) - len(own)) + own
 
     return axes

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from jaxlora.checkpoints.base import Base, fingerprint
 from jaxlora.checkpoints.expert_adapters import FUSED, ExpertAdapter, read_experts
 from jaxlora.checkpoints.peft import (
+    BASE_DTYPE,
     FINGERPRINT,
     METADATA,
     PARTS,
@@ -46,7 +47,7 @@ from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import EMBEDDED, is_remote, weight_files
+from jaxlora.runtime.remote import EMBEDDED, is_remote, resolve, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -86,7 +87,7 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
     Raises:
       UserError: one line that names the file and what is wrong with it.
     """
-    folder = Path(directory)
+    folder = resolve(str(directory))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds {SETTINGS}")
     if not (folder / SETTINGS).exists():
@@ -125,6 +126,10 @@ def other_base(metadata: dict[str, Any], base: Base) -> str | None:
     folder here may be a copy of what the adapter knows by a Hub name, and has the right shapes.
     """
     recorded, named, here = metadata.get(FINGERPRINT), metadata["base_model"], base.source.path
+    rounded = metadata.get(BASE_DTYPE)
+    if rounded is not None and rounded != base.source.base_dtype:
+        given = base.source.base_dtype or base.source.dtype
+        return f"was trained on its base in {rounded}, not in {given}; give base_dtype={rounded}"
     if recorded is not None:
         if not base.has_weights or base.fingerprint() == recorded:
             return None
@@ -386,7 +391,7 @@ def _targets(paths: set[str], config: ModelConfig) -> str:
         spec = ModelSpec(config, LoraConfig(targets=condition))
         if inner == {weight.path for weight in spec.adapted}:
             return condition
-    names = [w.name for w in ModelSpec(config).table if w.lora_group and w.path in inner]
+    names = [w.name for w in ModelSpec(config).adaptable if w.path in inner]
     return ",".join(names or ["lm_head"])
 
 
@@ -422,8 +427,6 @@ def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
         return "adapts embed_tokens, which is not supported; adapt lm_head, or train all weights"
     if any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in unknown):
         return f"{first}; save the adapter with save_embedding_layers=False"
-    if config.tie_word_embeddings and unknown[0].startswith("lm_head.lora_"):
-        return "adapts the output head, but this model ties its head to the embedding"
     return f"{first}; it has {config.num_hidden_layers} layers"
 
 

@@ -21,13 +21,13 @@ from jaxlora.lora import check_lora, get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import write_json_atomic
-from jaxlora.runtime.folders import new_folder
+from jaxlora.runtime.folders import claimed, new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
 ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
+BASE_DTYPE = "base_dtype"  # in `jaxlora.json` of an adapter that was trained on a quantised base
 FINGERPRINT, RENDERED_BY = "base_fingerprint", "tokenizer_sha256"  # in `jaxlora.json`
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's
 PREFIX = "base_model.model."
@@ -47,10 +47,9 @@ def module_name(place: Place) -> str:
 def adaptable_modules(config: ModelConfig) -> dict[str, Place]:
     """Every module that can carry an adapter, by its name, in the order of the table."""
     found = {}
-    for weight in ModelSpec(config).table:
-        if weight.lora_group:
-            for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
-                found[module_name((weight, layer))] = (weight, layer)
+    for weight in ModelSpec(config).adaptable:
+        for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
+            found[module_name((weight, layer))] = (weight, layer)
     return found
 
 
@@ -64,6 +63,7 @@ def export_adapter(
     extra: dict[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     base_fingerprint: str | None = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as a PEFT folder, whole or not at all.
@@ -79,6 +79,7 @@ def export_adapter(
       tokenizer: the folder of the tokenizer that rendered the rows; its files are put beside the adapter, and
         its hash is recorded.
       base_fingerprint: recorded, so that another base is refused; None: not known.
+      readme: the text of its README.md; None: it has none.
       overwrite: replace `out_dir` if it is an adapter already.
 
     Raises:
@@ -96,7 +97,9 @@ def export_adapter(
         "seed": seed,
     }
     own |= {"rank": spec.lora.rank, "alpha": spec.lora.alpha}
-    if clash := own.keys() & (extra or {}).keys():
+    if spec.scheme is not None:
+        own |= {BASE_DTYPE: spec.scheme.kind, "base_products": spec.scheme.products}
+    if clash := own.keys() & (extra or {}).keys() - {BASE_DTYPE, "base_products"}:
         raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
     own |= extra or {}
     if base_fingerprint is not None:
@@ -114,6 +117,8 @@ def export_adapter(
             write_json_atomic(staging / METADATA, own)
             if tokenizer is not None:
                 copy_files(tokenizer, staging, TOKENIZER_FILES)
+            if readme is not None:
+                (staging / "README.md").write_text(readme)
 
 
 def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:

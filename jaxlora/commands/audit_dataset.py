@@ -15,7 +15,7 @@ from jaxlora.cli import HelpFormatter
 from jaxlora.data.audit import audit, find_rendered
 from jaxlora.data.render import load_tokenizer
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 
 BAR_WIDTH = 40
 

@@ -22,7 +22,7 @@ from jaxlora.data.sources import is_file_source
 from jaxlora.data.study_dataset import SOURCE, SPLIT, differences
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 
 
 def main() -> int:

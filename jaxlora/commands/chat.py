@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlora.cli import HelpFormatter
 from jaxlora.commands import subject
 from jaxlora.runtime.errors import UserError, one_line
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 
 if TYPE_CHECKING:
     from jaxlora.engine import Sample, Trainer

@@ -18,7 +18,7 @@ from jaxlora.evals.gsm8k import load_problems
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import write_json_atomic
 from jaxlora.runtime.progress import console
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 
 VERBS = {EQUAL: "is", SAME_WORDS: "has the words of", CONTAINED: "contains"}
 

@@ -1,8 +1,9 @@
-"""Evaluate on GSM8K by greedy decoding: a run's selected adapter, the untouched base, or any PEFT adapter.
+"""Evaluate by greedy decoding: a run's selected adapter, the untouched base, or any PEFT adapter.
 
     jaxlora evaluate --config tiny --run results/tiny-all_layer-seed-0
     jaxlora evaluate --config main --base
-    jaxlora evaluate --config main --adapter hf://OWNER/NAME/PATH --seed 0 --out scores
+    jaxlora evaluate --config main --adapter hf://OWNER/NAME/PATH --out scores
+    jaxlora evaluate --config own --run results/own-all_layer-seed-0 --questions quiz.csv --rule last_number
 
 A run is evaluated as its manifest says: --config gives only the benchmark, the limits, the mesh and the
 place of the base. Any other adapter runs on the base of --config; placement, rank and alpha are its own.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from jaxlora.config import RunConfig, from_dict, to_dict
 from jaxlora.runtime.errors import UserError
 
 
@@ -26,11 +28,18 @@ def main() -> None:
     subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
     parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
-    parser.add_argument("--seed", type=int, help="seed of --adapter; needed where it does not record one")
+    parser.add_argument("--seed", type=int, help="seed of --adapter, where it does not record one")
+    parser.add_argument(
+        "--questions", metavar="FILE", help="questions and answers: --config.eval.benchmark in short"
+    )
+    parser.add_argument("--rule", help="boxed, last_number, exact or regex:PATTERN: takes any file's columns")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt of every question")
+    parser.add_argument("--columns", metavar="PAIRS", help="with --rule: question=COLUMN,answer=COLUMN")
     parser.add_argument("--any-base", action="store_true", help="--adapter may name another base")
     parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
     parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
     config, options = parse_config(parser)
+    config = with_questions(config, options)
     named = (options.out, options.condition, options.seed, options.any_base or None)
     if options.adapter is None and any(value is not None for value in named):
         raise UserError("--out, --condition, --seed and --any-base belong to --adapter")
@@ -73,3 +82,26 @@ def main() -> None:
             print("\n".join(describe(target)))
         return
     show([evaluate_target(target, options.overwrite)])
+
+
+def with_questions(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """The configuration with what the short options say of the questions.
+
+    Raises:
+      UserError: they do not go together, or the rule is not known.
+    """
+    columns = None if options.columns is None else options.columns.split(",")
+    given = {
+        "benchmark": options.questions,
+        "rule": options.rule,
+        "system": options.system,
+        "columns": columns,
+    }
+    values = to_dict(config)
+    values["eval"] |= {name: value for name, value in given.items() if value is not None}
+    config = from_dict(values)
+    if config.eval.rule is not None:
+        from jaxlora.evals.rules import rule_named
+
+        rule_named(config.eval.rule)
+    return config

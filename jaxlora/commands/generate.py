@@ -40,8 +40,8 @@ def main() -> int:
     _check_free(options.out)
     rows = read_prompts(options.prompts)
 
-    from jaxlora.runtime.claims import claimed, enough_room
     from jaxlora.runtime.files import write_jsonl_atomic
+    from jaxlora.runtime.folders import claimed, enough_room
 
     with claimed(options.out), enough_room(options.out):
         trainer = subject.open_subject(options)

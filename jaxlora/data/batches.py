@@ -1,22 +1,114 @@
-"""Batches of a run, in an order that is a pure function of the step, built ahead of use by grain.
+"""Batches of a run, in an order that is a pure function of (seed, epoch, step), built ahead of use by grain.
 
+    train, validation = split_validation(prompt_ids, fraction=0.05, seed=0)
+    rows_of_step(order_seed=0, n_rows=25348, batch_rows=8, step=3170)     # every row once an epoch
     build = partial(step_batch, rows, plan.rows_of_step, layout)
     for step, batch in ahead(build, range(1, 101)): ...     # batch: numpy arrays [buffers, lines, length]
 
-Nothing is shuffled: a step's rows follow from its number alone, so a resumed run reads what the undisturbed
-run would have read.
+Nothing is remembered between steps, so a resumed run reads what the undisturbed run would have read. The
+random numbers are written out here, in integer arithmetic, so that no version of a library changes an order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import grain.python as grain
+import numpy as np
 
 from jaxlora.config import TrainConfig
-from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up
+from jaxlora.data.packing import (
+    Batch,
+    choose_sizes,
+    cut_into_lines,
+    largest_buffer,
+    pack,
+    pad,
+    round_up,
+    spread,
+)
 from jaxlora.data.render import RenderedRow
+from jaxlora.runtime.errors import UserError
+
+
+def row_words(seed: int, step: int, rows: Sequence[int]) -> np.ndarray:
+    """A word of its own for each row of a step: int32 [rows], a hash of (seed, step, row)."""
+    keys = _mix(np.asarray(rows, np.uint64) + _start(seed, -step))  # no epoch's number
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
+@lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
+def shuffled(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers of all rows in the order of an epoch: int64 [n_rows], read-only.
+
+    Rows are sorted by a hash of (seed, epoch, row); equal hashes keep the order of the file.
+    """
+    keys = _mix(np.arange(n_rows, dtype=np.uint64) + _start(seed, epoch))
+    order = np.argsort(keys, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def rows_of_step(order_seed: int | None, n_rows: int, batch_rows: int, step: int) -> Sequence[int]:
+    """Row numbers of a step, counted from 1: each row once an epoch; an epoch's last batch may be short.
+
+    Args:
+      order_seed: of the shuffle; None: the file's order, the same in every epoch.
+    """
+    steps_per_epoch = -(-n_rows // batch_rows)
+    epoch, place = divmod(step - 1, steps_per_epoch)
+    part = range(place * batch_rows, min((place + 1) * batch_rows, n_rows))
+    if order_seed is None:
+        return part
+    return [int(row) for row in shuffled(n_rows, order_seed, epoch)[part.start : part.stop]]
+
+
+def split_validation(prompt_ids: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers for training and for validation, both in file order; no prompt is in both.
+
+    Prompts are drawn in the order of a hash of (seed, prompt), so that a row's part does not depend on where
+    it stands in the file, until `fraction` of the rows is reached; at least one prompt is drawn. A prompt
+    that would take more than its share is passed over while others fit.
+
+    Args:
+      prompt_ids: one a row, `RenderedRow.prompt_id`: equal for rows of one prompt.
+
+    Raises:
+      UserError: the fraction is not between 0 and 1, or all rows have the same prompt.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"data.validation_fraction is {fraction:g}; it must be above 0 and below 1")
+    groups: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompt_ids):
+        groups.setdefault(prompt, []).append(row)
+    if len(groups) < 2:
+        raise UserError("data.validation_fraction: all rows have one prompt; give data.validation_path")
+    wanted = max(1, round(fraction * len(prompt_ids)))
+    drawn: list[int] = []
+    order = sorted(groups, key=lambda prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest())
+    for prompt in order:
+        if len(drawn) + len(groups[prompt]) <= wanted:
+            drawn += groups[prompt]
+    if not drawn:  # every prompt has more rows than are wanted: the smallest group is nearest
+        drawn = min((groups[prompt] for prompt in order), key=len)
+    kept = set(drawn)
+    return [row for row in range(len(prompt_ids)) if row not in kept], sorted(drawn)
+
+
+def _start(seed: int, epoch: int) -> np.uint64:
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    return np.uint64(int.from_bytes(digest[:8], "little"))
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: a bijection of 64-bit integers whose output looks random."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -27,11 +119,35 @@ class Layout:
     sizes: tuple[int, ...]
     batch_rows: int
     max_buffer_tokens: int
+    lines: int = 1  # of a packed buffer
+    rows_a_line: int = 1  # at most
 
     def build(self, rows: Sequence[RenderedRow]) -> Batch:
         if self.packed:
-            return pack(rows, self.sizes, self.max_buffer_tokens)
+            return pack(rows, self.sizes, self.max_buffer_tokens, self.lines)
         return pad(rows, self.sizes, self.batch_rows)
+
+    def shape(self, rows: Sequence[RenderedRow]) -> tuple[int, int, int]:
+        """The shape of the batch that `build` makes of these rows."""
+        lengths = [row.n_tokens for row in rows]
+        if not self.packed:
+            return 1, self.batch_rows, min(size for size in self.sizes if size >= max(lengths))
+        largest = largest_buffer(lengths, self.max_buffer_tokens, self.lines)
+        buffers = len(cut_into_lines(lengths, self.max_buffer_tokens, self.lines))
+        return buffers, self.lines, min(size for size in self.sizes if size >= largest)
+
+    def shapes(
+        self, rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], steps: range
+    ) -> list[tuple[int, int, int]]:
+        """The shapes of the batches of these steps, each once, in the order in which they come."""
+        return list(dict.fromkeys(self.shape([rows[i] for i in rows_of_step(step)]) for step in steps))
+
+    def order(self, rows: Sequence[RenderedRow]) -> list[int]:
+        """The numbers of these rows in the order in which they lie in the batch, line after line."""
+        if not self.packed:
+            return list(range(len(rows)))
+        parts = cut_into_lines([row.n_tokens for row in rows], self.max_buffer_tokens, self.lines)
+        return [i for buffer in parts for line in buffer for i in line]
 
 
 def choose_layout(
@@ -40,28 +156,50 @@ def choose_layout(
     batch_rows: int,
     train: TrainConfig,
     multiple: int,
+    lines: int = 1,
 ) -> Layout:
     """The layout for these batches of rows; buffer lengths are multiples of `multiple`.
 
     Args:
       batches: row numbers of each batch.
       multiple: what the device mesh asks of a buffer's length; `buffer_multiple` is rounded up to it.
+      lines: of a packed buffer, as the device mesh asks for.
     """
     multiple = round_up(train.buffer_multiple, multiple)
+    lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
     if train.layout == "padded":
-        totals = [max(rows[i].n_tokens for i in batch) for batch in batches]
-    else:
-        lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
-        totals = [largest_buffer(part, train.max_buffer_tokens) for part in lengths]
+        sizes = choose_sizes([max(part) for part in lengths], train.buffer_sizes, multiple)
+        return Layout(False, sizes, batch_rows, train.max_buffer_tokens)
+    most = train.max_buffer_tokens
+    totals = [largest_buffer(part, most, lines) for part in lengths]
+    # Of one line the bound is a batch's rows: what a program is compiled for then knows no data.
+    per_line = (
+        len(line) for part in lengths for buffer in cut_into_lines(part, most, lines) for line in buffer
+    )
+    rows_a_line = batch_rows if lines == 1 else max(per_line)
     sizes = choose_sizes(totals, train.buffer_sizes, multiple)
-    return Layout(train.layout == "packed", sizes, batch_rows, train.max_buffer_tokens)
+    return Layout(True, sizes, batch_rows, most, lines, rows_a_line)
 
 
 def step_batch(
-    rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], layout: Layout, step: int
+    rows: Sequence[RenderedRow],
+    rows_of_step: Callable[[int], Sequence[int]],
+    layout: Layout,
+    step: int,
+    dropout_seed: int | None = None,
 ) -> Batch:
-    """The rows of one training step."""
-    return layout.build([rows[i] for i in rows_of_step(step)])
+    """The rows of one training step.
+
+    Args:
+      dropout_seed: with adapters that drop inputs, the seed of that; the batch has one more array `dropout`,
+        int32 like its tokens, from which each token's mask follows (`jaxlora.models.dropout`).
+    """
+    chosen = rows_of_step(step)
+    batch = layout.build([rows[i] for i in chosen])
+    if dropout_seed is None:
+        return batch
+    words = row_words(dropout_seed, step, chosen)
+    return batch | {"dropout": spread(batch, words[layout.order([rows[i] for i in chosen])])}
 
 
 def ahead(build: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:

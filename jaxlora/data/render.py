@@ -20,7 +20,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,12 +58,16 @@ SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """One row as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted."""
+    """One row as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted.
+
+    `extras` are further float32 arrays [length] that an objective takes, such as `advantages`.
+    """
 
     row_id: str
     tokens: np.ndarray
     weights: np.ndarray
     prompt_id: str = ""  # rows of one question have one: a hash of its canonical text
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -376,12 +380,15 @@ def _prompt_id(question: str) -> str:
 # --- Prompts ------------------------------------------------------------------------------------------------
 
 
-def prompt_messages(question: str) -> list[Message]:
-    """System and user turn of a question."""
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+def prompt_messages(question: str, system: str | None = SYSTEM_PROMPT) -> list[Message]:
+    """System turn, where there is one, and user turn of a question."""
+    asked = [{"role": "user", "content": question}]
+    return asked if system is None else [{"role": "system", "content": system}, *asked]
 
 
-def render_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[int]]:
+def render_prompts(
+    tokenizer: Tokenizer, questions: Sequence[str], system: str | None = SYSTEM_PROMPT
+) -> list[list[int]]:
     """Token ids of the prompts that ask these questions: the prefixes that training rows of them would have.
 
     They are tokenised together.
@@ -392,7 +399,7 @@ def render_prompts(tokenizer: Tokenizer, questions: Sequence[str]) -> list[list[
     texts = []
     for number, question in enumerate(questions, start=1):
         try:
-            texts.append(_prompt_text(tokenizer, prompt_messages(question), False))
+            texts.append(_prompt_text(tokenizer, prompt_messages(question, system), False))
         except UserError as error:
             raise UserError(f"question {number}: {error}") from None
     return encode_texts(tokenizer, texts)

@@ -93,7 +93,7 @@ def hub_revision(name: str, revision: str | None) -> str:
 
 
 def read_records(
-    source: str, split: str | None, columns: list[str], revision: str | None = None
+    source: str, split: str | None, columns: list[str] | None, revision: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stream `(place, record)` from a file of any container or from `split` of a Hub dataset.
 

@@ -1,4 +1,4 @@
-"""The GSM8K benchmark: load its problems, score generated solutions, add up the scores.
+"""The GSM8K benchmark, or any questions with a rule: load them, score generated solutions, add up the scores.
 
     problems = load_problems("openai/gsm8k")                       # or a local JSONL file, or an hf:// path
     records = [score(problem, text, prompt_tokens, generated_tokens, "stop") for problem, text in ...]
@@ -10,14 +10,16 @@ A record holds everything that a later reader needs to score it again: see `resc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxlora.data.boxes import extract_boxed
 from jaxlora.data.containers import is_text
+from jaxlora.data.sources import read_records
 from jaxlora.evals.answers import normalize, numeric_match, read_number, strict_match
+from jaxlora.evals.rules import Rule, rule_named
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_numbered_jsonl
 from jaxlora.runtime.remote import resolve
@@ -59,6 +61,53 @@ def load_problems(path: str, limit: int | None = None) -> list[Problem]:
     return problems
 
 
+def load_questions(
+    path: str, rule: Rule, columns: Mapping[str, str], limit: int | None = None
+) -> list[Problem]:
+    """Questions and answers of any file of rows (JSONL, a JSON list, CSV, Parquet, `.gz`, `.zst`).
+
+    Args:
+      rule: by which references are read.
+      columns: what `question` and `answer` are called; of those not named, the usual names are looked for.
+
+    Raises:
+      UserError: no such file or column, or a row without text in one; names file and row.
+    """
+    problems: list[Problem] = []
+    stem = Path(path).name.partition(".")[0] or "question"
+    for place, row in read_records(path, None, None):
+        question, answer = (_cell(place, row, name, columns.get(name)) for name in ("question", "answer"))
+        reference = rule.reference(answer)
+        if not reference:
+            raise UserError(f"{place}: the answer is empty")
+        problems.append(Problem(len(problems), f"{stem}-{len(problems):04d}", question, reference))
+        if len(problems) == limit:
+            break
+    if not problems:
+        raise UserError(f"{path} holds no questions")
+    return problems
+
+
+_USUAL = {
+    "question": ("question", "prompt", "instruction", "input", "problem", "query"),
+    "answer": ("answer", "completion", "output", "target", "response", "solution"),
+}
+
+
+def _cell(place: str, row: Record, name: str, column: str | None) -> str:
+    found = column or next((usual for usual in _USUAL[name] if usual in row), None)
+    if found is None or found not in row:
+        have = ", ".join(map(repr, list(row)[:12]))
+        what = f"column {found!r:.80}" if found else f"column for the {name}"
+        raise UserError(f"{place}: no {what}; it has {have}; name it: --columns {name}=COLUMN")
+    value = row[found]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not is_text(value) or not value.strip():
+        raise UserError(f"{place}: the column {found!r:.80} is not text, or empty")
+    return str(value)
+
+
 def _rows(path: str) -> Iterable[tuple[str, Record]]:
     """The rows of the benchmark, each with the place that an error message names."""
     if path.startswith("hf://") or path == HUB_DATASET:
@@ -89,7 +138,9 @@ def _problem(place: str, row: Record, index: int) -> Problem:
         if not is_text(row.get(field)) or not row[field].strip():
             raise UserError(f"{place}: the field `{field}` is missing or is not text")
     if "####" not in row["answer"]:
-        raise UserError(f"{place}: the answer has no `####` before its final value")
+        raise UserError(
+            f"{place}: the answer has no `####` before its final value; for another form give --rule"
+        )
     reference = row["answer"].rsplit("####", 1)[1].strip()
     if not reference:
         raise UserError(f"{place}: there is no value after the last `####`")
@@ -105,6 +156,7 @@ def score(
     prompt_token_count: int,
     generated_token_count: int,
     stop_reason: str,
+    rule: Rule | None = None,
 ) -> Record:
     """One record of `predictions.jsonl`: the study's fields, and `correct_numeric` beside `correct`.
 
@@ -118,22 +170,25 @@ def score(
         "question": problem.question,
         "reference_answer": problem.reference_answer,
         "generated_text": generated_text,
-        **score_text(generated_text, problem.reference_answer),
+        **score_text(generated_text, problem.reference_answer, rule),
         "prompt_token_count": prompt_token_count,
         "generated_token_count": generated_token_count,
         "stop_reason": stop_reason,
     }
 
 
-def score_text(generated_text: str, reference_answer: str) -> Record:
-    """The scored part of a record. Without a box, the prediction is null, and wrong in both scores."""
-    answer = extract_boxed(generated_text)
+def score_text(generated_text: str, reference_answer: str, rule: Rule | None = None) -> Record:
+    """The scored part of a record. Without a box (or what else the rule looks for), the prediction is null,
+    and wrong in both scores."""
+    answer = extract_boxed(generated_text) if rule is None else rule.found(generated_text)
+    right = strict_match if rule is None else rule.right
     return {
         "extracted_answer": answer,
         "normalized_prediction": None if answer is None else normalize(answer),
         "normalized_reference": normalize(reference_answer),
-        "correct": answer is not None and strict_match(answer, reference_answer),
+        "correct": answer is not None and right(answer, reference_answer),
         "correct_numeric": answer is not None and numeric_match(answer, reference_answer),
+        **({} if rule is None else {"rule": rule.name}),
     }
 
 
@@ -216,7 +271,11 @@ def rescore(path: Path) -> list[Record]:
                 f"{path}:{line}: stop_reason is {json.dumps(record.get('stop_reason'))}; "
                 f"it must be {' or '.join(STOP_REASONS)}"
             )
-        records.append(record | score_text(record["generated_text"], record["reference_answer"]))
+        rule = record.get("rule")
+        if rule is not None and not isinstance(rule, str):
+            raise UserError(f"{path}:{line}: the field `rule` is not text")
+        own = None if rule is None else rule_named(rule)
+        records.append(record | score_text(record["generated_text"], record["reference_answer"], own))
     if not records:
         raise UserError(f"{path} holds no predictions")
     return records

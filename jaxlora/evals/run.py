@@ -1,4 +1,4 @@
-"""Evaluate a base or an adapter on GSM8K: prompts, greedy decoding, both scores, records on disk.
+"""Evaluate a base or an adapter on GSM8K or any questions: prompts, greedy decoding, scores, records on disk.
 
 summary = evaluate(config, subject, spec, trained, frozen, base, out_dir)
 """
@@ -20,18 +20,20 @@ from rich.table import Table
 from jaxlora.checkpoints.base import Base
 from jaxlora.config import RunConfig
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
-from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, score
+from jaxlora.evals.earlier import earlier_lengths
+from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, load_questions, score
+from jaxlora.evals.rules import rule_named
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import replace_together
 from jaxlora.runtime.files import read_json, sha256_of
+from jaxlora.runtime.folders import replace_together
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.records import metric_record, summary_record
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 from jaxlora.train.board import write_outcome
 
 
@@ -61,9 +63,11 @@ def evaluation_inputs(
         "benchmark_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "dtype": config.model.dtype,
+        **({} if config.model.base_dtype is None else {"base_dtype": config.model.base_dtype}),
         "max_new_tokens": config.eval.max_new_tokens,
         "merged": config.eval.merge_adapter if subject.condition not in (None, "full") else None,
-        "system_prompt": SYSTEM_PROMPT,
+        "system_prompt": system_prompt(config),
+        **({} if config.eval.rule is None else {"rule": config.eval.rule}),
     }
 
 
@@ -83,8 +87,19 @@ def why_redo(out_dir: Path, inputs: dict[str, Any]) -> str | None:
 
 def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem], list[list[int]]]:
     """The benchmark's problems and their prompts as token ids."""
-    problems = load_problems(config.benchmark, config.eval.problems)
-    return problems, render_prompts(tokenizer, [problem.question for problem in problems])
+    settings = config.eval
+    if settings.rule is None:
+        problems = load_problems(config.benchmark, settings.problems)
+    else:
+        columns = dict(pair.split("=", 1) for pair in settings.columns)
+        problems = load_questions(config.benchmark, rule_named(settings.rule), columns, settings.problems)
+    questions = [problem.question for problem in problems]
+    return problems, render_prompts(tokenizer, questions, system_prompt(config))
+
+
+def system_prompt(config: RunConfig) -> str | None:
+    """What the questions are asked with: the configuration's; else the study's where its score is taken."""
+    return config.eval.system or (SYSTEM_PROMPT if config.eval.rule is None else None)
 
 
 def check_lengths(config: RunConfig, base: Base, prompts: list[list[int]]) -> None:
@@ -119,6 +134,8 @@ def evaluate(
     check_lengths(config, base, prompts)
     inputs = evaluation_inputs(config, subject, problems, prompts)
     stop_ids = base.stop_ids(tokenizer)
+    found = earlier_lengths(Path(config.results_dir), inputs["prompts_sha256"], out_dir)
+    expected = hosts.broadcast(found if found is not None and len(found) == len(prompts) else None)
     start = time.monotonic()
     spec, lora, weights, mesh = decode_weights(spec, trained, frozen, merge=config.eval.merge_adapter)
     progress = progress_bar(f"decoding {subject.run_id}", len(prompts), "problems")
@@ -132,14 +149,16 @@ def evaluate(
             max_new_tokens=config.eval.max_new_tokens,
             slots=config.eval.batch_rows,
             backend=decode_backend(spec.dtype),
+            expected=expected,
             progress=advance,
         )
     seconds = time.monotonic() - start
     records = []
+    rule = None if config.eval.rule is None else rule_named(config.eval.rule)
     for problem, prompt, answer in zip(problems, prompts, answers, strict=True):
         ids = answer.tokens[:-1] if answer.stop_reason == "stop" else answer.tokens
         text = str(tokenizer.decode(ids))
-        records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason))
+        records.append(score(problem, text, len(prompt), len(answer.tokens), answer.stop_reason, rule))
     facts = inputs | {"first_prompt": tokenizer.decode(prompts[0]), "stop_token_ids": list(stop_ids)}
     return hosts.broadcast(_write(out_dir, config.benchmark, subject, records, facts, seconds))
 
@@ -211,7 +230,9 @@ def show(summaries: list[dict[str, Any]]) -> None:
     """Print scores side by side, with what a reader needs to trust them."""
     problems = " and ".join(sorted({str(s["total"]) for s in summaries}))
     table = Table(title=f"greedy answers to {problems} problems", title_justify="left")
-    for name in ("", "strict", "numeric", "no box", "cut off", "tokens/s"):
+    rules = {s.get("rule") for s in summaries}
+    strict, none = ("strict", "no box") if rules == {None} else ("right", "no answer")
+    for name in ("", strict, "numeric", none, "cut off", "tokens/s"):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     for s in summaries:
         table.add_row(

@@ -10,7 +10,7 @@ belongs to another base, is an error: it never falls back to the base.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,21 @@ from jaxlora.checkpoints.base import (
     weights_sha256,
 )
 from jaxlora.checkpoints.export import load_selected, run_tokenizer
-from jaxlora.checkpoints.peft import ADAPTER_FILES, RENDERED_BY, WEIGHTS
+from jaxlora.checkpoints.peft import ADAPTER_FILES, BASE_DTYPE, METADATA, RENDERED_BY, WEIGHTS
 from jaxlora.config import ModelSource, RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX
-from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts
+from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts, system_prompt
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.runtime import hosts
-from jaxlora.runtime.claims import claimed, enough_room
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.files import read_object, sha256_of
+from jaxlora.runtime.folders import claimed, enough_room
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest
 from jaxlora.runtime.remote import fetch_folder
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 from jaxlora.sharding import make_mesh, place_trained
 
 FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
@@ -63,7 +64,7 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
     """The untouched base of the configuration; written to `<results>/<prefix>-base/evaluation`."""
     base = find_base(config.model, config.seed, with_weights)
     name = f"{config.prefix}-base"
-    spec = ModelSpec(base.config, None, config.model.dtype, scan=False)
+    spec = ModelSpec(base.config, None, config.model.dtype, scan=False, scheme=pick_scheme(config.model))
     subject = Subject(name, base_fingerprint=_fingerprint(base))
     return Target(config, subject, base, spec, {}, Path(config.results_dir) / name / "evaluation")
 
@@ -95,7 +96,8 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
     config = run_config(config, run)
     base = find_base(config.model, config.seed, with_weights)
     manifest = read_manifest(run)
-    _check_gates(run, manifest, config.data.allow_ungated)
+    if config.eval.rule is None:  # gates are of benchmarks
+        _check_gates(run, manifest, config.data.allow_ungated)
     recorded = (manifest.get("base") or {}).get("fingerprint")
     found = _fingerprint(base) or recorded  # of a plan the weights are compared when they are fetched
     if recorded != found:
@@ -127,17 +129,17 @@ def adapter_target(
     """Any PEFT adapter, from a folder or `hf://OWNER/NAME[@REVISION]/PATH`, on the base of `config`.
 
     Condition, rank and alpha are read from the adapter itself. `condition` and `seed` are what the caller
-    says of it; they must not contradict it, and a seed that it does not record must be given. The tokenizer
-    is the one beside the adapter, where there is one and `config` names none.
+    says of it; they must not contradict it. A seed that neither says is not known, and null in the records.
+    The tokenizer is the one beside the adapter, where there is one and `config` names none.
 
     Args:
       any_base: take the adapter although it names another base.
 
     Raises:
-      UserError: no such adapter, one for another base, or one whose seed is not known.
+      UserError: no such adapter, or one for another base.
     """
     folder = adapter_folder(adapter)
-    config = replace(config, model=with_own_tokenizer(config.model, folder))
+    config = replace(config, model=with_own_base_dtype(with_own_tokenizer(config.model, folder), folder))
     base = find_base(config.model, config.seed, with_weights)
     lora_config, lora, metadata, shapes = read_adapter(folder, base.config, base.folder)
     if not any_base and (reason := other_base(metadata, base)):
@@ -148,13 +150,13 @@ def adapter_target(
     recorded = metadata["seed"]
     if seed is not None and recorded not in (None, seed):
         raise UserError(f"--seed: {seed}, but {adapter} records seed {recorded}")
-    if seed is None and recorded is None:
-        raise UserError(f"{adapter}: does not record its seed; name it with --seed")
     seed = recorded if seed is None else seed
-    spec = ModelSpec(base.config, lora_config, config.model.dtype, scan=False, shapes=shapes)
+    scheme = pick_scheme(config.model)
+    spec = ModelSpec(base.config, lora_config, config.model.dtype, scan=False, shapes=shapes, scheme=scheme)
     step = metadata.get("step")
     checkpoint = Path(adapter).name if step is None else f"step-{step}"
-    name = metadata.get("run_id") or f"{config.prefix}-{lora_config.condition}-seed-{seed}"
+    whose = Path(adapter).name if seed is None else f"seed-{seed}"
+    name = metadata.get("run_id") or f"{config.prefix}-{lora_config.condition}-{whose}"
     subject = Subject(
         name,
         lora_config.condition,
@@ -163,13 +165,22 @@ def adapter_target(
         adapter_sha256=sha256_of(folder / WEIGHTS),
         base_fingerprint=_fingerprint(base),
     )
-    return Target(replace(config, lora=lora_config, seed=seed), subject, base, spec, lora, out)
+    own = replace(config, lora=lora_config, seed=config.seed if seed is None else seed)
+    return Target(own, subject, base, spec, lora, out)
 
 
 def with_own_tokenizer(source: ModelSource, adapter: Path) -> ModelSource:
     """The base with the tokenizer beside an adapter, where there is one and no other is named."""
     named = source.tokenizer is not None or not (adapter / "tokenizer_config.json").is_file()
     return source if named else replace(source, tokenizer=str(adapter))
+
+
+def with_own_base_dtype(source: ModelSource, adapter: Path) -> ModelSource:
+    """The base rounded as it was when an adapter was trained, where that is recorded and nothing else is
+    asked for."""
+    file = adapter / METADATA
+    own = read_object(file).get(BASE_DTYPE) if source.base_dtype is None and file.is_file() else None
+    return source if own is None else from_dict({"model": asdict(source) | {BASE_DTYPE: own}}).model
 
 
 def adapter_folder(address: str) -> Path:
@@ -209,14 +220,15 @@ def describe(target: Target) -> list[str]:
     if lora is not None:
         adapter = f"{lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}, seed {subject.seed}"
         adapter += f", {subject.checkpoint}, {'merged' if config.eval.merge_adapter else 'not merged'}"
-    sample = chat_text(tokenizer, prompt_messages(problems[0].question), generation_prompt=True)
+    messages = prompt_messages(problems[0].question, system_prompt(config))
+    sample = chat_text(tokenizer, messages, generation_prompt=True)
     return [
         f"subject   {subject.run_id}",
         f"adapter   {adapter}",
         f"base      {config.model.path}, {config.model.dtype}",
         f"tokenizer {config.model.tokenizer or config.model.path}",
         f"mesh      {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}",
-        f"benchmark {config.eval.benchmark}, {len(problems):,} problems",
+        f"benchmark {config.eval.benchmark}, {len(problems):,} problems, {_scored(config)}",
         f"prompts   {sum(map(len, prompts)):,} tokens in all, longest {max(map(len, prompts))}",
         f"limits    greedy, at most {config.eval.max_new_tokens} new tokens, stop at token {stops},"
         f" {config.eval.batch_rows} answers at once",
@@ -224,6 +236,10 @@ def describe(target: Target) -> list[str]:
         "first prompt, as the model sees it:",
         harmless(sample),
     ]
+
+
+def _scored(config: RunConfig) -> str:
+    return "GSM8K's score" if config.eval.rule is None else f"rule {config.eval.rule}"
 
 
 def check_free(out: Path, overwrite: bool) -> None:

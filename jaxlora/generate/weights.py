@@ -5,15 +5,15 @@
         answers = generate(spec, lora, weights, prompts, ...)
 
 One tree a layer, whose caches are then updated in place; the adapter merged, so that it costs nothing; q, k,
-v and gate, up joined to one product each. Every token reads all weights: on several chips they are split by
-heads and stay where they are, where training would gather them over `fsdp` in every step.
+v and gate, up joined to one product each. Every token reads all weights: on several chips each has a copy, or
+they are split by heads, and stay where they are, where training would gather them over `fsdp` in every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlora.config import MeshConfig
 from jaxlora.lora import get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
@@ -36,27 +37,69 @@ def decode_weights(
     Args:
       trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
       frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
-      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
-        returned and applied at every step.
+      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise, or where that
+        cannot be (`ModelSpec.mergeable`), the adapter is returned and applied at every step. So it is over a
+        quantised base: rounding the sum again would lose the update, which is smaller than the steps between
+        8-bit numbers.
     """
     lora, base = spec.computing(trained, frozen)
+    if spec.scheme is not None:
+        spec = replace(spec, scheme=replace(spec.scheme, turned=False))
+        base = jax.tree.map(for_decoding, base, is_leaf=is_quantised)
     home = _mesh_of(base)
     experts = spec.config.experts.num_experts if spec.config.experts else 1
-    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts)
-    keep = spec.lora is not None and not merge
-    joined = not keep and mesh.shape["tensor"] == 1
-    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
-    form = replace(spec, scan=False, joined=joined, full=False, **adapter)
+    size = sum(x.nbytes for x in jax.tree.leaves(base))
+    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts, size)
+    form = decode_form(spec, mesh, merge)
+    keep = form.lora is not None
     shardings = base_shardings(mesh, form)
-    cut = _make_cut(spec, form, home)
+    cut, changed = _make_cut(spec, form, home), partial(_changed, spec, form)
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        layer = cut(base["layers"], lora, i) if spec.scan else _layer(spec, form, base["layers"][i], lora, i)
+        layer = cut(base["layers"], lora, i) if spec.scan else changed(base["layers"][i], lora, i)
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
-    return form, lora if keep else {}, {**outside, "layers": layers}, mesh
+    return form, kept_adapter(spec, form, lora) if keep else {}, {**outside, "layers": layers}, mesh
+
+
+def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
+    """The form of a model in decoding on this mesh, see `decode_weights`."""
+    scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
+    keep = spec.lora is not None and not (merge and scheme is None and spec.mergeable)
+    whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
+    # Products of 8-bit numbers are so quick that it pays to join them beside an adapter, too.
+    worthwhile = not keep or (scheme is not None and scheme.activations)
+    joined = mesh.shape["tensor"] == 1 and whole_groups and worthwhile
+    shapes = () if joined else spec.shapes
+    adapter = {"lora": spec.lora, "shapes": shapes} if keep else {"lora": None, "shapes": ()}
+    return replace(spec, scan=False, joined=joined, full=False, scheme=scheme, **adapter)
+
+
+def kept_adapter(spec: ModelSpec, form: ModelSpec, lora: Tree) -> Tree:
+    """The adapter for the projections of this form: of joined ones, all A one below the other, and all B in
+    blocks, so that each part of the output sees its own."""
+    if not form.joined or "layers" not in lora:
+        return lora
+    sizes = {weight.path.removeprefix("layers."): weight.shape[0] for weight in spec.table}
+    layers = jax.tree.map(lambda x: x, spec.with_scales(lora)["layers"])
+    for path, parts in JOINED.items():
+        owner, _, _ = path.partition(".")
+        adapted = [part for part in parts if part.rpartition(".")[2] in layers.get(owner, {})]
+        if not adapted:
+            continue
+        pairs = {part: _take(layers, part) for part in adapted}
+        depth, rank, _ = pairs[adapted[0]]["lora_a"].shape
+        rows = []
+        for part in parts:
+            blocks = [jnp.zeros((depth, sizes[part], rank)) for _ in adapted]
+            if part in adapted:
+                blocks[adapted.index(part)] = pairs[part]["lora_b"]
+            rows.append(jnp.concatenate(blocks, axis=2))
+        a = jnp.concatenate([pairs[part]["lora_a"] for part in adapted], axis=1)
+        set_path(layers, path, {"lora_a": a, "lora_b": jnp.concatenate(rows, axis=1)})
+    return {**spec.with_scales(lora), "layers": layers}
 
 
 @cache
@@ -72,6 +115,36 @@ def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, T
     )
 
 
+def _changed(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
+    """As `_layer`, by one program for all layers; arrays that need no change are the layer's own."""
+    made = jax.tree.map(lambda x: x, layer)
+    for path in JOINED if form.joined else ():
+        for part in JOINED[path]:
+            _take(made, part)
+    for path, array in _make_changed(spec, form)(layer, lora, i).items():
+        set_path(made, path, array)
+    return made
+
+
+@cache
+def _make_changed(spec: ModelSpec, form: ModelSpec) -> Callable[[Tree, Tree, int], dict[str, jax.Array]]:
+    """One program that makes what differs in a layer, by dotted path."""
+    merged = {weight.place.removeprefix("layers.") for weight in spec.adapted if form.lora is None}
+
+    def changed(layer: Tree, lora: Tree, i: int) -> dict[str, jax.Array]:
+        before, after = _paths(layer), _paths(_layer(spec, form, layer, lora, i))
+        return {path: array for path, array in after.items() if path in merged or path not in before}
+
+    return jax.jit(changed)
+
+
+def _paths(tree: Tree) -> dict[str, jax.Array]:
+    """The arrays of a tree by dotted path."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)
+    }
+
+
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
     """The weights of layer i in the form for decoding."""
     layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
@@ -80,8 +153,7 @@ def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) ->
             if spec.config.experts and path.startswith("mlp."):
                 continue  # the products of experts stay as they are
             modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
-            arrays = {name: jnp.concatenate([module[name] for module in modules]) for name in modules[0]}
-            set_path(layer, path, arrays)
+            set_path(layer, path, jax.tree.map(lambda *parts: jnp.concatenate(parts), *modules))
     return layer
 
 

@@ -23,12 +23,23 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
+from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
-from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight
-from jaxlora.sharding import constrain, gather_again, gathered
+from jaxlora.models.quantised import Scheme, abstract, products
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
+from jaxlora.sharding import (
+    array_axes,
+    constrain,
+    dotted,
+    embedded,
+    gather_again,
+    gathered,
+    gathered_adapter,
+)
 
 Tree = dict[str, Any]
+OUTER = True
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -49,8 +60,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
-    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one. A `[r, in]` and B
-    `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
+    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one, or is quantised. A
+    `[r, in]` and B `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
     """
 
     def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = (), bias: bool = False):
@@ -62,43 +73,104 @@ class Linear(nnx.Module):
         else:
             self.lora_a = self.lora_b = None  # type: ignore[assignment]
         self.bias = nnx.Param(jnp.zeros((*stack, out_size), jnp.dtype(spec.dtype))) if bias else None
-        self.axes, self.stacked, self.scale = weight.axes, bool(stack), spec.scale
+        self.axes, self.stacked, self.scale, self.path = weight.axes, bool(stack), spec.scale, weight.path
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return joint_products(x, self)[0]
+    def __call__(self, x: jax.Array, noise: Noise | None = None) -> jax.Array:
+        return joint_products(x, self, noise=noise)[0]
 
 
-def joint_products(x: jax.Array, *linears: Linear) -> list[jax.Array]:
+class TiedHead(nnx.Module):
+    """The adapter of an output head that is the embedding: A and B without a weight of their own."""
+
+    def __init__(self, weight: Weight, spec: ModelSpec):
+        assert spec.lora is not None
+        out_size, in_size = weight.shape
+        self.lora_a = nnx.LoRAParam(jnp.zeros((spec.lora.rank, in_size), jnp.float32))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((out_size, spec.lora.rank), jnp.float32))
+        self.weight, self.axes, self.scale = None, weight.axes, spec.scale
+
+    def delta(self, x: jax.Array) -> jax.Array:
+        """(alpha / r) B A x."""
+        return _deltas([self.axes], self.scale, x, [self.lora_a[...]], [self.lora_b[...]])[0]
+
+
+def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -> list[jax.Array]:
     """The products of several projections with one input.
 
-    Their adapters read the input together: one product with all A, and one for its gradient.
+    Their adapters read the input together: one product with all A, and one for its gradient. With `noise`
+    each reads what its own dropout leaves of the input.
     """
-    weights = [one.weight[...] for one in linears]
+    weights = [one.weight.get_value() for one in linears]
     adapted = [i for i, one in enumerate(linears) if one.lora_a is not None]
     adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
-    function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale)
-    ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters)
+    drops = None if noise is None else [linears[i].path for i in adapted]
+    rate = 0.0 if noise is None else noise.rate
+    function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale, drops, rate)
+    words = () if noise is None else (noise.words,)
+    ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters, *words)
     ys = [checkpoint_name(y, PRODUCT) for y in ys]
     return [y if one.bias is None else y + one.bias[...] for one, y in zip(linears, ys, strict=True)]
 
 
-def _products(axes, adapted, scale, x, weights, adapters) -> list[jax.Array]:
+def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=None) -> list[jax.Array]:
     """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
-    ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
+    ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
-        deltas = _deltas([axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True))
+        own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
+        if drops is not None:
+            deltas = _dropped_deltas(drops, Noise(words, rate), *own)
+        else:  # a product that is scaled afterwards takes the adapter on its way
+            deltas = _deltas(*own, in_passing=ys[0].dtype != x.dtype)
         for i, delta in zip(adapted, deltas, strict=True):
             ys[i] += delta
-    return ys
+    return [y.astype(x.dtype) for y in ys]
 
 
-def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
+def _gathered(weight, axes):
+    return jax.tree.map_with_path(lambda path, x: gathered(x, array_axes(path, axes)), weight)
+
+
+def _deltas(axes, scale, x, all_a, all_b, *, in_passing=False) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
-    a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
-    b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
+    a = [gathered_adapter(a.astype(x.dtype), (None, own[1])) for a, own in zip(all_a, axes, strict=True)]
+    b = [gathered_adapter(b.astype(x.dtype), (own[0], None)) for b, own in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
+    if in_passing and OUTER and all_b[0].shape[1] <= 16:
+        return [_by_columns(*pair) for pair in zip(lows, b, strict=True)]
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
+
+
+@jax.custom_vjp
+def _by_columns(low, b):
+    """B low, column by column, in float32: no product of its own but a part of what it is added to."""
+    low, b = low.astype(jnp.float32), b.astype(jnp.float32)
+    parts = [low[..., r : r + 1] * b[:, r] for r in range(b.shape[1])]
+    return sum(parts[1:], parts[0])
+
+
+def _by_columns_forward(low, b):
+    return _by_columns(low, b), (low, b)
+
+
+def _by_columns_backward(saved, dy):
+    low, b = saved
+    dy = dy.astype(low.dtype)
+    return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("...o,...r->or", dy, low)
+
+
+_by_columns.defvjp(_by_columns_forward, _by_columns_backward)
+
+
+def _dropped_deltas(paths, noise: Noise, axes, scale, x, all_a, all_b) -> list[jax.Array]:
+    """The same where each module drops inputs of its own; the backward pass draws its masks again."""
+    dropping = jax.checkpoint(
+        lambda x, words, path: dropped(x, Noise(words, noise.rate), path), static_argnums=2
+    )
+    return [
+        _deltas([own], scale, dropping(x, noise.words, path), [a], [b])[0]
+        for path, own, a, b in zip(paths, axes, all_a, all_b, strict=True)
+    ]
 
 
 class Attention(nnx.Module):
@@ -117,7 +189,7 @@ class Attention(nnx.Module):
         self.head_dim, self.joined = config.head_dim, joined
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
 
-    def project(self, x):
+    def project(self, x, noise):
         """Queries, keys and values `[batch, length, heads or kv_heads, head_dim]`."""
 
         def heads(y):
@@ -125,14 +197,14 @@ class Attention(nnx.Module):
 
         if self.joined:
             return jnp.split(heads(self.qkv_proj(x)), [self.heads, self.heads + self.kv_heads], axis=-2)
-        return map(heads, joint_products(x, self.q_proj, self.k_proj, self.v_proj))
+        return map(heads, joint_products(x, self.q_proj, self.k_proj, self.v_proj, noise=noise))
 
-    def __call__(self, x, rotary, attend: Attend, cache):
-        q, k, v = self.project(x)
+    def __call__(self, x, rotary, attend: Attend, cache, noise):
+        q, k, v = self.project(x, noise)
         normed = ((q, self.q_norm), (k, self.k_norm))
         q, k = (rotate(x if norm is None else norm(x), rotary) for x, norm in normed)
         y, cache = attend(q, k, v, cache)
-        return self.o_proj(y.reshape(*x.shape[:-1], -1)), cache
+        return self.o_proj(y.reshape(*x.shape[:-1], -1), noise), cache
 
 
 class MLP(nnx.Module):
@@ -147,12 +219,12 @@ class MLP(nnx.Module):
         self.down_proj = make_linear("layers.mlp.down_proj")
         self.joined = joined
 
-    def __call__(self, x):
+    def __call__(self, x, noise, real=None):
         if self.joined:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
-            gate, up = joint_products(x, self.gate_proj, self.up_proj)
-        return self.down_proj(jax.nn.silu(gate) * up)
+            gate, up = joint_products(x, self.gate_proj, self.up_proj, noise=noise)
+        return self.down_proj(jax.nn.silu(gate) * up, noise)
 
 
 class DecoderLayer(nnx.Module):
@@ -164,10 +236,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = make_norm(config.hidden_size)
         self.mlp = make_mlp()
 
-    def __call__(self, x, rotary, attend: Attend, cache, *real):
-        y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache)
+    def __call__(self, x, rotary, attend: Attend, cache, noise, real):
+        y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache, noise)
         x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x), *real)
+        x = x + self.mlp(self.post_attention_layernorm(x), noise, real)
         return constrain(x, "batch", "length", None), cache
 
 
@@ -178,11 +250,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(weight.shape, dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # Every chip looks up all tokens of its copy of the base in its own columns; then the parts change
-        # places. The table itself is never gathered.
-        copy = ("batch_of_copy", "length_of_copy")
-        rows = jnp.take(self.weight[...], constrain(tokens, *copy), axis=0, mode="clip")
-        return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
+        return embedded(self.weight[...], tokens)
 
 
 class Decoder(nnx.Module):
@@ -215,10 +283,27 @@ class Decoder(nnx.Module):
             make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = Linear(table["lm_head"], spec) if "lm_head" in table else None
+        self.lm_head = self._head(spec, table)
         self.config, self.scan = config, spec.scan
 
-    def __call__(self, tokens, positions, attend: Attend, cache=None, *, remat: Remat = False, real=None):
+    @staticmethod
+    def _head(spec: ModelSpec, table: dict[str, Weight]) -> Any:
+        """The head's own matrix; of a tied model, its adapter or None."""
+        if "lm_head" in table:
+            return Linear(table["lm_head"], spec)
+        return None if spec.mergeable else TiedHead(tied_head(spec.config), spec)
+
+    def __call__(
+        self,
+        tokens,
+        positions,
+        attend: Attend,
+        cache=None,
+        *,
+        remat: Remat = False,
+        noise: Noise | None = None,
+        real: jax.Array | None = None,
+    ):
         """Hidden states after the last norm.
 
         Args:
@@ -227,6 +312,7 @@ class Decoder(nnx.Module):
           cache: None, or one entry a layer: a list (unrolled) or a tree with a leading layer axis (scanned).
           remat: what the backward pass computes again: nothing, the activations of each layer (True), or
             only those that are no product and no attention (`elementwise`): a third of the memory.
+          noise: what the adapters' dropout is drawn from; None: nothing is dropped.
           real: bool `[batch, length]`: the tokens that go to experts, in a model that has them; None: all.
 
         Returns:
@@ -235,31 +321,34 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens)
         rotary = rotary_angles(positions, rotary_frequencies(self.config))
 
-        own = () if real is None or self.config.experts is None else (real,)
-
-        def call(definition, x, state, cache):
-            return nnx.merge(definition, state)(x, rotary, attend, cache, *own)
+        def call(definition, x, state, cache, layer):
+            own = None if noise is None else noise.of_layer(layer)
+            return nnx.merge(definition, state)(x, rotary, attend, cache, own, real)
 
         if remat:
             keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
             call = jax.checkpoint(call, policy=keep, static_argnums=0)
         if self.scan:
             definition, state = nnx.split(self.layers)
-            x, cache = jax.lax.scan(lambda x, inputs: call(definition, x, *inputs), x, (state, cache))
+            layers = None if noise is None else jnp.arange(self.config.num_hidden_layers)
+            x, cache = jax.lax.scan(lambda x, inputs: call(definition, x, *inputs), x, (state, cache, layers))
         else:
             entries = []
             for i, module in enumerate(self.layers):
                 definition, state = nnx.split(module)
-                x, entry = call(definition, x, state, None if cache is None else cache[i])
+                own = None if cache is None else cache[i], None if noise is None else i
+                x, entry = call(definition, x, state, *own)
                 entries.append(entry)
             cache = entries
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[..., vocab]` in the activations' dtype, summed in float32."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+        head = self.lm_head
+        if head is not None and head.weight is not None:
+            return head(hidden)
+        logits = jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+        return logits if head is None else logits + head.delta(hidden)
 
 
 def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -314,7 +403,10 @@ def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
         return False
     if weight.lora_group == "output_head":
         return lora.output_head or weight.name in lora.modules
-    return weight.lora_group in GROUPS.get(lora.targets, ()) or weight.name in lora.modules  # type: ignore[call-overload]
+    if weight.lora_group in GROUPS.get(lora.targets, ()):  # type: ignore[call-overload]
+        return True
+    parts = JOINED.get(weight.path.removeprefix("layers."), (weight.path,))
+    return any(part.rpartition(".")[2] in lora.modules for part in parts)
 
 
 @dataclass(frozen=True)
@@ -330,10 +422,11 @@ class ModelSpec:
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"  # of computing, and of the frozen base
     scan: bool = True
-    joined: bool = False  # q, k, v and gate, up are one matrix each; without an adapter only
+    joined: bool = False  # q, k, v and gate, up are one matrix each, in decoding only
     full: bool = False
     shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
     products: How = "auto"  # how experts' products are computed
+    scheme: Scheme | None = None  # of a quantised base's projections; None: in `dtype`
 
     @property
     def scale(self) -> float:
@@ -356,10 +449,21 @@ class ModelSpec:
 
     @cached_property
     def _split(self):
-        assert self.lora is None or not (self.joined or self.full)
+        assert self.lora is None or not self.full
+        assert self.scheme is None or not self.full
         module = nnx.eval_shape(lambda: Decoder(self))
         definition, lora, rest = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
-        return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(rest)
+        return definition, nnx.to_pure_dict(lora), self._quantised(nnx.to_pure_dict(rest))
+
+    def _quantised(self, base: Tree) -> Tree:
+        """Shapes of the base with quantised ones in place of those that are quantised."""
+        places = {weight.place: self.scheme_of(weight) for weight in self.table}
+
+        def form(path, x):
+            scheme = places[dotted(path)]
+            return x if scheme is None else abstract(scheme, x)
+
+        return jax.tree.map_with_path(form, base)
 
     @property
     def abstract_base(self) -> Tree:
@@ -371,9 +475,25 @@ class ModelSpec:
         return parameter_table(self.config, self.joined)
 
     @property
+    def adaptable(self) -> list[Weight]:
+        """The weights that can carry an adapter: of the table, and the tied head's use of the embedding."""
+        head = [tied_head(self.config)] if self.config.tie_word_embeddings else []
+        return [weight for weight in self.table if weight.lora_group] + head
+
+    @property
     def adapted(self) -> list[Weight]:
         """The weights that carry an adapter."""
-        return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
+        return [] if self.lora is None else [w for w in self.adaptable if is_adapted(w, self.lora)]
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the adapter can be folded into the weights: not one on a tied head, whose matrix is also
+        the embedding."""
+        return not (self.config.tie_word_embeddings and any(w.name == "lm_head" for w in self.adapted))
+
+    def scheme_of(self, weight: Weight) -> Scheme | None:
+        """How this weight is quantised; only the layers' projections are."""
+        return self.scheme if weight.stacked and len(weight.shape) == 2 else None
 
     def ranks(self, weight: Weight) -> tuple[int, ...]:
         """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""
@@ -407,14 +527,14 @@ class ModelSpec:
         The adapter's layer axis is stacked in either form of the layers.
         """
         lora, weights = self.computing(trained, frozen)
-        lora = self._with_scales(lora)
+        lora = self.with_scales(lora)
         if not self.scan and "layers" in lora:
             depth = self.config.num_hidden_layers
             layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}
             lora = {**lora, "layers": layers}
         return nnx.merge(self._split[0], lora, weights)
 
-    def _with_scales(self, lora: Tree) -> Tree:
+    def with_scales(self, lora: Tree) -> Tree:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
         if not self.shapes:
             return lora

@@ -20,10 +20,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jaxlora.models.dropout import Noise
 from jaxlora.models.grouped import expert_products, group_tokens, tile_rows, to_rows, to_tokens
 from jaxlora.models.spec import PRODUCT, Experts, How, Weight
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import EXPERTS, spec_for
+from jaxlora.sharding import EXPERTS, auto_mesh, spec_for
 
 GATHERED = "gathered"  # the name of weights that the backward pass gathers again
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -83,7 +84,7 @@ class ExpertMLP(nnx.Module):
         )
         self.axes = {name: table[EXPERTS + name].axes for name in NAMES}
 
-    def __call__(self, x: jax.Array, real: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, noise: Noise | None = None, real: jax.Array | None = None) -> jax.Array:
         real = jnp.ones(x.shape[:-1], bool) if real is None else real
         run = partial(_experts, self.config, self.scale, self.how)
         return _over_mesh(run, self.axes, self.stacked)(x, real, self.gate.weight[...], self.experts.arrays())
@@ -172,8 +173,8 @@ class _Split(NamedTuple):
 
 def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacked: bool) -> Callable:
     """`run(split, x, real, router, arrays)` on every chip for its tokens; on one device, as it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = auto_mesh()
+    if mesh is None or mesh.size == 1:
         return partial(run, _Split())
 
     def on_mesh(x, real, router, arrays):

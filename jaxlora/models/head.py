@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora.sharding import gathered, split_tokens
+from jaxlora.sharding import auto_mesh, gathered, gathered_adapter, split_tokens
 
 CHUNK = 1024  # positions a chunk: float32 logits of 0.6 GB at Qwen3's vocabulary
 # objective(logprobs, weights, extras) -> loss of each position; float32 [...], extras a tree of such arrays
@@ -36,22 +36,28 @@ class Head(NamedTuple):
 
 
 def head_of(model) -> Head:
-    """The head of a bound `Decoder`; of a tied model, its embedding."""
+    """The head of a bound `Decoder`; of a tied model, its embedding, maybe with an adapter of this use."""
     head = model.lm_head
     if head is None:
         return Head(model.embed_tokens.weight[...])
+    weight = model.embed_tokens.weight if head.weight is None else head.weight
     if head.lora_a is None:
-        return Head(head.weight[...])
-    return Head(head.weight[...], head.scale * head.lora_a[...], head.lora_b[...])
+        return Head(weight[...])
+    return Head(weight[...], head.scale * head.lora_a[...], head.lora_b[...])
 
 
-def target_logprobs(hidden, head: Head, targets) -> jax.Array:
-    """log p(target) in float32 `[...]` of hidden states `[..., hidden]`; logits are summed in float32."""
+def target_logprobs(hidden, head: Head, targets, temperature: float = 1.0) -> jax.Array:
+    """log p(target) in float32 `[...]` of hidden states `[..., hidden]`; logits are summed in float32.
+
+    With another temperature than 1, of the distribution of the logits divided by it.
+    """
     logits = _product(hidden, head.weight)
     if head.lora_a is not None and head.lora_b is not None:
         a, b = head.lora_a.astype(hidden.dtype), head.lora_b.astype(hidden.dtype)
         low = jnp.einsum("...i,ri->...r", hidden, a)
         logits += jnp.einsum("...r,or->...o", low, b, preferred_element_type=jnp.float32)
+    if temperature != 1:
+        logits = logits / temperature
     # A comparison, not a gather: the gradient of a gather is a scatter over all logits, this one's is fused.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
@@ -83,7 +89,14 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def chunked_loss(
-    hidden, head: Head, targets, weights, objective: Objective, extras: Any = (), wanted=None
+    hidden,
+    head: Head,
+    targets,
+    weights,
+    objective: Objective,
+    extras: Any = (),
+    wanted=None,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The objective summed over positions, and log p of the targets where they are asked for.
 
@@ -95,21 +108,29 @@ def chunked_loss(
       extras: a tree of float32 arrays `[batch, length]` that the objective takes.
       wanted: bool `[batch, length]`: where log-probabilities are wanted beside the loss (all positions with a
         weight are). None: nowhere.
+      temperature: log-probabilities are of the logits divided by this; static.
 
     Returns:
       the sum, a float32 scalar, and log p(target), float32 `[batch, length]`, 0 where it was not wanted
       (None without `wanted`), which carries no gradient.
     """
-    head = head._replace(
-        weight=gathered(head.weight, ("vocab", "embed"))
-    )  # once, outside the loop over chunks
+    head = _gathered(head)  # once, outside the loop over chunks
     returns = wanted is not None
     chosen = weights != 0 if wanted is None else wanted | (weights != 0)
     parts = jax.tree.map(split_tokens, (hidden, targets, weights, extras, chosen))
-    total, logprobs = _chunked(objective, returns, head, *parts)
+    total, logprobs = _chunked(objective, returns, temperature, head, *parts)
     if not returns:
         return total, None
     return total, jax.lax.stop_gradient(join_like(targets, logprobs))
+
+
+def _gathered(head: Head) -> Head:
+    """The head whole over `fsdp`."""
+    head = head._replace(weight=gathered(head.weight, ("vocab", "embed")))
+    if head.lora_a is None or head.lora_b is None or auto_mesh() is not None:
+        return head
+    a, b = gathered_adapter(head.lora_a, (None, "embed")), gathered_adapter(head.lora_b, ("vocab", None))
+    return head._replace(lora_a=a, lora_b=b)
 
 
 def join_like(like: jax.Array, split: jax.Array) -> jax.Array:
@@ -118,25 +139,25 @@ def join_like(like: jax.Array, split: jax.Array) -> jax.Array:
     return jnp.zeros(like.size, split.dtype).at[places].set(split).reshape(like.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(objective, returns, head, hidden, targets, weights, extras, chosen):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(objective, returns, temperature, head, hidden, targets, weights, extras, chosen):
     def add(carry, chunk, index):
         total, logprobs = carry
         h, t, w, e = chunk
-        loss, values = _chunk_loss(objective, h, head, t, w, e)
+        loss, values = _chunk_loss(objective, temperature, h, head, t, w, e)
         return total + loss, _put(logprobs, index, values) if returns else logprobs
 
     start = jnp.float32(0), jnp.zeros(targets.shape if returns else (), jnp.float32)
     return _over_chunks(add, start, (hidden, targets, weights, extras), chosen)
 
 
-def _chunk_loss(objective, hidden, head, targets, weights, extras):
+def _chunk_loss(objective, temperature, hidden, head, targets, weights, extras):
     """The chunk's sum, and log p of its targets."""
-    logprobs = target_logprobs(hidden, head, targets)
+    logprobs = target_logprobs(hidden, head, targets, temperature)
     return jnp.sum(objective(logprobs, weights, extras)), logprobs
 
 
-def _forward(objective, returns, head, hidden, targets, weights, extras, chosen):
+def _forward(objective, returns, temperature, head, hidden, targets, weights, extras, chosen):
     for given in jax.tree.leaves((weights, extras), is_leaf=_is_primal):
         if given.perturbed:
             raise NotImplementedError("a loss is not differentiated by its weights or extras")
@@ -154,7 +175,10 @@ def _forward(objective, returns, head, hidden, targets, weights, extras, chosen)
         total, logprobs, d_hidden, d_own = carry
         h, t, w, e = chunk
         loss, pull, values = jax.vjp(
-            lambda h, own: _chunk_loss(objective, h, with_own(own), t, w, e), h, own, has_aux=True
+            lambda h, own: _chunk_loss(objective, temperature, h, with_own(own), t, w, e),
+            h,
+            own,
+            has_aux=True,
         )
         d_h, d_o = pull(jnp.float32(1))
         d_own = [total + x.astype(jnp.float32) for total, x in zip(d_own, d_o, strict=True)]
@@ -175,7 +199,7 @@ def _forward(objective, returns, head, hidden, targets, weights, extras, chosen)
     return (total, logprobs), (d_head, d_hidden)
 
 
-def _backward(objective, returns, residuals, cotangents):
+def _backward(objective, returns, temperature, residuals, cotangents):
     g, _ = cotangents  # the log-probabilities carry none
     d_head, d_hidden = jax.tree.map(lambda x: (g * x.astype(jnp.float32)).astype(x.dtype), residuals)
     return d_head, d_hidden, None, None, None, None

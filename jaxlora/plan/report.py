@@ -1,4 +1,4 @@
-"""A plan of a run on a slice: whether it fits, how long it takes at best, what it costs.
+"""A plan of a run on a slice: whether it fits, how long it likely takes, what that costs.
 
 plan = make_plan(config, model, slice_named("v5e-8"), Workload())
 plan.fits, plan.run.hours, print_plan(plan)
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jaxlora.config import Remat, RunConfig
 from jaxlora.estimate import FULL, Choice, candidates
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Programs, Workload
 from jaxlora.runtime.devices import SLICES, Slice
@@ -29,7 +30,7 @@ SWEEP_RUNS = 6  # runs of a study
 
 @dataclass(frozen=True)
 class RunCost:
-    """A whole run at the roofline."""
+    """A whole run at the likely rates of `jaxlora.estimate.Roofline`."""
 
     hours: float
     dollars: float | None
@@ -45,7 +46,8 @@ class Plan:
     condition: str
     programs: list[Program]
     fits: bool
-    tokens_per_second: float | None
+    tokens_per_second: float | None  # likely
+    best_tokens_per_second: float | None  # a bound
     run: RunCost | None
     sweep: RunCost | None
     advice: str | None
@@ -86,16 +88,16 @@ def make_plan(
     room = slice_.chip.hbm_bytes * (1 - RESERVED)
     fits = all(p.memory.missing == 0 and p.memory.total <= room for p in done)
     train, validation = done[:2]
-    run = sweep = tokens_per_second = longest = None
+    run = sweep = longest = None
     if fits:
         longest = longest_buffer(train, room, programs.multiple, config.train.max_buffer_tokens)
         steps = plan_run(config.optim, config.train, workload.train_rows)
         batches = math.ceil(workload.validation_rows / config.train.validation_batch_rows)
         batches *= len(steps.validation_steps)
-        seconds = train.best.seconds, steps.total_steps, validation.best.seconds, batches
+        seconds = train.best.likely, steps.total_steps, validation.best.likely, batches
         run = run_cost(*seconds, slice_.n_chips, dollars)
         sweep = RunCost(SWEEP_RUNS * run.hours, None if run.dollars is None else SWEEP_RUNS * run.dollars)
-        tokens_per_second = config.train.batch_rows * workload.row_tokens / train.best.seconds
+    tokens = config.train.batch_rows * workload.row_tokens
     return Plan(
         slice=slice_,
         mesh=dict(programs.mesh.shape),
@@ -103,7 +105,8 @@ def make_plan(
         condition=config.lora.condition,
         programs=done,
         fits=fits,
-        tokens_per_second=tokens_per_second,
+        tokens_per_second=tokens / train.best.likely if fits else None,
+        best_tokens_per_second=tokens / train.best.seconds if fits else None,
         run=run,
         sweep=sweep,
         advice=None if fits else what_would_fit(config, model, slice_, workload),
@@ -160,7 +163,8 @@ def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workl
     """All choices for this configuration's optimizer step, fastest first."""
     train = config.train
     tokens = train.batch_rows * workload.row_tokens
-    return candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what)
+    scheme = pick_scheme(config.model, slice_.chip, training=True)
+    return candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what, scheme)
 
 
 def overrides(choice: Choice) -> str:
@@ -241,6 +245,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     row("memory, ms", lambda p: f"{p.best.memory * 1e3:.1f}")
     row("interconnect, ms", lambda p: f"{p.best.interconnect * 1e3:.1f}")
     row("at best, ms", lambda p: f"{p.best.seconds * 1e3:.1f}")
+    row("likely, ms", lambda p: f"{p.best.likely * 1e3:.1f}")
     row("bound by", lambda p: p.best.bound if p.best.seconds else "")
     row("compiled in, s", lambda p: f"{p.compile_seconds:.0f}")
     console.print(table)
@@ -258,12 +263,13 @@ def _share(capacity: float):
 
 
 def summary_line(plan: Plan) -> str:
-    """One line: whether it fits, and speed, hours and dollars at the roofline."""
+    """One line: whether it fits, and likely speed, hours and dollars."""
     if not plan.fits:
         return f"{plan.slice.name}: does not fit; {plan.advice}"
     assert plan.run is not None
     assert plan.sweep is not None
-    text = f"{plan.slice.name}: fits; at best {plan.tokens_per_second:,.0f} tokens/s,"
+    text = f"{plan.slice.name}: fits; likely {plan.tokens_per_second:,.0f} tokens/s"
+    text += f" (at best {plan.best_tokens_per_second:,.0f}),"
     text += f" {plan.run.hours:.2f} h per run, {plan.sweep.hours:.2f} h for {SWEEP_RUNS} runs"
     if plan.run.dollars is not None:
         text += f", ${plan.run.dollars:,.2f} and ${plan.sweep.dollars:,.2f}"
@@ -293,7 +299,7 @@ def print_comparison(plans: list[Plan], console: Console) -> None:
             cells += ["", "does not fit"]
         else:
             price = [] if plan.sweep.dollars is None else [f"{plan.sweep.dollars:,.0f}"]
-            cells += [f"{train.best.seconds * 1e3:.0f}", train.best.bound, f"{plan.tokens_per_second:,.0f}"]
+            cells += [f"{train.best.likely * 1e3:.0f}", train.best.bound, f"{plan.tokens_per_second:,.0f}"]
             cells += [f"{plan.run.hours:.2f}", f"{plan.sweep.hours:.2f}", *price]
         table.add_row(*cells)
     console.print(table)

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from jaxlora.runtime.redaction import without_secrets
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless, without_secrets
 
 LONGEST = 1000  # characters of the line that a user is shown
 # A path that cannot be used is a mistake of whoever named it; other errors of a disk may pass.

@@ -2,18 +2,23 @@
 
 with progress_bar("loading", total=399, unit="tensors") as advance:
     advance(1)
+
+In a file or a pipe, where nothing can be drawn over, a line with the time stands for the bar, at most one
+every `EVERY` seconds.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+EVERY = 30.0  # seconds between two lines of what goes on, where there is no terminal
 LOG_WIDTH = 140  # columns of a file or a pipe, which has none of its own: tables stay whole
 
 
@@ -27,9 +32,34 @@ def make_console(stderr: bool) -> Console:
 console = make_console(stderr=True)
 
 
+class Heartbeat:
+    """Says when the next line of what goes on is due: `EVERY` seconds after the start, or the last one."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is; then the next one is due `EVERY` seconds from now."""
+        now = time.monotonic()
+        if now - self._last < EVERY:
+            return False
+        self._last = now
+        return True
+
+
+def say(text: str) -> None:
+    """Print a line of what goes on; where there is no terminal, with the time."""
+    if not console.is_terminal:
+        text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+    console.print(text, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def progress_bar(title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
     """A bar that disappears when the work is done; yields a function that advances it. No total: a count."""
+    if not console.is_terminal:
+        yield _lines(title, total, unit)
+        return
     columns = (
         TextColumn("{task.description}", markup=False),  # names of files may look like markup
         BarColumn(),
@@ -40,3 +70,17 @@ def progress_bar(title: str, total: int | None, unit: str) -> Iterator[Callable[
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def _lines(title: str, total: int | None, unit: str) -> Callable[[int], None]:
+    """What advances a bar that cannot be drawn."""
+    heartbeat, done = Heartbeat(), 0
+    of_all = "" if total is None else f" of {total:,}"
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if heartbeat.due():
+            say(f"{title}: {done:,}{of_all} {unit}")
+
+    return advance

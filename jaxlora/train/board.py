@@ -1,4 +1,4 @@
-"""TensorBoard: the curves of a run, its settings, and in what they ended.
+"""TensorBoard: the curves of a run, its settings, its answers, and in what it ended.
 
     board = Board(run_dir / "tensorboard", config)
     board.write(metric_record(...))
@@ -10,6 +10,7 @@ With one folder a run, `tensorboard --logdir results` lists all runs of a sweep 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import time
@@ -20,9 +21,10 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from jaxlora.config import RunConfig
+from jaxlora.config import RunConfig, to_dict
 
 _NO_CURVE = {"seed", "step"}
 
@@ -48,6 +50,11 @@ class _EventFile:
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.add(step=step, summary=scalar_pb(name, value))
 
+    def add_text(self, name: str, text: str, step: int = 0) -> None:
+        """As it is, in a block of code: TensorBoard would read it as Markdown."""
+        block = "\n".join("    " + line for line in text.splitlines())
+        self.add(step=step, summary=text_pb(name, block))
+
     def write(self, content: bytes) -> None:
         """For `RecordWriter`; part of a record would hide all that follow it."""
         if self._file.write(content) != len(content):
@@ -65,14 +72,30 @@ class Board:
         self._writer = _EventFile(folder)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add every number of a metrics record under its split's name."""
-        for name, value in record.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and name not in _NO_CURVE:
-                self._writer.add_scalar(f"{record['split']}/{name}", float(value), record["step"])
+        """Add the curves of a metrics record."""
+        for name, value in curves(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def write_sample(self, record: dict[str, Any], number: int) -> None:
+        """Add the answer to one of the prompts that validations show; see `jaxlora.train.samples`."""
+        parts = (f"[{name}]\n{record[name]}" for name in ("prompt", "answer", "expected"))
+        self._writer.add_text(f"samples/{number}", "\n\n".join(parts), record["step"])
 
     def close(self) -> None:
         self._writer.close()
+
+
+def curves(record: dict[str, Any]) -> dict[str, float]:
+    """Every number of a metrics record under its split's name, and the gradient's norm per token: the loss is
+    a sum, so the norm itself grows with the tokens of a step."""
+    numbers = {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in _NO_CURVE
+    }
+    if "grad_norm" in numbers and numbers.get("loss_tokens"):
+        numbers["grad_norm_per_token"] = numbers["grad_norm"] / numbers["loss_tokens"]
+    return {f"{record['split']}/{name}": value for name, value in numbers.items()}
 
 
 def write_outcome(folder: Path, values: Mapping[str, float], step: int) -> None:
@@ -98,4 +121,5 @@ def _write_settings(folder: Path, config: RunConfig) -> None:
     }
     writer = _EventFile(folder)
     writer.add(summary=hparams_pb(settings))
+    writer.add_text("config", json.dumps(to_dict(config), indent=2, ensure_ascii=False))
     writer.close()

@@ -1,20 +1,30 @@
-"""What a person sees while a run trains: a progress line, announcements, and the validation picture."""
+"""What a person sees while a run trains: a progress line, announcements, and the validation picture.
+
+    with TrainingDisplay(job, first_step=1) as display:
+        with display.compiling("training step", batch["tokens"].shape):   # start, time so far, end
+            state, metrics = train_step(...)
+        display.show(step, loss, display.rate(tokens))
+
+Where there is no terminal, lines with the time stand for the progress line: see `jaxlora.runtime.progress`.
+"""
 
 from __future__ import annotations
 
 import io
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.files import write_bytes_atomic
-from jaxlora.runtime.progress import console
+from jaxlora.runtime.progress import Heartbeat, console, say
 from jaxlora.train.job import Job, token_count
 
 WINDOW = 50  # steps over which speed is averaged
@@ -38,28 +48,45 @@ class TrainingDisplay:
             TextColumn("{task.description}", markup=False),  # run ids may look like markup
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[line]}", markup=False),
+            _Line(),
         )
         self._progress = Progress(*columns, console=console)
+        self._heartbeat = Heartbeat()
         steps = job.plan.total_steps
         self._task = self._progress.add_task(
-            job.config.run_id, total=steps, completed=first_step - 1, line="compiling"
+            job.config.run_id, total=steps, completed=first_step - 1, line="", since=None
         )
 
     def __enter__(self) -> TrainingDisplay:
-        self._progress.start()
+        if console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if console.is_terminal:
+            self._progress.stop()
 
-    def announce_shape(self, what: str, shape: tuple[int, ...]) -> None:
-        """Say when a program is about to be compiled; the first time takes seconds to minutes."""
-        if (what, shape) not in self._shapes:
-            self._shapes.add((what, shape))
-            console.print(
-                f"[dim]compiling the {what} for buffers of {shape[0]} x {shape[1]} x {shape[2]}[/dim]"
-            )
+    @contextmanager
+    def compiling(self, what: str, shape: tuple[int, ...]) -> Iterator[None]:
+        """Say that a program is being compiled, and how long it took, where it runs for the first time.
+
+        That takes seconds to minutes; on a terminal, the progress line counts them. A call returns once it
+        is compiled: the device's own work is not waited for.
+        """
+        if (what, shape) in self._shapes:
+            yield
+            return
+        self._shapes.add((what, shape))
+        title = f"the {what} for buffers of {shape[0]} x {shape[1]} x {shape[2]}"
+        start = time.monotonic()
+        say(f"compiling {title}")
+        line = self._progress.tasks[0].fields["line"]
+        self._progress.update(self._task, line=f"compiling the {what}", since=start)
+        try:
+            yield
+        finally:
+            self._progress.update(self._task, line=line, since=None)
+        say(f"compiled {title} in {time.monotonic() - start:.1f} s")
 
     def rate(self, tokens: int) -> dict[str, float | None]:
         """Seconds of a step, tokens a second over the last steps, model FLOPs utilisation, peak memory.
@@ -90,7 +117,10 @@ class TrainingDisplay:
         if speed["model_flops_utilisation"]:
             parts.append(f"{speed['model_flops_utilisation']:.1%} MFU")
         parts.append(f"ETA {self._remaining(step)}")
-        self._progress.update(self._task, completed=step, line=" · ".join(parts))
+        line = " · ".join(parts)
+        self._progress.update(self._task, completed=step, line=line)
+        if not console.is_terminal and (self._heartbeat.due() or step == self._job.plan.total_steps):
+            say(f"step {step:,} of {self._job.plan.total_steps:,} · {line}")
 
     def validating(self, batch: int) -> None:
         """Show the progress of a validation."""
@@ -98,12 +128,14 @@ class TrainingDisplay:
             self._validation_start = time.monotonic()
         total = -(-len(self._job.validation_rows) // self._job.validation_layout.batch_rows)
         self._progress.update(self._task, line=f"validating, batch {batch} of {total}")
+        if not console.is_terminal and self._heartbeat.due():
+            say(f"validating, batch {batch} of {total}")
 
     def validated(self, step: int, nll: Mapping[int, float]) -> None:
         """Print the result of the validation at a step, of all so far; leave its time out of the speed."""
         self._validation_seconds = time.monotonic() - self._validation_start
         mark = " (best so far)" if nll[step] <= min(nll.values()) else ""
-        console.print(f"step {step}: validation mean NLL {nll[step]:.5f}{mark}", markup=False)
+        say(f"step {step}: validation mean NLL {nll[step]:.5f}{mark}")
         self._times.clear()
 
     def _speed(self) -> float | None:
@@ -122,6 +154,14 @@ class TrainingDisplay:
         minutes, seconds = divmod(int(left), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+class _Line(ProgressColumn):
+    """The text of the progress line, and the seconds since something began."""
+
+    def render(self, task: Task) -> Text:
+        since = task.fields["since"]
+        return Text(task.fields["line"] + (f", {time.monotonic() - since:.0f} s" if since else ""))
 
 
 def draw_validation(path: Path, validations: dict[int, float], selected: int, title: str) -> None:

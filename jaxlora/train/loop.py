@@ -13,11 +13,10 @@ import math
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ import numpy as np
 
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.data.batches import ahead, step_batch, validation_batches
+from jaxlora.data.packing import Batch
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import out_of_memory
@@ -33,16 +33,19 @@ from jaxlora.runtime.files import is_disk_full
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
-from jaxlora.sharding import place_batch
+from jaxlora.sharding import named, place_batch
 from jaxlora.train.display import TrainingDisplay
-from jaxlora.train.job import Job, abstract_state, fresh_state, load_frozen
+from jaxlora.train.job import Job, abstract_frozen, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import check_inputs, identity, make_manifest
+from jaxlora.train.programs import StepPrograms
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
+from jaxlora.train.samples import sample_records
 from jaxlora.train.schedule import learning_rate
-from jaxlora.train.selection import select_checkpoint
+from jaxlora.train.selection import select_checkpoint, stops_early
 from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
+COMPILES_AHEAD = ("gpu",)  # where compiling takes long and the host has cores to spare
 LATE = 2  # steps between dispatch and reading the metrics
 
 
@@ -84,9 +87,12 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         stack.enter_context(jax.set_mesh(job.mesh))
         directory = stack.enter_context(RunDirectory.open(job))
         run = Run(job, directory, stop)
-        stack.enter_context(_failures(run))
+        stack.enter_context(failures(run))
         run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
         run.resume()
+        stack.enter_context(run.programs)
+        if jax.default_backend() in COMPILES_AHEAD:
+            run.compile_ahead()
         run.frozen = load_frozen(job) if frozen is None else frozen
         if hosts.is_main():
             check_inputs(job, directory.manifest)
@@ -126,6 +132,8 @@ class Run:
         self.step, self.stage = 0, "loading"
         self.validations: dict[int, float] = {}
         self._like = abstract_state(job)
+        self.train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
+        self.programs = StepPrograms(self.train_step, job.mesh)
         self._again = False  # it went back once, because its selected checkpoint was damaged
 
     def resume(self, before: int | None = None) -> None:
@@ -146,7 +154,7 @@ class Run:
             self.state = fresh_state(self.job)
         if before is not None:
             self.store.drop_after(self.step)
-        self.directory.start_records(size)
+        self.directory.start_records(size, self.validations)
 
     def to_the_end(self) -> TrainResult | None:
         """Train from the step where the run is to its last one, and close it.
@@ -155,10 +163,9 @@ class Run:
           the result; None where the selected checkpoint is damaged: the run has gone back to before it.
         """
         job, last = self.job, self.job.plan.total_steps
-        train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
         if self.step < last and jax.default_backend() == "tpu":
-            self._check_longest(train_step)
-        batch_of = partial(step_batch, job.train_rows, job.plan.rows_of_step, job.train_layout)
+            self._check_longest()
+        batch_of = self._batch_of()
         with (
             self.stop.saving(job.config.train.grace_seconds) as begin_saving,
             TrainingDisplay(job, self.step + 1) as display,
@@ -166,22 +173,48 @@ class Run:
             log = StepLog(self, display)
             if self._validates:  # stopped between a validation's step and the validation
                 self._after_step(log)
-            if self.step < last:
+            if self.step < last and not self.stopped_early:
                 for step, batch in ahead(batch_of, range(self.step + 1, last + 1)):
                     self.stage = "training"
-                    display.announce_shape("training step", batch["tokens"].shape)
                     rate = np.float32(learning_rate(step, job.config.optim, job.plan))
                     placed = place_batch(job.mesh, batch)
-                    self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
+                    with display.compiling("training step", batch["tokens"].shape):
+                        arguments = self.state, self.frozen, placed, jnp.asarray(rate)
+                        self.state, metrics = self.programs(*arguments)
                     begin_saving()  # until now there was nothing to save
                     self.step = step
                     log.add(step, metrics, float(rate))
                     self.store.check()
                     self._after_step(log)
+                    if self.stopped_early:
+                        break
             log.read_all()
             self.stage = "saving"
             self.store.wait()
         return self._finish()
+
+    def compile_ahead(self) -> None:
+        """Begin to compile the step for every shape of the batches to come, the next one's first."""
+        job = self.job
+        steps = range(self.step + 1, job.plan.total_steps + 1)
+        if not steps:
+            return
+        rate, kinds = jax.ShapeDtypeStruct((), np.float32), self._batch_of()(steps[0])
+        for shape in job.train_layout.shapes(job.train_rows, job.plan.rows_of_step, steps):
+            sharding = named(job.mesh, (None, "batch", "length"), shape)
+            batch = {k: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding) for k, x in kinds.items()}
+            self.programs.start(self._like, abstract_frozen(job), batch, rate)
+
+    def _batch_of(self) -> Callable[[int], Batch]:
+        """What builds the batch of a step."""
+        job, lora = self.job, self.job.spec.lora
+        seed = job.config.seed if lora is not None and lora.dropout else None
+        return partial(step_batch, job.train_rows, job.plan.rows_of_step, job.train_layout, dropout_seed=seed)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the validations so far end the run."""
+        return stops_early(self.validations, self.job.config.train.early_stopping)
 
     @property
     def _validates(self) -> bool:
@@ -196,6 +229,7 @@ class Run:
 
     def _after_step(self, log: StepLog) -> None:
         """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
+        job = self.job
         stopping = hosts.agree(self.stop.signum is not None)
         saves = self._saves
         if not stopping and not saves:
@@ -209,6 +243,10 @@ class Run:
                 self.validations[self.step] = mean_nll
                 self.directory.record(self.directory.validation_record(self.step, mean_nll))
                 log.display.validated(self.step, self.validations)
+                if job.config.train.samples:
+                    self.stage = "sampling"
+                    shown = sample_records(job, self.state.trained, self.frozen, self.step)
+                    self.directory.record_samples(shown)
         if saves or stopping:
             self.stage = "saving"
             best = select_checkpoint(self.validations) if self.validations else None
@@ -243,14 +281,18 @@ class Run:
         self.stage = "selection"
         trained = self.store.read(best, self._like).state.trained
         self.directory.export_selected(trained, best)
-        self.directory.finish(best, self.validations)
+        if self.stopped_early:
+            patience = self.job.config.train.early_stopping
+            text = f"no lower validation NLL in the last {patience} validations"
+            console.print(f"stopped early, after step {self.step}: {text}", markup=False)
+        self.directory.finish(best, self.validations, self.step)
         return TrainResult(best, self.validations[best], self.frozen, trained)
 
     def diverged(self, message: str, step: int | None = None) -> Diverged:
         """The error that ends this run, with whether anything was saved."""
         return Diverged(self.step if step is None else step, message, self.store.has_any)
 
-    def _check_longest(self, train_step: Any) -> None:
+    def _check_longest(self) -> None:
         """Compile the step of the longest buffer: a TPU's compiler knows whether it fits, and a run should
         not find that out after hours. When its turn comes, its program comes from the cache.
 
@@ -259,12 +301,12 @@ class Run:
         """
         job = self.job
         longest = max(job.train_layout.sizes)
-        lines = 1 if job.train_layout.packed else job.train_layout.batch_rows
-        like = step_batch(job.train_rows, job.plan.rows_of_step, job.train_layout, self.step + 1)
+        lines = job.train_layout.lines if job.train_layout.packed else job.train_layout.batch_rows
+        like = self._batch_of()(self.step + 1)
         batch = {name: np.zeros((1, lines, longest), x.dtype) for name, x in like.items()}
         arguments = self.state, self.frozen, place_batch(job.mesh, batch), jnp.float32(0)
         try:
-            train_step.lower(*arguments).compile()
+            self.train_step.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             if (missing := out_of_memory(str(error))) is None:
                 raise
@@ -326,8 +368,9 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
     for batch in validation_batches(job.validation_rows, job.validation_layout):
         if hosts.agree(run.stop.signum is not None):
             return None
-        display.announce_shape("validation step", batch["tokens"].shape)
-        sums.append(eval_step(run.state.trained, run.frozen, place_batch(job.mesh, batch)))
+        placed = place_batch(job.mesh, batch)
+        with display.compiling("validation step", batch["tokens"].shape):
+            sums.append(eval_step(run.state.trained, run.frozen, placed))
         display.validating(len(sums))
     totals = np.asarray(jax.device_get(sums), np.float64)
     nll, weight = totals.sum(axis=0)
@@ -340,7 +383,7 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
 
 
 @contextmanager
-def _failures(run: Run) -> Iterator[None]:
+def failures(run: Any) -> Iterator[None]:
     """Write `failure.json` for whatever goes wrong, here or in another process."""
 
     def write(error: BaseException, trace: str) -> None:

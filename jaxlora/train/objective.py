@@ -1,19 +1,45 @@
 """What is minimised: each objective turns log-probabilities of targets into a loss of each position.
 
     loss = OBJECTIVES["cross_entropy"](logprobs, weights, extras)      # float32, in the shape of logprobs
+    objective = objective_of(Loss("ppo", clip_low=0.8, clip_high=1.2))  # one with settings
 
 A step sums the losses over all positions of all its rows (as Tinker does), so how rows are packed, padded or
-split over buffers never changes a result. A new objective is one function and one line of the table.
+split over buffers never changes a result. Nothing is divided by lengths, tokens or groups. A new objective is
+one function and one line of the table.
+
+The objectives of policy gradients take two extras a token: its advantage A and its log-probability q under
+the policy that drew it. With lp of the policy that learns, and the ratio r = exp(lp - q), they are
+
+- `importance_sampling`: -r A
+- `ppo`: -min(r A, clip(r, low, high) A)
+- `cispo`: -clip(r, low, high) A lp, the ratio taken as a constant
+- `dro`: -(A lp - beta / 2 (lp - q)^2)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora.models.head import Objective
 from jaxlora.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An objective by its name, with its settings; each reads only its own. Hashable."""
+
+    name: str = "importance_sampling"
+    clip_low: float = 0.8  # of the ratio, for `ppo` and `cispo`
+    clip_high: float = 1.2
+    beta: float = 0.05  # of `dro`
+    kl: float = 0.0  # weight of the divergence from a reference, whose log-probabilities are then an extra
+    temperature: float = 1.0  # all log-probabilities are of the logits divided by this
 
 
 def cross_entropy(logprobs: jax.Array, weights: jax.Array, extras: Any) -> jax.Array:
@@ -21,15 +47,83 @@ def cross_entropy(logprobs: jax.Array, weights: jax.Array, extras: Any) -> jax.A
     return -weights * logprobs
 
 
-OBJECTIVES: dict[str, Objective] = {"cross_entropy": cross_entropy}
+def importance_sampling(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
+    """-r A. On policy its gradient is that of REINFORCE: the ratio is 1, its derivative that of lp."""
+    return -jnp.exp(log_ratio) * extras["advantages"]
 
 
-def objective_named(name: str) -> Objective:
-    """The objective of this name.
+def ppo(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
+    """-min(r A, clip(r) A): no gradient where the ratio has moved past a bound in A's own direction."""
+    ratio, advantages = jnp.exp(log_ratio), extras["advantages"]
+    clipped = jnp.clip(ratio, loss.clip_low, loss.clip_high)
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def cispo(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
+    """-clip(r) A lp with a constant ratio: every token keeps a gradient, of bounded weight."""
+    clipped = jnp.clip(jnp.exp(log_ratio), loss.clip_low, loss.clip_high)
+    return -jax.lax.stop_gradient(clipped) * extras["advantages"] * logprobs
+
+
+def dro(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
+    """-(A lp - beta / 2 (lp - q)^2)."""
+    return -(extras["advantages"] * logprobs - 0.5 * loss.beta * jnp.square(log_ratio))
+
+
+def divergence(logprobs: jax.Array, log_ratio: jax.Array, reference: jax.Array) -> jax.Array:
+    """A loss whose expected gradient is that of KL(policy || reference), token by token.
+
+    It is r/2 (lp - ref)^2 with a constant ratio. Over tokens that q drew, the expectation of its gradient is
+    sum p (lp - ref) dlp, which is the divergence's, as sum p dlp = 0. Its value is not the divergence.
+    The estimator lp - ref has the divergence's value on policy, but as a loss no expected gradient at all.
+    """
+    return 0.5 * jax.lax.stop_gradient(jnp.exp(log_ratio)) * jnp.square(logprobs - reference)
+
+
+Policy = Callable[[Loss, jax.Array, jax.Array, Any], jax.Array]
+POLICY: dict[str, Policy] = {
+    "importance_sampling": importance_sampling,
+    "ppo": ppo,
+    "cispo": cispo,
+    "dro": dro,
+}
+NAMES = ("cross_entropy", *POLICY)
+
+
+@lru_cache(maxsize=64)  # one function for one setting: programs are told apart by it
+def objective_of(loss: str | Loss) -> Objective:
+    """The objective of this name, or with these settings.
 
     Raises:
       UserError: there is none.
     """
-    if name not in OBJECTIVES:
-        raise UserError(f"loss: {name!r:.80} is not known; give one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+    loss = Loss(loss) if isinstance(loss, str) else loss
+    if loss.name == "cross_entropy":
+        return cross_entropy
+    if loss.name not in POLICY:
+        raise UserError(f"loss: {loss.name!r:.80} is not known; give one of {', '.join(NAMES)}")
+    policy = POLICY[loss.name]
+
+    def objective(logprobs: jax.Array, weights: jax.Array, extras: Any) -> jax.Array:
+        # Where nothing is weighted, what stands in the extras must not become infinite times 0.
+        used = weights != 0
+        log_ratio = jnp.where(used, logprobs - extras["sampler_logprobs"], 0)
+        value = policy(loss, logprobs, log_ratio, extras)
+        if loss.kl:
+            value += loss.kl * divergence(logprobs, log_ratio, extras["reference_logprobs"])
+        return jnp.where(used, weights * value, 0)
+
+    return objective
+
+
+def extras_of(loss: str | Loss) -> tuple[str, ...]:
+    """The arrays, one number a token, that this objective takes beside the weights."""
+    loss = Loss(loss) if isinstance(loss, str) else loss
+    if loss.name not in POLICY:
+        return ()
+    return ("advantages", "sampler_logprobs", *(("reference_logprobs",) if loss.kl else ()))
+
+
+def temperature_of(loss: str | Loss) -> float:
+    """What logits are divided by before this objective sees log-probabilities."""
+    return 1.0 if isinstance(loss, str) else loss.temperature

@@ -8,6 +8,7 @@
   checkpoints/        adapter, optimizer state and position, for resuming
   selected/           the adapter with the lowest validation NLL, in PEFT format
   tensorboard/        the same curves for TensorBoard
+  samples.jsonl       only with train.samples: answers to validation prompts, at each validation
   validation.png      validation NLL by step
   failure.json        only if it failed: stage, step and trace
 
@@ -23,11 +24,11 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import load_base, save_model
@@ -40,6 +41,7 @@ from jaxlora.runtime.files import (
     append_jsonl,
     cut_jsonl,
     is_disk_full,
+    read_numbered_jsonl,
     sha256_of,
     write_json_atomic,
     write_text_atomic,
@@ -53,12 +55,11 @@ from jaxlora.runtime.records import (
     read_summary,
     summary_record,
 )
-from jaxlora.runtime.redaction import without_secrets
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.sharding import place_trained
-from jaxlora.train.board import Board, write_outcome
+from jaxlora.train.board import Board, curves, write_outcome
 from jaxlora.train.display import draw_validation
-from jaxlora.train.job import Job, token_count
+from jaxlora.train.job import Job, Prepared, token_count, trained_tokens
 from jaxlora.train.manifest import (
     differences,
     identity,
@@ -66,24 +67,29 @@ from jaxlora.train.manifest import (
     rounding_differences,
     same_but_for_command,
 )
+from jaxlora.train.tracking import Tracker
 
+SAMPLES = "samples.jsonl"
 _LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its lock's name is longer
 
 
 class RunDirectory:
     """An opened run directory; the main process holds its lock and is the only one that writes."""
 
-    def __init__(self, job: Job, manifest: dict[str, Any]):
+    job: Any  # a `Job`; of another kind of run, what is `Prepared`
+
+    def __init__(self, job: Prepared, manifest: dict[str, Any]):
         self.path, self.job = job.config.run_dir, job
         self.manifest, self.identity = manifest, identity(manifest)
         self._metrics = self.path / "metrics.jsonl"
         self._size = 0  # of the metrics, as this process left them
         self._board: Board | None = None
+        self._tracker: Tracker | None = None
         self._begun_on: str | None = None  # the hash of the base's weights, as a checkpoint has it
 
     @classmethod
     @contextmanager
-    def open(cls, job: Job) -> Iterator[RunDirectory]:
+    def open(cls, job: Any) -> Iterator[Self]:
         """Make the directory, or take up an unfinished run of the same configuration.
 
         Raises:
@@ -96,7 +102,7 @@ class RunDirectory:
                 f"config.prefix: the run's name takes {name} bytes; give one of at most {_LONGEST_NAME}"
             )
         hosts.check_shared(job.config.results_dir)
-        manifest = make_manifest(job)
+        manifest = cls.manifest_of(job)
         run = cls(job, manifest)
         hosts.check_same(run.identity | {key: manifest[key] for key in ("config", "packages")}, str(run.path))
         if not hosts.is_main():
@@ -113,19 +119,29 @@ class RunDirectory:
                     pass
             _take_over(place, manifest, job.config.overwrite)
             stack.enter_context(_exclusive(metrics, run.path))
-            sample = str(job.tokenizer.decode(job.train_rows[0].tokens))
-            write_text_atomic(run.path / "sample_render.txt", sample)
+            write_text_atomic(run.path / "sample_render.txt", run.sample_render())
             hosts.barrier("run directory")
             try:
                 yield run
             finally:
-                if run._board is not None:
-                    run._board.close()
+                for writer in (run._board, run._tracker):
+                    if writer is not None:
+                        writer.close()
+
+    @staticmethod
+    def manifest_of(job: Any) -> dict[str, Any]:
+        """The manifest of a run of this kind that starts, or goes on, here and now."""
+        return make_manifest(job)
+
+    def sample_render(self) -> str:
+        """What the model sees first."""
+        return str(self.job.tokenizer.decode(self.job.train_rows[0].tokens))
 
     # --- Metrics --------------------------------------------------------------------------------------------
 
-    def start_records(self, size: int) -> None:
-        """Cut the metrics back to the first `size` bytes, and write the curves anew from what is left."""
+    def start_records(self, size: int, validations: Collection[int] = ()) -> None:
+        """Cut the metrics back to the first `size` bytes and the samples to those of these validations, and
+        write the curves anew from what is left."""
         if not hosts.is_main():
             return
         cut_jsonl(self._metrics, size)
@@ -136,6 +152,27 @@ class RunDirectory:
         self._board = Board(self.path / "tensorboard", self.job.config)
         for record in read_metrics(self.path):
             self._board.write(record)
+        self._keep_samples(validations)
+        if self.job.config.tracking is not None and self._tracker is None:
+            self._tracker = Tracker(self.job.config)
+
+    def _keep_samples(self, validations: Collection[int]) -> None:
+        """Drop the samples of validations that are still to come."""
+        file = self.path / SAMPLES
+        if not file.is_file():
+            return
+        read = (record for _, record in read_numbered_jsonl(file))
+        records = [record for record in read if record.get("step") in validations]
+        file.unlink()
+        self.record_samples(records)
+
+    def record_samples(self, records: list[dict[str, Any]]) -> None:
+        """Append the answers that a validation shows."""
+        if self._board is None:
+            return
+        for number, record in enumerate(records):
+            append_jsonl(self.path / SAMPLES, record)
+            self._board.write_sample(record, number % max(1, self.job.config.train.samples))
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one metrics record, and add it to the curves.
@@ -148,6 +185,8 @@ class RunDirectory:
             append_jsonl(self._metrics, record)
             self._size = self._metrics.stat().st_size
             self._board.write(record)
+            if self._tracker is not None:
+                self._tracker.write(curves(record), record["step"])
 
     def _check_ours(self) -> None:
         """A folder that was deleted under a run must not be made again without its manifest."""
@@ -275,8 +314,13 @@ class RunDirectory:
             base_fingerprint=job.base.fingerprint(),
         )
 
-    def finish(self, step: int, validations: dict[int, float]) -> None:
-        """Write the picture and `summary.json`: the run is complete."""
+    def finish(self, step: int, validations: dict[int, float], last: int) -> None:
+        """Write the picture and `summary.json`: the run is complete.
+
+        Args:
+          step: the selected one.
+          last: the one that the run ended with.
+        """
         if not hosts.is_main():
             return
         self._check_ours()
@@ -287,14 +331,18 @@ class RunDirectory:
         if self._board is not None:  # TensorBoard leaves a file for good once a newer one is there
             self._board.close()
             self._board = None
-        write_outcome(self.path / "tensorboard", {"final/validation_nll": validations[step]}, step)
-        plan, job = self.job.plan, self.job
-        validation_tokens = token_count(job.validation_rows) * len(plan.validation_steps)
-        train_tokens = token_count(job.train_rows) * job.config.train.epochs
+        outcome = {"final/validation_nll": validations[step]}
+        write_outcome(self.path / "tensorboard", outcome, step)
+        if self._tracker is not None:
+            self._tracker.write(outcome, last)
+        job = self.job
+        validation_tokens = token_count(job.validation_rows) * len(validations)
+        train_tokens = trained_tokens(job, last)
         names = (
             "manifest.json",
             "metrics.jsonl",
             "sample_render.txt",
+            SAMPLES,
             "selected",
             "tensorboard",
             "validation.png",
@@ -311,6 +359,7 @@ class RunDirectory:
             validation_token_count=validation_tokens,
             validations=[{"step": s, "mean_nll": nll} for s, nll in sorted(validations.items())],
             selected_step=step,
+            **_end(job, last),
             base_weights_sha256=self.base_weights_sha256,
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
@@ -338,6 +387,18 @@ class RunDirectory:
             if not is_disk_full(second):
                 raise
             console.print("failure.json could not be written either: the disk is full")
+
+
+def _end(job: Job, last: int) -> dict[str, Any]:
+    """Why a run ended before its epochs did; nothing where it did not."""
+    if last < job.plan.total_steps:
+        patience = job.config.train.early_stopping
+        reason = f"early stopping: no lower validation NLL in the last {patience} validations"
+    elif job.config.train.max_steps == last:
+        reason = "train.max_steps"
+    else:
+        return {}
+    return {"last_step": last, "ended_by": reason}
 
 
 # --- Whose directory it is ----------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ plan.total_steps, plan.validation_steps       # 6338, (1000, 2000, 3169, 4000, 5
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxlora.config import OptimConfig, TrainConfig
-from jaxlora.data.order import rows_of_step
+from jaxlora.data.batches import rows_of_step
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,15 @@ def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int, order_seed: in
     """The steps of a run over `n_rows` training rows, shuffled by `order_seed` (None: in file order).
 
     Validation falls on each epoch's end and on each multiple of `validation_every`, except a multiple that
-    lies up to `validation_merge` steps before an epoch's end.
+    lies up to `validation_merge` steps before an epoch's end. The run's last step counts as an end, also
+    where `max_steps` puts it in the middle of an epoch.
     """
     steps_per_epoch = math.ceil(n_rows / train.batch_rows)
-    total = steps_per_epoch * train.epochs
-    ends = [steps_per_epoch * epoch for epoch in range(1, train.epochs + 1)]
+    total = min(steps_per_epoch * train.epochs, train.max_steps or sys.maxsize)
+    ends = [*range(steps_per_epoch, total, steps_per_epoch), total]
     regular = range(train.validation_every, total + 1, train.validation_every)
     kept = {step for step in regular if not any(0 < end - step <= train.validation_merge for end in ends)}
-    warmup = round(optim.warmup_fraction * total) if optim.schedule == "cosine" else 0
+    warmup = round(optim.warmup_fraction * total) if optim.schedule != "constant" else 0
     validation = tuple(sorted(kept | set(ends)))
     return RunPlan(n_rows, train.batch_rows, steps_per_epoch, total, warmup, validation, order_seed)
 
@@ -50,7 +52,8 @@ def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int, order_seed: in
 def learning_rate(step: int, optim: OptimConfig, plan: RunPlan) -> float:
     """Learning rate of a step (the first is 1).
 
-    cosine: peak s/W up to W, then min + (peak - min) (1 + cos(pi (s - W) / (S - W))) / 2; constant: peak.
+    cosine: peak s/W up to W, then min + (peak - min) (1 + cos(pi (s - W) / (S - W))) / 2; linear: the same,
+    with 1 - (s - W) / (S - W) in place of that half; constant: peak.
     """
     if optim.schedule == "constant":
         return optim.peak_lr
@@ -58,4 +61,6 @@ def learning_rate(step: int, optim: OptimConfig, plan: RunPlan) -> float:
         return optim.peak_lr * step / plan.warmup_steps
     minimum = optim.min_lr_fraction * optim.peak_lr
     progress = (step - plan.warmup_steps) / max(1, plan.total_steps - plan.warmup_steps)
+    if optim.schedule == "linear":
+        return minimum + (optim.peak_lr - minimum) * (1 - progress)
     return minimum + (optim.peak_lr - minimum) * 0.5 * (1 + math.cos(math.pi * progress))

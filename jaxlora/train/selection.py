@@ -1,9 +1,10 @@
-"""The two choices that the study makes by rule: a learning rate per condition, a checkpoint per run.
+"""What is decided by validation: a learning rate per condition, a checkpoint per run, when to stop early.
 
     select_learning_rate({1e-4: 0.3786, 3e-4: 0.3633, 1e-3: None})       # 3e-4; None marks a failed run
     select_checkpoint({1000: 0.3469, 2000: 0.3411, 3169: 0.3362})        # 3169
+    stops_early({1000: 0.3411, 2000: 0.3469, 3169: 0.3462}, patience=2)  # True: 1000 is the best
 
-Both take validation mean negative log likelihoods (NLL) in full precision and look at nothing else.
+All take validation mean negative log likelihoods (NLL) in full precision and look at nothing else.
 """
 
 from __future__ import annotations
@@ -34,3 +35,15 @@ def select_checkpoint(nll_by_step: Mapping[int, float]) -> int:
     if not eligible:
         raise UserError("no checkpoint can be selected: no validation has a finite NLL")
     return -min(eligible)[1]
+
+
+def stops_early(nll_by_step: Mapping[int, float], patience: int | None) -> bool:
+    """Whether the last `patience` validations brought no lower NLL than one before them (None: never).
+
+    An equal NLL is the better one, as it is for `select_checkpoint`. A function of the validations alone, so
+    that a resumed run stops where the undisturbed one does.
+    """
+    if patience is None or not nll_by_step:
+        return False
+    best = select_checkpoint(nll_by_step)
+    return sum(step > best for step in nll_by_step) >= patience

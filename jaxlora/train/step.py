@@ -11,8 +11,8 @@ gradient accumulation over the buffers of a batch (its micro-batches) is a sum, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,21 @@ from jax.sharding import Mesh
 from jaxlora.config import MeshConfig, ModelSource, OptimConfig, Remat
 from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
+from jaxlora.models.shared import Places, attend_shared
 from jaxlora.runtime.devices import scan_layers, step_options
-from jaxlora.sharding import constrain, constrain_trained, make_mesh
-from jaxlora.train.objective import OBJECTIVES
+from jaxlora.sharding import (
+    by_line,
+    constrain,
+    constrain_trained,
+    make_mesh,
+    runs_by_line,
+    summed_over_lines,
+    token_lines,
+    total,
+)
+from jaxlora.train.objective import Loss, objective_of, temperature_of
 
 
 class TrainState(NamedTuple):
@@ -42,6 +53,7 @@ class Compute:
     backend: str = "xla"  # of attention
     remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Decoder`
     max_segments: int = 1  # most rows in one line of a buffer
+    by_line: bool = False  # a program a device, each with its own lines, where a mesh allows it
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,12 @@ class Machine:
 
     def compute(self, max_segments: int = 1) -> Compute:
         """How steps over buffers with at most so many rows in a line are computed."""
-        return Compute(self.backend, self.remat, max_segments)
+        return Compute(self.backend, self.remat, max_segments, self.lines > 1)
+
+    @property
+    def lines(self) -> int:
+        """Lines of a packed buffer."""
+        return token_lines(self.mesh)
 
 
 def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] | None = None) -> Machine:
@@ -66,7 +83,7 @@ def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] 
     """
     whole = mesh if isinstance(mesh, Mesh) else make_mesh(mesh, devices)
     platform = whole.devices.flat[0].platform
-    backend = pick_backend(model.attention, platform, model.dtype, whole.size)
+    backend = pick_backend(model.attention, platform, model.dtype)
     return Machine(whole, backend, scan_layers(model.layers, platform), model.remat)
 
 
@@ -98,36 +115,80 @@ def init_state(trained: Tree, optim: OptimConfig) -> TrainState:
     return TrainState(trained, optimizer(optim).init(trained))
 
 
+Wanted = bool | Literal["weighted"]  # whose log-probabilities: of all targets, or only those with a weight
+
+
 def buffer_loss(
-    spec: ModelSpec, trained: Tree, frozen: Tree, buffer: Tree, compute: Compute, loss: str, logprobs: bool
+    spec: ModelSpec,
+    trained: Tree,
+    frozen: Tree,
+    buffer: Tree,
+    compute: Compute,
+    loss: str | Loss,
+    logprobs: Wanted,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
-    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
-    targets, positions, segment ids and weights are the objective's extras.
+    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`, and in some cases the places of
+    prompts that rows share, see `jaxlora.models.shared`; what else is in it beside tokens, targets,
+    positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it holds
+    `dropout`, as training batches do.
     """
     model = spec.bind(trained, frozen)
     segment_ids = buffer["segment_ids"]
 
-    def attend(q, k, v, cache):
-        return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
+    places = Places.of(buffer)
 
-    real = segment_ids > 0 if spec.config.experts else None
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, real=real)
-    wanted = segment_ids > 0 if logprobs else None
+    def attention(q, k, v):
+        ids = segment_ids if places is None else places.wide_segment_ids
+        return segment_attention(q, k, v, ids, compute.backend, compute.max_segments)
+
+    def attend(q, k, v, cache):
+        return attention(q, k, v) if places is None else attend_shared(q, k, v, places, attention), cache
+
+    noise = None
+    if spec.lora is not None and spec.lora.dropout and "dropout" in buffer:
+        noise = Noise.of(buffer["dropout"], buffer["positions"], spec.lora.dropout)
+    filled, weights = segment_ids > 0, buffer["weights"]
+    real = filled if spec.config.experts else None
+    hidden, _ = model(
+        buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise, real=real
+    )
+    wanted = weights != 0 if logprobs == "weighted" else filled if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
-        hidden, head_of(model), buffer["targets"], buffer["weights"], OBJECTIVES[loss], extras, wanted
+        hidden,
+        head_of(model),
+        buffer["targets"],
+        weights,
+        objective_of(loss),
+        extras,
+        wanted,
+        temperature_of(loss),
     )
 
 
-_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights"}
+_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout", *Places._fields}
 
 
 def gradients(
-    spec: ModelSpec, trained: Tree, frozen: Tree, batch: Tree, compute: Compute, loss: str, logprobs: bool
+    spec: ModelSpec,
+    trained: Tree,
+    frozen: Tree,
+    batch: Tree,
+    compute: Compute,
+    loss: str | Loss,
+    logprobs: Wanted,
 ) -> tuple[Tree, jax.Array, jax.Array | None]:
     """Gradient and loss of a batch `[buffers, lines, length]`, summed over buffers; log p of its targets."""
+    if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+        alone = replace(compute, by_line=False)
+
+        def of_own_lines(trained, frozen, batch):
+            grads, value, found = gradients(spec, trained, frozen, batch, alone, loss, logprobs)
+            return summed_over_lines(spec, grads), total(value), found
+
+        return by_line(of_own_lines, spec, trained, frozen, batch, ("trained", "whole", "lines"))
 
     def of_buffer(trained, buffer):
         return buffer_loss(spec, trained, frozen, buffer, compute, loss, logprobs)
@@ -176,13 +237,15 @@ def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str
 
 
 @lru_cache(maxsize=8)
-def make_gradient_step(spec: ModelSpec, compute: Compute, loss: str = "cross_entropy"):
+def make_gradient_step(
+    spec: ModelSpec, compute: Compute, loss: str | Loss = "cross_entropy", logprobs: Wanted = True
+):
     """The jitted `(trained, grads, frozen, batch) -> (grads, loss, logprobs)`: gradients add up in `grads`,
-    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 at padding.
+    which is donated. `logprobs` are float32 `[buffers, lines, length]`, 0 where they are not wanted.
     """
 
     def gradient_step(trained: Tree, grads: Tree, frozen: Tree, batch: Tree):
-        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, True)
+        new, value, found = gradients(spec, trained, frozen, batch, compute, loss, logprobs)
         grads = constrain_trained(spec, jax.tree.map(jnp.add, grads, new))
         return grads, *on_every_chip((value, found))
 
@@ -207,28 +270,64 @@ def _update_step(spec: ModelSpec, optim: OptimConfig):
 def make_eval_step(spec: ModelSpec, compute: Compute):
     """The jitted `(trained, frozen, batch) -> (summed nll, weight)` of validation; forward only."""
 
-    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
-        def add(total, buffer):
+    def summed(trained: Tree, frozen: Tree, batch: Tree) -> jax.Array:
+        def add(so_far, buffer):
             value, _ = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", False)
-            return total + value, None
+            return so_far + value, None
 
-        total, _ = jax.lax.scan(add, jnp.float32(0), batch)
-        return on_every_chip((total, jnp.sum(batch["weights"])))
+        return jax.lax.scan(add, jnp.float32(0), batch)[0]
+
+    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
+        if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+            (value,) = by_line(lambda *own: (total(summed(*own)),), spec, trained, frozen, batch, ("whole",))
+        else:
+            value = summed(trained, frozen, batch)
+        return on_every_chip((value, jnp.sum(batch["weights"])))
 
     return jax.jit(eval_step, compiler_options=step_options())
 
 
 @lru_cache(maxsize=8)
-def make_logprob_step(spec: ModelSpec, compute: Compute):
-    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`."""
+def make_logprob_step(
+    spec: ModelSpec, compute: Compute, loss: str | Loss = "cross_entropy", logprobs: Wanted = True
+):
+    """The jitted `(trained, frozen, batch) -> log p of every target`, float32 `[buffers, lines, length]`.
+
+    Of `loss` only the temperature counts.
+    """
+    likelihood = Loss("cross_entropy", temperature=temperature_of(loss))
+
+    def of_lines(trained: Tree, frozen: Tree, batch: Tree) -> tuple[jax.Array]:
+        def of_buffer(_, buffer):
+            return None, buffer_loss(spec, trained, frozen, buffer, compute, likelihood, logprobs)[1]
+
+        return (jax.lax.scan(of_buffer, None, batch)[1],)
 
     def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
+        arguments = trained, frozen, batch
+        if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+            return on_every_chip(by_line(of_lines, spec, *arguments, ("lines",))[0])
+        return on_every_chip(of_lines(*arguments)[0])
+
+    return jax.jit(logprob_step, compiler_options=step_options())
+
+
+@lru_cache(maxsize=8)
+def make_row_step(spec: ModelSpec, compute: Compute):
+    """The jitted `(trained, frozen, batch) -> summed nll of each row`, as `make_eval_step` row by row:
+    float32 `[buffers, lines, segments]`, a row's place is its segment id; that of padding, 0, holds 0.
+    """
+
+    def row_step(trained: Tree, frozen: Tree, batch: Tree):
         def of_buffer(_, buffer):
-            return None, buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", True)[1]
+            _, found = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", "weighted")
+            losses = -buffer["weights"] * found
+            add = partial(jax.ops.segment_sum, num_segments=compute.max_segments + 1)
+            return None, jax.vmap(add)(losses, buffer["segment_ids"])
 
         return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
 
-    return jax.jit(logprob_step, compiler_options=step_options())
+    return jax.jit(row_step, compiler_options=step_options())
 
 
 def _without_rates(optim: OptimConfig) -> OptimConfig:

@@ -30,10 +30,10 @@ from jaxlora.evals.subjects import adapter_folder, base_target
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import load_model_config
-from jaxlora.runtime import claims
-from jaxlora.runtime.claims import claimed
+from jaxlora.runtime import folders
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import read_json, sha256_of, write_json_atomic
+from jaxlora.runtime.folders import claimed
 from jaxlora.runtime.remote import embedded_path
 from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
@@ -163,11 +163,33 @@ def test_any_adapter_is_scored_as_its_own_metadata_says(evaluate, run, tmp_path)
     assert (summary["run_id"], summary["condition"], summary["seed"]) == (run.name, "attention_only", 2)
 
 
-def test_an_adapter_without_a_seed_needs_one_named(evaluate, run, tmp_path):
+def test_any_questions_are_asked_and_scored_as_the_options_say(evaluate, run, tmp_path):
+    quiz = tmp_path / "quiz.csv"
+    quiz.write_text("task,target\nWhat is 3 + 4?,7\nWhat is 2 + 2?,the answer is 4\n")
+    words = ("--questions", quiz, "--system", "Be brief.", "--columns", "question=task,answer=target")
+    evaluate("--adapter", run / "selected", "--out", tmp_path / "scores", *words, "--rule", "last_number")
+    summary = read_json(tmp_path / "scores" / "summary.json")
+    assert (summary["system_prompt"], summary["rule"], summary["total"]) == ("Be brief.", "last_number", 2)
+    assert "Be brief." in summary["first_prompt"]
+    records = [
+        json.loads(line) for line in (tmp_path / "scores" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert [record["reference_answer"] for record in records] == ["7", "4"]
+    assert rescore(tmp_path / "scores" / "predictions.jsonl") == records
+    with pytest.raises(UserError, match=r"config.eval.rule: 'last' is not known"):
+        evaluate("--base", *words, "--rule", "last")
+    evaluate("--base", *words[:2], "--columns", "question=task,answer=target", "--rule", "exact")
+    summary = read_json(tmp_path / "results" / "tiny-base" / "evaluation" / "summary.json")
+    assert summary["system_prompt"] is None
+    assert "system" not in summary["first_prompt"]
+
+
+def test_an_adapter_without_a_seed_needs_none(evaluate, run, tmp_path):
     shutil.copytree(run / "selected", tmp_path / "step-3169")
     (tmp_path / "step-3169" / "jaxlora.json").unlink()
-    with pytest.raises(UserError, match="does not record its seed; name it with --seed"):
-        evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "scores")
+    evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "unknown")
+    summary = read_json(tmp_path / "unknown" / "summary.json")
+    assert (summary["seed"], summary["run_id"]) == (None, "tiny-attention_only-step-3169")
     evaluate("--adapter", tmp_path / "step-3169", "--out", tmp_path / "scores", "--seed", 5)
     summary = read_json(tmp_path / "scores" / "summary.json")
     assert (summary["condition"], summary["seed"], summary["checkpoint"]) == (
@@ -517,10 +539,10 @@ def test_a_process_killed_while_it_writes_leaves_the_older_evaluation(evaluate, 
     out = tmp_path / "results" / "tiny-base" / "evaluation"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     if not (child := os.fork()):  # it must not use JAX, whose threads a fork does not have
-        setattr(claims.os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(folders.os, call, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         try:
             with claimed(out):
-                claims.replace_together(out, dict.fromkeys(before, b"other"))
+                folders.replace_together(out, dict.fromkeys(before, b"other"))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -541,7 +563,7 @@ def test_a_full_disk_is_one_line_and_the_older_evaluation_stays(evaluate, tmp_pa
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(claims.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(
         MachineError, match=r"evaluation: no room left on the disk; make room and start again"
     ):
@@ -554,7 +576,7 @@ def test_the_summary_has_the_hash_of_what_was_decoded_and_not_of_what_lies_there
     evaluate, tmp_path, monkeypatch
 ):
     """Another writer that takes no lock cannot have its answers recorded as ours."""
-    write = claims.replace_together
+    write = folders.replace_together
 
     def disturbed(folder, contents):
         write(folder, contents)

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from jaxlora.runtime.claims import claimed, replace_together
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.folders import claimed, replace_together
 
 
 def names(folder):

@@ -28,7 +28,7 @@ from jaxlora.data.review import review_page
 from jaxlora.data.rows import load_rendered_rows
 from jaxlora.parity.backend import Pass
 from jaxlora.parity.recording import Settings, record
-from jaxlora.runtime.redaction import holds_secret, without_secrets
+from jaxlora.runtime.text import holds_secret, without_secrets
 from jaxlora.study import report
 from jaxlora.train.run_directory import RunDirectory
 

@@ -40,6 +40,23 @@ def test_learning_rate_by_hand(step, expected):
     assert learning_rate(step, OptimConfig(), STUDY) == pytest.approx(expected, rel=1e-12)
 
 
+def test_linear_falls_to_the_minimum_in_a_straight_line():
+    optim = OptimConfig(schedule="linear", min_lr_fraction=0.0)
+    plan = plan_run(optim, TrainConfig(), 25348)
+    assert plan.warmup_steps == 190
+    rates = [learning_rate(step, optim, plan) for step in (95, 190, 190 + 1537, 190 + 3074, 6338)]
+    assert rates == pytest.approx([1.5e-4, 3e-4, 2.25e-4, 1.5e-4, 0.0], rel=1e-12)
+    assert learning_rate(6338, OptimConfig(schedule="linear"), plan) == pytest.approx(3e-5)
+
+
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_with_a_validation():
+    plan = plan_run(OptimConfig(), TrainConfig(max_steps=3500), 25348)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.warmup_steps) == (3169, 3500, 105)
+    assert plan.validation_steps == (1000, 2000, 3169, 3500)
+    assert plan_run(OptimConfig(), TrainConfig(max_steps=9999), 25348) == STUDY
+    assert plan_run(OptimConfig(), TrainConfig(max_steps=5), 25348).validation_steps == (5,)
+
+
 def test_rows_come_in_file_order_and_the_last_batch_is_short():
     assert STUDY.rows_of_step(1) == range(8)
     assert STUDY.rows_of_step(3169) == range(25344, 25348)

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from jaxlora.runtime.errors import UserError
-from jaxlora.train.selection import select_checkpoint, select_learning_rate
+from jaxlora.train.selection import select_checkpoint, select_learning_rate, stops_early
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +52,20 @@ def test_failed_runs_and_nlls_that_are_not_finite_are_ineligible():
         select_learning_rate({1e-4: None, 3e-4: math.inf})
     with pytest.raises(UserError, match="no checkpoint can be selected"):
         select_checkpoint({})
+
+
+@pytest.mark.parametrize(
+    ("nll", "patience", "expected"),
+    [
+        ({}, 1, False),
+        ({10: 2.0}, 1, False),
+        ({10: 2.0, 20: 2.1}, 1, True),
+        ({10: 2.0, 20: 2.1}, 2, False),
+        ({10: 2.0, 20: 2.1, 30: 1.9, 40: 2.5}, 2, False),
+        ({10: 2.0, 20: 2.1, 30: 2.0}, 2, False),  # an equal one is the better one
+        ({10: 2.0, 20: 2.1, 30: 2.05}, 2, True),
+        ({10: 2.0, 20: 2.1, 30: 2.05}, None, False),
+    ],
+)
+def test_early_stopping_counts_validations_since_the_best(nll, patience, expected):
+    assert stops_early(nll, patience) is expected

@@ -174,7 +174,6 @@ def test_a_plan_says_what_it_rests_on_and_never_nan(repository, tmp_path, monkey
     ("fields", "message"),
     [({"sweep.batch_rows": 1000}, "-batch-1000-seed-0: config.train.batch_rows: 1000 rows, but"),
      ({"sweep.batch_rows": "8,1000"}, "-batch-1000-seed-0: config.train.batch_rows: 1000 rows, but"),
-     ({"lora.output_head": "true"}, "config.lora.output_head: this model ties its head"),
      ({"mesh.fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 does not fit"),
      ({"model.random_weights": "true"}, "config.model.random_weights: the runs of a study share one base"),
      ({"seed": 3}, "config.seed is ignored by studies; set config.sweep.seeds (now 0,1,2)"),
@@ -216,8 +215,9 @@ def test_names_that_look_like_markup_are_shown_as_they_are(repository, monkeypat
     assert "the study [red]t, in x[/red]; its runs are [red]t-..." in text
     assert "│ all_layer-seed-2 " in text
 
-    shown = Console(width=200, file=io.StringIO())
-    monkeypatch.setattr("jaxlora.train.display.console", shown)
+    shown = Console(width=200, file=io.StringIO(), force_terminal=True, color_system=None)
+    for module in ("jaxlora.train.display", "jaxlora.runtime.progress"):
+        monkeypatch.setattr(f"{module}.console", shown)
     job = prepare(grid.sweep_runs(config)[0], with_weights=False)
     with TrainingDisplay(job, first_step=1) as display:
         display.show(1, 0.5, display.rate(100))
@@ -655,7 +655,11 @@ def test_a_run_that_failed_and_one_that_waits_for_it_are_named(session, monkeypa
 
 def test_a_finished_study_is_a_success(session, capsys):
     assert _work(session, None) == 0
-    assert "the report is results/tiny-report/report.html" in " ".join(capsys.readouterr().err.split())
+    shown = " ".join(capsys.readouterr().err.split())
+    report = Path("results/tiny-report/report.md").read_text()
+    (headline,) = (line for line in report.splitlines() if line.startswith("# "))
+    assert headline.lstrip("# ") in shown  # the verdict
+    assert shown.endswith("the report is results/tiny-report/report.html")
 
 
 # --- Evaluations of something else --------------------------------------------------------------------------

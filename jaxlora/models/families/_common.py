@@ -146,8 +146,8 @@ def dense_table(
         return [layer(path, (size, hidden), (axis, "embed"), group), *bias]
 
     if joined:
-        qkv = projection("qkv_proj", heads + 2 * kv_heads, None, None)
-        gate_up = [layer("mlp.gate_up_proj", (2 * ffn, hidden), (None, "embed"))]
+        qkv = projection("qkv_proj", heads + 2 * kv_heads, None, "attention")
+        gate_up = [layer("mlp.gate_up_proj", (2 * ffn, hidden), (None, "embed"), "mlp")]
     else:
         qkv = [
             *projection("q_proj", heads, "heads", "attention"),

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jaxlora.runtime.terminal import harmless
+from jaxlora.runtime.text import harmless
 
 SECRET = "hf_" + "Q" * 30
 ESCAPES = "\x1b[31mred\x1b]0;title\x07 \u202eback"

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxlora.data.order import rows_of_step, shuffled, split_validation
+from jaxlora.data.batches import rows_of_step, shuffled, split_validation
 from jaxlora.data.render import load_tokenizer, render_batch
 from jaxlora.runtime.errors import UserError
 

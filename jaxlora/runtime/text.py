@@ -1,9 +1,12 @@
-"""Keys and tokens are kept out of everything that is written or printed.
+r"""Text before it is shown or written: without keys and tokens, and harmless for a terminal.
 
     without_secrets("logging in with hf_AbCd...")     # "logging in with <secret>"
+    harmless("red \x1b[31m and \u202eback")         # "red \\x1b[31m and \\u202eback", as visible characters
 
-What counts as one: the value of an environment variable whose name says so (`HF_TOKEN`, `TINKER_API_KEY`,
+A secret is the value of an environment variable whose name says so (`HF_TOKEN`, `TINKER_API_KEY`,
 `AWS_SECRET_ACCESS_KEY`), text in the form of a well-known token, and the password and query of an address.
+An escape sequence can recolour a screen, retitle a window or overwrite what was printed before it, and a
+bidirectional override shows letters in another order than they stand in. Both arrive in rows and questions.
 """
 
 from __future__ import annotations
@@ -19,6 +22,12 @@ _TOKENS = re.compile(
 )
 _PASSWORD = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _QUERY = re.compile(r"(?<=://)([^\s?'\"]+\?)[^\s'\"]+")
+# Control characters except newline and tab, surrogates, and marks that reorder or hide text. A zero-width
+# joiner stays: emoji are made with it.
+_DANGEROUS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def without_secrets(text: str) -> str:
@@ -38,3 +47,11 @@ def _secret_variables() -> list[tuple[str, str]]:
     """Name and value of each secret in the environment, the longest first: one may be part of another."""
     found = [(k, v) for k, v in os.environ.items() if _NAMES.search(k) and len(v) >= _SHORTEST]
     return sorted(found, key=lambda pair: -len(pair[1]))
+
+
+def harmless(text: str) -> str:
+    r"""The text with everything that a terminal would obey instead of show written as an escape (`\x1b`).
+
+    Newlines and tabs are kept. The result can be encoded as UTF-8.
+    """
+    return _DANGEROUS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)

@@ -1,0 +1,75 @@
+r"""How an answer is read and compared where a file is not in GSM8K's form: `eval.rule`.
+
+    rule = rule_named("last_number")          # boxed | last_number | exact | regex:PATTERN
+    rule.found("so 3 + 4 = 7.")               # "7"; None: no answer
+    rule.right("7", "7.0")                    # True
+
+A reference is read by the same rule where it has what the rule looks for (`#### 7`, `\boxed{7}`), and is
+otherwise taken whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxlora.data.boxes import extract_boxed
+from jaxlora.evals.answers import numeric_match, read_number, strict_match
+from jaxlora.runtime.errors import UserError
+
+NAMES = ("boxed", "last_number", "exact", "regex:PATTERN")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?"
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is taken from an answer, and when that is right."""
+
+    name: str
+    found: Callable[[str], str | None]
+    right: Callable[[str, str], bool] = strict_match
+
+    def reference(self, answer: str) -> str:
+        """What is right, from the file's answer."""
+        marked = answer.rsplit("####", 1)[-1] if self.name in ("boxed", "last_number") else answer
+        return (self.found(marked) or marked).strip()
+
+
+def rule_named(name: str) -> Rule:
+    """The rule of this name.
+
+    Raises:
+      UserError: there is none, or its pattern is no regular expression.
+    """
+    if name == "boxed":
+        return Rule(name, extract_boxed)
+    if name == "last_number":
+        return Rule(name, last_number, lambda given, right: numeric_match(given, right))
+    if name == "exact":
+        return Rule(name, lambda text: text.strip() or None, _same_words)
+    if name.startswith("regex:"):
+        try:
+            pattern = re.compile(name.removeprefix("regex:"), re.MULTILINE)
+        except re.error as error:
+            raise UserError(f"config.eval.rule: {name!r:.100} is no regular expression: {error}") from None
+        return Rule(name, lambda text: _last_match(pattern, text))
+    raise UserError(f"config.eval.rule: {name!r:.80} is not known; give one of {', '.join(NAMES)}")
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, with its sign, its separators and a fraction's other part."""
+    numbers = [match.group() for match in _NUMBER.finditer(text) if read_number(match.group()) is not None]
+    return numbers[-1] if numbers else None
+
+
+def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
+    """The last match: its first group, where the pattern has one."""
+    found = [match.group(1 if pattern.groups else 0) for match in pattern.finditer(text)]
+    return found[-1] if found else None
+
+
+def _same_words(given: str, right: str) -> bool:
+    return given.split() == right.split()

@@ -1,0 +1,110 @@
+"""The curves of a run in Weights & Biases or Trackio as well, where `config.tracking` names one of them.
+
+    tracker = Tracker(config)                # None of it where config.tracking is none
+    tracker.write({"train/loss": 0.52}, step=1)
+    tracker.close()
+
+Both are extras (`pip install 'jaxlora[wandb]'`). They are given the configuration and the numbers of
+`metrics.jsonl` and are asked for nothing else: no code, no command line, no environment, no console. Keys
+stay in the environment, where the libraries read them. Whether anything leaves the machine is theirs to say:
+`WANDB_MODE=offline` keeps a run in its directory, Trackio is local unless it is given a Space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora.config import RunConfig, to_dict
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
+from jaxlora.runtime.text import harmless, without_secrets
+
+
+def check_tracking(config: RunConfig) -> None:
+    """Refuse a tracker that is not installed, before anything is loaded.
+
+    Raises:
+      UserError: names what to install.
+    """
+    name = config.tracking
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"config.tracking: {name} is not installed; pip install 'jaxlora[{name}]', or give none"
+        )
+
+
+class Tracker:
+    """One run in the tracker that its configuration names. What fails there never ends a run."""
+
+    def __init__(self, config: RunConfig):
+        """Open the run, or go on with it: its id follows from the place of its directory.
+
+        Raises:
+          UserError: the tracker does not take it, as without a key and without `WANDB_MODE=offline`.
+        """
+        self._name = str(config.tracking)
+        run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
+        try:
+            self._library = importlib.import_module(self._name)
+            self._run = _OPEN[self._name](self._library, config, run_id)
+        except Exception as error:  # each library has kinds of its own
+            raise UserError(f"config.tracking: {self._name} cannot be started: {_line(error)}") from None
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Add numbers of a step."""
+        if self._run is None:
+            return
+        try:
+            self._library.log(dict(values), step=step)
+        except Exception as error:
+            self._run = None
+            console.print(f"{self._name} takes no more numbers: {_line(error)}", markup=False)
+
+    def close(self) -> None:
+        """Wait until the numbers are where they belong."""
+        if self._run is None:
+            return
+        self._run = None
+        try:
+            self._library.finish()
+        except Exception as error:
+            console.print(f"{self._name} did not end well: {_line(error)}", markup=False)
+
+
+def _open_wandb(library: Any, config: RunConfig, run_id: str) -> Any:
+    folder = Path(config.run_dir)
+    settings = library.Settings(
+        console="off", disable_git=True, disable_code=True, save_code=False, x_disable_meta=True
+    )
+    return library.init(
+        project=config.prefix,
+        name=config.run_id,
+        id=run_id,
+        resume="allow",
+        dir=str(folder),
+        config=to_dict(config),
+        settings=settings,
+    )
+
+
+def _open_trackio(library: Any, config: RunConfig, run_id: str) -> Any:
+    return library.init(
+        project=config.prefix,
+        name=f"{config.run_id}-{run_id[:6]}",
+        resume="allow",
+        config=to_dict(config),
+        auto_log_gpu=False,
+    )
+
+
+_OPEN = {"wandb": _open_wandb, "trackio": _open_trackio}
+
+
+def _line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return harmless(without_secrets(text))
