@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str, dtype: str | None = None, mesh: Any = None) -> Engine:
+def load(path: str, dtype: str | None = None, mesh: Any = None, base_dtype: str | None = None) -> Engine:
     """Load a base, to train or sample from; see `jaxlora.engine.load`."""
     from jaxlora import engine  # importing JAX takes seconds
 
-    return engine.load(path, dtype, mesh)
+    return engine.load(path, dtype, mesh, base_dtype)

@@ -3,6 +3,7 @@
     lengths = [(72, 340), (95, 410)]    # prompt and total tokens of each row
     result = bench_train(config, model, lengths, max_steps=60, validation=True)
     result = bench_decode(config, model, prompt_lengths, answer_lengths)
+    result = bench_experts(config, model, tokens=8192)     # one layer's experts, by each implementation
 
 Only real tokens count, never padding. Utilisation counts 4N FLOPs per training token (forward 2N, activation
 gradients 2N; the frozen base needs no weight gradients) and 2N per decoded token, relative to the maker's
@@ -29,13 +30,17 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
-from jaxlora.lora import count_trainable, init_lora
+from jaxlora.lora import check_targets, count_trainable, init_lora, lora_shapes
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.experts import own_experts
 from jaxlora.models.families import count_matrix_parameters
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.grouped import resolve
+from jaxlora.models.quantised import pick_scheme
+from jaxlora.models.spec import Experts, How, ModelConfig
 from jaxlora.runtime.ahead import Ahead
 from jaxlora.runtime.devices import memory_in_use, peak_flops
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import place_batch, place_trained, token_lines, token_multiple
 from jaxlora.train.schedule import learning_rate, plan_run
@@ -45,11 +50,13 @@ from jaxlora.train.step import wire as wire_machine
 LATE = 2  # steps that the host runs ahead, as in training
 
 
-def wire(config: RunConfig, model: ModelConfig) -> tuple[Mesh, ModelSpec, Compute]:
+def wire(config: RunConfig, model: ModelConfig, training: bool = True) -> tuple[Mesh, ModelSpec, Compute]:
     """The mesh, the spec and the way to compute that a run of this configuration has on this machine."""
     machine = wire_machine(config.model, mesh_here(config, model).mesh)
     full = config.train.what == "full"
-    spec = ModelSpec(model, None if full else config.lora, config.model.dtype, machine.scan, full=full)
+    scheme = pick_scheme(config.model, machine.mesh.devices.flat[0], training)
+    lora = None if full else config.lora
+    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, scheme=scheme)
     return machine.mesh, spec, machine.compute()
 
 
@@ -148,17 +155,20 @@ def bench_train(
     lengths: list[tuple[int, int]],
     max_steps: int | None,
     validation: bool,
+    products: How = "auto",
 ) -> dict[str, Any]:
     """Time training steps over rows of these lengths, then a validation pass over the first 512 of them.
 
     Args:
       lengths: prompt and total tokens of each row.
       max_steps: time only this many steps of the epoch; None: all.
+      products: how the products of experts are computed.
 
     Raises:
       UserError: the configuration asks for a mesh or an attention that this machine does not have.
     """
     mesh, spec, compute = wire(config, model)
+    spec = replace(spec, products=products)
     facts = device_facts()
     start = time.perf_counter()
     rows = random_rows(lengths, model.vocab_size)
@@ -187,6 +197,7 @@ def bench_train(
         "trainable_parameters": count_trainable(spec),
         "attention": compute.backend,
         "layers": "scan" if spec.scan else "unroll",
+        **({"products": resolve(products)} if model.experts else {}),
         "remat": config.model.remat,
         "steps": len(timing.seconds),
         "real_tokens_per_second": train_rate,
@@ -230,7 +241,8 @@ def _time_training(
     rate = partial(learning_rate, optim=config.optim, plan=plan)
 
     shapes: dict[tuple[int, ...], Batch] = {}
-    batch_of = partial(step_batch, rows, plan.rows_of_step, layout)
+    seed = 0 if config.lora.dropout else None
+    batch_of = partial(step_batch, rows, plan.rows_of_step, layout, dropout_seed=seed)
     for step in range(1, last + 1):
         batch = batch_of(step)
         shapes.setdefault(batch["tokens"].shape, batch)
@@ -303,7 +315,7 @@ def bench_decode(
     Raises:
       UserError: the configuration asks for a mesh or an attention that this machine does not have.
     """
-    mesh, spec, _ = wire(config, model)
+    mesh, spec, _ = wire(config, model, training=False)
     spec = replace(spec, scan=False)
     schedule = {"expected": expected, "packed": False if padded else None}
     backend = decode_backend(config.model.dtype, config.model.attention)
@@ -372,3 +384,98 @@ def _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend,
     seconds = time.perf_counter() - start
     assert [len(answer.tokens) for answer in answers] == answer_lengths
     return DecodeTiming(seconds, preparing, form.lora is None, mesh)
+
+
+def bench_experts(config: RunConfig, model: ModelConfig, tokens: int, hows: list[How]) -> dict[str, Any]:
+    """Time the experts of one layer, forward and backward with adapters, and compare with float32.
+
+    Every token goes to experts drawn at random. FLOPs count 4N for the weights of a token's experts: forward
+    and gradients of activations. Errors are norms, relative to that of the same in float32 by the loop.
+
+    Args:
+      hows: implementations; one that does not run here is reported as failed.
+
+    Raises:
+      UserError: the model has no experts, or its adapter's rank does not divide.
+    """
+    spec = ModelSpec(model, config.lora, config.model.dtype)
+    check_targets(spec)
+    experts = model.experts
+    if experts is None:
+        raise UserError("--model: has no experts; give one that has, such as qwen3-30b-a3b")
+    inputs = _expert_inputs(spec, experts, tokens)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    with jax.default_matmul_precision("highest"):
+        expected = _expert_step(experts, spec.expert_scale, "loop")(*exact)
+    expected = jax.tree.map(np.asarray, expected)
+    sizes = experts.num_experts_per_tok * 3 * model.hidden_size * experts.moe_intermediate_size
+    result: dict[str, Any] = {"benchmark": "experts", "tokens": tokens} | device_facts()
+    for how in hows:
+        try:
+            seconds, found = _time_experts(_expert_step(experts, spec.expert_scale, how), inputs)
+        except Exception as error:  # whatever a kernel's compiler says: the others are still measured
+            result[f"{how}_failed"] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            continue
+        result[f"{how}_ms"] = 1e3 * seconds
+        result[f"{how}_tflops"] = 4 * sizes * tokens / seconds / 1e12
+        result[f"{how}_errors"] = {name: _relative(found[name], expected[name]) for name in expected}
+    return result
+
+
+def _expert_inputs(spec: ModelSpec, experts: Experts, tokens: int) -> tuple[Any, ...]:
+    """States, choices, shares and a gradient of so many tokens; weights and adapters of all experts."""
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+    dtype, hidden = jnp.dtype(spec.dtype), spec.config.hidden_size
+
+    def normal(shape: tuple[int, ...], std: float, dtype: Any = dtype) -> jax.Array:
+        return (std * jax.random.normal(next(keys), shape, jnp.float32)).astype(dtype)
+
+    arrays = {}
+    for weight in spec.table:
+        if weight.experts:
+            (*_, rank, _), _ = lora_shapes(spec, weight)
+            n, out_size, in_size = weight.shape
+            arrays[weight.name] = {
+                "weight": normal(weight.shape, in_size**-0.5),
+                "lora_a": normal((n, rank, in_size), in_size**-0.5, jnp.float32),
+                "lora_b": normal((n, out_size, rank), 0.02, jnp.float32),
+            }
+    chances = jax.random.uniform(next(keys), (tokens, experts.num_experts))
+    shares, choices = jax.lax.top_k(chances, experts.num_experts_per_tok)
+    shares = (shares / shares.sum(-1, keepdims=True)).astype(dtype)
+    return normal((tokens, hidden), 1.0), shares, arrays, choices, normal((tokens, hidden), 1.0)
+
+
+def _expert_step(experts: Experts, scale: float, how: How):
+    """The jitted `(x, shares, arrays, choices, d_y) -> y and gradients` of one layer's experts."""
+
+    def step(x, shares, arrays, choices, d_y):
+        adapters = {name: {k: v for k, v in own.items() if k != "weight"} for name, own in arrays.items()}
+
+        def run(x, shares, adapters):
+            own = {name: adapters[name] | {"weight": arrays[name]["weight"]} for name in arrays}
+            return own_experts(experts, scale, how, x, choices, shares, own)
+
+        y, pull = jax.vjp(run, x, shares, adapters)
+        d_x, d_shares, d_adapters = pull(d_y)
+        return {"y": y, "d_x": d_x, "d_shares": d_shares, "d_adapters": d_adapters}
+
+    return jax.jit(step)
+
+
+def _time_experts(step, inputs, repeats: int = 20) -> tuple[float, Any]:
+    """Seconds of one run, and its results."""
+    for _ in range(warm_up_runs()):
+        found = jax.block_until_ready(step(*inputs))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        found = step(*inputs)
+    jax.block_until_ready(found)
+    return (time.perf_counter() - start) / repeats, found
+
+
+def _relative(found: Any, expected: Any) -> float:
+    """The largest relative difference (norm) of two trees' arrays."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    gaps = [np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b) for a, b in pairs]
+    return float(max(gaps))

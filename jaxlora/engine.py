@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,16 @@ from jaxlora.checkpoints.base import Base, find_base, load_base, save_model
 from jaxlora.checkpoints.export import check_selected
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.config import MeshConfig, ModelSource, OptimConfig, RunConfig, TrainConfig, from_dict
+from jaxlora.config import (
+    BaseDtype,
+    MeshConfig,
+    ModelSource,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    check_base_dtype,
+    from_dict,
+)
 from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up, rows_of
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
 from jaxlora.estimate import mesh_here
@@ -39,6 +48,7 @@ from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_lora, check_targets, init_lora
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
@@ -63,13 +73,20 @@ MAX_ROWS = 256  # of one line of a buffer
 LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
 
-def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = None) -> Engine:
+def load(
+    path: str,
+    dtype: str | None = None,
+    mesh: MeshConfig | Mesh | None = None,
+    base_dtype: str | None = None,
+) -> Engine:
     """Load a base, to train or sample from.
 
     Args:
       path: a Hub name, a directory, an address such as `gs://bucket/folder`, or `embedded:base`.
       dtype: `bfloat16` or `float32`, of the base and of computing; None: float32 on CPUs, else bfloat16.
       mesh: a device mesh, or its sizes; None: all devices, as a run would use them.
+      base_dtype: what the base's projections are rounded to: `float8`, `int8` or `nf4`, see
+        `jaxlora.models.quantised`; None: `dtype`.
 
     Raises:
       UserError: there is no such base, or it is not one of a supported family.
@@ -77,7 +94,11 @@ def load(path: str, dtype: str | None = None, mesh: MeshConfig | Mesh | None = N
     dtype = dtype or default_dtype()
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype: {dtype!r:.80} is not supported; give bfloat16 or float32")
-    source = ModelSource(path=str(path), dtype=dtype)  # type: ignore[arg-type]
+    if base_dtype not in (None, *get_args(BaseDtype)):
+        names = ", ".join(get_args(BaseDtype))
+        raise UserError(f"base_dtype: {base_dtype!r:.80} is not supported; give one of {names}")
+    source = ModelSource(path=str(path), dtype=dtype, base_dtype=base_dtype)  # type: ignore[arg-type]
+    check_base_dtype(source)
     return engine_of(find_base(source), mesh)
 
 
@@ -203,7 +224,13 @@ class Engine:
         return Trainer(self, spec, weights, seed)
 
     def _spec(self, **trained: Any) -> ModelSpec:
-        return ModelSpec(self.base.config, dtype=self.dtype, scan=self.machine.scan, **trained)
+        scheme = pick_scheme(self.base.source, self.machine.mesh.devices.flat[0], training=True)
+        if scheme is not None and trained.get("full"):
+            raise UserError(
+                f"a base in {scheme.kind} cannot be trained whole; load it without base_dtype, or train an"
+                " adapter"
+            )
+        return ModelSpec(self.base.config, dtype=self.dtype, scan=self.machine.scan, scheme=scheme, **trained)
 
     @contextmanager
     def inside(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import is_adapted, kept_per_token
 from jaxlora.models.families import count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
+from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.devices import Slice, slice_of
 
@@ -122,6 +123,7 @@ def candidates(
     tokens: float,
     multiple: int,
     what: What = "lora",
+    scheme: Scheme | None = None,
 ) -> list[Choice]:
     """Every mesh of the slice with every remat setting and 1, 2 or 4 micro-batches, fastest first.
 
@@ -130,9 +132,10 @@ def candidates(
       tokens: real tokens of an optimizer step.
       multiple: buffer lengths are multiples of this as well as of what the mesh requires.
       what: which parameters are trained.
+      scheme: of a quantised base.
     """
     choices = [
-        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, what)
+        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, what, scheme)
         for mesh in factors(slice_.n_chips)
         if model.num_key_value_heads % mesh[2] == 0
         for remat in REMATS
@@ -168,7 +171,8 @@ def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> Ru
         return config
     train = config.train
     tokens = train.batch_rows * ROW_TOKENS
-    for choice in candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what):
+    scheme = pick_scheme(config.model, slice_.chip, training=True)
+    for choice in candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what, scheme):
         fits = choice.memory < FULL * slice_.chip.hbm_bytes
         if fits and choice.remat == config.model.remat and choice.buffers == 1:
             return replace(config, mesh=choice.mesh)
@@ -193,10 +197,11 @@ def mesh_of_gpus(config: RunConfig, model: ModelConfig, n: int, memory: float) -
     """The mesh of n GPUs with so many bytes each: the smallest `fsdp` whose step should fit, and copies."""
     train = config.train
     tokens = math.ceil(max(1, train.batch_rows / n) * ROW_TOKENS) * n
+    scheme = pick_scheme(config.model, training=True)
     for fsdp in range(1, n):
         if n % fsdp == 0:
             mesh = MeshConfig(n // fsdp, fsdp, 1)
-            share = _Share(model, config.lora, train.what, mesh, config.model.remat, 1, tokens)
+            share = _Share(model, config.lora, train.what, mesh, config.model.remat, 1, tokens, scheme, 1.0)
             if _memory(share) < FULL * memory:
                 return mesh
     return MeshConfig(1, n, 1)
@@ -221,11 +226,14 @@ def estimate(
     tokens: float,
     multiple: int,
     what: What = "lora",
+    scheme: Scheme | None = None,
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
-    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, and adapters, their
-    gradients and moments in float32. In full fine-tuning every parameter has a float32 master weight, a
+    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, or its layers quantised,
+    and adapters, their gradients and moments in float32. Of products of 8-bit numbers each counts as the
+    share of one in bfloat16 that it takes; weights that are turned back for a product are written and read
+    once more. In full fine-tuning every parameter has a float32 master weight, a
     gradient and two moments (16 bytes), and a bfloat16 copy for computing (2 bytes).
 
     Args:
@@ -234,10 +242,12 @@ def estimate(
       tokens: real tokens of the step; each buffer is padded to a multiple of `multiple` and of what the mesh
         requires.
       what: which parameters are trained.
+      scheme: of a quantised base.
     """
     block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp, multiple)
     length = math.ceil(tokens / buffers / block) * block
-    share = _Share(model, lora, what, mesh, remat, buffers, length)
+    rate = slice_.chip.int8_flops / slice_.chip.flops if scheme is not None and scheme.activations else 1.0
+    share = _Share(model, lora, what, mesh, remat, buffers, length, scheme, rate)
     best = roofline(
         slice_,
         buffers * _flops(share),
@@ -258,6 +268,8 @@ class _Share:
     remat: Remat
     buffers: int  # micro-batches of the step
     length: int  # tokens of the buffer
+    scheme: Scheme | None  # of a quantised base
+    rate: float  # of products with the layers, relative to those in bfloat16
 
     @property
     def shards(self) -> int:
@@ -291,6 +303,11 @@ class _Share:
     def layer_weights(self) -> int:
         matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) == 2]
         return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in matrices)
+
+    @property
+    def saved(self) -> float:
+        """Bytes that all chips together save because the layers' weights are quantised."""
+        return 0.0 if self.scheme is None else self.layer_weights * (BF16 - bits_of(self.scheme) / 8)
 
     @property
     def head_weights(self) -> int:
@@ -332,7 +349,7 @@ def _flops(share: _Share) -> float:
     For N weights of matrices these are 2N forward, 2N for the gradients of activations and, where the weights
     are trained, 2N for theirs. Remat computes the layers' 2N forward once more.
     """
-    products = (2 + share.again + share.full) * 2 * share.layer_weights
+    products = (2 + share.again + share.full) * 2 * share.layer_weights / share.rate
     products += (2 + share.full) * 2 * share.head_weights
     passes = 1 + share.again + BACKWARD_PASSES
     attention = attention_flops(share.model, share.tokens, keys_seen(share.length, share.shards), passes)
@@ -341,7 +358,7 @@ def _flops(share: _Share) -> float:
 
 def _read_weights(share: _Share) -> float:
     """Bytes of the weights that one chip multiplies with: layers twice, the head once."""
-    return BF16 * (2 * share.layer_weights + share.head_weights) / share.mesh.tensor
+    return (BF16 * (2 * share.layer_weights + share.head_weights) - 2 * share.saved) / share.mesh.tensor
 
 
 def _interconnect_bytes(share: _Share) -> float:
@@ -373,6 +390,8 @@ def _hbm_bytes(share: _Share) -> float:
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
     if share.full:
         weights += 2 * BF16 * share.parameters / share.mesh.tensor
+    if share.scheme is not None and not share.scheme.activations:
+        weights += 2 * 2 * BF16 * share.layer_weights / share.mesh.tensor
     return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.adapter_weights
 
 
@@ -394,7 +413,7 @@ def _memory(share: _Share) -> float:
     """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = BF16 * share.parameters / (mesh.fsdp * mesh.tensor)
+    size = (BF16 * share.parameters - share.saved) / (mesh.fsdp * mesh.tensor)
     if share.full:
         size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
         size += FLOAT32 * share.head_weights / mesh.tensor

@@ -2,7 +2,8 @@
 
 The mesh has three axes. `fsdp` splits the base's weights and the tokens of a step; `data` splits the tokens
 only; `tensor` splits heads, hidden units of the MLP and the vocabulary. The residual stream's hidden axis is
-never split: each layer's weights are gathered over `fsdp` just before they are used.
+never split: each layer's weights are gathered over `fsdp` just before they are used. A model with experts may
+have a fourth one, `expert`, which splits experts and tokens; of all other weights each part has a copy.
 
 On GPUs a buffer has a line of whole rows for each device that tokens are split over. Without `tensor` a
 device then needs nothing of the others' lines, and a step is one program a device (`by_line`): its
@@ -24,17 +25,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from jaxlora.config import MeshConfig
 from jaxlora.runtime.errors import UserError
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),  # rows, where there are enough of them: decoding, padded batches
-    "length": ("data", "fsdp"),  # a packed buffer is one row: its tokens are what is split over chips
-    "batch_of_copy": ("data",),  # the same over copies of the base only
-    "length_of_copy": ("data",),
+    "batch": ("data", "fsdp", "expert"),  # rows, where there are enough: decoding, padded batches
+    "length": (
+        "data",
+        "fsdp",
+        "expert",
+    ),  # a packed buffer is one row: its tokens are what is split over chips
+    "batch_of_copy": ("data", "expert"),  # the same over copies of the base only
+    "length_of_copy": ("data", "expert"),
+    "expert": ("expert",),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -50,19 +56,22 @@ LORA_AXES: dict[str, tuple[str | None, str | None]] = {
     "lora_a": (None, "adapter"),  # [r, in]
     "lora_b": ("adapter", None),  # [out, r]
 }
+EXPERTS = "layers.mlp.experts."  # the weights of experts, whose adapters lie where they do
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh `[data, fsdp, tensor]` over the devices (default: all).
+    """A mesh `[data, fsdp, tensor]` over the devices (default: all); with `expert` before the last, if given.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     whole = whole_mesh(config, len(devices))
-    shape = (whole.data, whole.fsdp, whole.tensor)
-    names = ("data", "fsdp", "tensor")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = {"data": whole.data, "fsdp": whole.fsdp, "expert": whole.expert, "tensor": whole.tensor}
+    if whole.expert in (0, 1):
+        del sizes["expert"]
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
 
 
 def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
@@ -72,6 +81,8 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
       UserError: the sizes do not multiply to the number of devices.
     """
     sizes = {"data": config.data or 1, "fsdp": config.fsdp, "tensor": config.tensor or 1}
+    if config.expert:
+        sizes["expert"] = config.expert
     if config.fsdp == 0:
         sizes["fsdp"] = 1 if -1 in sizes.values() else -1
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -79,20 +90,25 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
     if math.prod(shape) != n_devices:
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: {asked} does not fit {n_devices} devices; set one axis to -1")
-    return MeshConfig(*shape)
+    return MeshConfig(**dict(zip(sizes, shape, strict=True)))
 
 
-def decode_mesh(mesh: Mesh, kv_heads: int, weights: int = 0) -> Mesh:
+def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0) -> Mesh:
     """The same devices for decoding.
 
     On GPUs every device decodes with a copy of the weights (so many bytes) where that leaves memory for the
-    base and the caches; else, and on TPUs, they are split by key-value heads as far as these allow.
+    base and the caches; else, and on TPUs, they are split by key-value heads as far as these allow. Experts
+    are split over the same chips as slots, as far as they allow.
     """
     tensor, memory = math.gcd(mesh.size, kv_heads), _memory_of(mesh.devices.flat[0])
     if memory is not None:
         fits = [n for n in range(1, tensor) if tensor % n == 0 and weights <= COPY_SHARE * memory * n]
         tensor = min(fits, default=tensor)
-    devices = mesh.devices.reshape(mesh.size // tensor, 1, tensor)
+    rest = mesh.size // tensor
+    if (expert := math.gcd(rest, experts)) > 1:
+        split = mesh.devices.reshape(rest // expert, 1, expert, tensor)
+        return Mesh(split, ("data", "fsdp", "expert", "tensor"), axis_types=(AxisType.Auto,) * 4)
+    devices = mesh.devices.reshape(rest, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
@@ -110,11 +126,16 @@ def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) ->
     spec: list[tuple[str, ...] | None] = []
     taken: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
-        names = RULES[axis] if axis else ()
+        names = _axes_of(mesh, axis) if axis else ()
         split = names and not taken & set(names) and size % _ways(mesh, names) == 0
         spec.append(names if split else None)
         taken |= set(names) if split else set()
     return PartitionSpec(*spec)
+
+
+def _axes_of(mesh: Any, axis: str) -> tuple[str, ...]:
+    """The axes of this mesh that a logical axis is split over."""
+    return tuple(name for name in RULES[axis] if name in mesh.shape)
 
 
 def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -129,7 +150,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def token_shards(mesh: Any) -> int:
     """Over how many chips the tokens of a step are split."""
-    return _ways(mesh, RULES["length"])
+    return _ways(mesh, _axes_of(mesh, "length"))
 
 
 def token_lines(mesh: Mesh) -> int:
@@ -157,12 +178,25 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 def base_shardings(mesh: Mesh, spec: Any) -> Any:
     """The sharding of each weight of the base, in the form of `spec.abstract_base` (a `ModelSpec`)."""
     axes = _weight_axes(spec)
+    return jax.tree.map_with_path(
+        lambda path, x: _lying(mesh, path, axes[dotted(path)], x), spec.abstract_base
+    )
 
-    def sharding(path, leaf) -> NamedSharding:
-        own = axes[_dotted(path)]
-        return named(mesh, (None,) * (leaf.ndim - len(own)) + own, leaf.shape)
 
-    return jax.tree.map_with_path(sharding, spec.abstract_base)
+def weight_shardings(mesh: Mesh, axes: tuple[str | None, ...], weight: Any) -> Any:
+    """The sharding of each array of one weight with these axes, which may be quantised or stacked."""
+    return jax.tree.map_with_path(lambda path, x: _lying(mesh, path, axes, x), weight)
+
+
+def _lying(mesh: Mesh, path: Any, axes: tuple[str | None, ...], x: Any) -> NamedSharding:
+    own = array_axes(path, axes)
+    return named(mesh, (None,) * (len(x.shape) - len(own)) + own, x.shape)
+
+
+def array_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of one array of a weight that has these axes: the arrays of a quantised one lie as it does."""
+    turned = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "turned"
+    return axes[::-1] if turned else axes
 
 
 def place_trained(mesh: Mesh, spec: Any, tree: Any) -> Any:
@@ -282,6 +316,10 @@ def runs_by_line(spec: Any, lines: int) -> bool:
     mesh = auto_mesh()
     if mesh is None or mesh.shape["tensor"] > 1 or lines % token_shards(mesh):
         return False
+    if spec.config.experts is not None:  # their products are programs a device of their own
+        return False
+    if spec.scheme is not None and mesh.shape["fsdp"] > 1:  # scales are split or whole, as their sizes allow
+        return False
     sizes = [spec.config.hidden_size]
     if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK:
         sizes += [size for weight in spec.adapted for size in weight.shape]
@@ -305,11 +343,11 @@ def by_line(
     weights = _weight_axes(spec)
 
     def base_axes(path, x):
-        own = weights[_dotted(path)]
+        own = array_axes(path, weights[dotted(path)])
         return (None,) * (x.ndim - len(own)) + own
 
     of_trained = specs(_trained_axes(spec), trained)
-    lines = PartitionSpec(None, RULES["batch"])
+    lines = PartitionSpec(None, _axes_of(mesh, "batch"))
     results = {"trained": of_trained, "whole": PartitionSpec(), "lines": lines}
     mapped = jax.shard_map(
         function,
@@ -321,9 +359,11 @@ def by_line(
 
 
 def slot_shards() -> int:
-    """Over how many devices of this context's mesh `by_slot` splits slots: all, unless heads are split."""
+    """Over how many devices of this context's mesh `by_slot` splits slots: all, unless weights are split."""
     mesh = auto_mesh()
-    return 1 if mesh is None or mesh.shape["tensor"] > 1 else token_shards(mesh)
+    if mesh is None or mesh.shape["tensor"] > 1 or mesh.shape.get("expert", 1) > 1:
+        return 1
+    return token_shards(mesh)
 
 
 def by_slot(function: Callable, *arguments: Any, whole: tuple[int, ...] = ()) -> Any:
@@ -336,7 +376,7 @@ def by_slot(function: Callable, *arguments: Any, whole: tuple[int, ...] = ()) ->
     split = [x for i, argument in enumerate(arguments) if i not in whole for x in jax.tree.leaves(argument)]
     if shards == 1 or any(x.shape[0] % shards for x in split):
         return function(*arguments)
-    own = PartitionSpec(RULES["batch"])
+    own = PartitionSpec(_axes_of(auto_mesh(), "batch"))
     specs = tuple(PartitionSpec() if i in whole else own for i in range(len(arguments)))
     return jax.shard_map(function, in_specs=specs, out_specs=own, check_vma=False)(*arguments)
 
@@ -350,14 +390,15 @@ def summed_over_lines(spec: Any, grads: Any) -> Any:
 
     def over(path, x) -> tuple[str, ...]:
         split = mesh.shape["fsdp"] > 1 and {"embed", "adapter"} & set(axes(path, x))
-        return ("data",) if split else RULES["length"]
+        return ("data",) if split else _axes_of(mesh, "length")
 
     return jax.tree.map_with_path(lambda path, x: jax.lax.psum(x, over(path, x)), grads)
 
 
 def total(x: Any) -> Any:
     """Inside `by_line`: the sum over all devices."""
-    return jax.tree.map(lambda value: jax.lax.psum(value, RULES["length"]), x)
+    axes = _axes_of(jax.sharding.get_abstract_mesh(), "length")
+    return jax.tree.map(lambda value: jax.lax.psum(value, axes), x)
 
 
 def embedded(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -382,7 +423,7 @@ def _weight_axes(spec: Any) -> dict[str, tuple[str | None, ...]]:
     return {weight.place: weight.axes for weight in spec.table}
 
 
-def _dotted(path: Any) -> str:
+def dotted(path: Any) -> str:
     """The dotted path of an array, without the numbers of layers and what is outside the tree."""
     return ".".join(key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str))
 
@@ -394,10 +435,11 @@ def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
 
     def axes(path: Any, leaf: Any) -> tuple[str | None, ...]:
         own: tuple[str | None, ...] = ()
-        if split_lora and path and getattr(path[-1], "key", None) in LORA_AXES:
-            own = LORA_AXES[path[-1].key]
+        if path and (part := getattr(path[-1], "key", None)) in LORA_AXES:
+            own = LORA_AXES[part] if split_lora else (None, None)
+            own = ("expert", *own) if EXPERTS in dotted(path) else own
         elif spec.full:
-            own = weights.get(_dotted(path), ())
+            own = weights.get(dotted(path), ())
         return (None,) * (np.ndim(leaf) - len(own)) + own
 
     return axes

@@ -23,14 +23,22 @@ from jaxlora.checkpoints.base import (
     save_model,
     tokenizer_sha256,
 )
-from jaxlora.checkpoints.peft import ADAPTER_FILES, FINGERPRINT, RENDERED_BY, export_adapter
+from jaxlora.checkpoints.peft import (
+    FINGERPRINT,
+    METADATA,
+    RENDERED_BY,
+    SETTINGS,
+    WEIGHTS,
+    export_adapter,
+)
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
+from jaxlora.models.quantised import dequantised, pick_scheme
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.files import read_object, sha256_of
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.remote import weight_files
@@ -100,7 +108,7 @@ def load_selected(
     found = find_base(source, config.seed, with_weights)
     trained_on = manifest.get("base") or {}
     known = trained_on.get("fingerprint"), summary.get("base_weights_sha256")
-    spec = ModelSpec(found.config, None, config.model.dtype, scan=False)
+    spec = ModelSpec(found.config, None, config.model.dtype, scan=False, scheme=pick_scheme(config.model))
     selected = folder / "selected"
     check_selected(folder)
     if config.train.what == "full":
@@ -166,21 +174,33 @@ def merged_bytes(selected: Selected) -> int:
     return width[_stored_dtype(_base(selected))] * count_parameters(selected.spec.config)
 
 
-def is_exported(selected: Selected, out: Path) -> bool:
+def is_exported(selected: Selected, out: Path, base_name: str) -> bool:
     """Whether a folder holds just this adapter: an export that was stopped after it goes on from there."""
-    return not selected.spec.full and unlike(selected.run / "selected", out) is None
+    if selected.spec.full or not (out / SETTINGS).is_file():
+        return False
+    named = read_object(out / SETTINGS).get("base_model_name_or_path")
+    return named == base_name and unlike(selected.run / "selected", out) in (None, SETTINGS)
 
 
 def unlike(own: Path, out: Path) -> str | None:
     """The first file of an adapter in `out` that is not byte for byte that of `own`; None: all are."""
-    for name in ADAPTER_FILES:
+    for name in (WEIGHTS, METADATA, SETTINGS):
         if not (out / name).is_file() or sha256_of(out / name) != sha256_of(own / name):
             return name
     return None
 
 
-def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) -> None:
+def write_adapter(
+    selected: Selected,
+    out: str | Path,
+    overwrite: bool = False,
+    base_name: str | None = None,
+    readme: str | None = None,
+) -> None:
     """Write the adapter as a PEFT folder; see `export_adapter`.
+
+    Args:
+      base_name: what the base is called there; None: as the run calls it.
 
     Raises:
       UserError: the run trained all weights, so there is no adapter.
@@ -189,7 +209,7 @@ def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) 
         raise UserError(f"{selected.run}: trained all weights; its model is in {selected.run / 'selected'}")
     given = ("condition", "output_head", "rank", "alpha", "seed", "base_model", RENDERED_BY)
     extra = {key: value for key, value in selected.metadata.items() if key not in given}
-    base = selected.metadata["base_model"] or selected.config.model.path
+    base = base_name or selected.metadata["base_model"] or selected.config.model.path
     if FINGERPRINT not in extra and selected.fingerprint is not None:
         extra[FINGERPRINT] = selected.fingerprint
     export_adapter(
@@ -200,15 +220,18 @@ def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) 
         seed=selected.config.seed,
         extra=extra,
         tokenizer=selected.tokenizer_folder(),
+        readme=readme,
         overwrite=overwrite,
     )
 
 
-def write_merged(selected: Selected, out: str | Path) -> None:
+def write_merged(selected: Selected, out: str | Path, readme: str | None = None) -> None:
     """Write the base with the adapter folded in, in the dtype of the base's files; see `save_model`.
 
-    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. Of a run
-    that trained all weights, its own model is written.
+    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. A run over
+    a quantised base is merged with the numbers that its weights stood for: with the base's own, the model
+    would be another than the one that was trained. Of a run that trained all weights, its own model is
+    written.
     """
     base = _base(selected)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
@@ -217,11 +240,17 @@ def write_merged(selected: Selected, out: str | Path) -> None:
         spec = replace(selected.spec, full=False)
         weights = load_base(selected.run / "selected", spec, mesh)
     else:
-        spec = replace(selected.spec, dtype=_stored_dtype(base))
+        dtype, scheme = _stored_dtype(base), selected.spec.scheme
+        # What is rounded to fewer bits is first read in the dtype that training read.
+        spec = replace(selected.spec, dtype=dtype) if scheme is None else selected.spec
         frozen = selected.base.load(spec, mesh, selected.weights_sha256)
-        weights = merge_lora(spec, selected.lora, frozen)
+        spec = replace(spec, dtype=dtype)
+        if scheme is not None:
+            console.print(f"merging with the base as it was trained on, rounded to {scheme.kind}")
+        weights = dequantised(merge_lora(spec, selected.lora, frozen), dtype)
+        spec = replace(spec, scheme=None)
     console.print(f"writing {out}", markup=False)
-    save_model(out, spec, weights, base, tokenizer)
+    save_model(out, spec, weights, base, tokenizer, readme)
 
 
 def _base(selected: Selected) -> Path:

@@ -1,7 +1,9 @@
-"""Measure training and decoding: real tokens per second, utilisation, compilations, memory.
+"""Measure training, decoding and learning from rewards: real tokens per second, utilisation, memory.
 
     jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
+    jaxlora bench rl     --model qwen3-8b --random-weights --rank 1 --lengths LENGTHS.json
+    jaxlora bench experts --model qwen3-30b-a3b --rank 32 --tokens 8192
     jaxlora bench scaling --model qwen3-8b --steps 16
 
 Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
@@ -22,8 +24,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jaxlora.cli import HelpFormatter, with_overrides
-from jaxlora.config import Condition, RunConfig, from_dict, to_dict
-from jaxlora.models.spec import ModelConfig
+from jaxlora.config import BaseDtype, Condition, RunConfig, from_dict, to_dict
+from jaxlora.models.spec import How, ModelConfig
 from jaxlora.runtime.errors import UserError, add_number
 
 CONDITIONS = get_args(Condition)
@@ -39,8 +41,10 @@ def main() -> int:
     from jaxlora.runtime.devices import setup
 
     setup(config.results_dir, config.model.dtype)
-    measure = {"train": run_train, "decode": run_decode}[options.what]
+    runs = {"train": run_train, "decode": run_decode, "rl": run_rl, "experts": run_experts}
+    measure = runs[options.what]
     result = {"model": options.model, "condition": config.condition, "rank": options.rank}
+    result |= {"base_dtype": options.base_dtype or options.dtype}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
     print(json.dumps(result))
@@ -56,9 +60,16 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     commands = parser.add_subparsers(dest="what", required=True)
     train = commands.add_parser("train", help="training steps, then a validation pass")
     decode = commands.add_parser("decode", help="decoding to answers of given lengths")
+    rl = commands.add_parser("rl", help="batches of sampling, grading and learning, answers of given lengths")
+    experts = commands.add_parser("experts", help="one layer's experts, by each implementation")
     scaling = commands.add_parser("scaling", help="both on 1, 2, 4, ... GPUs of this host")
-    for command in (train, decode, scaling):
+    for command in (train, decode, rl, experts, scaling):
         _add_model_options(command)
+    for command in (train, experts):
+        command.add_argument(
+            "--products", default="auto", help=f"of experts, by {', '.join(get_args(How))}; all: each in turn"
+        )
+    add_number(experts, "--tokens", default=8192, help="tokens that go to experts")
 
     _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
@@ -71,21 +82,39 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     scaling.add_argument("--only", help="names of measurements, with commas between [all]")
     scaling.add_argument("--out", type=Path, help="a file for each measurement's line of JSON, as it comes")
 
+    _add_lengths(rl)
+    add_number(rl, "--slots", default=384, help="rows decoded at once")
+    add_number(rl, "--prompts", default=64, help="prompts of a batch")
+    add_number(rl, "--group", default=16, help="answers to each prompt")
+    add_number(rl, "--steps", default=1, help="batches that are timed")
+    add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
+    rl.add_argument(
+        "--no-sharing",
+        action="store_true",
+        help="compute a prompt once an answer in learning, not once a group",
+    )
     options, rest = parser.parse_known_args()
     if odd := [word for word in rest if not (word.startswith("--config.") and "=" in word)]:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")  # a field is --config.FIELD=VALUE
-    if options.what == "decode" and options.answers and not options.lengths:
+    known = (*get_args(How), *(("all",) if options.what == "experts" else ()))
+    if options.what in ("train", "experts") and options.products not in known:
+        raise UserError(f"--products: {options.products!r:.80} is not known; give {', '.join(known)}")
+    if options.what in ("decode", "rl") and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
     if options.what == "scaling" and rest:
         raise UserError(f"{rest[0]}: scaling chooses the fields; give it to bench train or bench decode")
     return options, dict(word.removeprefix("--config.").split("=", 1) for word in rest)
 
 
-def _add_decode_options(parser: argparse.ArgumentParser) -> None:
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
     parser.add_argument(
         "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
     )
+
+
+def _add_decode_options(parser: argparse.ArgumentParser) -> None:
+    _add_lengths(parser)
     add_number(parser, "--prompts", help="only the first prompts")
     add_number(parser, "--repeat", default=1, help="all prompts so many times")
     add_number(parser, "--slots", default=384, help="rows decoded at once, on each device with its own")
@@ -120,6 +149,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--rank", default=8)
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--base-dtype", choices=get_args(BaseDtype), help="of the frozen base [--dtype]")
+    parser.add_argument(
+        "--base-products", default="auto", choices=["auto", "weights", "both"], help="see model.base_products"
+    )
 
 
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +161,9 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--buffer-sizes", default=6, help="buffer lengths, each compiled once")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    add_number(
+        parser, "--dropout", float, zero=True, default=0.0, help="of the adapters' inputs [%(default)s]"
+    )
 
 
 def configuration(options: argparse.Namespace, overrides: dict[str, str]) -> RunConfig:
@@ -137,13 +173,20 @@ def configuration(options: argparse.Namespace, overrides: dict[str, str]) -> Run
             "path": options.model,
             "random_weights": True,
             "dtype": options.dtype,
+            "base_dtype": options.base_dtype,
+            "base_products": options.base_products,
             "attention": options.attention,
         },
         "lora": {"targets": options.condition, "rank": options.rank},
     }
-    if options.what == "decode":
+    if options.what == "rl":
+        values["rl"] = {"prompts": options.prompts, "group": options.group, "slots": options.slots}
+        values["rl"]["share_prompts"] = not options.no_sharing
+        values["train"] = {"max_buffer_tokens": options.buffer_tokens}
+    elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
-    else:
+    elif options.what == "train":
+        values["lora"]["dropout"] = options.dropout
         values["model"] |= {"layers": options.layers, "remat": options.remat}
         values["train"] = {"batch_rows": options.batch_rows, "buffer_sizes": options.buffer_sizes}
     return from_dict(with_overrides(to_dict(from_dict(values)), overrides))
@@ -177,7 +220,16 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
     from jaxlora.bench import bench_train
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
-    return bench_train(config, shape, lengths, options.steps, not options.no_validation)
+    return bench_train(config, shape, lengths, options.steps, not options.no_validation, options.products)
+
+
+def run_experts(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from jaxlora.bench import bench_experts
+    from jaxlora.models.grouped import resolve
+
+    hows = [how for how in get_args(How) if how != "auto"]
+    chosen = hows if options.products == "all" else [resolve(options.products)]
+    return bench_experts(config, shape, options.tokens, chosen)
 
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
@@ -192,6 +244,18 @@ def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfi
         prompts = correlated(prompts, answers, wanted)
     earlier = None if options.earlier is None else seen_earlier(answers, options.earlier)
     return bench_decode(config, shape, prompts, answers, earlier, options.padded)
+
+
+def run_rl(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from itertools import cycle, islice
+
+    from jaxlora.rl.bench import bench_rl
+
+    name = options.answers or "adapter_generated_tokens"
+    prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
+    prompts = list(islice(cycle(prompts), options.prompts))
+    answers = list(islice(cycle(answers), options.prompts * options.group))
+    return bench_rl(config, shape, prompts, answers, options.steps)
 
 
 # --- Lengths ------------------------------------------------------------------------------------------------

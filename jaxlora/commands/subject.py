@@ -108,11 +108,11 @@ def _open_run(run: Path, given: ModelSource | None) -> Trainer:
 
 def _open_adapter(address: str, given: ModelSource | None) -> Trainer:
     """An adapter on the base that it names, or on the one that was given; with its own tokenizer, if any."""
-    from jaxlora.evals.subjects import adapter_folder, with_own_tokenizer
+    from jaxlora.evals.subjects import adapter_folder, with_own_base_dtype, with_own_tokenizer
 
     folder = adapter_folder(address)
     source = given or _source(_named_base(folder))
-    return _engine(with_own_tokenizer(source, folder)).open(folder)
+    return _engine(with_own_base_dtype(with_own_tokenizer(source, folder), folder)).open(folder)
 
 
 def _named_base(folder: Path) -> str:

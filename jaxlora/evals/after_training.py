@@ -39,7 +39,7 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
     selected = hosts.broadcast(weights_sha256(config.run_dir / "selected") if hosts.is_main() else None)
     step = f"step-{result.step}"
     tuned = Subject(config.run_id, config.condition, config.seed, step, selected, base_fingerprint=origin)
-    plain = ModelSpec(job.spec.config, None, job.spec.dtype, job.spec.scan)
+    plain = ModelSpec(job.spec.config, None, job.spec.dtype, job.spec.scan, scheme=job.spec.scheme)
     with jax.set_mesh(job.mesh):
         subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
         inputs = evaluation_inputs(config, subject, *load_prompts(config, job.tokenizer))

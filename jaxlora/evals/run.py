@@ -63,6 +63,7 @@ def evaluation_inputs(
         "benchmark_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "dtype": config.model.dtype,
+        **({} if config.model.base_dtype is None else {"base_dtype": config.model.base_dtype}),
         "max_new_tokens": config.eval.max_new_tokens,
         "merged": config.eval.merge_adapter if subject.condition not in (None, "full") else None,
         "system_prompt": system_prompt(config),

@@ -10,7 +10,7 @@ belongs to another base, is an error: it never falls back to the base.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,16 @@ from jaxlora.checkpoints.base import (
     weights_sha256,
 )
 from jaxlora.checkpoints.export import load_selected, run_tokenizer
-from jaxlora.checkpoints.peft import ADAPTER_FILES, RENDERED_BY, WEIGHTS
+from jaxlora.checkpoints.peft import ADAPTER_FILES, BASE_DTYPE, METADATA, RENDERED_BY, WEIGHTS
 from jaxlora.config import ModelSource, RunConfig, from_dict
 from jaxlora.data.render import chat_text, prompt_messages
 from jaxlora.data.sources import HUB_PREFIX
 from jaxlora.evals.run import Subject, check_lengths, evaluate, load_prompts, system_prompt
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.files import read_object, sha256_of
 from jaxlora.runtime.folders import claimed, enough_room
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest
@@ -63,7 +64,7 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
     """The untouched base of the configuration; written to `<results>/<prefix>-base/evaluation`."""
     base = find_base(config.model, config.seed, with_weights)
     name = f"{config.prefix}-base"
-    spec = ModelSpec(base.config, None, config.model.dtype, scan=False)
+    spec = ModelSpec(base.config, None, config.model.dtype, scan=False, scheme=pick_scheme(config.model))
     subject = Subject(name, base_fingerprint=_fingerprint(base))
     return Target(config, subject, base, spec, {}, Path(config.results_dir) / name / "evaluation")
 
@@ -138,7 +139,7 @@ def adapter_target(
       UserError: no such adapter, or one for another base.
     """
     folder = adapter_folder(adapter)
-    config = replace(config, model=with_own_tokenizer(config.model, folder))
+    config = replace(config, model=with_own_base_dtype(with_own_tokenizer(config.model, folder), folder))
     base = find_base(config.model, config.seed, with_weights)
     lora_config, lora, metadata, shapes = read_adapter(folder, base.config, base.folder)
     if not any_base and (reason := other_base(metadata, base)):
@@ -150,7 +151,8 @@ def adapter_target(
     if seed is not None and recorded not in (None, seed):
         raise UserError(f"--seed: {seed}, but {adapter} records seed {recorded}")
     seed = recorded if seed is None else seed
-    spec = ModelSpec(base.config, lora_config, config.model.dtype, scan=False, shapes=shapes)
+    scheme = pick_scheme(config.model)
+    spec = ModelSpec(base.config, lora_config, config.model.dtype, scan=False, shapes=shapes, scheme=scheme)
     step = metadata.get("step")
     checkpoint = Path(adapter).name if step is None else f"step-{step}"
     whose = Path(adapter).name if seed is None else f"seed-{seed}"
@@ -171,6 +173,14 @@ def with_own_tokenizer(source: ModelSource, adapter: Path) -> ModelSource:
     """The base with the tokenizer beside an adapter, where there is one and no other is named."""
     named = source.tokenizer is not None or not (adapter / "tokenizer_config.json").is_file()
     return source if named else replace(source, tokenizer=str(adapter))
+
+
+def with_own_base_dtype(source: ModelSource, adapter: Path) -> ModelSource:
+    """The base rounded as it was when an adapter was trained, where that is recorded and nothing else is
+    asked for."""
+    file = adapter / METADATA
+    own = read_object(file).get(BASE_DTYPE) if source.base_dtype is None and file.is_file() else None
+    return source if own is None else from_dict({"model": asdict(source) | {BASE_DTYPE: own}}).model
 
 
 def adapter_folder(address: str) -> Path:

@@ -270,7 +270,10 @@ def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str, 
         )
         return segment_attention(q, k, v, segment_ids, backend), (keys, values)
 
-    return model(tokens, positions, attend, cache)
+    real = None
+    if model.config.experts:  # neither padding nor filler rows
+        real = (segment_ids > 0) & (slots < cache[0][0].shape[0])[:, None]
+    return model(tokens, positions, attend, cache, real=real)
 
 
 def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str):
@@ -287,7 +290,8 @@ def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str)
         y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
         return y[:, None], (keys, values)
 
-    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
+    real = state.active[:, None] if model.config.experts else None
+    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache, real=real)
     return hidden[:, 0], cache
 
 
@@ -559,10 +563,13 @@ def _keys(seed: int, n: int) -> np.ndarray:
 
 
 def _sizes(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], up: Callable[[int, int], int]
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    up: Callable[[int, int], int],
+    n_sizes: int = 4,
 ) -> tuple[tuple[int, ...], int]:
     """The lengths to which prompts are padded, and the positions of the cache."""
-    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], 4, PROMPT_MULTIPLE)
+    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], n_sizes, PROMPT_MULTIPLE)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     return sizes, max(up(longest, WINDOW_MULTIPLE), max(sizes))
 
@@ -618,7 +625,8 @@ def generate(
         None if expected is None else np.repeat(expected, repeats).tolist(),
     )
     queue = order_of(lengths, answers, None if packed else at_once, slots)
-    sizes, capacity = _sizes(prompts, limits, up)
+    # Where answers share prompts, padding these costs little beside another program.
+    sizes, capacity = _sizes(prompts, limits, up, 4 if repeats == 1 else 2)
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
     keys = None if not sampling.draws else _keys(seed, len(prompts)) if keys is None else keys
     rows = _Slots(prompts, limits, stop_ids, slots, keys, queue, repeats, shards)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlora.config import MeshConfig
 from jaxlora.lora import get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.families import count_parameters
+from jaxlora.models.quantised import for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
@@ -38,16 +38,19 @@ def decode_weights(
       trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
       frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
       merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
-        returned and applied at every step.
+        returned and applied at every step. Over a quantised base it always is: rounding the sum again would
+        lose the update, which is smaller than the steps between 8-bit numbers.
     """
     lora, base = spec.computing(trained, frozen)
+    if spec.scheme is not None:
+        spec = replace(spec, scheme=replace(spec.scheme, turned=False))
+        base = jax.tree.map(for_decoding, base, is_leaf=is_quantised)
     home = _mesh_of(base)
-    size = count_parameters(spec.config) * jnp.dtype(spec.dtype).itemsize
-    mesh = decode_mesh(home, spec.config.num_key_value_heads, size)
-    keep = spec.lora is not None and not merge
-    joined = not keep and mesh.shape["tensor"] == 1
-    adapter = {"lora": spec.lora, "shapes": spec.shapes} if keep else {"lora": None, "shapes": ()}
-    form = replace(spec, scan=False, joined=joined, full=False, **adapter)
+    experts = spec.config.experts.num_experts if spec.config.experts else 1
+    size = sum(x.nbytes for x in jax.tree.leaves(base))
+    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts, size)
+    form = decode_form(spec, mesh, merge)
+    keep = form.lora is not None
     shardings = base_shardings(mesh, form)
     cut, changed = _make_cut(spec, form, home), partial(_changed, spec, form)
     layers = {}
@@ -57,7 +60,45 @@ def decode_weights(
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
-    return form, lora if keep else {}, {**outside, "layers": layers}, mesh
+    return form, kept_adapter(spec, form, lora) if keep else {}, {**outside, "layers": layers}, mesh
+
+
+def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
+    """The form of a model in decoding on this mesh, see `decode_weights`."""
+    scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
+    keep = spec.lora is not None and not (merge and scheme is None)
+    whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
+    # Products of 8-bit numbers are so quick that it pays to join them beside an adapter, too.
+    worthwhile = not keep or (scheme is not None and scheme.activations)
+    joined = mesh.shape["tensor"] == 1 and whole_groups and worthwhile
+    shapes = () if joined else spec.shapes
+    adapter = {"lora": spec.lora, "shapes": shapes} if keep else {"lora": None, "shapes": ()}
+    return replace(spec, scan=False, joined=joined, full=False, scheme=scheme, **adapter)
+
+
+def kept_adapter(spec: ModelSpec, form: ModelSpec, lora: Tree) -> Tree:
+    """The adapter for the projections of this form: of joined ones, all A one below the other, and all B in
+    blocks, so that each part of the output sees its own."""
+    if not form.joined or "layers" not in lora:
+        return lora
+    sizes = {weight.path.removeprefix("layers."): weight.shape[0] for weight in spec.table}
+    layers = jax.tree.map(lambda x: x, spec.with_scales(lora)["layers"])
+    for path, parts in JOINED.items():
+        owner, _, _ = path.partition(".")
+        adapted = [part for part in parts if part.rpartition(".")[2] in layers.get(owner, {})]
+        if not adapted:
+            continue
+        pairs = {part: _take(layers, part) for part in adapted}
+        depth, rank, _ = pairs[adapted[0]]["lora_a"].shape
+        rows = []
+        for part in parts:
+            blocks = [jnp.zeros((depth, sizes[part], rank)) for _ in adapted]
+            if part in adapted:
+                blocks[adapted.index(part)] = pairs[part]["lora_b"]
+            rows.append(jnp.concatenate(blocks, axis=2))
+        a = jnp.concatenate([pairs[part]["lora_a"] for part in adapted], axis=1)
+        set_path(layers, path, {"lora_a": a, "lora_b": jnp.concatenate(rows, axis=1)})
+    return {**spec.with_scales(lora), "layers": layers}
 
 
 @cache
@@ -108,9 +149,10 @@ def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) ->
     layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
     if form.joined:
         for path, parts in JOINED.items():
+            if spec.config.experts and path.startswith("mlp."):
+                continue  # the products of experts stay as they are
             modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
-            arrays = {name: jnp.concatenate([module[name] for module in modules]) for name in modules[0]}
-            set_path(layer, path, arrays)
+            set_path(layer, path, jax.tree.map(lambda *parts: jnp.concatenate(parts), *modules))
     return layer
 
 

@@ -24,12 +24,22 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.dropout import Noise, dropped
+from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
-from jaxlora.models.spec import GROUPS, AdapterShape, ModelConfig, Weight
-from jaxlora.sharding import constrain, embedded, gather_again, gathered, gathered_adapter
+from jaxlora.models.quantised import Scheme, abstract, products
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight
+from jaxlora.sharding import (
+    array_axes,
+    constrain,
+    dotted,
+    embedded,
+    gather_again,
+    gathered,
+    gathered_adapter,
+)
 
 Tree = dict[str, Any]
-PRODUCT = "product"  # the name of what `_keep_products` keeps
+OUTER = True
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -50,8 +60,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """y = W x, plus (alpha / r) B A x where the projection is adapted.
 
-    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one. A `[r, in]` and B
-    `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
+    W `[out, in]` has the model's dtype, as the bias `[out]` of a family that has one, or is quantised. A
+    `[r, in]` and B `[out, r]` are float32, trained, and cast to the activations' dtype for the product.
     """
 
     def __init__(self, weight: Weight, spec: ModelSpec, stack: tuple[int, ...] = (), bias: bool = False):
@@ -75,7 +85,7 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
     Their adapters read the input together: one product with all A, and one for its gradient. With `noise`
     each reads what its own dropout leaves of the input.
     """
-    weights = [one.weight[...] for one in linears]
+    weights = [one.weight.get_value() for one in linears]
     adapted = [i for i, one in enumerate(linears) if one.lora_a is not None]
     adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
     drops = None if noise is None else [linears[i].path for i in adapted]
@@ -89,22 +99,52 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
 
 def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=None) -> list[jax.Array]:
     """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
-    ys = [jnp.einsum("...i,oi->...o", x, gathered(w, own)) for w, own in zip(weights, axes, strict=True)]
+    ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
         own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
-        deltas = _deltas(*own) if drops is None else _dropped_deltas(drops, Noise(words, rate), *own)
+        if drops is not None:
+            deltas = _dropped_deltas(drops, Noise(words, rate), *own)
+        else:  # a product that is scaled afterwards takes the adapter on its way
+            deltas = _deltas(*own, in_passing=ys[0].dtype != x.dtype)
         for i, delta in zip(adapted, deltas, strict=True):
             ys[i] += delta
-    return ys
+    return [y.astype(x.dtype) for y in ys]
 
 
-def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
+def _gathered(weight, axes):
+    return jax.tree.map_with_path(lambda path, x: gathered(x, array_axes(path, axes)), weight)
+
+
+def _deltas(axes, scale, x, all_a, all_b, *, in_passing=False) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
     a = [gathered_adapter(a.astype(x.dtype), (None, own[1])) for a, own in zip(all_a, axes, strict=True)]
     b = [gathered_adapter(b.astype(x.dtype), (own[0], None)) for b, own in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
+    if in_passing and OUTER and all_b[0].shape[1] <= 16:
+        return [_by_columns(*pair) for pair in zip(lows, b, strict=True)]
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
+
+
+@jax.custom_vjp
+def _by_columns(low, b):
+    """B low, column by column, in float32: no product of its own but a part of what it is added to."""
+    low, b = low.astype(jnp.float32), b.astype(jnp.float32)
+    parts = [low[..., r : r + 1] * b[:, r] for r in range(b.shape[1])]
+    return sum(parts[1:], parts[0])
+
+
+def _by_columns_forward(low, b):
+    return _by_columns(low, b), (low, b)
+
+
+def _by_columns_backward(saved, dy):
+    low, b = saved
+    dy = dy.astype(low.dtype)
+    return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("...o,...r->or", dy, low)
+
+
+_by_columns.defvjp(_by_columns_forward, _by_columns_backward)
 
 
 def _dropped_deltas(paths, noise: Noise, axes, scale, x, all_a, all_b) -> list[jax.Array]:
@@ -164,7 +204,7 @@ class MLP(nnx.Module):
         self.down_proj = make_linear("layers.mlp.down_proj")
         self.joined = joined
 
-    def __call__(self, x, noise):
+    def __call__(self, x, noise, real=None):
         if self.joined:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
@@ -175,16 +215,16 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool, qk_norms: bool):
+    def __init__(self, make_linear, make_norm, make_mlp, config: ModelConfig, joined: bool, qk_norms: bool):
         self.input_layernorm = make_norm(config.hidden_size)
         self.self_attn = Attention(make_linear, make_norm, config, joined, qk_norms)
         self.post_attention_layernorm = make_norm(config.hidden_size)
-        self.mlp = MLP(make_linear, joined)
+        self.mlp = make_mlp()
 
-    def __call__(self, x, rotary, attend: Attend, cache, noise):
+    def __call__(self, x, rotary, attend: Attend, cache, noise, real):
         y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache, noise)
         x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x), noise)
+        x = x + self.mlp(self.post_attention_layernorm(x), noise, real)
         return constrain(x, "batch", "length", None), cache
 
 
@@ -207,9 +247,16 @@ class Decoder(nnx.Module):
         biased = {w.path for w in spec.table if w.array == "bias"}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
+            def make_linear(path: str) -> Linear:
+                return Linear(table[path], spec, stack, path in biased)
+
+            def make_mlp() -> MLP | ExpertMLP:
+                return ExpertMLP(table, spec, stack) if config.experts else MLP(make_linear, spec.joined)
+
             return DecoderLayer(
-                lambda path: Linear(table[path], spec, stack, path in biased),
+                make_linear,
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
+                make_mlp,
                 config,
                 spec.joined,
                 "layers.self_attn.q_norm" in table,
@@ -233,6 +280,7 @@ class Decoder(nnx.Module):
         *,
         remat: Remat = False,
         noise: Noise | None = None,
+        real: jax.Array | None = None,
     ):
         """Hidden states after the last norm.
 
@@ -243,6 +291,7 @@ class Decoder(nnx.Module):
           remat: what the backward pass computes again: nothing, the activations of each layer (True), or
             only those that are no product and no attention (`elementwise`): a third of the memory.
           noise: what the adapters' dropout is drawn from; None: nothing is dropped.
+          real: bool `[batch, length]`: the tokens that go to experts, in a model that has them; None: all.
 
         Returns:
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
@@ -252,7 +301,7 @@ class Decoder(nnx.Module):
 
         def call(definition, x, state, cache, layer):
             own = None if noise is None else noise.of_layer(layer)
-            return nnx.merge(definition, state)(x, rotary, attend, cache, own)
+            return nnx.merge(definition, state)(x, rotary, attend, cache, own, real)
 
         if remat:
             keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
@@ -321,7 +370,10 @@ def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
         return False
     if weight.lora_group == "output_head":
         return lora.output_head or weight.name in lora.modules
-    return weight.lora_group in GROUPS.get(lora.targets, ()) or weight.name in lora.modules  # type: ignore[call-overload]
+    if weight.lora_group in GROUPS.get(lora.targets, ()):  # type: ignore[call-overload]
+        return True
+    parts = JOINED.get(weight.path.removeprefix("layers."), (weight.path,))
+    return any(part.rpartition(".")[2] in lora.modules for part in parts)
 
 
 @dataclass(frozen=True)
@@ -337,21 +389,48 @@ class ModelSpec:
     lora: LoraConfig | None = None
     dtype: str = "bfloat16"  # of computing, and of the frozen base
     scan: bool = True
-    joined: bool = False  # q, k, v and gate, up are one matrix each; without an adapter only
+    joined: bool = False  # q, k, v and gate, up are one matrix each, in decoding only
     full: bool = False
     shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
+    products: How = "auto"  # how experts' products are computed
+    scheme: Scheme | None = None  # of a quantised base's projections; None: in `dtype`
 
     @property
     def scale(self) -> float:
         """alpha / r of the adapter; 0 without one."""
         return 0.0 if self.lora is None else self.lora.alpha / self.lora.rank
 
+    @property
+    def expert_rank(self) -> int:
+        """Rank of each expert's adapter: that of the adapter, divided by the experts that a token goes to."""
+        if self.lora is None or self.config.experts is None:
+            return 0
+        return self.lora.rank // self.config.experts.num_experts_per_tok
+
+    @property
+    def expert_scale(self) -> float:
+        """alpha / r of an expert's adapter; 0 without one; 1 where `shapes` says each layer's."""
+        if self.shapes:
+            return 1.0
+        return self.lora.alpha / self.expert_rank if self.lora and self.expert_rank else 0.0
+
     @cached_property
     def _split(self):
-        assert self.lora is None or not (self.joined or self.full)
+        assert self.lora is None or not self.full
+        assert self.scheme is None or not self.full
         module = nnx.eval_shape(lambda: Decoder(self))
         definition, lora, rest = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
-        return definition, nnx.to_pure_dict(lora), nnx.to_pure_dict(rest)
+        return definition, nnx.to_pure_dict(lora), self._quantised(nnx.to_pure_dict(rest))
+
+    def _quantised(self, base: Tree) -> Tree:
+        """Shapes of the base with quantised ones in place of those that are quantised."""
+        places = {weight.place: self.scheme_of(weight) for weight in self.table}
+
+        def form(path, x):
+            scheme = places[dotted(path)]
+            return x if scheme is None else abstract(scheme, x)
+
+        return jax.tree.map_with_path(form, base)
 
     @property
     def abstract_base(self) -> Tree:
@@ -367,15 +446,26 @@ class ModelSpec:
         """The weights that carry an adapter."""
         return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
 
+    def scheme_of(self, weight: Weight) -> Scheme | None:
+        """How this weight is quantised; only the layers' projections are."""
+        return self.scheme if weight.stacked and len(weight.shape) == 2 else None
+
     def ranks(self, weight: Weight) -> tuple[int, ...]:
         """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""
         own = next((shape.ranks for shape in self.shapes if shape.path == weight.path), None)
-        return own or (self.lora.rank if self.lora else 0,) * self._copies(weight)
+        usual = self.expert_rank if weight.experts else self.lora.rank if self.lora else 0
+        return own or (usual,) * self._copies(weight)
+
+    def stored_rank(self, weight: Weight) -> int:
+        """Rank of the arrays of an adapted weight's adapter: the largest of any dense weight, or its own."""
+        if not weight.experts:
+            return self.lora.rank if self.lora else 0
+        return max(self.ranks(weight))
 
     def scales(self, weight: Weight) -> tuple[float, ...]:
         """alpha / rank (or what stands for it) of an adapted weight's adapter in each layer."""
         own = next((shape.scales for shape in self.shapes if shape.path == weight.path), None)
-        return own or (self.scale,) * self._copies(weight)
+        return own or (self.expert_scale if weight.experts else self.scale,) * self._copies(weight)
 
     def _copies(self, weight: Weight) -> int:
         return self.config.num_hidden_layers if weight.stacked else 1
@@ -392,25 +482,28 @@ class ModelSpec:
         The adapter's layer axis is stacked in either form of the layers.
         """
         lora, weights = self.computing(trained, frozen)
-        lora = self._with_scales(lora)
+        lora = self.with_scales(lora)
         if not self.scan and "layers" in lora:
             depth = self.config.num_hidden_layers
             layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}
             lora = {**lora, "layers": layers}
         return nnx.merge(self._split[0], lora, weights)
 
-    def _with_scales(self, lora: Tree) -> Tree:
+    def with_scales(self, lora: Tree) -> Tree:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
         if not self.shapes:
             return lora
+        experts = {weight.path for weight in self.adapted if weight.experts}
         own = {
-            shape.path: np.asarray(shape.scales, np.float32) / np.float32(self.scale) for shape in self.shapes
+            shape.path: np.asarray(shape.scales, np.float32)
+            / np.float32(self.expert_scale if shape.path in experts else self.scale)
+            for shape in self.shapes
         }
 
         def scaled(path, x):
             factors = own.get(".".join(key.key for key in path[:-1]))
             if factors is None or path[-1].key != "lora_a":
                 return x
-            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim == 3 else x * factors[0]
+            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim > 2 else x * factors[0]
 
         return jax.tree.map_with_path(scaled, lora)

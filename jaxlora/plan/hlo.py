@@ -36,6 +36,7 @@ class Array:
 
     dims: tuple[int, ...]
     bytes: int
+    dtype: str
     in_hbm: bool  # not in on-chip memory, which TPU programs mark as space S(n)
 
 
@@ -54,6 +55,7 @@ class Work:
     """What one chip does in one run of the program."""
 
     flops: float = 0.0  # of matrix products; custom kernels are not in it
+    flops8: float = 0.0  # the part of them whose factors are both 8-bit whole numbers
     hbm_bytes: float = 0.0
     ici: dict[str, float] = field(default_factory=dict)  # bytes received, by collective
     kernels: dict[str, int] = field(default_factory=dict)  # runs of custom kernels, by name
@@ -114,7 +116,7 @@ def _array(dtype: str, dims: str, layout: str | None) -> Array:
     sizes = tuple(int(d) for d in dims.split(",") if d)
     digits = re.search(r"\d+", dtype)
     bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
-    return Array(sizes, math.prod(sizes) * bits // 8, "S(" not in (layout or ""))
+    return Array(sizes, math.prod(sizes) * bits // 8, dtype, "S(" not in (layout or ""))
 
 
 def _walk(computations, name: str, times: float, dynamic_trips: int, work: Work, in_entry: bool) -> None:
@@ -136,7 +138,7 @@ def _walk(computations, name: str, times: float, dynamic_trips: int, work: Work,
         elif kind in _KINDS:
             _count_collective(computation, instruction, kind, times, work, in_entry)
         elif op in ("dot", "convolution"):
-            work.flops += times * _product_flops(computation, instruction)
+            _count_product(computation, instruction, times, work)
         elif op == "custom-call":
             _count_kernel(instruction, times, work)
         elif op == "fusion":
@@ -154,7 +156,7 @@ def _inside_fusion(computations, name: str, times: float, work: Work, in_entry: 
     root = next(i for i in computation.values() if i.is_root)
     for instruction in computation.values():
         if instruction.op in ("dot", "convolution"):
-            work.flops += times * _product_flops(computation, instruction)
+            _count_product(computation, instruction, times, work)
         elif instruction.op in _KINDS and ("chain_id" not in instruction.text or starts):
             # XLA fuses a reduce-scatter on TPU as an all-reduce of which each chip keeps a slice.
             scatters = instruction.op == "all-reduce" and root.op == "dynamic-slice"
@@ -199,6 +201,13 @@ def group_size(text: str) -> int:
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(match[1])
     return 2 if "source_target_pairs" in text else 1
+
+
+def _count_product(computation: Computation, instruction: Instruction, times: float, work: Work) -> None:
+    flops = times * _product_flops(computation, instruction)
+    work.flops += flops
+    if all(computation[name].result[0].dtype in ("s8", "u8") for name in instruction.operands[:2]):
+        work.flops8 += flops
 
 
 def _product_flops(computation: Computation, instruction: Instruction) -> float:

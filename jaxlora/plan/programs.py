@@ -30,10 +30,12 @@ from jaxlora.estimate import (
     with_mesh,
 )
 from jaxlora.generate.decode import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
+from jaxlora.generate.weights import decode_form, kept_adapter
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.head import CHUNK
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import Work, count_work
 from jaxlora.runtime.devices import Slice, out_of_memory
@@ -59,7 +61,8 @@ def wire(
     machine = wire_machine(config.model, config.mesh, devices)
     full = config.train.what == "full"
     lora = None if full else config.lora
-    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full)
+    scheme = pick_scheme(config.model, devices[0], training=True)
+    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, scheme=scheme)
     return machine.mesh, spec, machine.compute()
 
 
@@ -167,7 +170,7 @@ class Programs:
         return self._compile("validation step", self.mesh, step, arguments, tokens, self._kernel_passes)
 
     def prefill(self) -> Program:
-        """The prefill of a batch of prompts, with the adapter merged into the base."""
+        """The prefill of a batch of prompts, with the adapter as decoding has it."""
         rows = min(PREFILL_ROWS, self.config.eval.batch_rows)
         state, base = self._decode_arguments()
         whole = replicated(self._decode_mesh)
@@ -175,17 +178,17 @@ class Programs:
         vector = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
         attention = pick_decode_backend("auto", "tpu", self.spec.dtype)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
-        arguments: tuple[Any, ...] = (state, {}, base, tokens, vector, vector, vector)
+        arguments: tuple[Any, ...] = (state, self._decode_adapter, base, tokens, vector, vector, vector)
         return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 0))
 
     def decode_step(self) -> Program:
-        """One token for each slot, with the adapter merged into the base and the KV cache half full."""
+        """One token for each slot, with the adapter as decoding has it and the KV cache half full."""
         state, base = self._decode_arguments()
         step = make_decode(self._decode_spec, self.model.eos_token_ids, steps=1)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
         window = round_up(window, WINDOW_MULTIPLE)
         slots = self.config.eval.batch_rows
-        arguments: tuple[Any, ...] = (state, {}, base)
+        arguments: tuple[Any, ...] = (state, self._decode_adapter, base)
         return self._beside_base(
             self._compile("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
         )
@@ -215,12 +218,20 @@ class Programs:
 
     @cached_property
     def _decode_spec(self) -> ModelSpec:
-        joined = self._decode_mesh.shape["tensor"] == 1
-        return replace(self.spec, lora=None, scan=False, joined=joined)
+        return decode_form(self.spec, self._decode_mesh, merge=True)
 
     @cached_property
     def _decode_mesh(self) -> jax.sharding.Mesh:
         return decode_mesh(self.mesh, self.model.num_key_value_heads)
+
+    @property
+    def _decode_adapter(self) -> Any:
+        """The adapter, where decoding keeps it beside a quantised base."""
+        if self._decode_spec.lora is None:
+            return {}
+        mesh, form = self._decode_mesh, self._decode_spec
+        lora = jax.eval_shape(lambda: kept_adapter(self.spec, form, init_lora(self.spec, 0)))
+        return _abstract(lora, trained_shardings(mesh, self.spec, lora))
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
@@ -262,7 +273,10 @@ class Programs:
         shards = token_shards(mesh)
         work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-tokens // shards // CHUNK)))
         attention = attention_flops(self.model, tokens / shards, keys_seen(tokens, shards), attention_passes)
-        flops = work.flops + attention / mesh.shape["tensor"]
+        chip = self.slice.chip
+        flops = (
+            work.flops + attention / mesh.shape["tensor"] - work.flops8 * (1 - chip.flops / chip.int8_flops)
+        )
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
         return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
 
@@ -286,7 +300,8 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
         raise UserError("the TPU compiler is not installed; run `pip install libtpu`") from None
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"num_slices": 1, "chips_per_host_bounds": (2, 2, 1)}
+    bounds = (2, 2, 1) if slice_.n_chips > 1 else (1, 1, 1)
+    options: dict[str, Any] = {"num_slices": 1, "chips_per_host_bounds": bounds}
     if slice_.chip.name in ("v4", "v5p"):  # both cores of a chip as one device, as in the cloud
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology, **options).devices

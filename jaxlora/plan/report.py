@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jaxlora.config import Remat, RunConfig
 from jaxlora.estimate import FULL, Choice, candidates
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Programs, Workload
 from jaxlora.runtime.devices import SLICES, Slice
@@ -162,7 +163,8 @@ def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workl
     """All choices for this configuration's optimizer step, fastest first."""
     train = config.train
     tokens = train.batch_rows * workload.row_tokens
-    return candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what)
+    scheme = pick_scheme(config.model, slice_.chip, training=True)
+    return candidates(model, config.lora, slice_, tokens, train.buffer_multiple, train.what, scheme)
 
 
 def overrides(choice: Choice) -> str:

@@ -7,13 +7,14 @@ slice_named("v5e-8").chip.hbm_bytes             # 16 GiB
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -66,16 +67,23 @@ class Chip:
     flops: float  # dense bfloat16, FLOP/s
     hbm_rate: float  # bytes/s
     link_rate: float  # bytes/s that one link of the interconnect brings in
+    int8_flops: float  # dense int8, operations/s
+    platform: ClassVar[str] = "tpu"
+
+    @property
+    def device_kind(self) -> str:
+        """As JAX reports it."""
+        return next(kind for kind, name in _KINDS.items() if name == self.name)
 
 
 # Cloud TPU documentation, "System architecture" pages of each version: peak compute, HBM capacity and
 # bandwidth per chip. Link rates are the documented interconnect bandwidth of a chip divided by its links (6
 # in a three-dimensional torus, 4 in a two-dimensional one): v4 2400, v5e 1600, v5p 4800, v6e 3200 Gbit/s.
 CHIPS = {
-    "v4": Chip("v4", 32 * 2**30, 275e12, 1228e9, 50e9),
-    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 50e9),
-    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 100e9),
-    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 100e9),
+    "v4": Chip("v4", 32 * 2**30, 275e12, 1228e9, 50e9, 275e12),
+    "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 50e9, 394e12),
+    "v5p": Chip("v5p", 95 * 2**30, 459e12, 2765e9, 100e9, 918e12),
+    "v6e": Chip("v6e", 32 * 2**30, 918e12, 1640e9, 100e9, 1836e12),
 }
 
 # `device_kind` as JAX reports it
@@ -106,6 +114,8 @@ class Slice:
         Slices this small do not wrap around, so a corner has one link along each axis of the grid; and a
         collective ends only when every chip has its share, the corners included.
         """
+        if self.n_chips == 1:
+            return math.inf  # nothing comes in
         return self.chip.link_rate * sum(size > 1 for size in self.grid)
 
     def to_json(self) -> dict[str, Any]:
@@ -119,6 +129,7 @@ SLICES = {
         "v4-8": (2, 2, 1),
         "v4-16": (2, 2, 2),
         "v4-32": (2, 2, 4),
+        "v5e-1": (1, 1),
         "v5e-4": (2, 2),
         "v5e-8": (2, 4),
         "v5e-16": (4, 4),
@@ -173,6 +184,29 @@ def memory_in_use(device: jax.Device) -> int | None:
     """Peak bytes allocated on the device so far, or None where the platform does not say."""
     stats = device.memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Bytes that programs on the device may use, of a CPU those that this process may; None: nothing says."""
+    if device.platform == "cpu":
+        return _host_memory()
+    stats = device.memory_stats()
+    if stats and stats.get("bytes_limit"):
+        return int(stats["bytes_limit"])
+    chip = chip_of(device.device_kind)
+    return None if chip is None else int(chip.hbm_bytes)
+
+
+def _host_memory() -> int | None:
+    """The machine's memory, or the bound of this process's control group where that is lower."""
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no bound
+            whole = min(whole, int(Path(file).read_text()))
+    return whole
 
 
 def out_of_memory(message: str) -> int | None:

@@ -28,6 +28,7 @@ from jaxlora.estimate import mesh_here
 from jaxlora.evals.gsm8k import Problem
 from jaxlora.evals.run import load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.quantised import pick_scheme
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
@@ -91,7 +92,8 @@ class Session:
     def base(self) -> Tree:
         """The frozen base in the form that training wants, loaded once for all runs and evaluations."""
         base, mesh = find_base(self.config.model), self.machine.mesh
-        spec = ModelSpec(base.config, None, self.config.model.dtype, self.machine.scan)
+        scheme = pick_scheme(self.config.model, training=True)
+        spec = ModelSpec(base.config, None, self.config.model.dtype, self.machine.scan, scheme=scheme)
         with jax.set_mesh(mesh):
             return base.load(spec, mesh)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         stack.enter_context(jax.set_mesh(job.mesh))
         directory = stack.enter_context(RunDirectory.open(job))
         run = Run(job, directory, stop)
-        stack.enter_context(_failures(run))
+        stack.enter_context(failures(run))
         run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
         run.resume()
         stack.callback(run.programs.close)
@@ -382,7 +383,7 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
 
 
 @contextmanager
-def _failures(run: Run) -> Iterator[None]:
+def failures(run: Any) -> Iterator[None]:
     """Write `failure.json` for whatever goes wrong, here or in another process."""
 
     def write(error: BaseException, trace: str) -> None:

@@ -24,6 +24,7 @@ from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
+from jaxlora.models.shared import Places, attend_shared
 from jaxlora.runtime.devices import scan_layers, step_options
 from jaxlora.sharding import (
     by_line,
@@ -128,22 +129,32 @@ def buffer_loss(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
-    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
-    targets, positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it
-    holds `dropout`, as training batches do.
+    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`, and in some cases the places of
+    prompts that rows share, see `jaxlora.models.shared`; what else is in it beside tokens, targets,
+    positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it holds
+    `dropout`, as training batches do.
     """
     model = spec.bind(trained, frozen)
     segment_ids = buffer["segment_ids"]
 
+    places = Places.of(buffer)
+
+    def attention(q, k, v):
+        ids = segment_ids if places is None else places.wide_segment_ids
+        return segment_attention(q, k, v, ids, compute.backend, compute.max_segments)
+
     def attend(q, k, v, cache):
-        return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
+        return attention(q, k, v) if places is None else attend_shared(q, k, v, places, attention), cache
 
     noise = None
     if spec.lora is not None and spec.lora.dropout and "dropout" in buffer:
         noise = Noise.of(buffer["dropout"], buffer["positions"], spec.lora.dropout)
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise)
-    weights = buffer["weights"]
-    wanted = weights != 0 if logprobs == "weighted" else segment_ids > 0 if logprobs else None
+    filled, weights = segment_ids > 0, buffer["weights"]
+    real = filled if spec.config.experts else None
+    hidden, _ = model(
+        buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise, real=real
+    )
+    wanted = weights != 0 if logprobs == "weighted" else filled if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
         hidden,
@@ -157,7 +168,7 @@ def buffer_loss(
     )
 
 
-_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout"}
+_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout", *Places._fields}
 
 
 def gradients(
