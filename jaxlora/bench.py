@@ -38,11 +38,11 @@ from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.grouped import resolve
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import Experts, How, ModelConfig
+from jaxlora.runtime.ahead import Ahead
 from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import place_batch, place_trained, token_lines, token_multiple
-from jaxlora.train.programs import StepPrograms
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
@@ -249,7 +249,7 @@ def _time_training(
     first_step_seconds = 0.0
     with CompileCounter() as compiled:
         start = time.perf_counter()
-        programs = StepPrograms(step_fn, mesh)
+        programs = Ahead(step_fn, lambda *arguments: arguments[2]["tokens"].shape)
         for batch in shapes.values():
             programs.start(state, frozen, place_batch(mesh, batch), jnp.float32(0))
         for shape, batch in shapes.items():

@@ -318,6 +318,8 @@ def runs_by_line(spec: Any, lines: int) -> bool:
         return False
     if spec.config.experts is not None:  # their products are programs a device of their own
         return False
+    if spec.scheme is not None and mesh.shape["fsdp"] > 1:  # scales are split or whole, as their sizes allow
+        return False
     sizes = [spec.config.hidden_size]
     if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK:
         sizes += [size for weight in spec.adapted for size in weight.shape]

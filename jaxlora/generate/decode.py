@@ -13,7 +13,7 @@ seed and the prompt's number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -26,11 +26,13 @@ from jaxlora.data.packing import choose_sizes, round_up
 from jaxlora.generate.order import PACKED_ROWS, order_of, packed_line, packed_tokens, take_packed
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.decoder import Decoder, ModelSpec, Tree
+from jaxlora.runtime.ahead import Ahead, compiles_ahead
 from jaxlora.runtime.devices import decoder_options
 from jaxlora.runtime.hosts import whole
-from jaxlora.sharding import by_slot, constrain_decode, slot_shards
+from jaxlora.sharding import by_slot, constrain_decode, decode_shardings, slot_shards
 
-STEPS_PER_CALL = 16
+STEPS_PER_CALL = 16  # tokens a slot between looks at which answers have ended
+PACKED_STEPS = 8  # the same where a few prompts can be read at once without padding
 PREFILL_ROWS = 32
 SHARED_ROWS, SHARED_PROMPTS = 64, 4  # the same where answers share prompts: answers, and their prompts
 SHARED_WORTH = 16  # free slots that are worth such a prefill, which costs about a decoding step
@@ -106,6 +108,16 @@ def init_decode(
         logprobs=jnp.zeros((slots, max_new_tokens), jnp.float32) if sampling.logprobs else None,
     )
     return constrain_decode(state)  # made where it stays: the cache is too large for one chip
+
+
+def abstract_decode(spec: ModelSpec, *settings: Any) -> DecodeState:
+    """What `init_decode` of these settings gives, without any array."""
+    state = jax.eval_shape(partial(init_decode, spec, *settings))
+    if (mesh := jax.sharding.get_mesh()).empty or mesh.size == 1:
+        return state
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, decode_shardings(mesh, state)
+    )
 
 
 @lru_cache(maxsize=8)  # one program for every call with the same model
@@ -234,7 +246,13 @@ def make_decode(
 
         return by_slot(own, state, lora, weights, whole=(1, 2))
 
-    return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
+    options = decoder_options()
+    return Ahead(jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=options), _key, (3,))
+
+
+def _key(state: DecodeState, lora: Tree, weights: Tree, window: int) -> Hashable:
+    """What tells programs of one model apart."""
+    return jax.sharding.get_mesh(), state.cache[0][0].shape, state.output.shape, window
 
 
 def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str, source=None):
@@ -508,10 +526,14 @@ class _Slots:
         Args:
           sizes: to choose from; None: parts of the slots, where that is worth another program.
         """
-        if sizes is None:
-            sizes = [self.most // part for part in TAILS] if self.most >= TAIL_FROM_SLOTS else []
-        fits = [size for size in sizes if 0 < self.fullest <= size < self.each]
+        fits = [size for size in self.tails(sizes) if 0 < self.fullest <= size < self.each]
         return min(fits) if fits and not self.queue else None
+
+    def tails(self, sizes: Sequence[int] | None) -> Sequence[int]:
+        """The numbers of slots a device that are worth a program."""
+        if sizes is None:
+            return [self.most // part for part in TAILS] if self.most >= TAIL_FROM_SLOTS else []
+        return sizes
 
     def shrink(self, each: int) -> np.ndarray:
         """Go on with so many slots a device, which hold all active rows; their numbers on it so far."""
@@ -608,7 +630,12 @@ def generate(
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
     keys = None if not sampling.draws else _keys(seed, len(prompts)) if keys is None else keys
     rows = _Slots(prompts, limits, stop_ids, slots, keys, queue, repeats, shards)
-    decode = make_decode(spec, stop_ids, backend, sampling=sampling)
+    steps = PACKED_STEPS if packed else STEPS_PER_CALL
+    decode = make_decode(spec, stop_ids, backend, steps, sampling)
+    if compiles_ahead() and packed:  # the whole cache is read, so that there are few programs
+        for n in (slots, *(shards * n for n in rows.tails(tail_slots))):
+            like = abstract_decode(spec, n, capacity, max_new_tokens, sampling)
+            decode.start(like, lora, weights, capacity)
     if packed:
         prefill: Callable = make_packed_prefill(spec, stop_ids, backend, sampling)
         n_tokens = up(packed_tokens(lengths), WINDOW_MULTIPLE)
@@ -622,7 +649,7 @@ def generate(
         while parts := fill():
             state, old = prefill(state, lora, weights, *inputs(parts))
             rows.put(parts, at_once, old)
-        window = min(up(rows.longest + STEPS_PER_CALL, WINDOW_MULTIPLE), capacity)
+        window = min(up(rows.longest + steps, WINDOW_MULTIPLE), capacity)
         state = decode(state, lora, weights, capacity if backend == "cudnn" else window)
         rows.tell(state, rows.update(state), progress, stream)
         if (fewer := rows.tail(tail_slots)) is not None:

@@ -118,12 +118,17 @@ def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, T
 def _changed(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
     """As `_layer`, by one program for all layers; arrays that need no change are the layer's own."""
     made = jax.tree.map(lambda x: x, layer)
-    for path in JOINED if form.joined else ():
+    for path in _joined_paths(form):
         for part in JOINED[path]:
             _take(made, part)
     for path, array in _make_changed(spec, form)(layer, lora, i).items():
         set_path(made, path, array)
     return made
+
+
+def _joined_paths(form: ModelSpec) -> list[str]:
+    """The products that are computed as one; those of experts stay as they are."""
+    return [path for path in JOINED if form.joined and not (form.config.experts and path.startswith("mlp."))]
 
 
 @cache
@@ -148,12 +153,9 @@ def _paths(tree: Tree) -> dict[str, jax.Array]:
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
     """The weights of layer i in the form for decoding."""
     layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
-    if form.joined:
-        for path, parts in JOINED.items():
-            if spec.config.experts and path.startswith("mlp."):
-                continue  # the products of experts stay as they are
-            modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
-            set_path(layer, path, jax.tree.map(lambda *parts: jnp.concatenate(parts), *modules))
+    for path in _joined_paths(form):
+        modules = [_take(layer, part) for part in JOINED[path]]  # each a weight and, in some families, a bias
+        set_path(layer, path, jax.tree.map(lambda *parts: jnp.concatenate(parts), *modules))
     return layer
 
 

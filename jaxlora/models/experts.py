@@ -24,7 +24,7 @@ from jaxlora.models.dropout import Noise
 from jaxlora.models.grouped import expert_products, group_tokens, tile_rows, to_rows, to_tokens
 from jaxlora.models.spec import PRODUCT, Experts, How, Weight
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import EXPERTS, auto_mesh, gathered, spec_for
+from jaxlora.sharding import EXPERTS, auto_mesh, spec_for
 
 GATHERED = "gathered"  # the name of weights that the backward pass gathers again
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -115,6 +115,7 @@ def _experts(config: Experts, scale: float, how: How, own: _Split, x, real, rout
     Where experts are split over chips, the tokens of these come together, each chip computes its experts, and
     the sums go back. Every token goes to several experts, so most chips need it anyway.
     """
+    arrays = {name: one | {"weight": own.whole(name, one["weight"])} for name, one in arrays.items()}
     tokens = x.reshape(-1, x.shape[-1])
     choices, shares = route(tokens, router, config, real.reshape(-1))
     if own.tokens:
@@ -158,6 +159,16 @@ class _Split(NamedTuple):
     experts: bool = False  # over `expert`
     tokens: bool = False  # over `expert`, too
     units: bool = False  # the experts' hidden units, over `tensor`
+    embed: Mapping[str, int] = {}  # by projection, the axis of its weight that is split over `fsdp`
+
+    def whole(self, name: str, weight: jax.Array) -> jax.Array:
+        """The weight of these experts and units, gathered over `fsdp`."""
+        if name not in self.embed:
+            return weight
+        # By its name the backward pass gathers it again, see `_over_mesh`.
+        return checkpoint_name(
+            jax.lax.all_gather(weight, "fsdp", axis=self.embed[name], tiled=True), GATHERED
+        )
 
 
 def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacked: bool) -> Callable:
@@ -167,19 +178,20 @@ def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacke
         return partial(run, _Split())
 
     def on_mesh(x, real, router, arrays):
-        whole = {name: _whole(own) for name, own in axes.items()}
-        places = {name: _places(mesh, whole[name], own) for name, own in arrays.items()}
+        places = {name: _places(mesh, axes[name], own) for name, own in arrays.items()}
         tokens = spec_for(mesh, ("batch", "length", None), x.shape)
         gate = places["gate_proj"]["weight"]
-        split = _Split(gate[0] is not None, "expert" in str(tokens), gate[1] is not None)
+        embed = {
+            name: dimension
+            for name, own in places.items()
+            for dimension, names in enumerate(own["weight"])
+            if names in ("fsdp", ("fsdp",))
+        }
+        split = _Split(gate[0] is not None, "expert" in str(tokens), gate[1] is not None, embed)
         if mesh.shape.get("expert", 1) > 1 and not split.experts:
             raise UserError(
                 f"config.mesh.expert: {mesh.shape['expert']} does not divide {router.shape[0]} experts"
             )
-        arrays = {
-            name: own | {"weight": checkpoint_name(gathered(own["weight"], axes[name]), GATHERED)}
-            for name, own in arrays.items()
-        }
         specs = (tokens, PartitionSpec(*tokens[:2]), PartitionSpec(), places)
         mapped = jax.shard_map(partial(run, split), in_specs=specs, out_specs=tokens, check_vma=False)
         return mapped(x, real, router, arrays)
@@ -191,13 +203,9 @@ def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacke
     return jax.checkpoint(on_mesh, policy=policy, prevent_cse=not stacked)
 
 
-def _whole(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-    """The axes of a gathered weight."""
-    return tuple(None if axis == "embed" else axis for axis in axes)
-
-
 def _places(mesh: Any, axes: tuple[str | None, ...], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """How a projection's arrays are split over the mesh."""
-    expert, out_axis, in_axis = axes
+    """How a projection's arrays are split over the mesh; adapters as the products need them."""
+    expert, *both = axes
+    out_axis, in_axis = (None if axis == "embed" else axis for axis in both)
     all_axes = {"weight": axes, "lora_a": (expert, None, in_axis), "lora_b": (expert, out_axis, None)}
     return {name: spec_for(mesh, all_axes[name], array.shape) for name, array in arrays.items()}

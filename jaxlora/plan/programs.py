@@ -63,8 +63,8 @@ def wire(
     lora = None if full else config.lora
     scheme = pick_scheme(config.model, devices[0], training=True)
     # The machine that compiles is another one, so nothing is left to `auto`.
-    products, dtype = "ragged_dot", config.model.dtype
-    spec = ModelSpec(model, lora, dtype, machine.scan, full=full, scheme=scheme, products=products)
+    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, scheme=scheme)
+    spec = replace(spec, products="ragged_dot")
     return machine.mesh, spec, machine.compute()
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxlora.data.batches import ahead, step_batch, validation_batches
 from jaxlora.data.packing import Batch
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
+from jaxlora.runtime.ahead import Ahead, compiles_ahead
 from jaxlora.runtime.devices import out_of_memory
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import is_disk_full
@@ -37,7 +39,6 @@ from jaxlora.sharding import named, place_batch
 from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import Job, abstract_frozen, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import check_inputs, identity, make_manifest
-from jaxlora.train.programs import StepPrograms
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
 from jaxlora.train.samples import sample_records
 from jaxlora.train.schedule import learning_rate
@@ -45,7 +46,6 @@ from jaxlora.train.selection import select_checkpoint, stops_early
 from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
-COMPILES_AHEAD = ("gpu",)  # where compiling takes long and the host has cores to spare
 LATE = 2  # steps between dispatch and reading the metrics
 
 
@@ -90,8 +90,8 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         stack.enter_context(failures(run))
         run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
         run.resume()
-        stack.enter_context(run.programs)
-        if jax.default_backend() in COMPILES_AHEAD:
+        stack.callback(run.programs.close)
+        if compiles_ahead():
             run.compile_ahead()
         run.frozen = load_frozen(job) if frozen is None else frozen
         if hosts.is_main():
@@ -133,7 +133,7 @@ class Run:
         self.validations: dict[int, float] = {}
         self._like = abstract_state(job)
         self.train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
-        self.programs = StepPrograms(self.train_step, job.mesh)
+        self.programs = Ahead(self.train_step, lambda *arguments: arguments[2]["tokens"].shape)
         self._again = False  # it went back once, because its selected checkpoint was damaged
 
     def resume(self, before: int | None = None) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlora
 from jaxlora import sharding
+from jaxlora.checkpoints.base import random_base
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig, from_dict
+from jaxlora.data.packing import pack
+from jaxlora.data.render import RenderedRow
 from jaxlora.estimate import mesh_of_gpus
+from jaxlora.lora import init_lora
+from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import published_config
-from jaxlora.sharding import make_mesh
+from jaxlora.models.quantised import Scheme
+from jaxlora.sharding import make_mesh, place_batch, place_trained
 from jaxlora.train import step as train_step
 from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
+from jaxlora.train.step import Compute, make_gradient_step
 
 GIB = 2**30
 
@@ -63,6 +73,33 @@ def test_a_run_in_lines_ends_where_one_on_one_device_does(as_on_gpus, tmp_path):
             assert job.train_layout.lines == data
             nll.append(train(job).mean_nll)
     assert nll[1] == pytest.approx(nll[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1)], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_an_8_bit_base_gives_the_same_gradients_in_lines(kind, shape):
+    config = replace(published_config("qwen3-8b"), vocab_size=64, hidden_size=128, intermediate_size=128)
+    config = replace(config, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=64)
+    spec = ModelSpec(config, LoraConfig(rank=2), "float32", scan=False, scheme=Scheme(kind))
+    rng = np.random.default_rng(0)
+    rows = [
+        RenderedRow(str(i), rng.integers(0, 64, 20).astype(np.int32), np.ones(20, np.float32))
+        for i in range(4)
+    ]
+    found = []
+    for axes in ((1, 1, 1), shape):
+        lines = axes[0] * axes[1]
+        mesh = make_mesh(MeshConfig(*axes), jax.devices()[:lines])
+        lora = jax.tree.map(lambda x: x + 0.02, init_lora(spec, 0))
+        with jax.set_mesh(mesh):
+            frozen, trained = random_base(spec, 0, mesh, std=0.1), place_trained(mesh, spec, lora)
+            batch = place_batch(mesh, pack(rows, (80 // lines,), 80, lines))
+            step = make_gradient_step(spec, Compute(by_line=lines > 1, max_segments=4))
+            grads, loss, _ = step(trained, jax.tree.map(jnp.zeros_like, trained), frozen, batch)
+            found.append((float(loss), jax.tree.map(np.asarray, grads)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for ours, expected in zip(*(jax.tree.leaves(grads) for _, grads in found), strict=True):
+        assert np.linalg.norm(ours - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 def test_gpus_take_copies_of_a_base_that_fits_and_split_one_that_does_not():

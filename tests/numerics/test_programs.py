@@ -12,12 +12,14 @@ from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.batches import Layout
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
+from jaxlora.generate.decode import GREEDY, PACKED_STEPS, generate, make_decode
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import ModelConfig
+from jaxlora.runtime import ahead
+from jaxlora.runtime.ahead import Ahead
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh, place_batch, place_trained
-from jaxlora.train.programs import StepPrograms
 from jaxlora.train.step import Compute, init_state, make_train_step
 
 MODEL = ModelConfig(
@@ -39,6 +41,10 @@ def rows_of(n: int, length: int, seed: int = 0) -> list[RenderedRow]:
     ]
 
 
+def by_shape(state, frozen, batch, rate):
+    return batch["tokens"].shape
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_compiled_ahead_is_the_step_to_the_bit(devices):
     spec = ModelSpec(MODEL, LoraConfig(rank=2), "float32")
@@ -52,19 +58,37 @@ def test_a_step_compiled_ahead_is_the_step_to_the_bit(devices):
 
     with jax.set_mesh(mesh):
         ends = []
-        with StepPrograms(step, mesh) as ahead:
-            for batch in batches[:2]:
-                ahead.start(fresh(), frozen, place_batch(mesh, batch), rate)
-            made = dict(ahead._made)
-            for run in (step, ahead):
-                state = fresh()
-                for batch in batches:
-                    state, metrics = run(state, frozen, place_batch(mesh, batch), rate)
-                ends.append(jax.tree.map(np.asarray, (state.trained, metrics)))
-    assert ahead._made == made  # nothing else was compiled
+        compiled = Ahead(step, by_shape)
+        for batch in batches[:2]:
+            compiled.start(fresh(), frozen, place_batch(mesh, batch), rate)
+        made = dict(compiled._made)
+        for run in (step, compiled):
+            state = fresh()
+            for batch in batches:
+                state, metrics = run(state, frozen, place_batch(mesh, batch), rate)
+            ends.append(jax.tree.map(np.asarray, (state.trained, metrics)))
+    assert compiled._made == made  # nothing else was compiled
     assert set(made) == {(1, 1, 32), (1, 1, 64)}
     for ours, expected in zip(*map(jax.tree.leaves, ends), strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_decoding_compiled_ahead_gives_the_same_answers(devices, monkeypatch):
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    spec = ModelSpec(MODEL, None, "float32", scan=False)
+    frozen = random_base(spec, 0, mesh, std=0.3)
+    prompts = [row.tokens.tolist() for n in range(9) for row in rows_of(1, 3 + 2 * n, n)]
+    options = {"stop_ids": (3,), "max_new_tokens": 20, "slots": 4, "packed": True, "tail_slots": (2, 1)}
+    with jax.set_mesh(mesh):
+        expected = generate(spec, {}, frozen, prompts, **options)
+        make_decode.cache_clear()
+        monkeypatch.setattr(ahead, "COMPILES_AHEAD", ("cpu",))
+        assert generate(spec, {}, frozen, prompts, **options) == expected
+        decode = make_decode(spec, (3,), "xla", PACKED_STEPS, GREEDY)
+    assert len(decode._made) == 3
+    assert decode._function._cache_size() == 0  # every call had its program
+    make_decode.cache_clear()
 
 
 def test_what_goes_wrong_in_a_thread_is_raised_where_the_program_is_needed():
@@ -72,12 +96,11 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_program_is_needed():
     def step(state, frozen, batch, rate):
         raise UserError("no such kernel")
 
-    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     arguments = jnp.zeros(1), {}, {"tokens": jnp.zeros((1, 1, 8), jnp.int32)}, jnp.float32(0)
-    with StepPrograms(step, mesh) as ahead:
-        ahead.start(*arguments)
-        with pytest.raises(UserError, match="no such kernel"):
-            ahead(*arguments)
+    compiled = Ahead(step, by_shape)
+    compiled.start(*arguments)
+    with pytest.raises(UserError, match="no such kernel"):
+        compiled(*arguments)
 
 
 @pytest.mark.parametrize(
