@@ -19,6 +19,7 @@ import matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxlora.regret.findings import batch_gaps, rate_ratio
 from jaxlora.regret.sweeps import Sweep, find, main_batch, ranks_of
@@ -82,6 +83,14 @@ def _step_axis(axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("step (logarithmic)")
+
+
+def _numbers(axes: Axes) -> None:
+    """A logarithmic height with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def draw_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
@@ -155,10 +164,9 @@ def draw_best_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | 
             axes.axhspan(10 * whole.low, 10 * whole.high, color="#DDDDDD", zorder=0)
         axes.legend(fontsize=9)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    _numbers(axes)
     axes.set_xlabel("rank")
     axes.set_ylabel("best learning rate (95 % interval from repeats)")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return figure
 
@@ -251,8 +259,7 @@ def draw_ratios(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None
     axes.axhline(10, color="#666666", linewidth=0.8, linestyle=":")
     axes.axhline(15, color="#666666", linewidth=0.8, linestyle=":")
     _step_axis(axes)
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _numbers(axes)
     axes.set_xlabel("step (logarithmic); dotted: 10 and 15")
     axes.set_ylabel("ratio (bars: 95 % interval)")
     axes.legend(fontsize=9)

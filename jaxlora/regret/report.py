@@ -178,9 +178,10 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
         f"computed in {config.model.dtype}; what is trained, its gradients and moments in float32 (full"
         " fine-tuning: all weights, the tied head included)",
         f"{len(records)} runs ({diverged} diverged) on {', '.join(sorted({r['device'] for r in records}))}:"
-        f" {seconds / 3600:.2f} device hours, {3600 * len(records) / seconds:.0f} runs an hour and device",
+        f" {seconds / 3600:.2f} hours of processes, {3600 * len(records) / seconds:.0f} runs in an hour"
+        f" of one",
         "scatter between seeds (order of rows and initialisation): "
-        + ("unknown, no repeats" if scatter is None else f"{scatter:.5f} nats, pooled over all cells"),
+        + ("unknown, no repeats" if scatter is None else f"{scatter:.5f} nats, {_repeats(sweeps)}"),
     ]
     theory = job.base.config.hidden_size / (2 * config.lora.alpha)
     lines.append(
@@ -192,6 +193,18 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
     if doubt := outside_domain(job.base.config):
         lines.append(f"the middle of the grids is the published formula's rate: {doubt}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _repeats(sweeps: Sequence[Sweep]) -> str:
+    """How many repeats the scatter rests on, and what each cell's were."""
+    own = [sweep for sweep in sweeps if len(sweep.repeats) > 1]
+    count = sum(len(sweep.repeats) - 1 for sweep in own)
+    few = "; so few give errors and intervals that are rough themselves" if count < 10 else ""
+    shown = ", ".join(
+        f"{sweep.name}, {sweep.batch_rows} rows: {' '.join(f'{loss:.4f}' for loss in sweep.repeats)}"
+        for sweep in own[:6]
+    )
+    return f"pooled over {count} repeats ({shown}){few}"
 
 
 def _findings(sweeps: Sequence[Sweep]) -> str:

@@ -42,10 +42,15 @@ def look_steps(total: int, each_doubling: int, marks: Iterable[int] = ()) -> lis
 
 
 class Programs:
-    """Compiled steps by what they are compiled for, with the seconds that took and the FLOPs of each."""
+    """Compiled steps by what they are compiled for, with the seconds that took and the FLOPs of each.
+
+    Those of one model alone are kept: a GPU's driver holds the graph of every program that was ever run, and
+    with those of a dozen ranks its memory ends.
+    """
 
     def __init__(self) -> None:
         self._done: dict[tuple[Any, tuple[int, ...]], Any] = {}
+        self._of: ModelSpec | None = None
         self.seconds = 0.0  # of compiling, since this was last set
 
     def __call__(self, step: Any, *arguments: Any) -> Any:
@@ -57,6 +62,12 @@ class Programs:
             self._done[key] = step.lower(*arguments).compile()
             self.seconds += time.monotonic() - started
         return self._done[key](*arguments)
+
+    def of(self, spec: ModelSpec) -> None:
+        """Drop what was compiled for another model."""
+        if spec != self._of:
+            self._done.clear()
+            self._of = spec
 
     def flops(self, step: Any) -> dict[str, float]:
         """FLOPs of one run of a step as the compiler counts them, by its buffers' shape; loops count once."""
@@ -149,6 +160,7 @@ def make_run(
     batch_of = partial(step_batch, job.train_rows, plan.rows_of_step, job.train_layout)
     look = partial(held_out.look, job.spec, programs)
     curve, started, looking = Curve(), time.monotonic(), 0.0
+    programs.of(job.spec)
     programs.seconds = 0.0
     seen = [[0, *look(state.trained, frozen)]]
     rate = jnp.float32(config.optim.peak_lr)
