@@ -2,8 +2,8 @@
 
     for finding in findings(sweeps): finding.claim, finding.figure, finding.verdict, finding.against
 
-Each answer is a rule that was written down before the runs: what is measured, and from which value on it
-agrees, disagrees or cannot say. A difference counts where it is more than two standard errors, from the
+Each answer is a rule that any experiment is judged by: what is measured, and from which value on it agrees,
+disagrees or cannot say. A difference counts where it is more than two standard errors, from the
 scatter of repeats; without repeats nothing that rests on a difference is decided. `against` is what others
 found.
 """
