@@ -30,7 +30,6 @@ from jaxlora.models.spec import GROUPS, JOINED, AdapterShape, ModelConfig, Weigh
 from jaxlora.sharding import array_axes, constrain, dotted, gather_again, gathered
 
 Tree = dict[str, Any]
-OUTER = True
 PRODUCT = "product"  # the name of what `_keep_products` keeps
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -94,49 +93,23 @@ def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=Non
     ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
         own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
-        if drops is not None:
-            deltas = _dropped_deltas(drops, Noise(words, rate), *own)
-        else:  # a product that is scaled afterwards takes the adapter on its way
-            deltas = _deltas(*own, in_passing=ys[0].dtype != x.dtype)
+        deltas = _deltas(*own) if drops is None else _dropped_deltas(drops, Noise(words, rate), *own)
         for i, delta in zip(adapted, deltas, strict=True):
             ys[i] += delta
-    return [y.astype(x.dtype) for y in ys]
+    return ys
 
 
 def _gathered(weight, axes):
     return jax.tree.map_with_path(lambda path, x: gathered(x, array_axes(path, axes)), weight)
 
 
-def _deltas(axes, scale, x, all_a, all_b, *, in_passing=False) -> list[jax.Array]:
+def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
     a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
     b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
-    if in_passing and OUTER and all_b[0].shape[1] <= 16:
-        return [_by_columns(*pair) for pair in zip(lows, b, strict=True)]
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
-
-
-@jax.custom_vjp
-def _by_columns(low, b):
-    """B low, column by column, in float32: no product of its own but a part of what it is added to."""
-    low, b = low.astype(jnp.float32), b.astype(jnp.float32)
-    parts = [low[..., r : r + 1] * b[:, r] for r in range(b.shape[1])]
-    return sum(parts[1:], parts[0])
-
-
-def _by_columns_forward(low, b):
-    return _by_columns(low, b), (low, b)
-
-
-def _by_columns_backward(saved, dy):
-    low, b = saved
-    dy = dy.astype(low.dtype)
-    return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("...o,...r->or", dy, low)
-
-
-_by_columns.defvjp(_by_columns_forward, _by_columns_backward)
 
 
 def _dropped_deltas(paths, noise: Noise, axes, scale, x, all_a, all_b) -> list[jax.Array]:
