@@ -3,6 +3,7 @@
     lengths = [(72, 340), (95, 410)]    # prompt and total tokens of each row
     result = bench_train(config, model, lengths, max_steps=60, validation=True)
     result = bench_decode(config, model, prompt_lengths, answer_lengths)
+    result = bench_experts(config, model, tokens=8192)     # one layer's experts, by each implementation
 
 Only real tokens count, never padding. Utilisation counts 4N FLOPs per training token (forward 2N, activation
 gradients 2N; the frozen base needs no weight gradients) and 2N per decoded token, relative to the maker's
@@ -26,19 +27,24 @@ from jaxlora.config import RunConfig
 from jaxlora.data.batches import ahead, choose_layout, ranges, step_batch
 from jaxlora.data.packing import Batch
 from jaxlora.data.render import RenderedRow
+from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
-from jaxlora.lora import count_trainable, init_lora
+from jaxlora.lora import check_targets, count_trainable, init_lora, lora_shapes
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.experts import own_experts
 from jaxlora.models.families import count_matrix_parameters
+from jaxlora.models.grouped import resolve
 from jaxlora.models.quantised import pick_scheme
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.spec import Experts, How, ModelConfig
 from jaxlora.runtime.devices import memory_in_use, peak_flops
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.sharding import place_batch, place_trained, token_multiple
+from jaxlora.sharding import place_batch, place_trained, token_lines, token_multiple
+from jaxlora.train.programs import StepPrograms
 from jaxlora.train.schedule import learning_rate, plan_run
-from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
 
 LATE = 2  # steps that the host runs ahead, as in training
@@ -46,10 +52,16 @@ LATE = 2  # steps that the host runs ahead, as in training
 
 def wire(config: RunConfig, model: ModelConfig, training: bool = True) -> tuple[Mesh, ModelSpec, Compute]:
     """The mesh, the spec and the way to compute that a run of this configuration has on this machine."""
-    machine = wire_machine(config.model, config.mesh)
+    machine = wire_machine(config.model, mesh_here(config, model).mesh)
+    full = config.train.what == "full"
     scheme = pick_scheme(config.model, machine.mesh.devices.flat[0], training)
-    spec = ModelSpec(model, config.lora, config.model.dtype, machine.scan, scheme=scheme)
+    lora = None if full else config.lora
+    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, scheme=scheme)
     return machine.mesh, spec, machine.compute()
+
+
+def _mesh_facts(mesh: Mesh) -> dict[str, Any]:
+    return {"mesh": ", ".join(f"{name}={size}" for name, size in mesh.shape.items())}
 
 
 def product_ceiling(size: int = 8192, repeats: int = 20) -> float:
@@ -143,25 +155,34 @@ def bench_train(
     lengths: list[tuple[int, int]],
     max_steps: int | None,
     validation: bool,
+    products: How = "auto",
 ) -> dict[str, Any]:
     """Time training steps over rows of these lengths, then a validation pass over the first 512 of them.
 
     Args:
       lengths: prompt and total tokens of each row.
       max_steps: time only this many steps of the epoch; None: all.
+      products: how the products of experts are computed.
 
     Raises:
       UserError: the configuration asks for a mesh or an attention that this machine does not have.
     """
     mesh, spec, compute = wire(config, model)
+    spec = replace(spec, products=products)
     facts = device_facts()
     start = time.perf_counter()
     rows = random_rows(lengths, model.vocab_size)
-    frozen = jax.block_until_ready(random_base(spec, 0, mesh))
+    if spec.full:
+        trained, frozen = random_base(replace(spec, dtype="float32", full=False), 0, mesh), {}
+    else:
+        trained, frozen = place_trained(mesh, spec, init_lora(spec, 0)), random_base(spec, 0, mesh)
+    jax.block_until_ready((trained, frozen))
     weights_seconds = time.perf_counter() - start
     measured: dict[str, Any] = {}
     with jax.set_mesh(mesh):
-        lora, timing = _time_training(config, spec, mesh, compute, rows, frozen, max_steps)
+        state = init_state(trained, config.optim)
+        del trained  # the first step takes its memory
+        lora, timing = _time_training(config, spec, mesh, compute, rows, state, frozen, max_steps)
         train_rate = timing.tokens / sum(timing.seconds)
         if validation:
             eval_rate = _time_validation(config, spec, mesh, compute, rows[:512], lora, frozen)
@@ -171,16 +192,19 @@ def bench_train(
     memory = memory_in_use(jax.devices()[0])
     return facts | {
         "benchmark": "train",
+        **_mesh_facts(mesh),
+        "rows_a_step": config.train.batch_rows,
         "trainable_parameters": count_trainable(spec),
         "attention": compute.backend,
         "layers": "scan" if spec.scan else "unroll",
+        **({"products": resolve(products)} if model.experts else {}),
         "remat": config.model.remat,
         "steps": len(timing.seconds),
         "real_tokens_per_second": train_rate,
         "padding_efficiency": timing.tokens / timing.buffer_tokens,
         "step_ms_median": float(np.median(milliseconds)),
         "step_ms_p90": float(np.percentile(milliseconds, 90)),
-        **utilisation(train_rate, 4 * count_matrix_parameters(model), facts),
+        **utilisation(train_rate, (6 if spec.full else 4) * count_matrix_parameters(model), facts),
         "compilations": timing.compilations,
         "compile_seconds": timing.compile_seconds,
         "first_step_seconds": timing.first_step_seconds,
@@ -196,6 +220,7 @@ def _time_training(
     mesh: Mesh,
     compute: Compute,
     rows: list[RenderedRow],
+    state: TrainState,
     frozen: Tree,
     max_steps: int | None,
 ) -> tuple[Tree, Timing]:
@@ -204,29 +229,33 @@ def _time_training(
     Batches are made ahead and metrics are read late, as in training.
 
     Returns:
-      the adapter after these steps, and their times.
+      what is trained, after these steps, and their times.
     """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
-    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, token_multiple(mesh))
-    compute = replace(compute, max_segments=config.train.batch_rows if layout.packed else 1)
-    state = init_state(place_trained(mesh, spec, init_lora(spec, 0)), config.optim)
+    split = token_multiple(mesh), token_lines(mesh)
+    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, *split)
+    compute = replace(compute, max_segments=layout.rows_a_line)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
     rate = partial(learning_rate, optim=config.optim, plan=plan)
 
     shapes: dict[tuple[int, ...], Batch] = {}
-    batch_of = partial(step_batch, rows, plan.rows_of_step, layout)
+    seed = 0 if config.lora.dropout else None
+    batch_of = partial(step_batch, rows, plan.rows_of_step, layout, dropout_seed=seed)
     for step in range(1, last + 1):
         batch = batch_of(step)
         shapes.setdefault(batch["tokens"].shape, batch)
     first_step_seconds = 0.0
     with CompileCounter() as compiled:
         start = time.perf_counter()
+        programs = StepPrograms(step_fn, mesh)
+        for batch in shapes.values():
+            programs.start(state, frozen, place_batch(mesh, batch), jnp.float32(0))
         for shape, batch in shapes.items():
             console.print(f"compiling for {shape[-1]} tokens")
             for _ in range(warm_up_runs()):
-                state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
+                state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
                 float(metrics["nll"])
                 first_step_seconds = first_step_seconds or time.perf_counter() - start
 
@@ -236,7 +265,7 @@ def _time_training(
     with CompileCounter() as compiled_again, progress_bar("training", last, "steps") as advance:
         clock = time.perf_counter()
         for step, batch in ahead(batch_of, range(1, last + 1)):
-            state, metrics = step_fn(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
+            state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
             tokens += sum(rows[i].n_tokens for i in plan.rows_of_step(step))
             buffer_tokens += batch["tokens"].size
             waiting.append(metrics["nll"])
@@ -254,8 +283,9 @@ def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
     """Real tokens per second of a validation pass that has been compiled and warmed up."""
     rows_a_time = config.train.validation_batch_rows
     batches = ranges(len(rows), rows_a_time)
-    layout = choose_layout(rows, batches, rows_a_time, config.train, token_multiple(mesh))
-    compute = replace(compute, remat=False, max_segments=rows_a_time if layout.packed else 1)
+    split = token_multiple(mesh), token_lines(mesh)
+    layout = choose_layout(rows, batches, rows_a_time, config.train, *split)
+    compute = replace(compute, remat=False, max_segments=layout.rows_a_line)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
     for _ in range(warm_up_runs()):
@@ -266,33 +296,45 @@ def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
 
 
 def bench_decode(
-    config: RunConfig, model: ModelConfig, prompt_lengths: list[int], answer_lengths: list[int]
+    config: RunConfig,
+    model: ModelConfig,
+    prompt_lengths: list[int],
+    answer_lengths: list[int],
+    expected: list[float] | None = None,
+    padded: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter, then decode prompts of random tokens to answers of given lengths.
 
     This is done twice, and the second time, when everything has been compiled, is reported. The base stays in
     memory, as it does when a study evaluates several adapters.
 
+    Args:
+      expected: how long answers may become, as an earlier evaluation would say; None: nothing is known.
+      padded: read prompts as padded rows, also where they could be packed.
+
     Raises:
       UserError: the configuration asks for a mesh or an attention that this machine does not have.
     """
     mesh, spec, _ = wire(config, model, training=False)
     spec = replace(spec, scan=False)
+    schedule = {"expected": expected, "packed": False if padded else None}
     backend = decode_backend(config.model.dtype, config.model.attention)
     facts = device_facts()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, model.vocab_size, n).tolist() for n in prompt_lengths]
     frozen = jax.block_until_ready(random_base(spec, 0, mesh))
-    lora = init_lora(spec, 0)
+    lora = place_trained(mesh, spec, init_lora(spec, 0))
     with CompileCounter() as compiled:
         first, timed = (
-            _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend) for _ in range(2)
+            _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend, schedule)
+            for _ in range(2)
         )
     tokens = sum(answer_lengths)
     rate = tokens / timed.seconds
     memory = memory_in_use(jax.devices()[0])
     return facts | {
         "benchmark": "decode",
+        **_mesh_facts(timed.mesh),
         "attention": backend,
         "slots": config.eval.batch_rows,
         "merged": timed.merged,
@@ -316,9 +358,10 @@ class DecodeTiming(NamedTuple):
     seconds: float  # preparing the weights included
     preparing_seconds: float
     merged: bool
+    mesh: Mesh
 
 
-def _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend) -> DecodeTiming:
+def _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend, schedule) -> DecodeTiming:
     """Prepare the decoder's weights and answer every prompt, each with as many tokens as it is told."""
     start = time.perf_counter()
     form, adapter, weights, mesh = decode_weights(spec, lora, frozen, merge=config.eval.merge_adapter)
@@ -336,7 +379,103 @@ def _time_decoding(config, spec, lora, frozen, prompts, answer_lengths, backend)
             limits=answer_lengths,
             backend=backend,
             progress=advance,
+            **schedule,
         )
     seconds = time.perf_counter() - start
     assert [len(answer.tokens) for answer in answers] == answer_lengths
-    return DecodeTiming(seconds, preparing, form.lora is None)
+    return DecodeTiming(seconds, preparing, form.lora is None, mesh)
+
+
+def bench_experts(config: RunConfig, model: ModelConfig, tokens: int, hows: list[How]) -> dict[str, Any]:
+    """Time the experts of one layer, forward and backward with adapters, and compare with float32.
+
+    Every token goes to experts drawn at random. FLOPs count 4N for the weights of a token's experts: forward
+    and gradients of activations. Errors are norms, relative to that of the same in float32 by the loop.
+
+    Args:
+      hows: implementations; one that does not run here is reported as failed.
+
+    Raises:
+      UserError: the model has no experts, or its adapter's rank does not divide.
+    """
+    spec = ModelSpec(model, config.lora, config.model.dtype)
+    check_targets(spec)
+    experts = model.experts
+    if experts is None:
+        raise UserError("--model: has no experts; give one that has, such as qwen3-30b-a3b")
+    inputs = _expert_inputs(spec, experts, tokens)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, inputs)
+    with jax.default_matmul_precision("highest"):
+        expected = _expert_step(experts, spec.expert_scale, "loop")(*exact)
+    expected = jax.tree.map(np.asarray, expected)
+    sizes = experts.num_experts_per_tok * 3 * model.hidden_size * experts.moe_intermediate_size
+    result: dict[str, Any] = {"benchmark": "experts", "tokens": tokens} | device_facts()
+    for how in hows:
+        try:
+            seconds, found = _time_experts(_expert_step(experts, spec.expert_scale, how), inputs)
+        except Exception as error:  # whatever a kernel's compiler says: the others are still measured
+            result[f"{how}_failed"] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            continue
+        result[f"{how}_ms"] = 1e3 * seconds
+        result[f"{how}_tflops"] = 4 * sizes * tokens / seconds / 1e12
+        result[f"{how}_errors"] = {name: _relative(found[name], expected[name]) for name in expected}
+    return result
+
+
+def _expert_inputs(spec: ModelSpec, experts: Experts, tokens: int) -> tuple[Any, ...]:
+    """States, choices, shares and a gradient of so many tokens; weights and adapters of all experts."""
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+    dtype, hidden = jnp.dtype(spec.dtype), spec.config.hidden_size
+
+    def normal(shape: tuple[int, ...], std: float, dtype: Any = dtype) -> jax.Array:
+        return (std * jax.random.normal(next(keys), shape, jnp.float32)).astype(dtype)
+
+    arrays = {}
+    for weight in spec.table:
+        if weight.experts:
+            (*_, rank, _), _ = lora_shapes(spec, weight)
+            n, out_size, in_size = weight.shape
+            arrays[weight.name] = {
+                "weight": normal(weight.shape, in_size**-0.5),
+                "lora_a": normal((n, rank, in_size), in_size**-0.5, jnp.float32),
+                "lora_b": normal((n, out_size, rank), 0.02, jnp.float32),
+            }
+    chances = jax.random.uniform(next(keys), (tokens, experts.num_experts))
+    shares, choices = jax.lax.top_k(chances, experts.num_experts_per_tok)
+    shares = (shares / shares.sum(-1, keepdims=True)).astype(dtype)
+    return normal((tokens, hidden), 1.0), shares, arrays, choices, normal((tokens, hidden), 1.0)
+
+
+def _expert_step(experts: Experts, scale: float, how: How):
+    """The jitted `(x, shares, arrays, choices, d_y) -> y and gradients` of one layer's experts."""
+
+    def step(x, shares, arrays, choices, d_y):
+        adapters = {name: {k: v for k, v in own.items() if k != "weight"} for name, own in arrays.items()}
+
+        def run(x, shares, adapters):
+            own = {name: adapters[name] | {"weight": arrays[name]["weight"]} for name in arrays}
+            return own_experts(experts, scale, how, x, choices, shares, own)
+
+        y, pull = jax.vjp(run, x, shares, adapters)
+        d_x, d_shares, d_adapters = pull(d_y)
+        return {"y": y, "d_x": d_x, "d_shares": d_shares, "d_adapters": d_adapters}
+
+    return jax.jit(step)
+
+
+def _time_experts(step, inputs, repeats: int = 20) -> tuple[float, Any]:
+    """Seconds of one run, and its results."""
+    for _ in range(warm_up_runs()):
+        found = jax.block_until_ready(step(*inputs))
+    start = time.perf_counter()
+    for _ in range(repeats):
+        found = step(*inputs)
+    jax.block_until_ready(found)
+    return (time.perf_counter() - start) / repeats, found
+
+
+def _relative(found: Any, expected: Any) -> float:
+    """The largest relative difference (norm) of two trees' arrays."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    gaps = [np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b) for a, b in pairs]
+    return float(max(gaps))

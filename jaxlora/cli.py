@@ -8,9 +8,13 @@ The fields themselves are declared in `jaxlora.config`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import functools
+import itertools
 import re
 import runpy
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,10 +67,18 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
         raise UserError(f"{path}: get_config() failed: {type(error).__name__}: {error}") from None
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: get_config() returned {type(config).__name__}, not a RunConfig")
-    values = to_dict(config)
-    for name, text in (overrides or {}).items():
+    return from_dict(with_overrides(to_dict(config), overrides or {}))
+
+
+def with_overrides(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
+    """The nested values of a configuration with some fields set, by dotted name, from text.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    for name, text in overrides.items():
         _set(values, name, text)
-    return from_dict(values)
+    return values
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None):
@@ -75,7 +87,7 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = N
     Returns `(config, options)`: a `RunConfig`, and argparse's namespace of the parser's own options.
     """
     parser.formatter_class = HelpFormatter
-    parser.epilog = "fields of the configuration, each settable as --config.FIELD=VALUE:\n" + field_table()
+    parser.epilog = _epilog(sys.argv[1:] if argv is None else argv)
     parser.add_argument("--config", required=True, metavar="FILE", help=CONFIG_HELP)
     options, rest = parser.parse_known_args(argv)
     overrides: dict[str, str] = {}
@@ -93,6 +105,20 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = N
                 raise UserError(f"{word} needs a value: {word}=VALUE")
         overrides[name] = value
     return load_config(options.config, overrides), options
+
+
+def _epilog(argv: Sequence[str]) -> str:
+    """The fields for `--help`, with the values of the configuration that is given beside it, if it can be."""
+    heading, values = "fields of the configuration, each settable as --config.FIELD=VALUE", None
+    if "--help" in argv or "-h" in argv:
+        words = [*argv, ""]
+        for word, following in itertools.pairwise(words):
+            given = following if word == "--config" else word.removeprefix("--config=")
+            if word.startswith("--config=") or word == "--config":
+                with contextlib.suppress(UserError):
+                    values = to_dict(load_config(given))
+                    heading += f", with the values of {given}"
+    return f"{heading}:\n" + field_table(values)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -118,10 +144,17 @@ def _folded(text: str, width: int) -> Iterator[str]:
         ) or [""]
 
 
-def field_table() -> str:
-    """One line a field: name, allowed values, default and meaning; for `--help`."""
+def field_table(values: dict[str, Any] | None = None) -> str:
+    """One line a field: name, allowed values, default and meaning; for `--help`.
+
+    Args:
+      values: of a configuration, as of `to_dict`, which then stand for the defaults.
+    """
     lines = []
     for name, kind, default, text in fields():
+        if values is not None:
+            default = functools.reduce(lambda inner, part: inner[part], name.split("."), values)
+            default = tuple(default) if isinstance(default, list) else default
         lines.append(f"  {name:<30} {text} [{allowed(kind)}; default {plain(default)}]")
     return "\n".join(lines)
 

@@ -152,6 +152,7 @@ class DataConfig:
     enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
     shuffle: bool = _doc("another order in each epoch, by config.seed; false: the file's order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
+    cache: bool = _doc("keep the tokens of large files in ~/.cache/jaxlora/rows, and find them again", True)
     on_bad_row: Literal["error", "skip"] = _doc(
         "stop at a row that cannot be used, or count and skip", "error"
     )
@@ -191,13 +192,14 @@ class TrainConfig:
 class MeshConfig:
     """Axes of the device mesh; one of them may be -1: all that is left.
 
-    Where none is given, the mesh is chosen for a TPU slice (`jaxlora.estimate.with_mesh`), and elsewhere
-    fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
+    Where none is given, the mesh is chosen for TPU slices and GPUs (`jaxlora.estimate.mesh_here`), and
+    elsewhere fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
     """
 
     data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)
     fsdp: Axis = _doc("the base's weights and the tokens are split over these; 0: chosen", 0)
     tensor: Axis = _doc("heads and hidden units are split over these; 0: chosen", 0)
+    expert: Axis = _doc("experts and tokens are split over these; 0: chosen", 0)
 
 
 @dataclass(frozen=True, config=_CHECKED)
@@ -243,6 +245,53 @@ class SweepConfig:
     batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
 
 
+GroupSize = Annotated[int, Field(ge=2, le=4096)]
+Policy = Literal["importance_sampling", "ppo", "cispo", "dro"]  # as in jaxlora.train.objective
+
+
+@dataclass(frozen=True, config=_CHECKED)
+class RLConfig:
+    """Learning from rewards (`jaxlora rl`): problems, sampling, rewards, the objective."""
+
+    problems: str = _doc("problems with answers: a file, or reasoning_gym:TASK", "embedded:data/train.jsonl")
+    problem_rows: Positive | None = _doc("use only the first problems; none: all", None)
+    eval_problems: str | None = _doc("held-out problems, answered greedily; none: no evaluation", None)
+    eval_rows: Positive | None = _doc("use only the first of them; none: all", None)
+    system: str | None = _doc("the system message; none: that of the row", None)
+    suffix: str | None = _doc("text after each question; none: nothing", None)
+    reward: str = _doc("gsm8k_strict, gsm8k_numeric, math, ..., or module:function", "gsm8k_strict")
+    format_weight: NotNegative = _doc("what an answer that is not well formed loses", 0.0)
+    time_limit_s: Rate = _doc("longest grading of one answer in seconds; above it, it earns 0", 1.0)
+    steps: Positive = _doc("batches that are sampled and learned from", 100)
+    prompts: Positive = _doc("prompts of a batch", 32)
+    group: GroupSize = _doc("answers to each prompt, whose mean reward is the baseline", 16)
+    temperature: Rate = _doc("of sampling; the learner's log-probabilities are tempered alike", 1.0)
+    top_p: Annotated[float, Field(gt=0, le=1)] = _doc(
+        "must be 1: a filter would change the sampler only", 1.0
+    )
+    max_new_tokens: Length = _doc("longest answer in tokens, its end token included", 512)
+    slots: Positive = _doc("answers decoded at once", 256)
+    loss: Policy = _doc("the objective; sums over action tokens", "importance_sampling")
+    clip_low: NotNegative = _doc("lowest ratio, for ppo and cispo", 0.8)
+    clip_high: Rate = _doc("highest ratio, for ppo and cispo", 1.2)
+    beta: NotNegative = _doc("pull towards the sampler, for dro", 0.05)
+    kl: NotNegative = _doc("weight of the divergence from the base; 0: none", 0.0)
+    baseline: Literal["group", "leave_one_out"] = _doc(
+        "what is subtracted from a reward: the mean of its group, or of the others in it", "group"
+    )
+    divide_by_std: bool = _doc("divide advantages by their group's standard deviation", False)
+    divide_by_length: bool = _doc("divide advantages by the answer's tokens", False)
+    mask_truncated: bool = _doc("leave out answers that were cut at the token limit", False)
+    share_prompts: bool = _doc(
+        "on one device with train.layout=packed, learn from a prompt's answers with the prompt computed once",
+        True,
+    )
+    updates_per_batch: Positive = _doc("optimizer steps of a batch, each on its part of the prompts", 1)
+    refill: Count = _doc("sample other prompts for constant groups, so many times a batch", 0)
+    overlap: bool = _doc("sample the next batch while learning from this one: one step off policy", False)
+    eval_every: Positive = _doc("evaluate and checkpoint each this many batches, and at the end", 10)
+
+
 @dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
     """One training run: one placement, one seed. A study makes its runs from one of these."""
@@ -265,6 +314,7 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
 
     @property
     def condition(self) -> str:
@@ -565,7 +615,8 @@ def _check_combinations(config: RunConfig) -> None:
                 f"config.{field}: {plain(values)} names a value twice (run ids hold seven digits); give"
                 " each once"
             )
-    if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+    mesh = config.mesh
+    if [mesh.data, mesh.fsdp, mesh.tensor, mesh.expert].count(-1) > 1:
         raise UserError(
-            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor"
+            "config.mesh: more than one axis is -1; give sizes for all but one of data, fsdp, tensor, expert"
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -36,12 +36,13 @@ from jaxlora.config import (
     ModelSource,
     OptimConfig,
     RunConfig,
+    TrainConfig,
     check_base_dtype,
     from_dict,
 )
-from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up
+from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up, rows_of
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import Sampling, generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_lora, check_targets, init_lora
@@ -50,7 +51,6 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
@@ -109,10 +109,14 @@ def default_dtype() -> Literal["bfloat16", "float32"]:
 
 def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
     """An engine of a base that was found, on a mesh as of `load`."""
-    source = base.source
-    if mesh is None and (slice_ := slice_of(jax.devices())) is not None:
-        mesh = with_mesh(RunConfig(model=source), base.config, slice_).mesh
-    return Engine(base, wire(source, mesh or MeshConfig()))
+    chosen = _chosen_mesh(base, "lora") if mesh is None else mesh
+    return Engine(base, wire(base.source, chosen), chosen=mesh is None)
+
+
+def _chosen_mesh(base: Base, what: Literal["lora", "full"]) -> MeshConfig:
+    """The mesh on which a run of this machine would train adapters, or all weights."""
+    config = RunConfig(model=base.source, train=TrainConfig(what=what))
+    return mesh_here(config, base.config).mesh
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,9 @@ class Sample:
 class Engine:
     """A base in memory. It is frozen: trainers share it."""
 
-    def __init__(self, base: Base, machine: Machine):
+    def __init__(self, base: Base, machine: Machine, chosen: bool = False):
         self.base, self.machine = base, machine
+        self._chosen = chosen  # the mesh was chosen, for adapters
         self.dtype = base.source.dtype
 
     @cached_property
@@ -176,7 +181,12 @@ class Engine:
             return Trainer(self, spec, init_lora(spec, seed), seed)
 
     def full(self) -> Trainer:
-        """Train all weights: float32 master weights, copies in the engine's dtype for computing."""
+        """Train all weights: float32 master weights, copies in the engine's dtype for computing.
+
+        Where no mesh was given, they may lie on another one than the engine's: the one that such a run takes.
+        """
+        if self._chosen and (mesh := _chosen_mesh(self.base, "full")) != _chosen_mesh(self.base, "lora"):
+            return Engine(self.base, wire(self.base.source, mesh)).full()
         spec = self._spec(full=True)
         with self.inside():
             weights = self.base.load(replace(spec, dtype="float32", full=False), self.machine.mesh)
@@ -274,13 +284,13 @@ class Trainer:
             with self.engine.inside():
                 grads = self._zeros() if grads is None else grads
                 made = []
-                for batch, compute, lengths in self._batches(rendered):
+                for batch, compute, by_row in self._batches(rendered):
                     step = make_gradient_step(self.spec, compute, loss)
                     placed = place_batch(self.engine.machine.mesh, batch)
                     grads, value, found = step(self._trained, grads, self._frozen, placed)
-                    made.append((value, found, lengths, float(batch["weights"].sum())))
+                    made.append((value, found, by_row, float(batch["weights"].sum())))
                 total = sum(float(hosts.whole(value)) for value, *_ in made)
-                logprobs = [row for _, found, own, _ in made for row in _by_row(hosts.whole(found), own)]
+                logprobs = [row for _, found, by_row, _ in made for row in by_row(found)]
         except BaseException as error:
             error.add_note("The gradients since the last optim_step are dropped; compute them again.")
             raise
@@ -341,10 +351,10 @@ class Trainer:
         found = []
         with self.engine.inside():
             rendered = [_with_extras(i, row, ()) for i, row in enumerate(self._render(rows))]
-            for batch, compute, lengths in self._batches(rendered):
+            for batch, compute, by_row in self._batches(rendered):
                 step = make_logprob_step(self.spec, compute)
                 values = step(self._trained, self._frozen, place_batch(self.engine.machine.mesh, batch))
-                found += _by_row(hosts.whole(values), lengths)
+                found += by_row(values)
         return found
 
     def sample(
@@ -496,23 +506,27 @@ class Trainer:
             found.append(one)
         return found
 
-    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, list[int]]]:
-        """Packed batches `[1, 1, length]` of all rows in order, how to compute them, and their rows' tokens.
+    def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, Callable]]:
+        """Packed batches `[1, lines, length]` of all rows in order, how to compute them, and what takes their
+        results apart by rows.
 
         One buffer each: a program for every number of buffers would be compiled for minutes, again and again.
         """
         dense = self.engine.machine.backend == "xla"
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
         lengths = [row.n_tokens for row in rows]
-        multiple = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
-        length = multiple
-        while length < largest_buffer(lengths, most):
+        lines = self.engine.machine.lines
+        parts = cut_into_buffers(lengths, most * lines)
+        own = [[lengths[i] for i in part] for part in parts]
+        whole = max(map(sum, own))  # so that each part is one buffer
+        length = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
+        while length < max(largest_buffer(part, whole, lines) for part in own):
             length *= 2
-        parts = cut_into_buffers(lengths, most)
         rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
         compute = self.engine.machine.compute(rows_a_line)
-        for part in parts:
-            yield pack([rows[i] for i in part], (length,), most), compute, [lengths[i] for i in part]
+        for part, sizes in zip(parts, own, strict=True):
+            batch = pack([rows[i] for i in part], (length,), whole, lines)
+            yield batch, compute, partial(_by_row, lengths=sizes, whole=whole, lines=lines)
 
     def _prompt(self, i: int, prompt: Any) -> list[int]:
         if isinstance(prompt, str) and not self.engine.tokenizer.chat_template:
@@ -641,7 +655,6 @@ def _listed(values: Any, name: str) -> list[Any]:
     return list(values)
 
 
-def _by_row(values: Any, lengths: list[int]) -> list[np.ndarray]:
-    """Values `[1, 1, length]` as one array a row."""
-    ends = np.cumsum(lengths)
-    return np.split(np.asarray(values)[0, 0, : ends[-1]], ends[:-1])
+def _by_row(values: Any, lengths: list[int], whole: int, lines: int) -> list[np.ndarray]:
+    """Values `[1, lines, length]` as one array a row."""
+    return rows_of(hosts.whole(values), lengths, whole, lines)

@@ -1,9 +1,11 @@
 """What a training step costs on a TPU slice, by arithmetic alone, and which mesh should make it fastest.
 
+GPUs of one host are joined so closely that copies of the base are fastest wherever they fit.
+
     best = roofline(slice_named("v5e-8"), flops=20e12, hbm_bytes=60e9, ici_bytes=27e9)
     best.seconds, best.bound        # 0.27, "interconnect"
     candidates(model, lora, slice_named("v5e-8"), tokens=2720, multiple=128)[0].mesh   # the fastest
-    config = with_mesh(config, model, slice_of(jax.devices()))    # with the mesh that a run trains on
+    config = mesh_here(config, model)               # with the mesh that a run trains on, on this machine
 
 Nothing is compiled here: `jaxlora.plan` compiles the few choices that look best.
 """
@@ -15,13 +17,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import jax
+
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import is_adapted, kept_per_token
 from jaxlora.models.families import count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig
-from jaxlora.runtime.devices import Slice
+from jaxlora.runtime.devices import Slice, slice_of
 
 What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
 
@@ -173,6 +177,34 @@ def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> Ru
         if fits and choice.remat == config.model.remat and choice.buffers == 1:
             return replace(config, mesh=choice.mesh)
     return config
+
+
+def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """The configuration with its mesh filled in for this machine's devices.
+
+    On TPUs as `with_mesh`; on several GPUs copies of the base, each split over as few as hold it.
+    """
+    devices = jax.devices()
+    if devices[0].platform != "gpu":
+        return with_mesh(config, model, slice_of(devices))
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    if len(devices) == 1 or config.mesh != MeshConfig():
+        return config
+    return replace(config, mesh=mesh_of_gpus(config, model, len(devices), memory))
+
+
+def mesh_of_gpus(config: RunConfig, model: ModelConfig, n: int, memory: float) -> MeshConfig:
+    """The mesh of n GPUs with so many bytes each: the smallest `fsdp` whose step should fit, and copies."""
+    train = config.train
+    tokens = math.ceil(max(1, train.batch_rows / n) * ROW_TOKENS) * n
+    scheme = pick_scheme(config.model, training=True)
+    for fsdp in range(1, n):
+        if n % fsdp == 0:
+            mesh = MeshConfig(n // fsdp, fsdp, 1)
+            share = _Share(model, config.lora, train.what, mesh, config.model.remat, 1, tokens, scheme, 1.0)
+            if _memory(share) < FULL * memory:
+                return mesh
+    return MeshConfig(1, n, 1)
 
 
 def factors(n: int) -> list[tuple[int, int, int]]:

@@ -40,7 +40,7 @@ def init_lora(spec: ModelSpec, seed: int) -> Tree:
     for weight in spec.adapted:
         a_shape, b_shape = lora_shapes(spec, weight)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(weight.path.encode()))
-        bound = 1.0 / math.sqrt(weight.shape[1])
+        bound = 1.0 / math.sqrt(weight.shape[-1])
         # The difference is exact and the product is rounded once, however a compiler orders or fuses them.
         a = (jax.random.uniform(key, a_shape, jnp.float32) - 0.5) * (2 * bound)
         set_path(lora, weight.path, {"lora_a": a, "lora_b": jnp.zeros(b_shape, jnp.float32)})
@@ -66,21 +66,44 @@ def check_targets(spec: ModelSpec) -> None:
         raise UserError(
             "config.lora: no projection would be adapted; check lora.targets and lora.output_head"
         )
+    _check_experts(spec)
+
+
+def _check_experts(spec: ModelSpec) -> None:
+    """The adapters of experts have a rank of their own, and that of gate and up is one matrix in PEFT."""
+    lora, experts = spec.lora, spec.config.experts
+    names = {weight.name for weight in spec.adapted if weight.experts}
+    if lora is None or experts is None or not names:
+        return
+    active = experts.num_experts_per_tok
+    if lora.dropout:
+        raise UserError("config.lora.dropout: experts' adapters take none (nor do PEFT's); give 0")
+    if lora.rank % active and not spec.shapes:
+        near = sorted({max(lora.rank // active, 1) * active, (lora.rank // active + 1) * active})
+        raise UserError(
+            f"config.lora.rank: {lora.rank} is not a multiple of the {active} experts of a token, by which it"
+            f" is divided for each; give {' or '.join(map(str, near))}, or lora.targets=attention_only"
+        )
+    if len(names & {"gate_proj", "up_proj"}) == 1:
+        raise UserError(
+            "config.lora.targets: experts' gate_proj and up_proj are adapted together; give both or neither"
+        )
 
 
 def lora_shapes(spec: ModelSpec, weight: Weight) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of A `[layers?, r, in]` and B `[layers?, out, r]` of one weight."""
-    assert spec.lora is not None
+    """Shapes of A `[layers?, experts?, r, in]` and B `[layers?, experts?, out, r]` of one weight."""
     stack = (spec.config.num_hidden_layers,) if weight.stacked else ()
-    out_size, in_size = weight.shape
-    return (*stack, spec.lora.rank, in_size), (*stack, out_size, spec.lora.rank)
+    *experts, out_size, in_size = weight.shape
+    rank = spec.stored_rank(weight)
+    return (*stack, *experts, rank, in_size), (*stack, *experts, out_size, rank)
 
 
 def count_trainable(spec: ModelSpec) -> int:
     """Number of trained parameters: r (d_in + d_out) for each adapted matrix, or all weights."""
     if spec.full:
         return count_parameters(spec.config)
-    return sum(rank * sum(weight.shape) for weight in spec.adapted for rank in spec.ranks(weight))
+    sizes = [(max(weight.experts, 1) * sum(weight.shape[-2:]), spec.ranks(weight)) for weight in spec.adapted]
+    return sum(size * sum(ranks) for size, ranks in sizes)
 
 
 def check_lora(spec: ModelSpec, lora: Tree) -> None:
@@ -137,7 +160,7 @@ def merged_weight(
     pair = get_path(lora, weight.path)
     a, b = (pair[name] if layer is None else pair[name][layer] for name in ("lora_a", "lora_b"))
     scales = jnp.asarray(spec.scales(weight), jnp.float32)
-    whole = scales[:, None, None] if weight.stacked else scales[0]
+    whole = scales.reshape(-1, *(1,) * len(weight.shape)) if weight.stacked else scales[0]
     dtype = spec.dtype if is_quantised(array) else array.dtype
     return _merged(array, a, b, whole if layer is None else scales[layer], jnp.dtype(dtype))
 

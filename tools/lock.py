@@ -8,6 +8,9 @@ requirements.lock is for development and tests, launch/tpu.lock and launch/cuda.
 
     pip install --require-hashes -r launch/tpu.lock && pip install --no-deps -e .
 
+launch/rl.lock holds what graders need, in the versions of requirements.lock; pip takes it beside another
+one. Three of its packages are compiled where they are installed.
+
 Has an advisory been published for a locked version? `pip-audit` asks PyPI, about one file a call, for
 the Python that it runs under; without `--strict` it passes over packages for which it gets no answer:
 
@@ -28,7 +31,14 @@ from packaging.requirements import Requirement
 from jaxlora.runtime.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {"requirements.lock": "test", "launch/tpu.lock": "tpu", "launch/cuda.lock": "cuda"}  # file -> extra
+# file -> extra; those that have versions in common with the first one take its
+LOCKS = {
+    "requirements.lock": "test",
+    "launch/tpu.lock": "tpu",
+    "launch/cuda.lock": "cuda",
+    "launch/rl.lock": "rl",
+}
+BESIDE = ("launch/rl.lock",)
 PYTHONS = ("3.11", "3.12")
 # The newest ones that this package was run with.
 TESTED = ("jax==0.11.2 ; python_version >= '3.12'", "flax==0.12.10 ; python_version >= '3.12'")
@@ -74,6 +84,8 @@ def write(file: Path, extra: str, upgrade: bool) -> None:
             tested.name,
             "--quiet",
         ]
+        if str(file.relative_to(ROOT)) in BESIDE:
+            words += ["--constraint", "requirements.lock"]
         words += ["--custom-compile-command", "python tools/lock.py", "--output-file", str(file)]
         try:
             subprocess.run(
@@ -83,7 +95,8 @@ def write(file: Path, extra: str, upgrade: bool) -> None:
             raise UserError("uv is not installed; pip install uv") from None
         except subprocess.CalledProcessError:
             raise UserError(f"{file.name} cannot be resolved; see above") from None
-    file.write_text(re.sub(rf"\n +#( via| ) +-c {re.escape(tested.name)}", "", file.read_text()))
+    constraints = rf"\n +#( via| ) +-c ({re.escape(tested.name)}|requirements\.lock)"
+    file.write_text(re.sub(constraints, "", file.read_text()))
 
 
 def pins(text: str) -> list[tuple[Requirement, int, list[str]]]:

@@ -51,22 +51,31 @@ def record(words: list[str]) -> int:
     )
     parser.add_argument("--conditions", nargs="+", default=["all_layer"], help="default: all_layer")
     parser.add_argument(
+        "--policy",
+        action="store_true",
+        help="policy gradients (importance_sampling, ppo) on sampled answers, instead of likelihood",
+    )
+    parser.add_argument(
         "--reduction",
-        choices=["sum", "sequence_mean"],
+        choices=["sum", "sequence_mean", "length_mean"],
         default="sum",
-        help="the service's loss: sum over tokens (Tinker) or mean of each row's mean (SkyRL); default: sum",
+        help="the service's loss: sum over tokens (Tinker), or mean of each row's mean (SkyRL), which with"
+        " --policy divides by all tokens of a row (length_mean); default: sum",
     )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of the schedule")
+    parser.add_argument(
+        "--learning-rate", type=float, default=1e-3, help="of --policy every step's; else the peak"
+    )
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one call (default: 300)")
     options = parser.parse_args(words)
 
+    from jaxlora.checkpoints.base import end_of_turn
     from jaxlora.data.render import load_tokenizer
     from jaxlora.data.rows import load_rendered_rows
-    from jaxlora.evals.run import end_of_turn
-    from jaxlora.parity.recording import make_settings
+    from jaxlora.parity.policy import PolicySettings, record_policy
+    from jaxlora.parity.recording import choose_rows, make_settings, prompts_of
     from jaxlora.parity.recording import record as run
     from jaxlora.parity.tinker_service import TinkerBackend
 
@@ -82,8 +91,22 @@ def record(words: list[str]) -> int:
     tokenizer = load_tokenizer(options.tokenizer)
     limit = 100 * settings.n_rows
     rows, _ = load_rendered_rows(options.rows, tokenizer, max_length=4096, on_bad_row="skip", limit=limit)
-    (stop,) = end_of_turn(tokenizer)
-    run(backend, rows, settings, options.out, options.base_label or options.base, stop)
+    if (stop := end_of_turn(tokenizer)) is None:
+        raise UserError(f"{options.tokenizer}: its chat template writes no token after an answer")
+    label = options.base_label or options.base
+    if options.policy:
+        policy = PolicySettings(
+            condition=settings.conditions[0],
+            reduction=settings.reduction,
+            rank=settings.rank,
+            seed=settings.seed,
+            steps=settings.steps,
+            learning_rate=settings.peak_lr,
+        )
+        prompts = prompts_of(choose_rows(rows, settings), settings)
+        record_policy(backend, prompts, policy, options.out, label, stop)
+    else:
+        run(backend, rows, settings, options.out, label, stop)
     print(options.out)
     return 0
 
@@ -105,16 +128,21 @@ def compare(words: list[str]) -> int:
     from jaxlora.config import ModelSource
     from jaxlora.parity.comparing import compare as replay
     from jaxlora.parity.comparing import table
+    from jaxlora.parity.policy import compare_policy, is_policy, load_policy
     from jaxlora.parity.recording import load_recording
 
-    recording = load_recording(options.recording)
+    of_policy = load_policy(options.recording) if is_policy(options.recording) else None
+    recording = of_policy.recording if of_policy else load_recording(options.recording)
     source = ModelSource(path=options.base or recording.base)
     try:
         model_dir = find_base(source).folder
     except UserError as error:
         raise UserError(str(error).replace("config.model.path", "--base")) from None
     assert model_dir is not None
-    checks = replay(recording, model_dir, options.dtype)
+    if of_policy:
+        checks = compare_policy(of_policy, model_dir, options.dtype)
+    else:
+        checks = replay(recording, model_dir, options.dtype)
     trainer = ", ".join(f"{name} {value}" for name, value in recording.trainer.items())
     title = f"{options.recording.name} ({trainer}) replayed in {options.dtype}"
     make_console(stderr=False).print(table(checks, title))

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxlora.checkpoints.base import Base, fingerprint
+from jaxlora.checkpoints.expert_adapters import FUSED, ExpertAdapter, read_experts
 from jaxlora.checkpoints.peft import (
     BASE_DTYPE,
     FINGERPRINT,
@@ -46,7 +47,7 @@ from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import EMBEDDED, is_remote, weight_files
+from jaxlora.runtime.remote import EMBEDDED, is_remote, resolve, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -55,6 +56,7 @@ _KNOWN = {
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"),
     *("init_lora_weights", "layers_pattern", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
     *("eva_config", "loftq_config", "runtime_config", "rank_pattern", "alpha_pattern", "layers_to_transform"),
+    "target_parameters",
 }
 # Initialisations that leave the base as it is; PiSSA, OLoRA, LoftQ and others train against a changed one.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -85,7 +87,7 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
     Raises:
       UserError: one line that names the file and what is wrong with it.
     """
-    folder = Path(directory)
+    folder = resolve(str(directory))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder that holds {SETTINGS}")
     if not (folder / SETTINGS).exists():
@@ -104,12 +106,13 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
                     raise UserError(f"{file}: {name} is stored twice, under two spellings")
                 slices[name] = handle.get_slice(key)
             _check_copies(slices, config, base, file)
-            places = _places(slices, config, file)
             with _bounded_patterns(folder / SETTINGS):
+                experts = _read_experts(settings, slices, config, folder)
+                places = _places(slices, config, file, bool(experts))
                 _check_asked(settings, places, config, folder)
-                lora, shapes = _shape(settings, places, config, folder)
+                lora, shapes = _shape(settings, places, experts, config, folder)
             spec = ModelSpec(config, lora, shapes=shapes)
-            tree = _read_tree(spec, places, slices, file)
+            tree = _read_tree(spec, places, experts, slices, file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from None
     check_lora(spec, tree)
@@ -202,15 +205,45 @@ def _check_alpha(name: str, alpha: Any, file: Path) -> None:
         raise UserError(f"{file}: {name} is {alpha!r:.80}; it must be above 0, at most {_MAX_ALPHA:g}")
 
 
-def _places(slices: dict[str, Any], config: ModelConfig, file: Path) -> dict[str, Place]:
+def _read_experts(
+    settings: dict[str, Any], slices: dict[str, Any], config: ModelConfig, folder: Path
+) -> dict[str, ExpertAdapter]:
+    """The adapters of experts, which `target_parameters` names; their tensors are taken out of `slices`."""
+    file, asked = folder / SETTINGS, settings.get("target_parameters") or []
+    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+        raise UserError(f"{file}: target_parameters is {json.dumps(asked)[:80]}; it must be a list")
+    known = {name for name in FUSED if any(f"model.layers.0.{name}".endswith(f".{one}") for one in asked)}
+    odd = [one for one in asked if not any(f"model.layers.0.{name}".endswith(f".{one}") for name in FUSED)]
+    if odd or (known and config.experts is None):
+        raise UserError(f"{file}: target_parameters: this model has no parameter {(odd or asked)[0]!r:.80}")
+
+    def rank_and_alpha(name: str) -> tuple[int, float]:
+        return _rank_and_alpha(settings, name, file)
+
+    return read_experts(slices, config, known, rank_and_alpha, folder / WEIGHTS)
+
+
+def _rank_and_alpha(settings: dict[str, Any], name: str, file: Path) -> tuple[int, float]:
+    """Of a module by its name. Rank-stabilised adapters are scaled by alpha / sqrt(r), ours by alpha / r."""
+    rank = _own(settings.get("rank_pattern"), name, settings["r"], file)
+    alpha = float(_own(settings.get("alpha_pattern"), name, settings["lora_alpha"], file))
+    return rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
+
+
+def _dense_modules(config: ModelConfig) -> dict[str, Place]:
+    """Every module that can carry an adapter of its own, which experts do not."""
+    return {name: place for name, place in adaptable_modules(config).items() if not place[0].experts}
+
+
+def _places(slices: dict[str, Any], config: ModelConfig, file: Path, has_experts: bool) -> dict[str, Place]:
     """The modules that the file adapts, in the order of the table; leftovers and halves are refused."""
-    adaptable = adaptable_modules(config)
+    adaptable = _dense_modules(config)
     parts = [f".{part}.weight" for part in PARTS.values()]
     owner = {name + part: name for name in adaptable for part in parts}
     if unknown := sorted(slices.keys() - owner.keys()):
         raise UserError(f"{file}: {_unknown_reason(unknown, config)}")
     found = {owner[name] for name in slices}
-    if not found:
+    if not found and not has_experts:
         raise UserError(f"{file}: adapts nothing; {', '.join(get_args(Condition))} and lists are supported")
     _require_tensors([name + part for name in adaptable if name in found for part in parts], slices, file)
     return {name: place for name, place in adaptable.items() if name in found}
@@ -229,8 +262,8 @@ def _check_asked(
     Raises:
       UserError: tensors are missing, or some that PEFT would leave out are there.
     """
-    asked, file = _asked(settings, places, adaptable_modules(config), folder / SETTINGS), folder / SETTINGS
-    absent = {name: adaptable_modules(config)[name][0] for name in asked - set(places)}
+    asked, file = _asked(settings, places, _dense_modules(config), folder / SETTINGS), folder / SETTINGS
+    absent = {name: _dense_modules(config)[name][0] for name in asked - set(places)}
     kinds = {weight.path for weight, _ in places.values()}
     # Modules that are not there in any layer, or there though nobody asks: the two lists disagree.
     odd = [name for name in places if name not in asked]
@@ -306,25 +339,32 @@ _cached_pattern = cache(re.compile)
 
 
 def _shape(
-    settings: dict[str, Any], places: dict[str, Place], config: ModelConfig, folder: Path
+    settings: dict[str, Any],
+    places: dict[str, Place],
+    experts: dict[str, ExpertAdapter],
+    config: ModelConfig,
+    folder: Path,
 ) -> tuple[LoraConfig, tuple[AdapterShape, ...]]:
     """Placement, rank and alpha of the adapter; and those of each layer, where they are not the same."""
     ranks, alphas = {}, {}
     for name in places:
-        rank = _own(settings.get("rank_pattern"), name, settings["r"], folder / SETTINGS)
-        alpha = float(_own(settings.get("alpha_pattern"), name, settings["lora_alpha"], folder / SETTINGS))
-        ranks[name] = rank
-        # Rank-stabilised adapters are scaled by alpha / sqrt(r), where ours are by alpha / r.
-        alphas[name] = alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
-    paths = {weight.path for weight, _ in places.values()}
+        ranks[name], alphas[name] = _rank_and_alpha(settings, name, folder / SETTINGS)
+    active = config.experts.num_experts_per_tok if config.experts else 1
+    # The rank that divided by the active experts gives each expert's.
+    rank = max(ranks.values(), default=0) or active * max(own.a.shape[1] for own in experts.values())
+    usual = set(ranks.values()) | {active * own.a.shape[1] for own in experts.values()}
+    ranks |= {name: own.a.shape[1] for name, own in experts.items()}
+    alphas |= {name: own.alpha for name, own in experts.items()}
+    adaptable = adaptable_modules(config)
+    paths = {adaptable[name][0].path for name in ranks}
     lora = LoraConfig(
         targets=_targets(paths, config),
-        rank=max(ranks.values()),
+        rank=rank,
         alpha=next(iter(alphas.values())),
         output_head="lm_head" in paths,
     )
-    whole = {name for name, (weight, _) in adaptable_modules(config).items() if weight.path in paths}
-    if whole == set(places) and len(set(ranks.values())) == len(set(alphas.values())) == 1:
+    whole = {name for name, (weight, _) in adaptable.items() if weight.path in paths}
+    if whole == set(ranks) and len(usual) == len(set(alphas.values())) == 1:
         return lora, ()
     shapes = []
     for weight in ModelSpec(config, lora).adapted:
@@ -392,7 +432,13 @@ def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
     return f"{first}; it has {config.num_hidden_layers} layers"
 
 
-def _read_tree(spec: ModelSpec, places: dict[str, Place], slices: dict[str, Any], file: Path) -> Tree:
+def _read_tree(
+    spec: ModelSpec,
+    places: dict[str, Place],
+    experts: dict[str, ExpertAdapter],
+    slices: dict[str, Any],
+    file: Path,
+) -> Tree:
     """The stacked float32 tree; shapes are checked before anything is read."""
     tree: Tree = {}
     plan = []
@@ -419,6 +465,11 @@ def _read_tree(spec: ModelSpec, places: dict[str, Place], slices: dict[str, Any]
         if not np.isfinite(values).all():
             raise UserError(f"{file}: {key} holds NaN or infinity")
         array[:rows, :columns] = values
+    for name, own in experts.items():
+        weight, layer = adaptable_modules(spec.config)[name]
+        for part, values in (("lora_a", own.a), ("lora_b", own.b)):
+            whole = get_path(tree, weight.path)[part][layer]
+            whole[tuple(slice(size) for size in values.shape)] = values
     return jax.tree.map(jnp.asarray, tree)
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
+from jaxlora.checkpoints.experts import check_layout, take
 from jaxlora.checkpoints.tensors import (
     HEADER_LIMIT,
     INDEX,
@@ -123,7 +124,7 @@ class Base:
         Raises:
           UserError: there is none.
         """
-        own = [_end_of_turn(tokenizer), tokenizer.eos_token_id]
+        own = [end_of_turn(tokenizer), tokenizer.eos_token_id]
         generation = {}
         if self.folder is not None and (self.folder / GENERATION).is_file():
             generation = read_object(file_in(self.folder, GENERATION))
@@ -161,10 +162,10 @@ class Base:
 
 def _shape_text(config: ModelConfig) -> str:
     """A model's shape in words; of one without rope scaling as before there was any, for runs of then."""
-    return repr(config).replace(", rope_scaling=None)", ")")
+    return repr(config).replace(", experts=None)", ")").replace(", rope_scaling=None)", ")")
 
 
-def _end_of_turn(tokenizer: Tokenizer) -> int | None:
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The token that the chat template writes after an assistant's turn, where it writes one."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     try:
@@ -235,12 +236,23 @@ def find_base(source: ModelSource, seed: int = 0, with_weights: bool = True) -> 
       UserError: no such directory or Hub model, or not a supported family.
     """
     if source.random_weights and not Path(source.path).exists():
+        published = None
         with suppress(UserError):
-            return Base(source, None, published_config(source.path), seed)
+            published = published_config(source.path)
+        if published is not None:
+            return _checked(Base(source, None, published, seed))
     folder = mirror(source.path) if is_remote(source.path) else resolve(source.path)
     if not folder.is_dir():
         folder = _fetch(source, with_weights and not source.random_weights)
-    return Base(source, folder, load_model_config(folder), seed)
+    return _checked(Base(source, folder, load_model_config(folder), seed))
+
+
+def _checked(base: Base) -> Base:
+    if base.config.experts and base.source.base_dtype not in (None, "bfloat16"):
+        raise UserError(
+            f"config.model.base_dtype: {base.source.base_dtype}: experts are not rounded; leave it out"
+        )
+    return base
 
 
 def _fetch(source: ModelSource, with_weights: bool) -> Path:
@@ -290,10 +302,9 @@ def load_hashed(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> tuple[Tre
     if tied_head is not None:  # stored alone, it is the embedding too
         _check_tied(tied_head, stored.setdefault("model.embed_tokens.weight", tied_head), directory)
     wanted = []
+    check_layout(stored, directory)
     for weight, key in _in_order(spec):
-        tensor = stored.pop(key, None)
-        if tensor is None:
-            raise UserError(f"{directory}: no tensor {key}; the checkpoint is incomplete")
+        tensor = take(stored, weight, key, directory)
         if tensor.shape != weight.shape:
             raise UserError(
                 f"{directory}: {key} has shape {tensor.shape}, config.json asks for {weight.shape}"
@@ -336,10 +347,13 @@ def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tr
 
 
 def _in_order(spec: ModelSpec) -> Iterator[tuple[Weight, str]]:
-    """Each weight of each layer with its Hugging Face key, in the order in which `_build` takes them."""
+    """Each weight of each layer with its Hugging Face key, in the order in which `_build` takes them.
+
+    The key of experts keeps its `{expert}`: their tensors are read as one.
+    """
     for weight in spec.table:
         for layer in range(spec.config.num_hidden_layers if weight.stacked else 1):
-            yield weight, weight.hf_key.format(layer=layer)
+            yield weight, weight.hf_key.format(layer=layer, expert="{expert}")
 
 
 def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str) -> Tree:
@@ -461,7 +475,12 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor, directory: str | Pa
 
 
 def save_model(
-    out: str | Path, spec: ModelSpec, weights: Tree, source: str | Path, tokenizer: str | Path | None = None
+    out: str | Path,
+    spec: ModelSpec,
+    weights: Tree,
+    source: str | Path,
+    tokenizer: str | Path | None = None,
+    readme: str | None = None,
 ) -> None:
     """Write a full checkpoint in shards with an index, with the source's config and tokenizer files.
 
@@ -471,6 +490,7 @@ def save_model(
       weights: all weights, in the spec's form of the layers, in the dtype to write.
       source: the directory of the base.
       tokenizer: another tokenizer, which trained the model, as of `load_tokenizer`; None: the base's.
+      readme: the text of its README.md; None: it has none.
 
     Raises:
       UserError: the folder exists already.
@@ -496,6 +516,8 @@ def save_model(
             (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
             copy_files(source, staging, MODEL_FILES)
             copy_files(renders, staging, TOKENIZER_FILES)
+            if readme is not None:
+                (staging / "README.md").write_text(readme)
             _record_dtype(staging / "config.json", str(jax.tree.leaves(weights)[0].dtype))
 
 
@@ -547,21 +569,24 @@ def _arrays(spec: ModelSpec, weights: Tree) -> Iterator[tuple[str, int, Callable
     for weight in spec.table:
         if not weight.stacked:
             array = get_path(weights, weight.path)[weight.array]
-            yield weight.hf_key, array.nbytes, partial(_cut, array, None)
+            yield weight.hf_key, array.nbytes, partial(_cut, array)
             continue
         depth = spec.config.num_hidden_layers
         for i in range(depth):
-            key = weight.hf_key.format(layer=i)
             if spec.scan:
                 array = get_path(weights, weight.path)[weight.array]
-                yield key, array.nbytes // depth, partial(_cut, array, i)
+                size, place = array.nbytes // depth, [i]
             else:
                 array = get_path(weights["layers"][i], weight.path.removeprefix("layers."))[weight.array]
-                yield key, array.nbytes, partial(_cut, array, None)
+                size, place = array.nbytes, []
+            keys = weight.keys(i)
+            for expert, key in enumerate(keys):
+                own = [*place, expert] if weight.experts else place
+                yield key, size // len(keys), partial(_cut, array, *own)
 
 
-def _cut(array: jax.Array, i: int | None) -> jax.Array:
-    return array if i is None else array[i]
+def _cut(array: jax.Array, *place: int) -> jax.Array:
+    return array[place] if place else array
 
 
 def weights_sha256(folder: Path) -> str:

@@ -23,7 +23,14 @@ from jaxlora.checkpoints.base import (
     save_model,
     tokenizer_sha256,
 )
-from jaxlora.checkpoints.peft import ADAPTER_FILES, FINGERPRINT, RENDERED_BY, export_adapter
+from jaxlora.checkpoints.peft import (
+    FINGERPRINT,
+    METADATA,
+    RENDERED_BY,
+    SETTINGS,
+    WEIGHTS,
+    export_adapter,
+)
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
 from jaxlora.lora import count_trainable, merge_lora
@@ -31,7 +38,7 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
 from jaxlora.models.quantised import dequantised, pick_scheme
 from jaxlora.runtime.errors import UserError
-from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.files import read_object, sha256_of
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.remote import weight_files
@@ -167,21 +174,33 @@ def merged_bytes(selected: Selected) -> int:
     return width[_stored_dtype(_base(selected))] * count_parameters(selected.spec.config)
 
 
-def is_exported(selected: Selected, out: Path) -> bool:
+def is_exported(selected: Selected, out: Path, base_name: str) -> bool:
     """Whether a folder holds just this adapter: an export that was stopped after it goes on from there."""
-    return not selected.spec.full and unlike(selected.run / "selected", out) is None
+    if selected.spec.full or not (out / SETTINGS).is_file():
+        return False
+    named = read_object(out / SETTINGS).get("base_model_name_or_path")
+    return named == base_name and unlike(selected.run / "selected", out) in (None, SETTINGS)
 
 
 def unlike(own: Path, out: Path) -> str | None:
     """The first file of an adapter in `out` that is not byte for byte that of `own`; None: all are."""
-    for name in ADAPTER_FILES:
+    for name in (WEIGHTS, METADATA, SETTINGS):
         if not (out / name).is_file() or sha256_of(out / name) != sha256_of(own / name):
             return name
     return None
 
 
-def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) -> None:
+def write_adapter(
+    selected: Selected,
+    out: str | Path,
+    overwrite: bool = False,
+    base_name: str | None = None,
+    readme: str | None = None,
+) -> None:
     """Write the adapter as a PEFT folder; see `export_adapter`.
+
+    Args:
+      base_name: what the base is called there; None: as the run calls it.
 
     Raises:
       UserError: the run trained all weights, so there is no adapter.
@@ -190,7 +209,7 @@ def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) 
         raise UserError(f"{selected.run}: trained all weights; its model is in {selected.run / 'selected'}")
     given = ("condition", "output_head", "rank", "alpha", "seed", "base_model", RENDERED_BY)
     extra = {key: value for key, value in selected.metadata.items() if key not in given}
-    base = selected.metadata["base_model"] or selected.config.model.path
+    base = base_name or selected.metadata["base_model"] or selected.config.model.path
     if FINGERPRINT not in extra and selected.fingerprint is not None:
         extra[FINGERPRINT] = selected.fingerprint
     export_adapter(
@@ -201,11 +220,12 @@ def write_adapter(selected: Selected, out: str | Path, overwrite: bool = False) 
         seed=selected.config.seed,
         extra=extra,
         tokenizer=selected.tokenizer_folder(),
+        readme=readme,
         overwrite=overwrite,
     )
 
 
-def write_merged(selected: Selected, out: str | Path) -> None:
+def write_merged(selected: Selected, out: str | Path, readme: str | None = None) -> None:
     """Write the base with the adapter folded in, in the dtype of the base's files; see `save_model`.
 
     The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. A run over
@@ -230,7 +250,7 @@ def write_merged(selected: Selected, out: str | Path) -> None:
         weights = dequantised(merge_lora(spec, selected.lora, frozen), dtype)
         spec = replace(spec, scheme=None)
     console.print(f"writing {out}", markup=False)
-    save_model(out, spec, weights, base, tokenizer)
+    save_model(out, spec, weights, base, tokenizer, readme)
 
 
 def _base(selected: Selected) -> Path:

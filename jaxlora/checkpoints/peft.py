@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxlora.checkpoints.base import TOKENIZER_FILES, copy_files, refuse_existing, tokenizer_sha256
+from jaxlora.checkpoints.expert_adapters import expert_settings, expert_tensors, fused_targets
 from jaxlora.lora import check_lora, get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import ModelConfig, Weight
@@ -35,9 +36,12 @@ Place = tuple[Weight, int | None]  # an adapted weight, and the layer of it (Non
 
 
 def module_name(place: Place) -> str:
-    """The module's name in Hugging Face's tree, such as `model.layers.0.self_attn.q_proj`."""
+    """The module's name in Hugging Face's tree, such as `model.layers.0.self_attn.q_proj`.
+
+    The projections of experts are named as if they were one module, `model.layers.0.mlp.experts.up_proj`.
+    """
     weight, layer = place
-    return weight.hf_key.removesuffix(".weight").format(layer=layer)
+    return weight.hf_key.replace(".{expert}", "").removesuffix(".weight").format(layer=layer)
 
 
 def adaptable_modules(config: ModelConfig) -> dict[str, Place]:
@@ -60,6 +64,7 @@ def export_adapter(
     extra: dict[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     base_fingerprint: str | None = None,
+    readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter as a PEFT folder, whole or not at all.
@@ -75,6 +80,7 @@ def export_adapter(
       tokenizer: the folder of the tokenizer that rendered the rows; its files are put beside the adapter, and
         its hash is recorded.
       base_fingerprint: recorded, so that another base is refused; None: not known.
+      readme: the text of its README.md; None: it has none.
       overwrite: replace `out_dir` if it is an adapter already.
 
     Raises:
@@ -112,12 +118,16 @@ def export_adapter(
             write_json_atomic(staging / METADATA, own)
             if tokenizer is not None:
                 copy_files(tokenizer, staging, TOKENIZER_FILES)
+            if readme is not None:
+                (staging / "README.md").write_text(readme)
 
 
 def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:
     """The file's tensors by PEFT's names: `[rank, in]` and `[out, rank]` of each module, without padding."""
-    tensors: dict[str, np.ndarray] = {}
+    tensors = {PREFIX + name: array for name, array in expert_tensors(spec, lora)}
     for weight in spec.adapted:
+        if weight.experts:
+            continue
         pair = get_path(lora, weight.path)
         for part in PARTS:
             array = hosts.whole(pair[part])
@@ -145,22 +155,27 @@ def _settings(spec: ModelSpec, base_name: str) -> dict[str, Any]:
     """PEFT's `adapter_config.json`."""
     assert spec.lora is not None
     ranks, scales = {}, {}
-    for weight in spec.adapted:
+    dense = [weight for weight in spec.adapted if not weight.experts]
+    for weight in dense:
         layers = range(spec.config.num_hidden_layers) if weight.stacked else (None,)
         for layer, rank, scale in zip(layers, spec.ranks(weight), spec.scales(weight), strict=True):
             if rank:
                 ranks[module_name((weight, layer))], scales[module_name((weight, layer))] = rank, scale
     alphas = {name: scales[name] * rank for name, rank in ranks.items()}
-    everywhere = all(all(spec.ranks(weight)) for weight in spec.adapted)
+    everywhere = all(all(spec.ranks(weight)) for weight in dense)
     own_rank = {re.escape(name): rank for name, rank in ranks.items() if rank != spec.lora.rank}
     own_alpha = {re.escape(name): _number(a) for name, a in alphas.items() if a != spec.lora.alpha}
+    experts = expert_settings(spec)
+    own_rank |= {re.escape(name): rank for name, (rank, _) in experts.items()}
+    own_alpha |= {re.escape(name): _number(alpha) for name, (_, alpha) in experts.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": spec.lora.rank,
         "lora_alpha": _number(spec.lora.alpha),
-        "target_modules": [weight.name for weight in spec.adapted] if everywhere else list(ranks),
+        "target_modules": [weight.name for weight in dense] if everywhere else list(ranks),
+        **({"target_parameters": list(fused_targets(spec))} if experts else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -169,7 +184,7 @@ def _settings(spec: ModelSpec, base_name: str) -> dict[str, Any]:
         "modules_to_save": None,
         "use_dora": False,
         "use_rslora": False,
-        **({"rank_pattern": own_rank, "alpha_pattern": own_alpha} if spec.shapes else {}),
+        **({"rank_pattern": own_rank, "alpha_pattern": own_alpha} if spec.shapes or experts else {}),
     }
 
 

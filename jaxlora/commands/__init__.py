@@ -23,6 +23,7 @@ DESCRIPTION = "Fine-tune language models with LoRA or whole, on Cloud TPUs, GPUs
 COMMANDS = {
     "train": "fine-tune as a configuration says; the same command resumes",
     "study": "trials, sweep, evaluation and report as one command",
+    "rl": "learn from rewards: sample, grade, step; the same command resumes",
     "evaluate": "score a run, the base or an adapter on a benchmark",
     "generate": "answer a file of prompts",
     "chat": "talk to a run, an adapter or the base",
@@ -36,6 +37,7 @@ OF_DATA = {
     "build": "stream a source; accept, group, split and render its rows",
     "check": "run the data gates and write the report that training asks for",
     "audit": "quality report, token statistics, and rows for a person to read",
+    "bench": "measure how long rows take to be ready, and their memory",
 }
 
 

@@ -1,11 +1,15 @@
-"""Measure training and decoding: real tokens per second, utilisation, compilations, memory.
+"""Measure training, decoding and learning from rewards: real tokens per second, utilisation, memory.
 
     jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
+    jaxlora bench rl     --model qwen3-8b --random-weights --rank 1 --lengths LENGTHS.json
+    jaxlora bench experts --model qwen3-30b-a3b --rank 32 --tokens 8192
+    jaxlora bench scaling --model qwen3-8b --steps 16
 
 Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
 like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
-a directory with config.json. Prints a table and one line of JSON.
+a directory with config.json. Fields of a configuration can be given as well, such as --config.mesh.data=2.
+Prints a table and one line of JSON.
 
 A rows file is JSON with "rows": [[prompt_tokens, total_tokens], ...]; a lengths file has "prompt_tokens" and
 one or more lists of answer lengths, of which --answers names one (default: adapter_generated_tokens).
@@ -19,22 +23,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from jaxlora.cli import HelpFormatter
-from jaxlora.config import BaseDtype, Condition, RunConfig, from_dict
-from jaxlora.models.spec import ModelConfig
+from jaxlora.cli import HelpFormatter, with_overrides
+from jaxlora.config import BaseDtype, Condition, RunConfig, from_dict, to_dict
+from jaxlora.models.spec import How, ModelConfig
 from jaxlora.runtime.errors import UserError, add_number
 
 CONDITIONS = get_args(Condition)
 
 
 def main() -> int:
-    options = parse()
-    config = configuration(options)
+    options, overrides = parse()
+    if options.what == "scaling":
+        from jaxlora.commands.bench_scaling import run_scaling
+
+        return run_scaling(options)
+    config = configuration(options, overrides)
     from jaxlora.runtime.devices import setup
 
     setup(config.results_dir, config.model.dtype)
-    measure = {"train": run_train, "decode": run_decode}[options.what]
-    result = {"model": options.model, "condition": options.condition, "rank": options.rank}
+    runs = {"train": run_train, "decode": run_decode, "rl": run_rl, "experts": run_experts}
+    measure = runs[options.what]
+    result = {"model": options.model, "condition": config.condition, "rank": options.rank}
     result |= {"base_dtype": options.base_dtype or options.dtype}
     result |= measure(options, config, shape_of(config, options.num_layers))
     show(result)
@@ -45,30 +54,91 @@ def main() -> int:
 # --- The command line ---------------------------------------------------------------------------------------
 
 
-def parse() -> argparse.Namespace:
-    """The options of one of the two benchmarks; each takes only its own."""
+def parse() -> tuple[argparse.Namespace, dict[str, str]]:
+    """The options of one of the benchmarks, which takes only its own, and fields of the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     train = commands.add_parser("train", help="training steps, then a validation pass")
     decode = commands.add_parser("decode", help="decoding to answers of given lengths")
-    for command in (train, decode):
+    rl = commands.add_parser("rl", help="batches of sampling, grading and learning, answers of given lengths")
+    experts = commands.add_parser("experts", help="one layer's experts, by each implementation")
+    scaling = commands.add_parser("scaling", help="both on 1, 2, 4, ... GPUs of this host")
+    for command in (train, decode, rl, experts, scaling):
         _add_model_options(command)
+    for command in (train, experts):
+        command.add_argument(
+            "--products", default="auto", help=f"of experts, by {', '.join(get_args(How))}; all: each in turn"
+        )
+    add_number(experts, "--tokens", default=8192, help="tokens that go to experts")
 
     _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
     train.add_argument("--no-validation", action="store_true", help="leave out the validation pass")
+    _add_decode_options(decode)
+    add_number(scaling, "--steps", default=16, help="training steps of each measurement")
+    add_number(scaling, "--buffer-sizes", default=2, help="buffer lengths, each compiled once")
+    add_number(scaling, "--slots", default=384, help="rows decoded at once, on each GPU")
+    add_number(scaling, "--prompts", help="only the first prompts, on each GPU")
+    scaling.add_argument("--only", help="names of measurements, with commas between [all]")
+    scaling.add_argument("--out", type=Path, help="a file for each measurement's line of JSON, as it comes")
 
-    decode.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
-    decode.add_argument(
+    _add_lengths(rl)
+    add_number(rl, "--slots", default=384, help="rows decoded at once")
+    add_number(rl, "--prompts", default=64, help="prompts of a batch")
+    add_number(rl, "--group", default=16, help="answers to each prompt")
+    add_number(rl, "--steps", default=1, help="batches that are timed")
+    add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
+    rl.add_argument(
+        "--no-sharing",
+        action="store_true",
+        help="compute a prompt once an answer in learning, not once a group",
+    )
+    options, rest = parser.parse_known_args()
+    if odd := [word for word in rest if not (word.startswith("--config.") and "=" in word)]:
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")  # a field is --config.FIELD=VALUE
+    known = (*get_args(How), *(("all",) if options.what == "experts" else ()))
+    if options.what in ("train", "experts") and options.products not in known:
+        raise UserError(f"--products: {options.products!r:.80} is not known; give {', '.join(known)}")
+    if options.what in ("decode", "rl") and options.answers and not options.lengths:
+        raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
+    if options.what == "scaling" and rest:
+        raise UserError(f"{rest[0]}: scaling chooses the fields; give it to bench train or bench decode")
+    return options, dict(word.removeprefix("--config.").split("=", 1) for word in rest)
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
+    parser.add_argument(
         "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
     )
-    add_number(decode, "--prompts", help="only the first prompts")
-    add_number(decode, "--slots", default=384, help="rows decoded at once")
-    decode.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
-    options = parser.parse_args()
-    if options.what == "decode" and options.answers and not options.lengths:
-        raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
-    return options
+
+
+def _add_decode_options(parser: argparse.ArgumentParser) -> None:
+    _add_lengths(parser)
+    add_number(parser, "--prompts", help="only the first prompts")
+    add_number(parser, "--repeat", default=1, help="all prompts so many times")
+    add_number(parser, "--slots", default=384, help="rows decoded at once, on each device with its own")
+    parser.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
+    parser.add_argument(
+        "--correlation",
+        type=_correlation,
+        help="rearrange the prompts until log lengths of prompts and answers correlate so [0.5 for built-in"
+        " lengths, as real ones do; a file's stay as they are]",
+    )
+    parser.add_argument(
+        "--earlier",
+        type=_correlation,
+        help="order prompts by answer lengths of an earlier evaluation, whose logs correlate so with these"
+        " [none: nothing is known of the answers]",
+    )
+    parser.add_argument("--padded", action="store_true", help="read prompts as padded rows, not end to end")
+
+
+def _correlation(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no correlation; give a number from 0 to 1")
+    return value
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -91,10 +161,13 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     add_number(parser, "--buffer-sizes", default=6, help="buffer lengths, each compiled once")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    add_number(
+        parser, "--dropout", float, zero=True, default=0.0, help="of the adapters' inputs [%(default)s]"
+    )
 
 
-def configuration(options: argparse.Namespace) -> RunConfig:
-    """The options as a checked configuration; fields without an option keep their defaults."""
+def configuration(options: argparse.Namespace, overrides: dict[str, str]) -> RunConfig:
+    """The options as a checked configuration; fields without an option keep their defaults, or are given."""
     values: dict[str, Any] = {
         "model": {
             "path": options.model,
@@ -106,12 +179,17 @@ def configuration(options: argparse.Namespace) -> RunConfig:
         },
         "lora": {"targets": options.condition, "rank": options.rank},
     }
-    if options.what == "decode":
+    if options.what == "rl":
+        values["rl"] = {"prompts": options.prompts, "group": options.group, "slots": options.slots}
+        values["rl"]["share_prompts"] = not options.no_sharing
+        values["train"] = {"max_buffer_tokens": options.buffer_tokens}
+    elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
-    else:
+    elif options.what == "train":
+        values["lora"]["dropout"] = options.dropout
         values["model"] |= {"layers": options.layers, "remat": options.remat}
         values["train"] = {"batch_rows": options.batch_rows, "buffer_sizes": options.buffer_sizes}
-    return from_dict(values)
+    return from_dict(with_overrides(to_dict(from_dict(values)), overrides))
 
 
 def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
@@ -142,7 +220,16 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
     from jaxlora.bench import bench_train
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
-    return bench_train(config, shape, lengths, options.steps, not options.no_validation)
+    return bench_train(config, shape, lengths, options.steps, not options.no_validation, options.products)
+
+
+def run_experts(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from jaxlora.bench import bench_experts
+    from jaxlora.models.grouped import resolve
+
+    hows = [how for how in get_args(How) if how != "auto"]
+    chosen = hows if options.products == "all" else [resolve(options.products)]
+    return bench_experts(config, shape, options.tokens, chosen)
 
 
 def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
@@ -150,8 +237,25 @@ def run_decode(options: argparse.Namespace, config: RunConfig, shape: ModelConfi
 
     name = options.answers or "adapter_generated_tokens"
     prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
+    wanted = 0.5 if options.correlation is None and not options.lengths else options.correlation
     n = options.prompts or len(prompts)
-    return bench_decode(config, shape, prompts[:n], answers[:n])
+    prompts, answers = prompts[:n] * options.repeat, answers[:n] * options.repeat
+    if wanted is not None:
+        prompts = correlated(prompts, answers, wanted)
+    earlier = None if options.earlier is None else seen_earlier(answers, options.earlier)
+    return bench_decode(config, shape, prompts, answers, earlier, options.padded)
+
+
+def run_rl(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:
+    from itertools import cycle, islice
+
+    from jaxlora.rl.bench import bench_rl
+
+    name = options.answers or "adapter_generated_tokens"
+    prompts, answers = read_answers(options.lengths, name) if options.lengths else default_answers()
+    prompts = list(islice(cycle(prompts), options.prompts))
+    answers = list(islice(cycle(answers), options.prompts * options.group))
+    return bench_rl(config, shape, prompts, answers, options.steps)
 
 
 # --- Lengths ------------------------------------------------------------------------------------------------
@@ -175,6 +279,24 @@ def default_answers(n: int = 1319) -> tuple[list[int], list[int]]:
     prompts = rng.integers(60, 180, n)
     answers = np.clip(rng.lognormal(5.0, 0.45, n), 20, 512).astype(int)
     return prompts.tolist(), answers.tolist()
+
+
+def correlated(prompts: list[int], answers: list[int], correlation: float) -> list[int]:
+    """The same prompt lengths in another order, so that their logs correlate so with those of the answers."""
+    import numpy as np
+
+    order = np.argsort(np.argsort(seen_earlier(answers, correlation, seed=3), kind="stable"), kind="stable")
+    return np.sort(prompts)[order].tolist()
+
+
+def seen_earlier(answers: list[int], correlation: float, seed: int = 2) -> list[float]:
+    """Lengths whose logs correlate so with those of the answers, as another model's answers would."""
+    import numpy as np
+
+    logs = np.log(answers)
+    noise = np.random.default_rng(seed).normal(logs.mean(), max(logs.std(), 1e-9), len(logs))
+    mixed = correlation * (logs - logs.mean()) + (1 - correlation**2) ** 0.5 * (noise - logs.mean())
+    return np.exp(logs.mean() + mixed).tolist()
 
 
 def read_rows(path: Path) -> list[tuple[int, int]]:

@@ -1,7 +1,10 @@
 """Hand on what a run selected: a PEFT adapter, and a merged checkpoint if asked; or a model trained whole.
 
+Each folder has the tokenizer, its template and a model card made from the run's records.
+
 jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter
 jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter --merged merged
+jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter --license apache-2.0 --push OWNER/NAME
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ def main() -> None:
     options = parse()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
     from jaxlora.checkpoints.base import refuse_existing
+    from jaxlora.checkpoints.card import base_name, is_hub_name, model_card
     from jaxlora.checkpoints.export import is_exported, load_selected, write_adapter, write_merged
 
     with_weights = options.merged is not None and not options.dry_run
@@ -30,24 +34,43 @@ def main() -> None:
     if selected.spec.lora is None and options.merged:
         raise UserError("--merged: this run trained all weights; --out alone takes its model")
     # Of an export with --merged that was stopped half-way, the adapter is there already.
-    kept = options.merged is not None and is_exported(selected, options.out)
+    name = base_name(selected, options.base_name)
+    kept = options.merged is not None and is_exported(selected, options.out, name)
     if not options.overwrite and not kept:
         refuse_existing(options.out)
+    full = selected.spec.lora is None
+    card = model_card(selected, "model" if full else "adapter", name, options.license)
+    if not is_hub_name(name):
+        print(
+            f"base      {name}: others cannot load it from there; --base-name OWNER/NAME names it on the Hub"
+        )
+        if options.push:
+            raise UserError("--push: the base has no name on the Hub; give --base-name OWNER/NAME")
     describe(selected, options.out, options.merged)
+    hub = None
+    if options.push:
+        from jaxlora.checkpoints.push import open_hub
+
+        hub = open_hub(options.push, options.public)
     if options.dry_run:
         print("dry run: nothing was written")
         return
     with enough_room(options.out):
-        if selected.spec.lora is None:
-            write_merged(selected, options.out)
+        if full:
+            write_merged(selected, options.out, card)
         elif kept:
             with claimed(options.out):
                 pass  # clears away what the stopped one left beside it
         else:
-            write_adapter(selected, options.out, options.overwrite)
+            write_adapter(selected, options.out, options.overwrite, name, card)
     if options.merged:
         with enough_room(options.merged):
-            write_merged(selected, options.merged)
+            write_merged(selected, options.merged, model_card(selected, "merged", name, options.license))
+    if hub is not None:
+        from jaxlora.checkpoints.push import push_folder
+
+        pushed = push_folder(hub, options.merged or options.out)
+        print(f"pushed    {pushed}, {'public' if hub.public else 'private'}")
 
 
 def parse() -> argparse.Namespace:
@@ -71,10 +94,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="where the run's tokenizer is now (default: as the run says)"
     )
+    parser.add_argument(
+        "--base-name", metavar="OWNER/NAME", help="what others call the base (default: found)"
+    )
+    parser.add_argument("--license", metavar="NAME", help="for the model card, as the Hub names it [unknown]")
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="put --merged, or else --out, on the Hugging Face Hub, privately"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: for everybody to read")
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out")
     parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
     options = parser.parse_args()
 
+    if options.public and not options.push:
+        raise UserError("--public belongs to --push")
     if options.merged and options.merged.resolve() == options.out.resolve():
         raise UserError(f"--merged {options.merged}: is --out, too; give two folders")
     new = options.merged or (None if options.overwrite else options.out)

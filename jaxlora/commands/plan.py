@@ -1,5 +1,6 @@
 """Plan a run on a Cloud TPU slice without the slice: memory, time and cost from the compiled programs.
 
+    jaxlora plan --config own --config.data.train_path=rows.jsonl      # here: steps, tokens, does it fit?
     jaxlora plan --config main --topology v5e-8
     jaxlora plan --config main --topology all --json plans.json
     jaxlora plan --config main --topology v5e-8 --search
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--topology", required=True, metavar="SLICE", help="such as v5e-8 or v6e-8, or all")
+    parser.add_argument(
+        "--topology", metavar="SLICE", help="such as v5e-8 or v6e-8, or all [the devices that are here]"
+    )
     parser.add_argument(
         "--search", action="store_true", help="look for the fastest mesh, remat and micro-batches that fit"
     )
@@ -48,6 +50,9 @@ def main() -> int:
     add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens of a row [the study's]")
     config, options = parse_config(parser)
     check_options(options)
+    if options.topology is None:
+        return plan_here(config)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
 
     from jaxlora.plan.programs import Workload
     from jaxlora.runtime.devices import SLICES, slice_named
@@ -71,11 +76,27 @@ def main() -> int:
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse what could not be written afterwards before anything is compiled, which takes minutes."""
+    of_slices = ("search", "json", "price", "train_rows", "validation_rows", "row_tokens")
+    if options.topology is None and (odd := [name for name in of_slices if getattr(options, name)]):
+        raise UserError(f"--{odd[0].replace('_', '-')} is for a slice: give --topology as well")
     if options.json and options.json != "-":
         if Path(options.json).exists():
             raise UserError(f"--json: {options.json} exists already; give a new file")
         if not Path(options.json).parent.is_dir():
             raise UserError(f"--json: {Path(options.json).parent} is no folder; make it first")
+
+
+def plan_here(config: RunConfig) -> int:
+    """Print what `jaxlora train --dry-run` prints; 1 if its memory does not fit the devices that are here."""
+    from jaxlora.runtime.devices import setup
+    from jaxlora.runtime.progress import console
+
+    setup(config.results_dir, config.model.dtype)
+    from jaxlora.train.job import describe, fits, prepare
+
+    job = prepare(config, with_weights=False)
+    console.print(describe(job))
+    return 1 if fits(job) is False else 0
 
 
 def plan_slices(

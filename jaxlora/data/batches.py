@@ -20,7 +20,16 @@ import grain.python as grain
 import numpy as np
 
 from jaxlora.config import TrainConfig
-from jaxlora.data.packing import Batch, choose_sizes, largest_buffer, pack, pad, round_up, spread
+from jaxlora.data.packing import (
+    Batch,
+    choose_sizes,
+    cut_into_lines,
+    largest_buffer,
+    pack,
+    pad,
+    round_up,
+    spread,
+)
 from jaxlora.data.render import RenderedRow
 from jaxlora.runtime.errors import UserError
 
@@ -110,11 +119,35 @@ class Layout:
     sizes: tuple[int, ...]
     batch_rows: int
     max_buffer_tokens: int
+    lines: int = 1  # of a packed buffer
+    rows_a_line: int = 1  # at most
 
     def build(self, rows: Sequence[RenderedRow]) -> Batch:
         if self.packed:
-            return pack(rows, self.sizes, self.max_buffer_tokens)
+            return pack(rows, self.sizes, self.max_buffer_tokens, self.lines)
         return pad(rows, self.sizes, self.batch_rows)
+
+    def shape(self, rows: Sequence[RenderedRow]) -> tuple[int, int, int]:
+        """The shape of the batch that `build` makes of these rows."""
+        lengths = [row.n_tokens for row in rows]
+        if not self.packed:
+            return 1, self.batch_rows, min(size for size in self.sizes if size >= max(lengths))
+        largest = largest_buffer(lengths, self.max_buffer_tokens, self.lines)
+        buffers = len(cut_into_lines(lengths, self.max_buffer_tokens, self.lines))
+        return buffers, self.lines, min(size for size in self.sizes if size >= largest)
+
+    def shapes(
+        self, rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], steps: range
+    ) -> list[tuple[int, int, int]]:
+        """The shapes of the batches of these steps, each once, in the order in which they come."""
+        return list(dict.fromkeys(self.shape([rows[i] for i in rows_of_step(step)]) for step in steps))
+
+    def order(self, rows: Sequence[RenderedRow]) -> list[int]:
+        """The numbers of these rows in the order in which they lie in the batch, line after line."""
+        if not self.packed:
+            return list(range(len(rows)))
+        parts = cut_into_lines([row.n_tokens for row in rows], self.max_buffer_tokens, self.lines)
+        return [i for buffer in parts for line in buffer for i in line]
 
 
 def choose_layout(
@@ -123,21 +156,29 @@ def choose_layout(
     batch_rows: int,
     train: TrainConfig,
     multiple: int,
+    lines: int = 1,
 ) -> Layout:
     """The layout for these batches of rows; buffer lengths are multiples of `multiple`.
 
     Args:
       batches: row numbers of each batch.
       multiple: what the device mesh asks of a buffer's length; `buffer_multiple` is rounded up to it.
+      lines: of a packed buffer, as the device mesh asks for.
     """
     multiple = round_up(train.buffer_multiple, multiple)
+    lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
     if train.layout == "padded":
-        totals = [max(rows[i].n_tokens for i in batch) for batch in batches]
-    else:
-        lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
-        totals = [largest_buffer(part, train.max_buffer_tokens) for part in lengths]
+        sizes = choose_sizes([max(part) for part in lengths], train.buffer_sizes, multiple)
+        return Layout(False, sizes, batch_rows, train.max_buffer_tokens)
+    most = train.max_buffer_tokens
+    totals = [largest_buffer(part, most, lines) for part in lengths]
+    # Of one line the bound is a batch's rows: what a program is compiled for then knows no data.
+    per_line = (
+        len(line) for part in lengths for buffer in cut_into_lines(part, most, lines) for line in buffer
+    )
+    rows_a_line = batch_rows if lines == 1 else max(per_line)
     sizes = choose_sizes(totals, train.buffer_sizes, multiple)
-    return Layout(train.layout == "packed", sizes, batch_rows, train.max_buffer_tokens)
+    return Layout(True, sizes, batch_rows, most, lines, rows_a_line)
 
 
 def step_batch(
@@ -157,7 +198,8 @@ def step_batch(
     batch = layout.build([rows[i] for i in chosen])
     if dropout_seed is None:
         return batch
-    return batch | {"dropout": spread(batch, row_words(dropout_seed, step, chosen))}
+    words = row_words(dropout_seed, step, chosen)
+    return batch | {"dropout": spread(batch, words[layout.order([rows[i] for i in chosen])])}
 
 
 def ahead(build: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch]]:

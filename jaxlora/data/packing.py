@@ -6,6 +6,8 @@ of their own, so that padding, packing and splitting over buffers are only layou
 
     sizes = choose_sizes([2461, 2433, 3295], n_sizes=2, multiple=512)        # (2560, 3584)
     buffers = pack(rows, sizes, max_tokens=16384)                            # arrays [buffers, 1, length]
+
+Over several devices a buffer has several lines, one a device, of whole rows and about as many tokens each.
 """
 
 from __future__ import annotations
@@ -63,26 +65,87 @@ def cut_into_buffers(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
     return buffers
 
 
-def largest_buffer(lengths: Sequence[int], max_tokens: int) -> int:
-    """Tokens of the fullest buffer of these rows: what the step's buffers must hold."""
-    return max(sum(lengths[i] for i in part) for part in cut_into_buffers(lengths, max_tokens))
+def cut_into_lines(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> list[list[list[int]]]:
+    """Row indices of each line of each buffer; a line has at most `max_tokens` (a longer row its own line).
+
+    One line a buffer: the rows in order. More: as few buffers as hold them, every line of all of them as full
+    as the others. The longest rows are dealt first, each to the emptiest line; then the fullest and the
+    emptiest line change rows as long as that helps.
+    """
+    if lines == 1:
+        return [[part] for part in cut_into_buffers(lengths, max_tokens)]
+    buffers = max(1, -(-sum(lengths) // (max_tokens * lines)))
+    while True:
+        dealt = _deal(lengths, buffers * lines)
+        if buffers * lines >= len(lengths) or _fullest(dealt, lengths) <= max_tokens:
+            return [dealt[i : i + lines] for i in range(0, len(dealt), lines)]
+        buffers += 1
 
 
-def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int) -> Batch:
+def _deal(lengths: Sequence[int], lines: int) -> list[list[int]]:
+    """Row indices, in order, of each of so many lines of nearly equal tokens; no line longer than needed."""
+    dealt: list[list[int]] = [[] for _ in range(lines)]
+    totals = [0] * lines
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        line = totals.index(min(totals))
+        dealt[line].append(i)
+        totals[line] += lengths[i]
+    while True:
+        full, empty = totals.index(max(totals)), totals.index(min(totals))
+        gap = totals[full] - totals[empty]
+        moves = [
+            (abs(gap - 2 * (lengths[i] - (0 if j is None else lengths[j]))), i, j)
+            for i in dealt[full]
+            for j in (None, *dealt[empty])
+        ]
+        left, i, j = min(moves, key=lambda move: move[0], default=(gap, 0, None))
+        if left >= gap:
+            return [sorted(line) for line in dealt]
+        dealt[full].remove(i)
+        dealt[empty].append(i)
+        if j is not None:
+            dealt[empty].remove(j)
+            dealt[full].append(j)
+        moved = lengths[i] - (0 if j is None else lengths[j])
+        totals[full] -= moved
+        totals[empty] += moved
+
+
+def _fullest(lines: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    return max(sum(lengths[i] for i in line) for line in lines)
+
+
+def largest_buffer(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> int:
+    """Tokens of the fullest line of these rows' buffers: what each line must hold."""
+    return max(_fullest(buffer, lengths) for buffer in cut_into_lines(lengths, max_tokens, lines))
+
+
+def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lines: int = 1) -> Batch:
     """Rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`,
-    each `[buffers, 1, length]` with the smallest of the lengths that holds the fullest buffer; and, float32,
-    the rows' extras, which all have under the same names.
+    each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line; and,
+    float32, the rows' extras, which all have under the same names.
     """
     lengths = [row.n_tokens for row in rows]
-    parts = cut_into_buffers(lengths, max_tokens)
-    length = _smallest(sizes, largest_buffer(lengths, max_tokens))
-    batch = _empty(rows, len(parts), 1, length)
-    for i, part in enumerate(parts):
-        start = 0
-        for segment, j in enumerate(part):
-            _place(batch, (i, 0), start, rows[j], segment + 1)
-            start += lengths[j]
+    parts = cut_into_lines(lengths, max_tokens, lines)
+    length = _smallest(sizes, max(_fullest(buffer, lengths) for buffer in parts))
+    batch = _empty(rows, len(parts), lines, length)
+    for i, buffer in enumerate(parts):
+        for line, part in enumerate(buffer):
+            start = 0
+            for segment, j in enumerate(part):
+                _place(batch, (i, line), start, rows[j], segment + 1)
+                start += lengths[j]
     return batch
+
+
+def rows_of(values: np.ndarray, lengths: Sequence[int], max_tokens: int, lines: int = 1) -> list[np.ndarray]:
+    """What values `[buffers, lines, length]` of a batch that `pack` made say of each row, in its order."""
+    found: dict[int, np.ndarray] = {}
+    for buffer, parts in zip(values, cut_into_lines(lengths, max_tokens, lines), strict=True):
+        for line, part in zip(buffer, parts, strict=True):
+            ends = np.cumsum([lengths[i] for i in part])
+            found |= {i: line[end - lengths[i] : end] for i, end in zip(part, ends, strict=True)}
+    return [found[i] for i in range(len(lengths))]
 
 
 def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch:

@@ -13,6 +13,7 @@ cut and nothing is left out in silence.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlora.config import DataConfig
+from jaxlora.data.cache import RowCache
 from jaxlora.data.containers import container_of, count_rows, parse_object, read_rows, strings_of
 from jaxlora.data.control import guard_of
 from jaxlora.data.formats import MESSAGES, Format, choose_columns, find_format, to_example
@@ -86,6 +88,12 @@ class RowReport:
     kind: str = ""  # format and container, such as "Alpaca rows in CSV"
     duplicates: int = 0
     sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: str, values: dict[str, Any]) -> RowReport:
+        """A report that was kept as a dictionary, of the file at this path."""
+        skipped = tuple(BadRow(**bad) for bad in values["skipped"])
+        return cls(**(values | {"path": path, "skipped": skipped}))
 
     def describe(self) -> str:
         """One line, such as `train.jsonl: 98 rows, 21,004 tokens; skipped 2: empty answer (line 7) ...`."""
@@ -198,8 +206,12 @@ def load_rendered_rows(
     on_bad_row: Literal["error", "skip"] = "error",
     limit: int | None = None,
     options: RowOptions | None = None,
+    cache: RowCache | None = None,
 ) -> tuple[list[RenderedRow], RowReport]:
     """All rows of a file (local or `hf://`) or Hub dataset, or the first `limit` usable ones, in file order.
+
+    Args:
+      cache: where the rows of a large file are looked for first, and kept.
 
     Raises:
       UserError: a row cannot be used and `on_bad_row` is "error" (names file and line); or none can be used;
@@ -208,6 +220,12 @@ def load_rendered_rows(
     reader = _Reader(options or RowOptions())
     file = None if reader.options.split is not None else locate(path)
     sha256 = None if file is None else sha256_of(file)
+    key = None
+    if cache is not None and file is not None and sha256 is not None:
+        given = {"max_length": max_length, "on_bad_row": on_bad_row, "limit": limit}
+        key = cache.key(file, sha256, given | dataclasses.asdict(reader.options))
+        if key is not None and (found := cache.read(key)) is not None:
+            return found[0], RowReport.of(str(path), found[1])
     records, total, container = _open(str(path), reader.options)
     rows: list[RenderedRow] = []
     skipped: list[BadRow] = []
@@ -237,7 +255,10 @@ def load_rendered_rows(
     kind = f"{reader.format.name} rows in {container}" if reader.format else ""
     tokens = sum(row.n_tokens for row in rows)
     copies = count_duplicates(rows)
-    return rows, RowReport(str(path), seen, len(rows), tuple(skipped), tokens, kind, copies, sha256)
+    report = RowReport(str(path), seen, len(rows), tuple(skipped), tokens, kind, copies, sha256)
+    if cache is not None and key is not None:
+        cache.keep(key, rows, dataclasses.asdict(report))
+    return rows, report
 
 
 def count_duplicates(rows: list[RenderedRow]) -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 from jaxlora.checkpoints.base import Base
 from jaxlora.config import RunConfig
 from jaxlora.data.render import SYSTEM_PROMPT, Tokenizer, render_prompts
+from jaxlora.evals.earlier import earlier_lengths
 from jaxlora.evals.gsm8k import Problem, aggregate, load_problems, load_questions, score
 from jaxlora.evals.rules import rule_named
 from jaxlora.generate.decode import generate
@@ -133,6 +134,8 @@ def evaluate(
     check_lengths(config, base, prompts)
     inputs = evaluation_inputs(config, subject, problems, prompts)
     stop_ids = base.stop_ids(tokenizer)
+    found = earlier_lengths(Path(config.results_dir), inputs["prompts_sha256"], out_dir)
+    expected = hosts.broadcast(found if found is not None and len(found) == len(prompts) else None)
     start = time.monotonic()
     spec, lora, weights, mesh = decode_weights(spec, trained, frozen, merge=config.eval.merge_adapter)
     progress = progress_bar(f"decoding {subject.run_id}", len(prompts), "problems")
@@ -146,6 +149,7 @@ def evaluate(
             max_new_tokens=config.eval.max_new_tokens,
             slots=config.eval.batch_rows,
             backend=decode_backend(spec.dtype),
+            expected=expected,
             progress=advance,
         )
     seconds = time.monotonic() - start

@@ -3,7 +3,8 @@
     answers = generate(spec, lora, weights, prompts, stop_ids=(151645,), max_new_tokens=512, slots=256)
     answers[0].tokens, answers[0].stop_reason          # ids up to and with the token that stopped it, "stop"
 
-The cache has a fixed number of slots. A prompt is prefilled into a free slot; all slots decode together,
+The cache has a fixed number of slots; of several devices each has so many of its own and the weights whole,
+or all have a part of every slot's heads. A prompt is prefilled into a free slot; all slots decode together,
 several steps a call, with the choice of tokens and the stop test on the device; a finished slot takes the
 next prompt. What a row generates depends on nothing but its own prompt and, where tokens are drawn, on the
 seed and the prompt's number.
@@ -22,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.data.packing import choose_sizes, round_up
+from jaxlora.generate.order import PACKED_ROWS, order_of, packed_line, packed_tokens, take_packed
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.decoder import Decoder, ModelSpec, Tree
 from jaxlora.runtime.devices import decoder_options
 from jaxlora.runtime.hosts import whole
-from jaxlora.sharding import constrain_decode
+from jaxlora.sharding import by_slot, constrain_decode, slot_shards
 
 STEPS_PER_CALL = 16
 PREFILL_ROWS = 32
@@ -34,6 +36,7 @@ SHARED_ROWS, SHARED_PROMPTS = 64, 4  # the same where answers share prompts: ans
 SHARED_WORTH = 16  # free slots that are worth such a prefill, which costs about a decoding step
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of this many tokens
 TAIL_FROM_SLOTS = 256  # with fewer slots a step is bound by reading the weights, however many are idle
+TAILS = (2, 8)  # the slots are then halved, and go down to an eighth
 WINDOW_MULTIPLE = 128  # the cache is read up to a multiple of this many tokens
 
 
@@ -114,7 +117,8 @@ def make_prefill(
     Reads prompts `tokens` `[rows, length]` (int32, padded on the right, true `lengths` `[rows]`) into the
     given slots and picks their first token. `old` is what those slots had generated before: tokens
     `[rows, max_new_tokens]`, their numbers `[rows]`, and log-probabilities. `keys` `[rows, 2]` as in the
-    state. A slot number beyond the last marks a filler row.
+    state. A slot number beyond the last marks a filler row. Where devices have slots of their own, each has
+    its part of the rows, and numbers its slots from 0.
 
     With `source`, int32 `[answers]`, several answers share a prompt, which is read once: answer i has prompt
     `source[i]`, and `slots`, `limits`, `keys` and `old` are of answers.
@@ -123,33 +127,69 @@ def make_prefill(
     def prefill(
         state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys=None, source=None
     ):
+        rows = tokens, lengths, slots, limits, keys, source
+        return by_slot(own, state, lora, weights, *rows, whole=(1, 2))
+
+    def own(state: DecodeState, lora: Tree, weights: Tree, tokens, lengths, slots, limits, keys, source):
         model = spec.bind(lora, weights)
         hidden, cache = prefill_hidden(model, state.cache, tokens, lengths, slots, backend, source)
         final = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         if source is not None:
             final, lengths = final[source], lengths[source]
         first, logprob = choose(model, final, sampling, keys, jnp.zeros_like(lengths))
-        old = jax.tree.map(
-            lambda x: x.at[slots].get(mode="clip"), (state.output, state.n_new, state.logprobs)
-        )
-
-        def put(array, value):
-            return array.at[slots].set(value, mode="drop")
-
-        state = DecodeState(
-            cache=cache,
-            lengths=put(state.lengths, lengths),
-            last=put(state.last, first),
-            output=state.output.at[slots, 0].set(first, mode="drop"),
-            n_new=put(state.n_new, jnp.ones_like(lengths)),
-            limit=put(state.limit, limits),
-            active=put(state.active, ~_is_end(first, stop_ids) & (limits > 1)),
-            keys=None if state.keys is None else put(state.keys, keys),
-            logprobs=_at_first(state.logprobs, slots, logprob),
-        )
-        return state, old
+        return _begin(state._replace(cache=cache), slots, lengths, limits, first, logprob, keys, stop_ids)
 
     return jax.jit(prefill, donate_argnums=0, compiler_options=decoder_options())
+
+
+@lru_cache(maxsize=8)
+def make_packed_prefill(
+    spec: ModelSpec, stop_ids: tuple[int, ...], backend: str, sampling: Sampling = GREEDY
+):
+    """`make_prefill` for prompts that lie end to end: `(state, lora, weights, line, lengths, slots, limits,
+    keys) -> (state, old)`, with a `line` of `jaxlora.generate.order.packed_line`. One program serves all.
+    """
+
+    def prefill(state: DecodeState, lora: Tree, weights: Tree, line: Tree, lengths, slots, limits, keys=None):
+        rows = line, lengths, slots, limits, keys
+        return by_slot(own, state, lora, weights, *rows, whole=(1, 2))
+
+    def own(state: DecodeState, lora: Tree, weights: Tree, line: Tree, lengths, slots, limits, keys):
+        model, places = spec.bind(lora, weights), (line["slots"][0], line["positions"][0])
+
+        def attend(q, k, v, cache):
+            keys, values = (
+                old.at[places].set(new[0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
+            )
+            return segment_attention(q, k, v, line["segment_ids"], backend, len(slots)), (keys, values)
+
+        hidden, cache = model(line["tokens"], line["positions"], attend, state.cache)
+        final = hidden[0, line["ends"]]
+        first, logprob = choose(model, final, sampling, keys, jnp.zeros_like(lengths))
+        return _begin(state._replace(cache=cache), slots, lengths, limits, first, logprob, keys, stop_ids)
+
+    return jax.jit(prefill, donate_argnums=0, compiler_options=decoder_options())
+
+
+def _begin(state: DecodeState, slots, lengths, limits, first, logprob, keys, stop_ids):
+    """The state with new rows in these slots, their first token chosen, and what was in the slots before."""
+    old = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), (state.output, state.n_new, state.logprobs))
+
+    def put(array, value):
+        return array.at[slots].set(value, mode="drop")
+
+    state = DecodeState(
+        cache=state.cache,
+        lengths=put(state.lengths, lengths),
+        last=put(state.last, first),
+        output=state.output.at[slots, 0].set(first, mode="drop"),
+        n_new=put(state.n_new, jnp.ones_like(lengths)),
+        limit=put(state.limit, limits),
+        active=put(state.active, ~_is_end(first, stop_ids) & (limits > 1)),
+        keys=None if state.keys is None else put(state.keys, keys),
+        logprobs=_at_first(state.logprobs, slots, logprob),
+    )
+    return state, old
 
 
 @lru_cache(maxsize=8)
@@ -189,7 +229,10 @@ def make_decode(
         )
 
     def decode(state: DecodeState, lora: Tree, weights: Tree, window: int) -> DecodeState:
-        return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
+        def own(state, lora, weights):
+            return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
+
+        return by_slot(own, state, lora, weights, whole=(1, 2))
 
     return jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=decoder_options())
 
@@ -209,7 +252,10 @@ def prefill_hidden(model: Decoder, cache, tokens, lengths, slots, backend: str, 
         )
         return segment_attention(q, k, v, segment_ids, backend), (keys, values)
 
-    return model(tokens, positions, attend, cache)
+    real = None
+    if model.config.experts:  # neither padding nor filler rows
+        real = (segment_ids > 0) & (slots < cache[0][0].shape[0])[:, None]
+    return model(tokens, positions, attend, cache, real=real)
 
 
 def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str):
@@ -226,7 +272,8 @@ def decode_hidden(model: Decoder, state: DecodeState, window: int, backend: str)
         y = decode_attention(q[:, 0], keys[:, :window], values[:, :window], filled, backend)
         return y[:, None], (keys, values)
 
-    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache)
+    real = state.active[:, None] if model.config.experts else None
+    hidden, cache = model(state.last[:, None], state.lengths[:, None], attend, state.cache, real=real)
     return hidden[:, 0], cache
 
 
@@ -268,15 +315,20 @@ def _at_first(logprobs, slots, values):
 
 
 @jax.jit
-def _take(array: jax.Array, slots: jax.Array) -> jax.Array:
-    return constrain_decode(array[slots])
+def _take(arrays: Tree, slots: jax.Array) -> Tree:
+    def own(arrays, slots):
+        return jax.tree.map(lambda x: x[slots], arrays)
+
+    return constrain_decode(by_slot(own, arrays, slots))
 
 
 def take_slots(state: DecodeState, slots: np.ndarray) -> DecodeState:
-    """These slots only. The old cache is given up layer by layer, because two of them would not fit."""
+    """These slots only, numbered as in `make_prefill`. The old cache is given up layer by layer, because two
+    of them would not fit; everything else is small, and goes with each layer, so that it is one program."""
+    rest = state[1:]
     for i, layer in enumerate(state.cache):
-        state.cache[i] = tuple(_take(x, slots) for x in layer)  # type: ignore[call-overload]
-    return DecodeState(state.cache, *jax.tree.map(lambda x: _take(x, slots), state[1:]))
+        state.cache[i], rest = _take((layer, state[1:]), slots)
+    return DecodeState(state.cache, *rest)
 
 
 def _is_end(token: jax.Array, stop_ids: tuple[int, ...]) -> jax.Array:
@@ -293,26 +345,48 @@ class _Slots:
         stop_ids: tuple[int, ...],
         n: int,
         keys: np.ndarray | None,
+        queue: list[int],
         repeats: int = 1,
+        shards: int = 1,
     ):
         self.prompts, self.limits, self.stop_ids, self.keys = prompts, limits, stop_ids, keys
         self.repeats = repeats  # so many prompts in a row are the same one
-        # The prompts that wait, shortest last: they are taken from the end.
-        self.queue = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        self.queue = queue  # the prompts that wait; they are taken from the end
+        self.shards = shards  # devices with slots of their own, which are adjacent
         self.owner = np.full(n, -1)  # the prompt in each slot, until its answer is collected
         self.held = np.zeros(n, int)  # tokens in each slot's cache, an upper bound
         self.active = np.zeros(n, bool)
         self.answers: list[Generation | None] = [None] * len(prompts)
+        self.most = n // shards  # slots of a device at the start
 
-    def to_fill(self, at_once: int) -> np.ndarray:
-        """The free slots to fill now, at most so many and one a prompt; none if it is better to wait.
+    @property
+    def each(self) -> int:
+        """Slots of each device."""
+        return len(self.owner) // self.shards
+
+    def _by_shard(self, slots: np.ndarray) -> list[np.ndarray]:
+        return [slots[slots // self.each == shard] for shard in range(self.shards)]
+
+    def fill(self, at_once: int) -> list[Part]:
+        """Take prompts for free slots of each device, at most so many a device; none if it is better to wait.
 
         Waiting for a full prefill batch costs idle slots; a nearly empty one costs a prefill.
         """
         free = np.flatnonzero(~self.active)
-        worth = at_once if self.repeats == 1 else min(at_once, SHARED_WORTH)
+        worth = (at_once if self.repeats == 1 else min(at_once, SHARED_WORTH)) * self.shards
         worthwhile = len(free) >= worth or len(free) >= len(self.queue) or not self.active.any()
-        return free[: min(at_once, len(self.queue))] if worthwhile else free[:0]
+        if not self.queue or not worthwhile:
+            return []
+        return [self.take(own[: min(at_once, len(self.queue))]) for own in self._by_shard(free)]
+
+    def fill_packed(self, at_once: int, tokens: int) -> list[Part]:
+        """The same for packed prefills of so many tokens."""
+        free, lengths = self._by_shard(np.flatnonzero(~self.active)), [*map(len, self.prompts)]
+        idle = not self.active.any()
+        taken = take_packed(self.queue, lengths, [*map(len, free)], at_once, tokens, idle)
+        del self.queue[len(self.queue) - sum(map(len, taken)) :]
+        parts = [(own, slots[: len(own)]) for own, slots in zip(taken, free, strict=True)]
+        return parts if any(taken) else []
 
     def take(self, free: np.ndarray) -> tuple[list[int], np.ndarray]:
         """The next prompts for these slots, and the slots that they take: where answers share prompts, not
@@ -325,17 +399,31 @@ class _Slots:
         self.queue += reversed(taken[len(kept) :])
         return kept, free[: len(kept)]
 
-    def prefill_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
+    def prefill_rows(self, parts: list[Part], n_rows: int, sizes: Sequence[int]) -> tuple:
         """What `make_prefill` takes of these prompts and filler rows."""
-        if self.repeats > 1:
-            return self._shared_rows(taken, slots, n_rows, sizes)
-        longest = max(len(self.prompts[index]) for index in taken)
-        tokens = np.zeros((n_rows, min(size for size in sizes if size >= longest)), np.int32)
+        longest = max(len(self.prompts[index]) for taken, _ in parts for index in taken)
+        size = min(size for size in sizes if size >= longest)
+        rows = self._rows if self.repeats == 1 else self._shared_rows
+        return _joined([rows(taken, slots % self.each, n_rows, size) for taken, slots in parts])
+
+    def packed_rows(self, parts: list[Part], n_rows: int, n_tokens: int) -> tuple:
+        """What `make_packed_prefill` takes of these prompts."""
+        made = []
+        for taken, slots in parts:
+            line = packed_line(
+                [self.prompts[i] for i in taken], slots % self.each, n_tokens, n_rows, self.each
+            )
+            made.append((line, *self._rows(taken, slots % self.each, n_rows, 0)[1:]))
+        return _joined(made)
+
+    def _rows(self, taken: list[int], slots: np.ndarray, n_rows: int, size: int) -> tuple:
+        """Tokens (of prompts no longer than `size`), lengths, slots, limits and keys of rows."""
+        tokens = np.zeros((n_rows, size), np.int32)
         lengths, limits = np.ones(n_rows, np.int32), np.ones(n_rows, np.int32)
-        places = np.full(n_rows, len(self.owner), np.int32)
+        places = np.full(n_rows, self.each, np.int32)
         for i, index in enumerate(taken):
             prompt = self.prompts[index]
-            tokens[i, : len(prompt)] = prompt
+            tokens[i, : len(prompt)] = prompt[:size]
             lengths[i], places[i], limits[i] = len(prompt), slots[i], self.limits[index]
         if self.keys is None:
             return tokens, lengths, places, limits
@@ -343,16 +431,15 @@ class _Slots:
         keys[: len(taken)] = self.keys[taken]
         return tokens, lengths, places, limits, keys
 
-    def _shared_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, sizes: Sequence[int]):
+    def _shared_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, size: int) -> tuple:
         """The same where answers share prompts, which are adjacent in the queue."""
         different = list(dict.fromkeys(index // self.repeats for index in taken))
         prompts = [self.prompts[group * self.repeats] for group in different]
-        longest = max(map(len, prompts))
-        tokens = np.zeros((SHARED_PROMPTS, min(size for size in sizes if size >= longest)), np.int32)
+        tokens = np.zeros((SHARED_PROMPTS, size), np.int32)
         lengths = np.ones(SHARED_PROMPTS, np.int32)
         for i, prompt in enumerate(prompts):
             tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        places, limits = np.full(n_rows, len(self.owner), np.int32), np.ones(n_rows, np.int32)
+        places, limits = np.full(n_rows, self.each, np.int32), np.ones(n_rows, np.int32)
         source = np.zeros(n_rows, np.int32)
         places[: len(taken)], limits[: len(taken)] = slots, [self.limits[index] for index in taken]
         source[: len(taken)] = [different.index(index // self.repeats) for index in taken]
@@ -362,10 +449,12 @@ class _Slots:
         keys[: len(taken)] = self.keys[taken]
         return tokens, lengths, places, limits, keys, source
 
-    def put(self, taken: list[int], slots: np.ndarray) -> None:
-        """These prompts are in these slots now."""
-        self.owner[slots], self.active[slots] = taken, True
-        self.held[slots] = [len(self.prompts[index]) for index in taken]
+    def put(self, parts: list[Part], n_rows: int, old: tuple) -> None:
+        """These prompts are in these slots now, which held `old` before, `n_rows` of each device."""
+        for shard, (taken, slots) in enumerate(parts):
+            self.collect(slots, old, shard * n_rows)
+            self.owner[slots], self.active[slots] = taken, True
+            self.held[slots] = [len(self.prompts[index]) for index in taken]
 
     def update(self, state: DecodeState) -> int:
         """Read which slots go on, and how full they are; the number of those that ended."""
@@ -373,9 +462,10 @@ class _Slots:
         self.active, self.held = (np.array(x) for x in whole((state.active, state.lengths)))
         return int(before - self.active.sum())
 
-    def collect(self, slots: np.ndarray, generated: tuple) -> None:
-        """Keep the answers of those of these slots that have ended; row i of `generated` is of slot i."""
-        ended = [(i, slot) for i, slot in enumerate(slots) if self.owner[slot] >= 0 and not self.active[slot]]
+    def collect(self, slots: np.ndarray, generated: tuple, first: int = 0) -> None:
+        """Keep the answers of those of these slots that have ended: `generated`, from row `first` on."""
+        places = enumerate(slots, first)
+        ended = [(i, slot) for i, slot in places if self.owner[slot] >= 0 and not self.active[slot]]
         if not ended:
             return
         tokens, lengths, logprobs = whole(generated)
@@ -385,6 +475,11 @@ class _Slots:
             own = None if logprobs is None else logprobs[i, : lengths[i]].tolist()
             self.answers[self.owner[slot]] = Generation(ids, stop_reason, own)
             self.owner[slot] = -1
+
+    @property
+    def fullest(self) -> int:
+        """Active rows of the device that has most."""
+        return int(self.active.reshape(self.shards, -1).sum(axis=1).max())
 
     @property
     def longest(self) -> int:
@@ -407,11 +502,31 @@ class _Slots:
         for slot in np.flatnonzero(self.owner >= 0):
             stream(int(self.owner[slot]), tokens[slot, : lengths[slot]].tolist())
 
-    def shrink(self, n: int) -> np.ndarray:
-        """Go on with n slots, which hold all active rows; their numbers so far."""
-        keep = np.argsort(~self.active, stable=True)[:n]
+    def tail(self, sizes: Sequence[int] | None) -> int | None:
+        """With how many slots a device to go on, where no prompt waits and fewer do; None: as before.
+
+        Args:
+          sizes: to choose from; None: parts of the slots, where that is worth another program.
+        """
+        if sizes is None:
+            sizes = [self.most // part for part in TAILS] if self.most >= TAIL_FROM_SLOTS else []
+        fits = [size for size in sizes if 0 < self.fullest <= size < self.each]
+        return min(fits) if fits and not self.queue else None
+
+    def shrink(self, each: int) -> np.ndarray:
+        """Go on with so many slots a device, which hold all active rows; their numbers on it so far."""
+        own = np.argsort(~self.active.reshape(self.shards, -1), axis=1, stable=True)[:, :each]
+        keep = (own + self.each * np.arange(self.shards)[:, None]).ravel()
         self.owner, self.held, self.active = self.owner[keep], self.held[keep], self.active[keep]
-        return keep
+        return own.ravel()
+
+
+Part = tuple[list[int], np.ndarray]  # prompts that a device reads, and their slots
+
+
+def _joined(made: list[tuple]) -> tuple:
+    """The arrays of all devices in one."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
 
 
 def _doubled(n: int, least: int) -> int:
@@ -426,10 +541,13 @@ def _keys(seed: int, n: int) -> np.ndarray:
 
 
 def _sizes(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], up: Callable[[int, int], int]
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    up: Callable[[int, int], int],
+    n_sizes: int = 4,
 ) -> tuple[tuple[int, ...], int]:
     """The lengths to which prompts are padded, and the positions of the cache."""
-    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], 4, PROMPT_MULTIPLE)
+    sizes = choose_sizes([up(len(prompt), PROMPT_MULTIPLE) for prompt in prompts], n_sizes, PROMPT_MULTIPLE)
     longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     return sizes, max(up(longest, WINDOW_MULTIPLE), max(sizes))
 
@@ -444,12 +562,14 @@ def generate(
     max_new_tokens: int,
     slots: int,
     limits: Sequence[int] | None = None,
-    tail_slots: int | None = None,
+    tail_slots: Sequence[int] | None = None,
     backend: str = "xla",
     sampling: Sampling = GREEDY,
     seed: int = 0,
     keys: np.ndarray | None = None,
     repeats: int = 1,
+    expected: Sequence[float] | None = None,
+    packed: bool | None = None,
     progress: Callable[[int], None] | None = None,
     stream: Callable[[int, list[int]], None] | None = None,
 ) -> list[Generation]:
@@ -462,38 +582,52 @@ def generate(
       keys: raw keys of the answers' random numbers, uint32 `[answers, 2]`, in place of the seed.
       repeats: answers to each prompt, which is then read once for all that begin together.
       limits: most new tokens of each answer; None: `max_new_tokens` for all.
+      slots: answers decoded at once; of several devices with slots of their own, on each.
+      expected: how long each answer may become: see `jaxlora.generate.order`.
+      packed: read prompts end to end, in one program for all lengths; None: where attention allows it.
       tail_slots: go on with so few once no prompt waits and no more rows are left, because the longest
-        answers end alone. None: a quarter of the slots, where that is worth another program.
+        answers end alone. None: parts of the slots, where that is worth another program.
       progress: called with the number of answers newly finished.
       stream: called every few steps with the number of a prompt and the tokens of its answer so far. Sizes
         are then powers of two, so that the longer and longer prompts of a chat share few programs.
     """
     assert not spec.scan, "decoding keeps one cache a layer"
     prompts = [prompt for prompt in prompts for _ in range(repeats)] if repeats > 1 else prompts
-    slots = min(slots, len(prompts))
-    worth = slots // 4 if slots >= TAIL_FROM_SLOTS else 0
-    tail_slots = worth if tail_slots is None else tail_slots
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
-    up = round_up if stream is None else _doubled
-    sizes, capacity = _sizes(prompts, limits, up)
-    prefill = make_prefill(spec, stop_ids, backend, sampling)
-    decode = make_decode(spec, stop_ids, backend, sampling=sampling)
+    shards, up = slot_shards(), round_up if stream is None else _doubled
+    slots = min(slots * shards, round_up(len(prompts), shards))
+    packed = (backend == "cudnn" if packed is None else packed) and repeats == 1
+    at_once = min(PACKED_ROWS if packed else PREFILL_ROWS if repeats == 1 else SHARED_ROWS, slots // shards)
+    lengths, answers = (
+        [*map(len, prompts)],
+        None if expected is None else np.repeat(expected, repeats).tolist(),
+    )
+    queue = order_of(lengths, answers, None if packed else at_once, slots)
+    # Where answers share prompts, padding these costs little beside another program.
+    sizes, capacity = _sizes(prompts, limits, up, 4 if repeats == 1 else 2)
     state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
     keys = None if not sampling.draws else _keys(seed, len(prompts)) if keys is None else keys
-    rows = _Slots(prompts, limits, stop_ids, slots, keys, repeats)
-    rows_a_call = min(PREFILL_ROWS if repeats == 1 else SHARED_ROWS, slots)
+    rows = _Slots(prompts, limits, stop_ids, slots, keys, queue, repeats, shards)
+    decode = make_decode(spec, stop_ids, backend, sampling=sampling)
+    if packed:
+        prefill: Callable = make_packed_prefill(spec, stop_ids, backend, sampling)
+        n_tokens = up(packed_tokens(lengths), WINDOW_MULTIPLE)
+        fill = partial(rows.fill_packed, at_once, n_tokens)
+        inputs: Callable = partial(rows.packed_rows, n_rows=at_once, n_tokens=n_tokens)
+    else:
+        prefill = make_prefill(spec, stop_ids, backend, sampling)
+        fill = partial(rows.fill, at_once)
+        inputs = partial(rows.prefill_rows, n_rows=at_once, sizes=sizes)
     while rows.queue or rows.active.any():
-        while len(free := rows.to_fill(rows_a_call)):
-            taken, free = rows.take(free)
-            state, old = prefill(state, lora, weights, *rows.prefill_rows(taken, free, rows_a_call, sizes))
-            rows.collect(free, old)  # what these slots held before
-            rows.put(taken, free)
+        while parts := fill():
+            state, old = prefill(state, lora, weights, *inputs(parts))
+            rows.put(parts, at_once, old)
         window = min(up(rows.longest + STEPS_PER_CALL, WINDOW_MULTIPLE), capacity)
         state = decode(state, lora, weights, capacity if backend == "cudnn" else window)
         rows.tell(state, rows.update(state), progress, stream)
-        if not rows.queue and 0 < rows.active.sum() <= tail_slots < len(rows.active):
+        if (fewer := rows.tail(tail_slots)) is not None:
             rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
-            state = take_slots(state, rows.shrink(tail_slots))
+            state = take_slots(state, rows.shrink(fewer))
     rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
     assert all(answer is not None for answer in rows.answers)
     return rows.answers  # type: ignore[return-value]

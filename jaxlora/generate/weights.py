@@ -5,15 +5,15 @@
         answers = generate(spec, lora, weights, prompts, ...)
 
 One tree a layer, whose caches are then updated in place; the adapter merged, so that it costs nothing; q, k,
-v and gate, up joined to one product each. Every token reads all weights: on several chips they are split by
-heads and stay where they are, where training would gather them over `fsdp` in every step.
+v and gate, up joined to one product each. Every token reads all weights: on several chips each has a copy, or
+they are split by heads, and stay where they are, where training would gather them over `fsdp` in every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +46,16 @@ def decode_weights(
         spec = replace(spec, scheme=replace(spec.scheme, turned=False))
         base = jax.tree.map(for_decoding, base, is_leaf=is_quantised)
     home = _mesh_of(base)
-    mesh = decode_mesh(home, spec.config.num_key_value_heads)
+    experts = spec.config.experts.num_experts if spec.config.experts else 1
+    size = sum(x.nbytes for x in jax.tree.leaves(base))
+    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts, size)
     form = decode_form(spec, mesh, merge)
     keep = form.lora is not None
     shardings = base_shardings(mesh, form)
-    cut = _make_cut(spec, form, home)
+    cut, changed = _make_cut(spec, form, home), partial(_changed, spec, form)
     layers = {}
     for i in range(spec.config.num_hidden_layers):
-        layer = cut(base["layers"], lora, i) if spec.scan else _layer(spec, form, base["layers"][i], lora, i)
+        layer = cut(base["layers"], lora, i) if spec.scan else changed(base["layers"][i], lora, i)
         layers[i] = jax.tree.map(_moved, layer, shardings["layers"][i])
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
@@ -112,11 +114,43 @@ def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, T
     )
 
 
+def _changed(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
+    """As `_layer`, by one program for all layers; arrays that need no change are the layer's own."""
+    made = jax.tree.map(lambda x: x, layer)
+    for path in JOINED if form.joined else ():
+        for part in JOINED[path]:
+            _take(made, part)
+    for path, array in _make_changed(spec, form)(layer, lora, i).items():
+        set_path(made, path, array)
+    return made
+
+
+@cache
+def _make_changed(spec: ModelSpec, form: ModelSpec) -> Callable[[Tree, Tree, int], dict[str, jax.Array]]:
+    """One program that makes what differs in a layer, by dotted path."""
+    merged = {weight.place.removeprefix("layers.") for weight in spec.adapted if form.lora is None}
+
+    def changed(layer: Tree, lora: Tree, i: int) -> dict[str, jax.Array]:
+        before, after = _paths(layer), _paths(_layer(spec, form, layer, lora, i))
+        return {path: array for path, array in after.items() if path in merged or path not in before}
+
+    return jax.jit(changed)
+
+
+def _paths(tree: Tree) -> dict[str, jax.Array]:
+    """The arrays of a tree by dotted path."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)
+    }
+
+
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
     """The weights of layer i in the form for decoding."""
     layer = merge_lora(spec, lora, layer, i) if form.lora is None else jax.tree.map(lambda x: x, layer)
     if form.joined:
         for path, parts in JOINED.items():
+            if spec.config.experts and path.startswith("mlp."):
+                continue  # the products of experts stay as they are
             modules = [_take(layer, part) for part in parts]  # each a weight and, in some families, a bias
             set_path(layer, path, jax.tree.map(lambda *parts: jnp.concatenate(parts), *modules))
     return layer

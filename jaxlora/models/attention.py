@@ -6,26 +6,30 @@ attends to itself and to earlier positions of its own segment, and to nothing el
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxlora.models.splash import splash_attention
 from jaxlora.runtime.errors import UserError
+from jaxlora.sharding import auto_mesh, spec_for
 
 
-def pick_backend(backend: str, platform: str, dtype: str = "bfloat16", n_devices: int = 1) -> str:
+def pick_backend(backend: str, platform: str, dtype: str = "bfloat16") -> str:
     """Resolve `auto` for a platform (`cpu`, `gpu`, `tpu`) and refuse what cannot run there.
 
-    cuDNN computes in 16 bits and on whole rows only, so float32 and tokens split over GPUs take XLA.
+    cuDNN computes in 16 bits only, so float32 takes XLA.
 
     Raises:
-      UserError: the backend does not exist on this platform, or not for this dtype or mesh.
+      UserError: the backend does not exist on this platform, or not for this dtype.
     """
-    whole_16_bit = dtype == "bfloat16" and n_devices == 1
     if backend == "auto":
-        return {"tpu": "splash", "gpu": "cudnn" if whole_16_bit else "xla"}.get(platform, "xla")
-    if backend == "cudnn" and not whole_16_bit:
-        raise UserError("config.model.attention: cudnn needs bfloat16 and one GPU; give xla or auto")
+        return {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
+    if backend == "cudnn" and dtype != "bfloat16":
+        raise UserError("config.model.attention: cudnn needs bfloat16; give xla or auto")
     needs = {"splash": "tpu", "cudnn": "gpu"}
     if backend in needs and needs[backend] != platform:
         raise UserError(
@@ -34,15 +38,15 @@ def pick_backend(backend: str, platform: str, dtype: str = "bfloat16", n_devices
     return backend
 
 
-def pick_decode_backend(backend: str, platform: str, dtype: str, n_devices: int) -> str:
-    """Attention of the decoder, whose kernels are cuDNN's (one GPU in bfloat16) or XLA's."""
-    backend = pick_backend(backend, platform, dtype, n_devices)
+def pick_decode_backend(backend: str, platform: str, dtype: str) -> str:
+    """Attention of the decoder, whose kernels are cuDNN's (GPUs in bfloat16) or XLA's."""
+    backend = pick_backend(backend, platform, dtype)
     return backend if backend == "cudnn" else "xla"
 
 
 def decode_backend(dtype: str, asked: str = "auto") -> str:
     """Attention of the decoder on this machine's devices."""
-    return pick_decode_backend(asked, jax.default_backend(), dtype, jax.device_count())
+    return pick_decode_backend(asked, jax.default_backend(), dtype)
 
 
 def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: int = 1):
@@ -63,7 +67,7 @@ def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: 
     if backend == "splash":
         return splash_attention(q, k, v, segment_ids)
     if backend == "cudnn":
-        return _cudnn(q, k, v, segment_ids, max_segments)
+        return on_each_device(partial(_cudnn, max_segments=max_segments), q, k, v, segment_ids)
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
@@ -83,6 +87,33 @@ def _cudnn(q, k, v, segment_ids, max_segments: int):
     return cudnn.dot_product_attention(
         q, k, v, None, None, lengths, lengths, offsets, offsets, scale=scale, mask_type=mask
     )
+
+
+def _cudnn_decode(q, keys, values, lengths):
+    return jax.nn.dot_product_attention(
+        q,
+        keys,
+        values,
+        query_seq_lengths=jnp.ones_like(lengths),
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+
+
+def on_each_device(kernel: Callable, q, k, v, rows):
+    """`kernel(q, k, v, rows)` of whole rows, each device with its rows and heads of a mesh.
+
+    Args:
+      q, k, v: `[batch, length, heads, head_dim]`.
+      rows: what the kernel knows about each row, `[batch, ...]`.
+    """
+    mesh = auto_mesh()
+    if mesh is None or mesh.size == 1:
+        return kernel(q, k, v, rows)
+    batch, _, heads, _ = spec_for(mesh, ("batch", None, "kv_heads", None), k.shape)
+    whole, own = PartitionSpec(batch, None, heads, None), PartitionSpec(batch)
+    specs = (whole, whole, whole, own)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=whole, check_vma=False)(q, k, v, rows)
 
 
 def segment_offsets(segment_ids, max_segments: int):
@@ -111,14 +142,7 @@ def decode_attention(q, keys, values, lengths, backend: str = "xla"):
       `[rows, heads, head_dim]` in q's dtype.
     """
     if backend == "cudnn":
-        return jax.nn.dot_product_attention(
-            q[:, None],
-            keys,
-            values,
-            query_seq_lengths=jnp.ones_like(lengths),
-            key_value_seq_lengths=lengths,
-            implementation="cudnn",
-        )[:, 0]
+        return on_each_device(_cudnn_decode, q[:, None], keys, values, lengths)[:, 0]
     visible = jnp.arange(keys.shape[1]) < lengths[:, None]
     return jax.nn.dot_product_attention(
         q[:, None], keys, values, mask=visible[:, None, None], implementation="xla"

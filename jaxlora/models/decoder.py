@@ -24,13 +24,22 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.dropout import Noise, dropped
+from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, JOINED, AdapterShape, ModelConfig, Weight
-from jaxlora.sharding import array_axes, constrain, dotted, gather_again, gathered
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight
+from jaxlora.runtime.errors import UserError
+from jaxlora.sharding import (
+    array_axes,
+    constrain,
+    dotted,
+    embedded,
+    gather_again,
+    gathered,
+    gathered_adapter,
+)
 
 Tree = dict[str, Any]
-PRODUCT = "product"  # the name of what `_keep_products` keeps
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -105,8 +114,8 @@ def _gathered(weight, axes):
 
 def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
-    a = [gathered(a.astype(x.dtype), (None, in_axis)) for a, (_, in_axis) in zip(all_a, axes, strict=True)]
-    b = [gathered(b.astype(x.dtype), (out_axis, None)) for b, (out_axis, _) in zip(all_b, axes, strict=True)]
+    a = [gathered_adapter(a.astype(x.dtype), (None, own[1])) for a, own in zip(all_a, axes, strict=True)]
+    b = [gathered_adapter(b.astype(x.dtype), (own[0], None)) for b, own in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
@@ -169,7 +178,7 @@ class MLP(nnx.Module):
         self.down_proj = make_linear("layers.mlp.down_proj")
         self.joined = joined
 
-    def __call__(self, x, noise):
+    def __call__(self, x, noise, real=None):
         if self.joined:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
@@ -180,16 +189,16 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, make_linear, make_norm, config: ModelConfig, joined: bool, qk_norms: bool):
+    def __init__(self, make_linear, make_norm, make_mlp, config: ModelConfig, joined: bool, qk_norms: bool):
         self.input_layernorm = make_norm(config.hidden_size)
         self.self_attn = Attention(make_linear, make_norm, config, joined, qk_norms)
         self.post_attention_layernorm = make_norm(config.hidden_size)
-        self.mlp = MLP(make_linear, joined)
+        self.mlp = make_mlp()
 
-    def __call__(self, x, rotary, attend: Attend, cache, noise):
+    def __call__(self, x, rotary, attend: Attend, cache, noise, real):
         y, cache = self.self_attn(self.input_layernorm(x), rotary, attend, cache, noise)
         x = constrain(x + y, "batch", "length", None)
-        x = x + self.mlp(self.post_attention_layernorm(x), noise)
+        x = x + self.mlp(self.post_attention_layernorm(x), noise, real)
         return constrain(x, "batch", "length", None), cache
 
 
@@ -200,11 +209,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(weight.shape, dtype))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        # Every chip looks up all tokens of its copy of the base in its own columns; then the parts change
-        # places. The table itself is never gathered.
-        copy = ("batch_of_copy", "length_of_copy")
-        rows = jnp.take(self.weight[...], constrain(tokens, *copy), axis=0, mode="clip")
-        return constrain(constrain(rows, *copy, "embed"), "batch", "length", None)
+        return embedded(self.weight[...], tokens)
 
 
 class Decoder(nnx.Module):
@@ -216,9 +221,16 @@ class Decoder(nnx.Module):
         biased = {w.path for w in spec.table if w.array == "bias"}
 
         def make_layer(stack: tuple[int, ...]) -> DecoderLayer:
+            def make_linear(path: str) -> Linear:
+                return Linear(table[path], spec, stack, path in biased)
+
+            def make_mlp() -> MLP | ExpertMLP:
+                return ExpertMLP(table, spec, stack) if config.experts else MLP(make_linear, spec.joined)
+
             return DecoderLayer(
-                lambda path: Linear(table[path], spec, stack, path in biased),
+                make_linear,
                 lambda size: RMSNorm(size, config.rms_norm_eps, dtype, stack),
+                make_mlp,
                 config,
                 spec.joined,
                 "layers.self_attn.q_norm" in table,
@@ -242,6 +254,7 @@ class Decoder(nnx.Module):
         *,
         remat: Remat = False,
         noise: Noise | None = None,
+        real: jax.Array | None = None,
     ):
         """Hidden states after the last norm.
 
@@ -252,6 +265,7 @@ class Decoder(nnx.Module):
           remat: what the backward pass computes again: nothing, the activations of each layer (True), or
             only those that are no product and no attention (`elementwise`): a third of the memory.
           noise: what the adapters' dropout is drawn from; None: nothing is dropped.
+          real: bool `[batch, length]`: the tokens that go to experts, in a model that has them; None: all.
 
         Returns:
           hidden states `[batch, length, hidden]` and the new cache, in the form of `cache`.
@@ -261,7 +275,7 @@ class Decoder(nnx.Module):
 
         def call(definition, x, state, cache, layer):
             own = None if noise is None else noise.of_layer(layer)
-            return nnx.merge(definition, state)(x, rotary, attend, cache, own)
+            return nnx.merge(definition, state)(x, rotary, attend, cache, own, real)
 
         if remat:
             keep = _keep_products if remat == "elementwise" else jax.checkpoint_policies.nothing_saveable
@@ -352,12 +366,27 @@ class ModelSpec:
     joined: bool = False  # q, k, v and gate, up are one matrix each, in decoding only
     full: bool = False
     shapes: tuple[AdapterShape, ...] = ()  # of an adapter whose ranks or scales differ; empty: one of each
+    products: How = "auto"  # how experts' products are computed
     scheme: Scheme | None = None  # of a quantised base's projections; None: in `dtype`
 
     @property
     def scale(self) -> float:
         """alpha / r of the adapter; 0 without one."""
         return 0.0 if self.lora is None else self.lora.alpha / self.lora.rank
+
+    @property
+    def expert_rank(self) -> int:
+        """Rank of each expert's adapter: that of the adapter, divided by the experts that a token goes to."""
+        if self.lora is None or self.config.experts is None:
+            return 0
+        return self.lora.rank // self.config.experts.num_experts_per_tok
+
+    @property
+    def expert_scale(self) -> float:
+        """alpha / r of an expert's adapter; 0 without one; 1 where `shapes` says each layer's."""
+        if self.shapes:
+            return 1.0
+        return self.lora.alpha / self.expert_rank if self.lora and self.expert_rank else 0.0
 
     @cached_property
     def _split(self):
@@ -369,6 +398,8 @@ class ModelSpec:
 
     def _quantised(self, base: Tree) -> Tree:
         """Shapes of the base with quantised ones in place of those that are quantised."""
+        if self.scheme is not None and self.config.experts:
+            raise UserError("config.model.base_dtype: a base with experts is not rounded; give none")
         places = {weight.place: self.scheme_of(weight) for weight in self.table}
 
         def form(path, x):
@@ -393,17 +424,24 @@ class ModelSpec:
 
     def scheme_of(self, weight: Weight) -> Scheme | None:
         """How this weight is quantised; only the layers' projections are."""
-        return self.scheme if weight.stacked and len(weight.shape) == 2 else None
+        return self.scheme if weight.lora_group and weight.stacked and len(weight.shape) == 2 else None
 
     def ranks(self, weight: Weight) -> tuple[int, ...]:
         """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""
         own = next((shape.ranks for shape in self.shapes if shape.path == weight.path), None)
-        return own or (self.lora.rank if self.lora else 0,) * self._copies(weight)
+        usual = self.expert_rank if weight.experts else self.lora.rank if self.lora else 0
+        return own or (usual,) * self._copies(weight)
+
+    def stored_rank(self, weight: Weight) -> int:
+        """Rank of the arrays of an adapted weight's adapter: the largest of any dense weight, or its own."""
+        if not weight.experts:
+            return self.lora.rank if self.lora else 0
+        return max(self.ranks(weight))
 
     def scales(self, weight: Weight) -> tuple[float, ...]:
         """alpha / rank (or what stands for it) of an adapted weight's adapter in each layer."""
         own = next((shape.scales for shape in self.shapes if shape.path == weight.path), None)
-        return own or (self.scale,) * self._copies(weight)
+        return own or (self.expert_scale if weight.experts else self.scale,) * self._copies(weight)
 
     def _copies(self, weight: Weight) -> int:
         return self.config.num_hidden_layers if weight.stacked else 1
@@ -431,14 +469,17 @@ class ModelSpec:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""
         if not self.shapes:
             return lora
+        experts = {weight.path for weight in self.adapted if weight.experts}
         own = {
-            shape.path: np.asarray(shape.scales, np.float32) / np.float32(self.scale) for shape in self.shapes
+            shape.path: np.asarray(shape.scales, np.float32)
+            / np.float32(self.expert_scale if shape.path in experts else self.scale)
+            for shape in self.shapes
         }
 
         def scaled(path, x):
             factors = own.get(".".join(key.key for key in path[:-1]))
             if factors is None or path[-1].key != "lora_a":
                 return x
-            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim == 3 else x * factors[0]
+            return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim > 2 else x * factors[0]
 
         return jax.tree.map_with_path(scaled, lora)

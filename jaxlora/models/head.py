@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlora.sharding import gathered, split_tokens
+from jaxlora.sharding import auto_mesh, gathered, gathered_adapter, split_tokens
 
 CHUNK = 1024  # positions a chunk: float32 logits of 0.6 GB at Qwen3's vocabulary
 # objective(logprobs, weights, extras) -> loss of each position; float32 [...], extras a tree of such arrays
@@ -113,9 +113,7 @@ def chunked_loss(
       the sum, a float32 scalar, and log p(target), float32 `[batch, length]`, 0 where it was not wanted
       (None without `wanted`), which carries no gradient.
     """
-    head = head._replace(
-        weight=gathered(head.weight, ("vocab", "embed"))
-    )  # once, outside the loop over chunks
+    head = _gathered(head)  # once, outside the loop over chunks
     returns = wanted is not None
     chosen = weights != 0 if wanted is None else wanted | (weights != 0)
     parts = jax.tree.map(split_tokens, (hidden, targets, weights, extras, chosen))
@@ -123,6 +121,15 @@ def chunked_loss(
     if not returns:
         return total, None
     return total, jax.lax.stop_gradient(join_like(targets, logprobs))
+
+
+def _gathered(head: Head) -> Head:
+    """The head whole over `fsdp`."""
+    head = head._replace(weight=gathered(head.weight, ("vocab", "embed")))
+    if head.lora_a is None or head.lora_b is None or auto_mesh() is not None:
+        return head
+    a, b = gathered_adapter(head.lora_a, (None, "embed")), gathered_adapter(head.lora_b, ("vocab", None))
+    return head._replace(lora_a=a, lora_b=b)
 
 
 def join_like(like: jax.Array, split: jax.Array) -> jax.Array:

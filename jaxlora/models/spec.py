@@ -11,7 +11,7 @@ that table; anything that it does not name is an error.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
@@ -37,6 +37,20 @@ class Llama3Scaling:
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class Experts:
+    """The MLP of a mixture: every token goes to a few experts of many. Names as in Hugging Face's files."""
+
+    num_experts: Size
+    num_experts_per_tok: Size
+    moe_intermediate_size: Size  # hidden units of one expert
+    norm_topk_prob: Annotated[bool, Field(strict=True)]  # whether a token's shares add up to one
+
+    def __post_init__(self) -> None:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError("num_experts_per_tok must not be above num_experts")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ModelConfig:
     """The shape of a decoder, with the names of Hugging Face's `config.json`."""
 
@@ -54,6 +68,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     model_type: str = "qwen3"  # the family's name
     rope_scaling: Llama3Scaling | None = None
+    experts: Experts | None = None  # None: every layer has one MLP
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -77,6 +92,9 @@ def check_positions(config: ModelConfig, longest: int, what: str) -> None:
         raise UserError(f"{what} take {longest:,} tokens, but the model has {most:,} positions")
 
 
+How = Literal["auto", "loop", "ragged_dot", "triton"]  # are experts' products computed, see `models.grouped`
+PRODUCT = "product"  # the name of results of products, which recomputing can be told to keep
+
 # The groups of weights that each named placement adapts.
 GROUPS: dict[Condition, tuple[str, ...]] = {
     "attention_only": ("attention",),
@@ -89,11 +107,12 @@ GROUPS: dict[Condition, tuple[str, ...]] = {
 class Weight:
     """One weight: `[out, in]` as in Hugging Face files, and for one layer when it is stacked.
 
-    A bias `[out]` is an entry of its own, with the path of its module and `array="bias"`.
+    A bias `[out]` is an entry of its own, with the path of its module and `array="bias"`. One of experts is
+    `[experts, out, in]`, and its files have a tensor for each expert.
     """
 
     path: str  # module path in our tree; layer weights are stacked under "layers"
-    hf_key: str  # with {layer} when there is one a layer
+    hf_key: str  # with {layer} when there is one a layer, and {expert} when there is one an expert
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes, one a dimension; see jaxlora.sharding
     lora_group: str | None = None  # "attention", "mlp", "output_head"; None: never adapted
@@ -102,6 +121,16 @@ class Weight:
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.hf_key
+
+    @property
+    def experts(self) -> int:
+        """How many experts have one; 0: it is of no expert."""
+        return self.shape[0] if len(self.shape) == 3 else 0
+
+    def keys(self, layer: int | None = None) -> list[str]:
+        """Its names in Hugging Face files: one, or one an expert."""
+        numbers = range(self.experts) if self.experts else (None,)
+        return [self.hf_key.format(layer=layer, expert=number) for number in numbers]
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import spec_for
+from jaxlora.sharding import auto_mesh, spec_for
 
 BLOCK = 128  # the kernel's blocks are multiples of this many tokens
 LARGEST_BLOCK = 512
@@ -30,8 +30,8 @@ def splash_attention(q, k, v, segment_ids, *, interpret: bool = False) -> jax.Ar
       UserError: the tokens of a chip are no multiple of 128, or the mesh cannot split the heads.
     """
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = auto_mesh()
+    if mesh is None:
         kernel = _kernel(q.shape[1], q.shape[2], 1, 1, interpret)
         return _attend(kernel, q, k, v, segment_ids, segment_ids)
 

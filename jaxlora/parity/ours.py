@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jaxlora import engine
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import Condition
-from jaxlora.data.render import RenderedRow, shifted
+from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import Tree
-from jaxlora.parity.backend import AdamStep, Pass, Reduction, reduced
+from jaxlora.parity.backend import AdamStep, Drawn, Pass, Reduction, loss_of, reduced
 
 TINKER_ALPHA = 32.0  # fixed by the service, whatever the rank
 
@@ -68,12 +68,12 @@ class OurTrainer:
         """See `Trainer`."""
         return _pass(rows, self.trainer.logprobs(rows))
 
-    def forward_backward(self, rows: Sequence[RenderedRow]) -> Pass:
+    def forward_backward(self, rows: Sequence[RenderedRow], loss: str = "cross_entropy") -> Pass:
         """See `Trainer`."""
-        result = self.trainer.forward_backward(reduced(rows, self.reduction))
+        result = self.trainer.forward_backward(reduced(rows, self.reduction), loss)
         if self.reduction == "sum":
             return Pass(result.logprobs, result.loss)
-        return _pass(rows, result.logprobs)
+        return _pass(rows, result.logprobs, loss)
 
     def optim_step(self, adam: AdamStep) -> None:
         """See `Trainer`."""
@@ -92,13 +92,21 @@ class OurTrainer:
         answers = self.saved[checkpoint].sample(prompts, limit, temperature=0, stop_ids=(end,))
         return [answer.tokens for answer in answers]
 
+    def draw(self, checkpoint: str, prompt: Sequence[int], limits: Sequence[int], end: int) -> list[Drawn]:
+        """See `Trainer`."""
+        drawn = []
+        for seed, limit in enumerate(limits):
+            (answer,) = self.saved[checkpoint].sample([list(prompt)], limit, seed=seed, stop_ids=(end,))
+            drawn.append(Drawn(answer.tokens, answer.logprobs))
+        return drawn
+
     def fetch(self, checkpoint: str, folder: Path) -> None:
         """See `Trainer`."""
         saved = self.saved[checkpoint]
         export_adapter(folder, saved.spec, saved.trained, "base")
 
 
-def _pass(rows: Sequence[RenderedRow], logprobs: list[np.ndarray]) -> Pass:
+def _pass(rows: Sequence[RenderedRow], logprobs: list[np.ndarray], loss: str = "cross_entropy") -> Pass:
     """Log-probabilities with the loss that follows from them and the rows' own weights."""
     pairs = zip(rows, logprobs, strict=True)
-    return Pass(logprobs, float(-sum(np.dot(shifted(row)[2], values) for row, values in pairs)))
+    return Pass(logprobs, sum(loss_of(row, values, loss) for row, values in pairs))

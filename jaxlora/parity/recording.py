@@ -193,7 +193,7 @@ def record(
             cases.append(Case(name, condition, lengths, used, before, steps, after, answers, hashes))
     recording = Recording(base, backend.describe(), settings, stop_token, cases, folder)
     for settings_file in folder.glob(f"*/*/{SETTINGS}"):
-        _forget_path(settings_file, base)
+        forget_path(settings_file, base)
     write_text_atomic(out, _to_json(recording))
     return recording
 
@@ -327,6 +327,6 @@ def _to_json(recording: Recording) -> str:
     return json.dumps(head, indent=1)[:-2] + ',\n "cases": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _forget_path(settings_file: Path, base: str) -> None:
+def forget_path(settings_file: Path, base: str) -> None:
     """A local service writes the path of its base into the adapter's settings; keep the name instead."""
     write_json_atomic(settings_file, read_json(settings_file) | {"base_model_name_or_path": base})

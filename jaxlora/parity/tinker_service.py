@@ -25,7 +25,7 @@ import numpy as np
 from jaxlora.config import Condition
 from jaxlora.data.render import RenderedRow, shifted
 from jaxlora.models.spec import GROUPS
-from jaxlora.parity.backend import AdamStep, Pass
+from jaxlora.parity.backend import AdamStep, Drawn, Pass, loss_of
 from jaxlora.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -117,11 +117,11 @@ class TinkerTrainer:
 
     def forward(self, rows: Sequence[RenderedRow]) -> Pass:
         """See `Trainer`."""
-        return self._pass("computing log-probabilities", self.client.forward, rows)
+        return self._pass("computing log-probabilities", self.client.forward, rows, "cross_entropy")
 
-    def forward_backward(self, rows: Sequence[RenderedRow]) -> Pass:
+    def forward_backward(self, rows: Sequence[RenderedRow], loss: str = "cross_entropy") -> Pass:
         """See `Trainer`."""
-        return self._pass("computing gradients", self.client.forward_backward, rows)
+        return self._pass("computing gradients", self.client.forward_backward, rows, loss)
 
     def optim_step(self, adam: AdamStep) -> None:
         """See `Trainer`."""
@@ -138,19 +138,33 @@ class TinkerTrainer:
         self, checkpoint: str, prompts: Sequence[Sequence[int]], limit: int, end: int
     ) -> list[list[int]]:
         """See `Trainer`."""
-        types, seconds = self.backend.tinker.types, self.backend.seconds
-        sampler = self.backend.call(
+        sampler = self._sampler(checkpoint)
+        return [self._answer(sampler, prompt, 0.0, limit, 0, end).tokens for prompt in prompts]
+
+    def draw(self, checkpoint: str, prompt: Sequence[int], limits: Sequence[int], end: int) -> list[Drawn]:
+        """See `Trainer`."""
+        sampler = self._sampler(checkpoint)
+        return [
+            self._answer(sampler, prompt, 1.0, limit, seed, end) for seed, limit in enumerate(limits, start=1)
+        ]
+
+    def _sampler(self, checkpoint: str) -> Any:
+        return self.backend.call(
             "opening a sampler",
-            lambda: _settled(self.backend.service.create_sampling_client(model_path=checkpoint), seconds),
+            lambda: _settled(
+                self.backend.service.create_sampling_client(model_path=checkpoint), self.backend.seconds
+            ),
         )
-        greedy = types.SamplingParams(max_tokens=limit, temperature=0.0, seed=0, stop=[end])
-        answers = []
-        for prompt in prompts:
-            given = types.ModelInput.from_ints(list(prompt))
-            call = partial(sampler.sample, prompt=given, num_samples=1, sampling_params=greedy)
-            answer = self._wait("sampling", call)
-            answers.append([int(token) for token in answer.sequences[0].tokens])
-        return answers
+
+    def _answer(
+        self, sampler: Any, prompt: Sequence[int], temperature: float, limit: int, seed: int, end: int
+    ) -> Drawn:
+        types = self.backend.tinker.types
+        settings = types.SamplingParams(max_tokens=limit, temperature=temperature, seed=seed, stop=[end])
+        given = types.ModelInput.from_ints(list(prompt))
+        call = partial(sampler.sample, prompt=given, num_samples=1, sampling_params=settings)
+        sequence = self._wait("sampling", call).sequences[0]
+        return Drawn([int(token) for token in sequence.tokens], [float(x) for x in sequence.logprobs or ()])
 
     def fetch(self, checkpoint: str, folder: Path) -> None:
         """See `Trainer`."""
@@ -169,25 +183,34 @@ class TinkerTrainer:
             raise UserError(f"the adapter's archive is larger than {MAX_ARCHIVE_BYTES} bytes; it is not read")
         unpack_adapter(content, folder)
 
-    def _pass(self, what: str, method: Callable[..., Any], rows: Sequence[RenderedRow]) -> Pass:
-        datums = [self._datum(row) for row in rows]
-        answer = self._wait(what, lambda: method(datums, "cross_entropy"))
+    def _pass(self, what: str, method: Callable[..., Any], rows: Sequence[RenderedRow], loss: str) -> Pass:
+        datums = [self._datum(row, loss) for row in rows]
+        answer = self._wait(what, lambda: method(datums, loss))
         logprobs = [np.asarray(out["logprobs"].tolist(), np.float32) for out in answer.loss_fn_outputs]
         lengths = [row.n_tokens for row in rows]
         if [len(values) for values in logprobs] != lengths:
             raise UserError(
                 f"the Tinker service answered {[len(v) for v in logprobs]} values for {lengths} targets"
             )
-        return Pass(logprobs, _reported_loss(answer, logprobs, rows))
+        return Pass(logprobs, _reported_loss(answer, logprobs, rows, loss))
 
-    def _datum(self, row: RenderedRow) -> Any:
+    def _datum(self, row: RenderedRow, loss: str) -> Any:
+        """The row as the SDK takes it: likelihood has weights; policy gradients have no weights, and an
+        advantage of 0 on the prompt."""
         types = self.backend.tinker.types
         inputs, targets, weights = shifted(row)
+        given = {"weights": weights}
+        if loss != "cross_entropy":
+            advantages, logprobs = row.extras["advantages"][1:], row.extras["sampler_logprobs"][1:]
+            given = {"advantages": weights * advantages, "logprobs": logprobs}
+        numbers = {
+            name: types.TensorData.from_numpy(values.astype(np.float32)) for name, values in given.items()
+        }
         return types.Datum(
             model_input=types.ModelInput.from_ints(inputs.tolist()),
             loss_fn_inputs={
                 "target_tokens": types.TensorData.from_numpy(targets.astype(np.int64)),
-                "weights": types.TensorData.from_numpy(weights.astype(np.float32)),
+                **numbers,
             },
         )
 
@@ -215,13 +238,13 @@ def unpack_adapter(content: bytes, folder: Path) -> None:
         raise UserError(f"the adapter's archive cannot be read: {error}") from None
 
 
-def _reported_loss(answer: Any, logprobs: list[np.ndarray], rows: Sequence[RenderedRow]) -> float:
+def _reported_loss(answer: Any, logprobs: list[np.ndarray], rows: Sequence[RenderedRow], loss: str) -> float:
     """The summed loss as the service states it: its metric, its token losses, or its log-probabilities."""
     if (metrics := answer.metrics or {}).get("loss:sum") is not None:
         return float(metrics["loss:sum"])
     if all("elementwise_loss" in out for out in answer.loss_fn_outputs):
         return float(sum(np.sum(out["elementwise_loss"].tolist()) for out in answer.loss_fn_outputs))
-    return float(-sum(np.dot(shifted(row)[2], lp) for row, lp in zip(rows, logprobs, strict=True)))
+    return sum(loss_of(row, lp, loss) for row, lp in zip(rows, logprobs, strict=True))
 
 
 def _settled(value: Any, seconds: float) -> Any:

@@ -176,7 +176,7 @@ class Programs:
         whole = replicated(self._decode_mesh)
         tokens = jax.ShapeDtypeStruct((rows, self.workload.prompt_tokens), jnp.int32, sharding=whole)
         vector = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
-        attention = pick_decode_backend("auto", "tpu", self.spec.dtype, self.mesh.size)
+        attention = pick_decode_backend("auto", "tpu", self.spec.dtype)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base, tokens, vector, vector, vector)
         return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 0))

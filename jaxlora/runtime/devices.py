@@ -7,6 +7,7 @@ slice_named("v5e-8").chip.hbm_bytes             # 16 GiB
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -183,6 +184,29 @@ def memory_in_use(device: jax.Device) -> int | None:
     """Peak bytes allocated on the device so far, or None where the platform does not say."""
     stats = device.memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Bytes that programs on the device may use, of a CPU those that this process may; None: nothing says."""
+    if device.platform == "cpu":
+        return _host_memory()
+    stats = device.memory_stats()
+    if stats and stats.get("bytes_limit"):
+        return int(stats["bytes_limit"])
+    chip = chip_of(device.device_kind)
+    return None if chip is None else int(chip.hbm_bytes)
+
+
+def _host_memory() -> int | None:
+    """The machine's memory, or the bound of this process's control group where that is lower."""
+    try:
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no bound
+            whole = min(whole, int(Path(file).read_text()))
+    return whole
 
 
 def out_of_memory(message: str) -> int | None:

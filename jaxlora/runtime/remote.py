@@ -40,7 +40,7 @@ def embedded_path(name: str) -> Path:
     if not name or not path.resolve().is_relative_to(root.resolve()) or not path.exists():
         known = sorted(
             entry.relative_to(root).as_posix()
-            for entry in [root / "base", *(root / "data").glob("*")]
+            for entry in [root / "base", root / "start", *(root / "data").glob("*")]
             if entry.exists()
         )
         raise UserError(

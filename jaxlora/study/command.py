@@ -35,7 +35,10 @@ def _run(description: str | None, argv: Sequence[str] | None, stop: Stop) -> int
     parser = argparse.ArgumentParser(description=description)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--stage", choices=STAGE_NAMES, help="run this stage alone; those before it must be done"
+        "--stage",
+        choices=STAGE_NAMES,
+        metavar="STAGE",
+        help=f"run this stage alone; those before it must be done: {', '.join(STAGE_NAMES)}",
     )
     what.add_argument("--status", action="store_true", help="show how far every stage and run is, and stop")
     what.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")

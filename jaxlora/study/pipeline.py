@@ -24,13 +24,12 @@ from rich.markup import escape
 from jaxlora.checkpoints.base import find_base
 from jaxlora.config import RunConfig
 from jaxlora.data.gates import report_place
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.evals.gsm8k import Problem
 from jaxlora.evals.run import load_prompts
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.runtime import hosts
-from jaxlora.runtime.devices import slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Stop
@@ -68,7 +67,7 @@ class Session:
 
     def __init__(self, config: RunConfig, stop: Stop | None = None):
         shape = find_base(config.model, with_weights=False).config
-        config = with_mesh(config, shape, slice_of(jax.devices()))  # one for all runs: they share the base
+        config = mesh_here(config, shape)  # one for all runs: they share the base
         self.config = replace(config, data=replace(config.data, gate_report=gate_report(config)))
         self.results_dir = Path(config.results_dir)
         self.folder = study_dir(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +17,43 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.checkpoints.adapters import other_base, read_adapter
-from jaxlora.checkpoints.base import Base, find_base
+from jaxlora.checkpoints.base import Base, find_base, tokenizer_sha256
 from jaxlora.config import DataConfig, RunConfig
 from jaxlora.data.batches import Layout, choose_layout, ranges, split_validation
+from jaxlora.data.cache import RowCache, default_folder
 from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
-from jaxlora.estimate import with_mesh
+from jaxlora.estimate import mesh_here
 from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import described, pick_scheme
 from jaxlora.models.spec import check_positions
-from jaxlora.runtime.devices import slice_of
+from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import place_trained, token_multiple, trained_shardings
+from jaxlora.sharding import base_shardings, place_trained, token_multiple, trained_shardings
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
+
+SURE = 0.8  # of a memory: the estimate is good to about a fifth
+
+
+class Prepared(Protocol):
+    """What is known of a run of any kind before its weights are loaded."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def base(self) -> Base: ...
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def mesh(self) -> jax.sharding.Mesh: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class Job:
 
     def compute(self, layout: Layout) -> Compute:
         """How steps over buffers of this layout are computed."""
-        return self.machine.compute(layout.batch_rows if layout.packed else 1)
+        return self.machine.compute(layout.rows_a_line)
 
 
 def prepare(
@@ -96,8 +115,7 @@ def prepare(
     longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
     check_positions(base.config, longest, "config.data.max_length: the longest rows")
     config, spec = trained_spec(config, base)
-    if (slice_ := slice_of(jax.devices())) is not None:
-        config = with_mesh(config, base.config, slice_)
+    config = mesh_here(config, base.config)
     machine = wire(config.model, config.mesh)
     spec = replace(spec, scan=machine.scan)
     plan = plan_run(config.optim, train, len(train_rows), config.seed if data.shuffle else None)
@@ -105,7 +123,7 @@ def prepare(
     steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
-    multiple = token_multiple(machine.mesh)
+    split = token_multiple(machine.mesh), machine.lines
     return Job(
         config=config,
         base=base,
@@ -117,8 +135,8 @@ def prepare(
         reports=reports,
         gates=gates,
         plan=plan,
-        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, multiple),
-        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, multiple),
+        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, *split),
+        validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, *split),
     )
 
 
@@ -146,10 +164,12 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
         raise UserError(
             "config.lora.dropout: is not computed in the head's adapter, which this start has; give 0"
         )
-    return replace(config, lora=lora), replace(model, lora=lora, shapes=adapter.shapes)
+    spec = replace(model, lora=lora, shapes=adapter.shapes)
+    check_targets(spec)
+    return replace(config, lora=lora), spec
 
 
-def fresh_state(job: Job) -> TrainState:
+def fresh_state(job: Prepared) -> TrainState:
     """The state before the first step; a function of the seed, and of what the run starts from."""
     spec, start = job.spec, job.config.lora.start
     if spec.full:
@@ -162,7 +182,7 @@ def fresh_state(job: Job) -> TrainState:
     return init_state(trained, job.config.optim)
 
 
-def abstract_state(job: Job) -> TrainState:
+def abstract_state(job: Prepared) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
 
     def make() -> TrainState:
@@ -176,7 +196,18 @@ def abstract_state(job: Job) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def load_frozen(job: Job) -> Tree:
+def abstract_frozen(job: Prepared) -> Tree:
+    """Shapes, dtypes and shardings of what `load_frozen` gives, without any array."""
+    if job.spec.full:
+        return {}
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        job.spec.abstract_base,
+        base_shardings(job.mesh, job.spec),
+    )
+
+
+def load_frozen(job: Prepared) -> Tree:
     """The base of a job; `{}` where all weights are trained."""
     return {} if job.spec.full else job.base.load(job.spec, job.mesh)
 
@@ -202,6 +233,7 @@ def _load_rows(
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
         options=RowOptions.of(data),
+        cache=RowCache(default_folder(), tokenizer_sha256(tokenizer)) if data.cache else None,
     )
     rows, report = load(data.train_path, limit=data.train_rows)
     if data.validation_path is not None:
@@ -244,7 +276,8 @@ def estimate_memory(job: Job) -> dict[str, int]:
     logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
-    tokens = max(job.train_layout.sizes) * (1 if job.train_layout.packed else job.train_layout.batch_rows)
+    layout = job.train_layout
+    tokens = max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows)
     kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
         kept += sum(kept_per_token(config, False))
@@ -256,7 +289,43 @@ def estimate_memory(job: Job) -> dict[str, int]:
     }
 
 
-def _what_is_trained(job: Job) -> str:
+def memory_per_device(job: Job) -> int:
+    """Bytes that a run needs on one device, from `estimate_memory`: the base is split over fsdp and tensor,
+    activations over all devices, adapters are whole on each. On CPUs, which share their memory, those of all.
+    """
+    shape, parts = job.mesh.shape, estimate_memory(job)
+    split = shape["fsdp"] * shape["tensor"]
+    trained = "trained weights, gradients and moments"
+    one = parts["base"] / split + parts["activations"] / job.mesh.size + parts["output head"]
+    one += parts[trained] / (split if job.spec.full else 1)
+    on_cpu = job.mesh.devices.flat[0].platform == "cpu"
+    return round(one * (job.mesh.size if on_cpu else 1))
+
+
+def fits(job: Job) -> bool | None:
+    """Whether the run's memory fits the devices that are here: None where it is too close to say, or nothing
+    says how much there is."""
+    room, needed = memory_of(job.mesh.devices.flat[0]), memory_per_device(job)
+    if room is None or SURE * room < needed <= room / SURE:
+        return None
+    return needed <= SURE * room
+
+
+def _room(job: Job) -> str:
+    """The same in words."""
+    device = job.mesh.devices.flat[0]
+    room, needed = memory_of(device), memory_per_device(job)
+    if room is None:
+        return f"about {needed / 2**30:.2f} GiB a device, which does not say what it has"
+    owner = "this machine" if device.platform == "cpu" else "a device"
+    text = f"about {needed / 2**30:.2f} of the {room / 2**30:.2f} GiB that {owner} has: "
+    if fits(job):
+        return text + "fits"
+    smaller = "train.max_buffer_tokens or train.batch_rows smaller, or model.remat=elementwise"
+    return text + ("may not fit" if fits(job) is None else "does not fit") + f"; {smaller}, takes less"
+
+
+def what_is_trained(job: Prepared) -> str:
     lora = job.spec.lora
     if lora is None:
         return "all weights, float32 master weights"
@@ -283,7 +352,7 @@ def describe(job: Job) -> Table:
         + (f", base in {described(job.spec.scheme)}" if job.spec.scheme else "")
         + (", random weights" if config.model.random_weights else ""),
         "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
-        "trained": _what_is_trained(job),
+        "trained": what_is_trained(job),
         "training": f"{len(job.train_rows):,} rows, {train_tokens:,} tokens an epoch, "
         f"{trained_tokens(job, plan.total_steps):,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
@@ -295,6 +364,7 @@ def describe(job: Job) -> Table:
         "buffers": f"{config.train.layout}, {', '.join(map(str, job.train_layout.sizes))} tokens, "
         f"{padding_efficiency(job.train_rows, epoch, job.train_layout):.1%} of them real",
         "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
+        "room": _room(job),
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
         f" attention {job.machine.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
     }

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,11 @@ from jaxlora.runtime.files import is_disk_full
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
-from jaxlora.sharding import place_batch
+from jaxlora.sharding import named, place_batch
 from jaxlora.train.display import TrainingDisplay
-from jaxlora.train.job import Job, abstract_state, fresh_state, load_frozen
+from jaxlora.train.job import Job, abstract_frozen, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import check_inputs, identity, make_manifest
+from jaxlora.train.programs import StepPrograms
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
 from jaxlora.train.samples import sample_records
 from jaxlora.train.schedule import learning_rate
@@ -45,6 +45,7 @@ from jaxlora.train.selection import select_checkpoint, stops_early
 from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
+COMPILES_AHEAD = ("gpu",)  # where compiling takes long and the host has cores to spare
 LATE = 2  # steps between dispatch and reading the metrics
 
 
@@ -86,9 +87,12 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         stack.enter_context(jax.set_mesh(job.mesh))
         directory = stack.enter_context(RunDirectory.open(job))
         run = Run(job, directory, stop)
-        stack.enter_context(_failures(run))
+        stack.enter_context(failures(run))
         run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
         run.resume()
+        stack.enter_context(run.programs)
+        if jax.default_backend() in COMPILES_AHEAD:
+            run.compile_ahead()
         run.frozen = load_frozen(job) if frozen is None else frozen
         if hosts.is_main():
             check_inputs(job, directory.manifest)
@@ -128,6 +132,8 @@ class Run:
         self.step, self.stage = 0, "loading"
         self.validations: dict[int, float] = {}
         self._like = abstract_state(job)
+        self.train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
+        self.programs = StepPrograms(self.train_step, job.mesh)
         self._again = False  # it went back once, because its selected checkpoint was damaged
 
     def resume(self, before: int | None = None) -> None:
@@ -157,9 +163,8 @@ class Run:
           the result; None where the selected checkpoint is damaged: the run has gone back to before it.
         """
         job, last = self.job, self.job.plan.total_steps
-        train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
         if self.step < last and jax.default_backend() == "tpu":
-            self._check_longest(train_step)
+            self._check_longest()
         batch_of = self._batch_of()
         with (
             self.stop.saving(job.config.train.grace_seconds) as begin_saving,
@@ -174,7 +179,8 @@ class Run:
                     rate = np.float32(learning_rate(step, job.config.optim, job.plan))
                     placed = place_batch(job.mesh, batch)
                     with display.compiling("training step", batch["tokens"].shape):
-                        self.state, metrics = train_step(self.state, self.frozen, placed, jnp.asarray(rate))
+                        arguments = self.state, self.frozen, placed, jnp.asarray(rate)
+                        self.state, metrics = self.programs(*arguments)
                     begin_saving()  # until now there was nothing to save
                     self.step = step
                     log.add(step, metrics, float(rate))
@@ -186,6 +192,18 @@ class Run:
             self.stage = "saving"
             self.store.wait()
         return self._finish()
+
+    def compile_ahead(self) -> None:
+        """Begin to compile the step for every shape of the batches to come, the next one's first."""
+        job = self.job
+        steps = range(self.step + 1, job.plan.total_steps + 1)
+        if not steps:
+            return
+        rate, kinds = jax.ShapeDtypeStruct((), np.float32), self._batch_of()(steps[0])
+        for shape in job.train_layout.shapes(job.train_rows, job.plan.rows_of_step, steps):
+            sharding = named(job.mesh, (None, "batch", "length"), shape)
+            batch = {k: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding) for k, x in kinds.items()}
+            self.programs.start(self._like, abstract_frozen(job), batch, rate)
 
     def _batch_of(self) -> Callable[[int], Batch]:
         """What builds the batch of a step."""
@@ -274,7 +292,7 @@ class Run:
         """The error that ends this run, with whether anything was saved."""
         return Diverged(self.step if step is None else step, message, self.store.has_any)
 
-    def _check_longest(self, train_step: Any) -> None:
+    def _check_longest(self) -> None:
         """Compile the step of the longest buffer: a TPU's compiler knows whether it fits, and a run should
         not find that out after hours. When its turn comes, its program comes from the cache.
 
@@ -283,12 +301,12 @@ class Run:
         """
         job = self.job
         longest = max(job.train_layout.sizes)
-        lines = 1 if job.train_layout.packed else job.train_layout.batch_rows
+        lines = job.train_layout.lines if job.train_layout.packed else job.train_layout.batch_rows
         like = self._batch_of()(self.step + 1)
         batch = {name: np.zeros((1, lines, longest), x.dtype) for name, x in like.items()}
         arguments = self.state, self.frozen, place_batch(job.mesh, batch), jnp.float32(0)
         try:
-            train_step.lower(*arguments).compile()
+            self.train_step.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             if (missing := out_of_memory(str(error))) is None:
                 raise
@@ -365,7 +383,7 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
 
 
 @contextmanager
-def _failures(run: Run) -> Iterator[None]:
+def failures(run: Any) -> Iterator[None]:
     """Write `failure.json` for whatever goes wrong, here or in another process."""
 
     def write(error: BaseException, trace: str) -> None:

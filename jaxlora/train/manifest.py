@@ -30,8 +30,9 @@ from jaxlora.lora import count_trainable
 from jaxlora.models.families import count_matrix_parameters, count_parameters
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import sha256_of
+from jaxlora.runtime.remote import resolve
 from jaxlora.runtime.text import harmless, without_secrets
-from jaxlora.train.job import Job, token_count
+from jaxlora.train.job import Job, Prepared, token_count
 
 # Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
 _FREE = {
@@ -47,6 +48,7 @@ _FREE = {
     "train.samples",
     "train.startup_check",
     "data.gate_report",
+    "data.cache",
     "data.allow_ungated",
     "data.train_path",  # the files' and the tokens' hashes are compared instead
     "data.validation_path",
@@ -56,6 +58,9 @@ _FREE = {
 }
 # Fields that older manifests lack, with the value that says what those runs did.
 _ADDED = {"lora.dropout": 0.0, "train.max_steps": None, "train.early_stopping": None}
+# What a run that learns from rewards does not read, and what only such a run does.
+_OF_ROWS, _OF_REWARDS = {"data", "train.epochs", "train.batch_rows", "train.validation_every"}, {"rl"}
+_FREE_OF_REWARDS = {"rl.problems", "rl.eval_problems"}  # their hashes are compared instead
 # Fields that change the order of float sums: the result is the same up to rounding, but not to the bit.
 _ROUNDING = {
     "mesh",
@@ -86,8 +91,24 @@ def make_manifest(job: Job) -> dict[str, Any]:
     Raises:
       UserError: a file of rows was replaced between its gate and its reading.
     """
-    config, plan = job.config, job.plan
+    plan = job.plan
     _check_gated(job)
+    return common_manifest(job) | {
+        "schedule": {
+            "steps_per_epoch": plan.steps_per_epoch,
+            "total_steps": plan.total_steps,
+            "warmup_steps": plan.warmup_steps,
+            "validation_steps": list(plan.validation_steps),
+        },
+        "buffers": {"train": list(job.train_layout.sizes), "validation": list(job.validation_layout.sizes)},
+        "gates": dataclasses.asdict(job.gates),
+        "dataset": _datasets(job),
+    }
+
+
+def common_manifest(job: Prepared) -> dict[str, Any]:
+    """What the manifests of all kinds of runs hold: code, machine, configuration, base, what is trained."""
+    config = job.config
     device = jax.devices()[0]
     return {
         "run_id": config.run_id,
@@ -116,15 +137,6 @@ def make_manifest(job: Job) -> dict[str, Any]:
             "start_sha256": _start_hash(config),
         },
         "lora": None if job.spec.full else _lora(job),
-        "schedule": {
-            "steps_per_epoch": plan.steps_per_epoch,
-            "total_steps": plan.total_steps,
-            "warmup_steps": plan.warmup_steps,
-            "validation_steps": list(plan.validation_steps),
-        },
-        "buffers": {"train": list(job.train_layout.sizes), "validation": list(job.validation_layout.sizes)},
-        "gates": dataclasses.asdict(job.gates),
-        "dataset": _datasets(job),
     }
 
 
@@ -156,7 +168,7 @@ def _check_gated(job: Job) -> None:
             raise UserError(f"{report.path}: changed while it was being read; give the same command again")
 
 
-def check_inputs(job: Job, manifest: dict[str, Any]) -> None:
+def check_inputs(job: Prepared, manifest: dict[str, Any]) -> None:
     """Refuse to train on anything else than the manifest names; called once everything is loaded.
 
     Raises:
@@ -171,7 +183,7 @@ def check_inputs(job: Job, manifest: dict[str, Any]) -> None:
             )
 
 
-def _lora(job: Job) -> dict[str, Any]:
+def _lora(job: Prepared) -> dict[str, Any]:
     """The adapter: its settings, and what it is on."""
     return {
         **dataclasses.asdict(job.config.lora),
@@ -183,13 +195,14 @@ def _lora(job: Job) -> dict[str, Any]:
 
 def _start_hash(config: RunConfig) -> str | None:
     start = config.lora.start
-    return None if start is None else sha256_of(Path(start) / WEIGHTS)
+    return None if start is None else sha256_of(resolve(start) / WEIGHTS)
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What two manifests must share for one to resume the other, flat."""
     config = _flat(manifest.get("config", {}), "")
-    flat = _ADDED | {name: value for name, value in config if not _in(name, _FREE | _ROUNDING)}
+    of_rewards = _OF_ROWS | _FREE_OF_REWARDS if manifest.get("kind") == "rl" else _OF_REWARDS
+    flat = _ADDED | {name: value for name, value in config if not _in(name, _FREE | _ROUNDING | of_rewards)}
     for name in ("train", "validation"):
         data = (manifest.get("dataset") or {}).get(name) or {}
         for key in ("sha256", "tokens_sha256"):  # of the file; of the rows under the tokenizer, with weights

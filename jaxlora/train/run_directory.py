@@ -28,7 +28,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import load_base, save_model
@@ -59,7 +59,7 @@ from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.sharding import place_trained
 from jaxlora.train.board import Board, curves, write_outcome
 from jaxlora.train.display import draw_validation
-from jaxlora.train.job import Job, token_count, trained_tokens
+from jaxlora.train.job import Job, Prepared, token_count, trained_tokens
 from jaxlora.train.manifest import (
     differences,
     identity,
@@ -76,7 +76,9 @@ _LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its loc
 class RunDirectory:
     """An opened run directory; the main process holds its lock and is the only one that writes."""
 
-    def __init__(self, job: Job, manifest: dict[str, Any]):
+    job: Any  # a `Job`; of another kind of run, what is `Prepared`
+
+    def __init__(self, job: Prepared, manifest: dict[str, Any]):
         self.path, self.job = job.config.run_dir, job
         self.manifest, self.identity = manifest, identity(manifest)
         self._metrics = self.path / "metrics.jsonl"
@@ -87,7 +89,7 @@ class RunDirectory:
 
     @classmethod
     @contextmanager
-    def open(cls, job: Job) -> Iterator[RunDirectory]:
+    def open(cls, job: Any) -> Iterator[Self]:
         """Make the directory, or take up an unfinished run of the same configuration.
 
         Raises:
@@ -100,7 +102,7 @@ class RunDirectory:
                 f"config.prefix: the run's name takes {name} bytes; give one of at most {_LONGEST_NAME}"
             )
         hosts.check_shared(job.config.results_dir)
-        manifest = make_manifest(job)
+        manifest = cls.manifest_of(job)
         run = cls(job, manifest)
         hosts.check_same(run.identity | {key: manifest[key] for key in ("config", "packages")}, str(run.path))
         if not hosts.is_main():
@@ -117,8 +119,7 @@ class RunDirectory:
                     pass
             _take_over(place, manifest, job.config.overwrite)
             stack.enter_context(_exclusive(metrics, run.path))
-            sample = str(job.tokenizer.decode(job.train_rows[0].tokens))
-            write_text_atomic(run.path / "sample_render.txt", sample)
+            write_text_atomic(run.path / "sample_render.txt", run.sample_render())
             hosts.barrier("run directory")
             try:
                 yield run
@@ -126,6 +127,15 @@ class RunDirectory:
                 for writer in (run._board, run._tracker):
                     if writer is not None:
                         writer.close()
+
+    @staticmethod
+    def manifest_of(job: Any) -> dict[str, Any]:
+        """The manifest of a run of this kind that starts, or goes on, here and now."""
+        return make_manifest(job)
+
+    def sample_render(self) -> str:
+        """What the model sees first."""
+        return str(self.job.tokenizer.decode(self.job.train_rows[0].tokens))
 
     # --- Metrics --------------------------------------------------------------------------------------------
 

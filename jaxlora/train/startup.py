@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.data.packing import pack, round_up
+from jaxlora.data.packing import pack, round_up, rows_of
 from jaxlora.data.render import RenderedRow
 from jaxlora.generate.decode import (
     PROMPT_MULTIPLE,
@@ -145,10 +145,11 @@ def _by_trainer(
 ) -> np.ndarray:
     """Log-probability of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, as a step computes it."""
     n_tokens = sum(row.n_tokens for row in rows)
-    batch = pack(rows, (round_up(n_tokens, token_multiple(job.mesh)),), n_tokens)
+    lines = job.machine.lines
+    batch = pack(rows, (round_up(n_tokens, token_multiple(job.mesh)),), n_tokens, lines)
     step = make_logprob_step(spec, job.machine.compute(len(rows)))
-    values = np.asarray(step(trained, frozen, place_batch(job.mesh, batch)), np.float64)[0, 0]
-    return np.stack([values[batch["segment_ids"][0, 0] == i + 1][PROMPT - 1 :] for i in range(len(rows))])
+    values = np.asarray(step(trained, frozen, place_batch(job.mesh, batch)), np.float64)
+    return np.stack([own[PROMPT - 1 :] for own in rows_of(values, [LENGTH] * len(rows), n_tokens, lines)])
 
 
 def _by_decoder(

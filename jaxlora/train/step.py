@@ -24,8 +24,18 @@ from jaxlora.models.attention import pick_backend, segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
+from jaxlora.models.shared import Places, attend_shared
 from jaxlora.runtime.devices import scan_layers, step_options
-from jaxlora.sharding import constrain, constrain_trained, make_mesh
+from jaxlora.sharding import (
+    by_line,
+    constrain,
+    constrain_trained,
+    make_mesh,
+    runs_by_line,
+    summed_over_lines,
+    token_lines,
+    total,
+)
 from jaxlora.train.objective import Loss, objective_of, temperature_of
 
 
@@ -43,6 +53,7 @@ class Compute:
     backend: str = "xla"  # of attention
     remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Decoder`
     max_segments: int = 1  # most rows in one line of a buffer
+    by_line: bool = False  # a program a device, each with its own lines, where a mesh allows it
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,12 @@ class Machine:
 
     def compute(self, max_segments: int = 1) -> Compute:
         """How steps over buffers with at most so many rows in a line are computed."""
-        return Compute(self.backend, self.remat, max_segments)
+        return Compute(self.backend, self.remat, max_segments, self.lines > 1)
+
+    @property
+    def lines(self) -> int:
+        """Lines of a packed buffer."""
+        return token_lines(self.mesh)
 
 
 def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] | None = None) -> Machine:
@@ -67,7 +83,7 @@ def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] 
     """
     whole = mesh if isinstance(mesh, Mesh) else make_mesh(mesh, devices)
     platform = whole.devices.flat[0].platform
-    backend = pick_backend(model.attention, platform, model.dtype, whole.size)
+    backend = pick_backend(model.attention, platform, model.dtype)
     return Machine(whole, backend, scan_layers(model.layers, platform), model.remat)
 
 
@@ -113,22 +129,32 @@ def buffer_loss(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The loss of one buffer summed over its positions, and log p of its targets where asked for.
 
-    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`; what else is in it beside tokens,
-    targets, positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it
-    holds `dropout`, as training batches do.
+    The buffer holds arrays `[lines, length]`, see `jaxlora.data.packing`, and in some cases the places of
+    prompts that rows share, see `jaxlora.models.shared`; what else is in it beside tokens, targets,
+    positions, segment ids and weights are the objective's extras. Adapters drop inputs only where it holds
+    `dropout`, as training batches do.
     """
     model = spec.bind(trained, frozen)
     segment_ids = buffer["segment_ids"]
 
+    places = Places.of(buffer)
+
+    def attention(q, k, v):
+        ids = segment_ids if places is None else places.wide_segment_ids
+        return segment_attention(q, k, v, ids, compute.backend, compute.max_segments)
+
     def attend(q, k, v, cache):
-        return segment_attention(q, k, v, segment_ids, compute.backend, compute.max_segments), cache
+        return attention(q, k, v) if places is None else attend_shared(q, k, v, places, attention), cache
 
     noise = None
     if spec.lora is not None and spec.lora.dropout and "dropout" in buffer:
         noise = Noise.of(buffer["dropout"], buffer["positions"], spec.lora.dropout)
-    hidden, _ = model(buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise)
-    weights = buffer["weights"]
-    wanted = weights != 0 if logprobs == "weighted" else segment_ids > 0 if logprobs else None
+    filled, weights = segment_ids > 0, buffer["weights"]
+    real = filled if spec.config.experts else None
+    hidden, _ = model(
+        buffer["tokens"], buffer["positions"], attend, remat=compute.remat, noise=noise, real=real
+    )
+    wanted = weights != 0 if logprobs == "weighted" else filled if logprobs else None
     extras = {name: x for name, x in buffer.items() if name not in _BUFFER}
     return chunked_loss(
         hidden,
@@ -142,7 +168,7 @@ def buffer_loss(
     )
 
 
-_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout"}
+_BUFFER = {"tokens", "targets", "positions", "segment_ids", "weights", "dropout", *Places._fields}
 
 
 def gradients(
@@ -155,6 +181,14 @@ def gradients(
     logprobs: Wanted,
 ) -> tuple[Tree, jax.Array, jax.Array | None]:
     """Gradient and loss of a batch `[buffers, lines, length]`, summed over buffers; log p of its targets."""
+    if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+        alone = replace(compute, by_line=False)
+
+        def of_own_lines(trained, frozen, batch):
+            grads, value, found = gradients(spec, trained, frozen, batch, alone, loss, logprobs)
+            return summed_over_lines(spec, grads), total(value), found
+
+        return by_line(of_own_lines, spec, trained, frozen, batch, ("trained", "whole", "lines"))
 
     def of_buffer(trained, buffer):
         return buffer_loss(spec, trained, frozen, buffer, compute, loss, logprobs)
@@ -236,13 +270,19 @@ def _update_step(spec: ModelSpec, optim: OptimConfig):
 def make_eval_step(spec: ModelSpec, compute: Compute):
     """The jitted `(trained, frozen, batch) -> (summed nll, weight)` of validation; forward only."""
 
-    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
-        def add(total, buffer):
+    def summed(trained: Tree, frozen: Tree, batch: Tree) -> jax.Array:
+        def add(so_far, buffer):
             value, _ = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", False)
-            return total + value, None
+            return so_far + value, None
 
-        total, _ = jax.lax.scan(add, jnp.float32(0), batch)
-        return on_every_chip((total, jnp.sum(batch["weights"])))
+        return jax.lax.scan(add, jnp.float32(0), batch)[0]
+
+    def eval_step(trained: Tree, frozen: Tree, batch: Tree):
+        if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+            (value,) = by_line(lambda *own: (total(summed(*own)),), spec, trained, frozen, batch, ("whole",))
+        else:
+            value = summed(trained, frozen, batch)
+        return on_every_chip((value, jnp.sum(batch["weights"])))
 
     return jax.jit(eval_step, compiler_options=step_options())
 
@@ -257,11 +297,17 @@ def make_logprob_step(
     """
     likelihood = Loss("cross_entropy", temperature=temperature_of(loss))
 
-    def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
+    def of_lines(trained: Tree, frozen: Tree, batch: Tree) -> tuple[jax.Array]:
         def of_buffer(_, buffer):
             return None, buffer_loss(spec, trained, frozen, buffer, compute, likelihood, logprobs)[1]
 
-        return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
+        return (jax.lax.scan(of_buffer, None, batch)[1],)
+
+    def logprob_step(trained: Tree, frozen: Tree, batch: Tree):
+        arguments = trained, frozen, batch
+        if compute.by_line and runs_by_line(spec, batch["tokens"].shape[1]):
+            return on_every_chip(by_line(of_lines, spec, *arguments, ("lines",))[0])
+        return on_every_chip(of_lines(*arguments)[0])
 
     return jax.jit(logprob_step, compiler_options=step_options())
 

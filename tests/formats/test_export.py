@@ -104,7 +104,7 @@ class TestAdapter:
         assert code == 0, errors
         assert "made-up-attention_only-seed-4, step 30" in printed
         names = {"adapter_config.json", "adapter_model.safetensors", "jaxlora.json"}
-        assert {path.name for path in out.iterdir()} == names
+        assert {path.name for path in out.iterdir()} == names | {"README.md"}
         for name in names:
             assert (out / name).read_bytes() == (run / "selected" / name).read_bytes(), name
 
@@ -278,13 +278,21 @@ class TestMerged:
         make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
         write(base / "generation_config.json", {"eos_token_id": [1, 2]})
         write(base / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "elsewhere"})
-        for name in ("trainer_state.json", "notes.txt", "training_args.bin", "optimizer.pt", ".env"):
+        for name in (
+            "README.md",
+            "trainer_state.json",
+            "notes.txt",
+            "training_args.bin",
+            "optimizer.pt",
+            ".env",
+        ):
             (base / name).write_text("{}")
         words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
         assert export(*words)[0] == 0
         weights = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
         names = {path.name for path in (tmp_path / "merged").iterdir()}
-        assert names == weights | {"config.json", "generation_config.json"}
+        assert names == weights | {"config.json", "generation_config.json", "README.md"}
+        assert (tmp_path / "merged" / "README.md").read_text().startswith("---\nlicense")  # not the base's
         Qwen3ForCausalLM.from_pretrained(tmp_path / "merged")
 
     def test_a_file_of_the_base_that_is_a_link_out_of_it_is_not_copied(self, base, tmp_path, export):

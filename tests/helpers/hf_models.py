@@ -83,11 +83,38 @@ OTHERS = {
         },
     },
 }
+# Mixtures of experts: shares that add up to one or not, one expert a token, all of them, fused tensors.
+MIXTURES = {
+    "plain": {"norm_topk_prob": True},
+    "shares as they are, tied, three shards": {
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "shards": 3,
+    },
+    "one expert a token, one layer, 16 experts": {
+        "norm_topk_prob": False,
+        "num_experts": 16,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 1,
+    },
+    "all experts, no grouping, theta 10000": {
+        "norm_topk_prob": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "num_key_value_heads": 4,
+        "rope_theta": 10_000.0,
+    },
+}
 # One of each family, with everything that the family has and the others lack.
 FAMILY_SHAPES = {
     "qwen3": {},
     "llama": OTHERS["llama"]["scaled"] | {"tie_word_embeddings": True},
     "qwen2": {},
+    "qwen3_moe": MIXTURES["plain"],
 }
 
 
@@ -114,6 +141,8 @@ def make_checkpoint(
         "eos_token_id": 1,
         "bos_token_id": None,
     }
+    if family == "qwen3_moe":
+        defaults |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     values = defaults | shape
     rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")} | values.pop("rope", {})
     if values["head_dim"] is None:

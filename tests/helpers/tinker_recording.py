@@ -1,6 +1,6 @@
-"""The base of the Tinker parity tests, and the script that records the fixture from a local server.
+"""The base of the Tinker parity tests, and the script that records the fixtures from a local server.
 
-python tests/helpers/tinker_recording.py --out DIR      # DIR/base, DIR/recording.json, DIR/recording-adapters
+python tests/helpers/tinker_recording.py --out DIR      # base, recording.json, policy.json, their adapters
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from helpers.hf_models import make_checkpoint
 from helpers.tinker_server import local_server
 from jaxlora.data.render import RenderedRow, load_tokenizer
 from jaxlora.data.rows import load_rendered_rows
+from jaxlora.parity.policy import PolicySettings, record_policy
 from jaxlora.parity.recording import Settings, record
 from jaxlora.parity.tinker_service import TinkerBackend
 from jaxlora.runtime.remote import embedded_path
 
 TOKENIZER = load_tokenizer("embedded:base")
 SETTINGS = Settings(conditions=("all_layer",), reduction="sequence_mean")
+POLICY = PolicySettings(reduction="length_mean")
 ROPE_THETA = 500_000.0  # neither of the usual values, so that one of them taken by mistake would show
 
 
@@ -48,6 +50,11 @@ def embedded_rows() -> list[RenderedRow]:
         "embedded:data/train.jsonl", TOKENIZER, max_length=4096, on_bad_row="error", limit=40
     )
     return rows
+
+
+def policy_prompts() -> list[list[int]]:
+    """Prompts whose answers are drawn."""
+    return [row.tokens[: row.prompt_length].tolist() for row in embedded_rows()[:2]]
 
 
 @contextmanager
@@ -73,7 +80,9 @@ def main() -> None:
         base = make_base(Path(scratch) / "base")
         with local_service(base, Path(scratch) / "server") as backend:
             out.mkdir(parents=True, exist_ok=True)
-            record(backend, embedded_rows(), SETTINGS, out / "recording.json", "base", TOKENIZER.eos_token_id)
+            stop = TOKENIZER.eos_token_id
+            record(backend, embedded_rows(), SETTINGS, out / "recording.json", "base", stop)
+            record_policy(backend, policy_prompts(), POLICY, out / "policy.json", "base", stop)
         (out / "base").mkdir()
         for name in ("config.json", "model.safetensors"):
             shutil.copy(base / name, out / "base" / name)

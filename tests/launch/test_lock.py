@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-LOCKS = ("requirements.lock", "launch/tpu.lock", "launch/cuda.lock")
+LOCKS = ("requirements.lock", "launch/tpu.lock", "launch/cuda.lock", "launch/rl.lock")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import jax
@@ -134,6 +135,7 @@ PARAMETERS = {
     "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
 
 
@@ -277,6 +279,23 @@ FILES = {
         "rope_theta": 1000000.0,
     },
     "Qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1000000},
+    "Qwen3-MoE": {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_theta": 1000000.0,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "max_window_layers": 48,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
 }
 
 
@@ -292,7 +311,21 @@ def without(key):
     return {name: value for name, value in LLAMA3.items() if name != key}
 
 
+def mixture(**values):
+    return SHAPE | FILES["Qwen3-MoE"] | values
+
+
 REFUSED = [
+    (mixture(norm_topk_prob=None), "norm_topk_prob is missing"),
+    (mixture(norm_topk_prob=1), "norm_topk_prob"),
+    (mixture(num_experts=None), r"experts.num_experts: Field required"),
+    (mixture(num_local_experts=64), "num_experts and num_local_experts differ"),
+    (mixture(num_experts_per_tok=129), "num_experts_per_tok must not be above"),
+    (mixture(mlp_only_layers=[3]), "mlp_only_layers"),
+    (mixture(decoder_sparse_step=2), "decoder_sparse_step"),
+    (mixture(output_router_logits=True), "output_router_logits"),
+    (mixture(shared_expert_intermediate_size=64), "shared_expert_intermediate_size"),
+    (mixture(experts={"num_experts": 2}), r"experts = .* is not known"),
     (llama(attention_bias=True), "attention_bias"),
     (llama(mlp_bias=True), "mlp_bias"),
     (llama(sliding_window=4096), "sliding_window"),
@@ -325,7 +358,7 @@ REFUSED = [
             "mixtral": "llama",
             "smollm3": "llama",
             "qwen2_moe": "qwen2",
-            "qwen3_moe": "qwen3",
+            "qwen3_next": "qwen3",
             "phi3": "qwen3",
         }.items()
     ),
@@ -340,7 +373,10 @@ def test_a_config_of_each_listed_family_is_read(name):
     assert config.head_dim == 16
     assert config.num_key_value_heads == (4 if name == "SmolLM2" else 2)
     assert config.tie_word_embeddings == (name == "Llama 3.2")
-    assert config.rope_theta == {"Llama": 5e5, "SmolLM2": 1e5, "Qwen2.5": 1e6, "Qwen3": 1e6}[name.split()[0]]
+    assert (
+        config.rope_theta
+        == {"Llama": 5e5, "SmolLM2": 1e5, "Qwen2.5": 1e6, "Qwen3": 1e6}[re.split("[ -]", name)[0]]
+    )
     if name.startswith("Llama"):
         assert config.rope_scaling.factor == (8.0 if name == "Llama 3.1" else 32.0)
         assert config.rope_scaling.original_max_position_embeddings == 8192

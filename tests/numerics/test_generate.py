@@ -72,7 +72,7 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
     limits = np.random.default_rng(3).integers(1, 40, 40).tolist()
     eos = (7, 31)  # with random weights, one of these ends about one answer in three
 
-    def run(order, slots, tail_slots=0):
+    def run(order, slots, tail_slots=(), **options):
         chosen = [prompts[i] for i in order]
         answers = generate(
             spec,
@@ -84,12 +84,17 @@ def test_answers_do_not_depend_on_slots_order_or_refill(small):
             slots=slots,
             limits=[limits[i] for i in order],
             tail_slots=tail_slots,
+            **options,
         )
         return {i: (a.tokens, a.stop_reason) for i, a in zip(order, answers, strict=True)}
 
     alone = run(list(range(0, 40, 5)), slots=1)
     together = run(list(range(40)), slots=16)
-    assert together == run(list(range(40)), slots=16, tail_slots=3)
+    assert together == run(list(range(40)), slots=16, tail_slots=(8, 3))
+    expected = np.random.default_rng(4).integers(1, 100, 40).tolist()
+    assert together == run(list(range(40)), slots=16, expected=expected)
+    assert together == run(list(range(40)), slots=5, packed=True, expected=expected, tail_slots=(4, 2))
+    assert together == run(list(range(40)), slots=16, packed=True)
     assert together == run(list(reversed(range(40))), slots=3)
     assert all(together[i] == answer for i, answer in alone.items())
     reasons = [reason for _, reason in together.values()]

@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 from helpers.hf_models import make_checkpoint, our_model
 from helpers.rows import random_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxlora.config import LoraConfig, OptimConfig
-from jaxlora.data.packing import choose_sizes, cut_into_buffers, pack, pad
+from jaxlora.data.batches import Layout
+from jaxlora.data.packing import (
+    choose_sizes,
+    cut_into_buffers,
+    cut_into_lines,
+    largest_buffer,
+    pack,
+    pad,
+    rows_of,
+    spread,
+)
 from jaxlora.data.render import shifted
 from jaxlora.lora import init_lora
 from jaxlora.train.step import Compute, buffer_loss, init_state, make_train_step
@@ -54,6 +66,47 @@ def test_rows_are_split_in_order_and_never_cut():
     assert cut_into_buffers([5, 5, 5, 20, 1], 10) == [[0, 1], [2], [3], [4]]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=24), st.integers(2, 5), st.integers(90, 200))
+def test_lines_hold_every_row_once_and_are_about_as_full_as_each_other(lengths, lines, most):
+    buffers = cut_into_lines(lengths, most, lines)
+    dealt = [line for buffer in buffers for line in buffer]
+    assert all(len(buffer) == lines for buffer in buffers)
+    assert sorted(i for line in dealt for i in line) == list(range(len(lengths)))
+    totals = [sum(lengths[i] for i in line) for line in dealt]
+    assert max(totals) <= most
+    # No move or exchange of rows between the fullest and the emptiest line would bring them closer.
+    full, empty = (dealt[totals.index(of(totals))] for of in (max, min))
+    gap = max(totals) - min(totals)
+    for i in full:
+        for other in (0, *(lengths[j] for j in empty)):
+            assert abs(gap - 2 * (lengths[i] - other)) >= gap
+
+
+def test_one_line_is_the_rows_in_order():
+    assert cut_into_lines([5, 5, 5, 20, 1], 10) == [[[0, 1]], [[2]], [[3]], [[4]]]
+
+
+def test_a_batch_in_lines_holds_the_rows_and_gives_them_back():
+    rows = random_rows(9)
+    lengths = [row.n_tokens for row in rows]
+    longest = largest_buffer(lengths, 72, lines=2)
+    batch = pack(rows, (longest,), 72, lines=2)
+    assert batch["tokens"].shape[0] > 1
+    assert batch["tokens"].shape[1:] == (2, longest)
+    for name, part in (("tokens", 0), ("targets", 1), ("weights", 2)):
+        for row, found in zip(rows, rows_of(batch[name], lengths, 72, lines=2), strict=True):
+            assert (found == shifted(row)[part]).all()
+    layout = Layout(True, (longest,), 9, 72, lines=2)
+    order = [rows[i] for i in layout.order(rows)]
+    flat = batch["tokens"][batch["segment_ids"] > 0]
+    assert (flat == np.concatenate([shifted(row)[0] for row in order])).all()
+    words = np.arange(9, dtype=np.int32) + 100
+    spread_words = spread(batch, words[layout.order(rows)])
+    for word, found in zip(words, rows_of(spread_words, lengths, 72, lines=2), strict=True):
+        assert (found == word).all()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
@@ -81,6 +134,7 @@ def test_packed_equals_padded_equals_one_row_at_a_time(model):
     layouts = {
         "packed": [pack(rows, (384,), 384)],
         "three buffers": [pack(rows, (128,), 128)],
+        "two lines": [pack(rows, (256,), 256, lines=2)],
         "padded": [pad(rows, (96,), 6)],
         "padded with spare lines": [pad(rows, (64,), 8)],
     }

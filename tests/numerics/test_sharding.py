@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from functools import cache
 
 import jax
@@ -14,7 +15,7 @@ import pytest
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack, pad
 from jaxlora.data.render import RenderedRow
-from jaxlora.generate.decode import generate
+from jaxlora.generate.decode import Sampling, generate, init_decode, make_decode
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import ModelConfig
@@ -28,7 +29,7 @@ from jaxlora.sharding import (
     token_multiple,
     token_shards,
 )
-from jaxlora.train.step import Compute, init_state, make_eval_step, make_train_step
+from jaxlora.train.step import Compute, init_state, make_eval_step, make_logprob_step, make_train_step
 
 CONFIG = ModelConfig(
     vocab_size=256,
@@ -50,6 +51,7 @@ EVERY_MESH = [(1, f, 8 // f) for f in (8, 4, 2, 1)] + [
     (2, 1, 4),
 ]
 QUICK_MESHES = [(1, 8, 1), (2, 2, 2)]
+MESHES_BY_LINE = [(8, 1, 1), (1, 8, 1), (2, 4, 1)]
 
 
 def mesh_of(data: int, fsdp: int, tensor: int):
@@ -80,7 +82,7 @@ def placed_base(mesh, spec: ModelSpec, frozen):
     return jax.tree.map(jax.device_put, frozen, base_shardings(mesh, spec)) if frozen else {}
 
 
-def batches(layout: str = "packed"):
+def batches(layout: str = "packed", lines: int = 1):
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
         rows = []
@@ -88,7 +90,10 @@ def batches(layout: str = "packed"):
             length = int(rng.integers(12, 32))
             weights = (np.arange(length) >= int(rng.integers(3, 9))).astype(np.float32)
             rows.append(RenderedRow(str(i), rng.integers(0, 256, length).astype(np.int32), weights))
-        yield pack(rows, (LENGTH,), LENGTH) if layout == "packed" else pad(rows, (32,), 8)
+        if layout == "padded":
+            yield pad(rows, (32,), 8)
+        else:
+            yield pack(rows, (LENGTH // lines,), LENGTH, lines)
 
 
 @cache
@@ -100,12 +105,11 @@ def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed")
         state = place_trained(mesh, spec, init_state(lora, OptimConfig()))
         rate = jnp.float32(1e-3)
         step, losses = None, []
-        for batch in batches(layout):
+        for batch in batches(layout, token_shards(mesh) if layout == "lines" else 1):
             placed = place_batch(mesh, batch)
             if step is None:
-                lowered = make_train_step(spec, OptimConfig(), Compute(remat=remat)).lower(
-                    state, frozen, placed, rate
-                )
+                compute = Compute(remat=remat, by_line=layout == "lines")
+                lowered = make_train_step(spec, OptimConfig(), compute).lower(state, frozen, placed, rate)
                 step = lowered.compile(QUICK_COMPILE)
             state, metrics = step(state, frozen, placed, rate)
             losses.append(float(metrics["nll"]))
@@ -117,7 +121,8 @@ def flat(tree) -> np.ndarray:
 
 
 def check_equals_one_device(spec: ModelSpec, mesh, **options) -> None:
-    losses, lora, _ = train(mesh_of(1, 1, 1), spec, layout=options.get("layout", "packed"))
+    layout = "padded" if options.get("layout") == "padded" else "packed"
+    losses, lora, _ = train(mesh_of(1, 1, 1), spec, layout=layout)
     other_losses, other_lora, _ = train(mesh, spec, **options)
     np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
     assert np.linalg.norm(flat(other_lora) - flat(lora)) / np.linalg.norm(flat(lora)) < 1e-5
@@ -139,11 +144,60 @@ def test_a_mesh_trains_other_families_as_one_device_does(family, full):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"remat": True}, {"layout": "padded"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"remat": True}, {"layout": "padded"}, {"layout": "lines"}], ids=str)
 @pytest.mark.parametrize("scan", [True, False], ids=["scan", "unroll"])
 @pytest.mark.parametrize("shape", EVERY_MESH, ids=str)
 def test_every_mesh_gives_the_losses_and_the_adapter_of_one_device(shape, scan, options):
     check_equals_one_device(model_spec(scan=scan), mesh_of(*shape), **options)
+
+
+def collectives(step) -> Counter[str]:
+    """How often the compiled step has each kind of communication."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", step.as_text()))
+
+
+@pytest.mark.parametrize("shape", MESHES_BY_LINE, ids=str)
+def test_whole_rows_on_each_device_give_the_adapter_of_one_and_are_summed_once(shape):
+    check_equals_one_device(model_spec(), mesh_of(*shape), layout="lines")
+    _, _, step = train(mesh_of(*shape), model_spec(), layout="lines")
+    found = collectives(step)
+    assert found.pop("all-reduce") == 1  # the adapter's gradient and the loss, together
+    # A layer's weights are gathered forward and backward, the head once; the embedding's rows change places.
+    gathers = {"all-gather": 2 * 7 + 1 + 1, "all-to-all": 1}
+    assert found == ({} if shape[1] == 1 else gathers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES_BY_LINE, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 256, "output_head": True}, {"full": True}, {"remat": True}, {"scan": False, "remat": True}],
+    ids=str,
+)
+def test_whole_rows_on_each_device_train_whatever_is_trained(shape, options):
+    remat, full = options.get("remat", False), options.get("full", False)
+    lora = None if full else LoraConfig(options.get("rank", 8), output_head=options.get("output_head", False))
+    spec = ModelSpec(CONFIG, lora, "float32", options.get("scan", True), full=full)
+    check_equals_one_device(spec, mesh_of(*shape), layout="lines", remat=remat)
+
+
+def test_whole_rows_on_each_device_have_the_log_probabilities_of_one():
+    spec = model_spec()
+    host_frozen, lora = host_weights(spec)
+    found = []
+    for mesh, lines in ((mesh_of(1, 1, 1), 1), (mesh_of(2, 4, 1), 8)):
+        with jax.set_mesh(mesh):
+            arrays = place_trained(mesh, spec, lora), placed_base(mesh, spec, host_frozen)
+            batch, compute = next(batches("lines", lines)), Compute(by_line=lines > 1)
+            placed = place_batch(mesh, batch)
+            values = np.asarray(make_logprob_step(spec, compute)(*arrays, placed))
+            nll, weight = make_eval_step(spec, compute)(*arrays, placed)
+        np.testing.assert_allclose(-(values * batch["weights"]).sum(), nll, rtol=1e-5)
+        found.append((float(nll), float(weight), np.sort(values[batch["segment_ids"] > 0])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == found[0][1]
+    np.testing.assert_allclose(found[1][2], found[0][2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -180,6 +234,48 @@ def test_a_mesh_decodes_the_greedy_tokens_of_one_device(shape):
             answers.append(generate(spec, *weights, prompts, stop_ids=(6,), max_new_tokens=12, slots=4))
     assert answers[0] == answers[1]
     assert len({token for answer in answers[0] for token in answer.tokens}) > 10  # not one token repeated
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_devices_with_slots_of_their_own_decode_the_tokens_of_one(shape, packed):
+    spec = model_spec(scan=False)
+    frozen, lora = host_weights(spec)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(1, 30, 21)]
+    options = {"stop_ids": (6,), "max_new_tokens": 12, "limits": rng.integers(1, 12, 21).tolist()}
+    answers = []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        with jax.set_mesh(mesh):
+            weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
+            answers.append(
+                generate(spec, *weights, prompts, slots=4, tail_slots=(2, 1), packed=packed, **options)
+            )
+    assert answers[0] == answers[1]
+
+
+def test_devices_with_slots_of_their_own_exchange_nothing():
+    spec, mesh = dataclasses.replace(model_spec(scan=False), lora=None), mesh_of(8, 1, 1)
+    with jax.set_mesh(mesh):
+        frozen = placed_base(mesh, spec, host_weights(model_spec(scan=False))[0])
+        state = init_decode(spec, 16, 128, 8)
+        program = make_decode(spec, (6,)).lower(state, {}, frozen, 128).compile(QUICK_COMPILE)
+    assert not collectives(program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_answers_that_share_a_prompt_are_those_of_one_device(shape):
+    spec = model_spec(scan=False)
+    frozen, lora = host_weights(spec)
+    prompts = [[5, 9, 3], [12, 7], [7, 20, 4, 1]]
+    answers = []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        with jax.set_mesh(mesh):
+            weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
+            options = {"stop_ids": (6,), "max_new_tokens": 6, "slots": 8, "repeats": 8}
+            answers.append(generate(spec, *weights, prompts, sampling=Sampling(1.0), **options))
+    assert answers[0] == answers[1]
 
 
 def whole_stacks_in(program: str, spec: ModelSpec) -> list[str]:
@@ -235,6 +331,8 @@ def test_tokens_of_a_packed_buffer_and_rows_of_a_padded_batch_are_split_over_chi
     assert packed["tokens"].addressable_shards[0].data.shape == (1, 1, LENGTH // 8)
     padded = place_batch(mesh, next(batches("padded")))
     assert padded["tokens"].addressable_shards[0].data.shape == (1, 1, 32)
+    lines = place_batch(mesh, next(batches("lines", 8)))
+    assert lines["tokens"].addressable_shards[0].data.shape == (1, 1, LENGTH // 8)
     assert token_shards(mesh) == token_multiple(mesh) == 8
     assert token_shards(mesh_of(2, 2, 2)) == 4
 

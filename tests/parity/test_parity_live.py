@@ -12,7 +12,15 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers.tinker_recording import SETTINGS, TOKENIZER, embedded_rows, local_service, make_base
+from helpers.tinker_recording import (
+    POLICY,
+    SETTINGS,
+    TOKENIZER,
+    embedded_rows,
+    local_service,
+    make_base,
+    policy_prompts,
+)
 
 from jaxlora.config import MeshConfig
 from jaxlora.data.render import RenderedRow, prompt_messages
@@ -20,6 +28,7 @@ from jaxlora.data.rows import load_rendered_rows
 from jaxlora.parity.backend import AdamStep
 from jaxlora.parity.comparing import compare
 from jaxlora.parity.ours import OurBackend
+from jaxlora.parity.policy import compare_policy, record_policy
 from jaxlora.parity.recording import choose_rows, prompts_of, record
 from jaxlora.parity.server import server_python
 from jaxlora.parity.tinker_service import TinkerBackend
@@ -113,3 +122,14 @@ def test_a_service_that_went_away_is_one_clear_line(service, monkeypatch):
     with pytest.raises(UserError, match="the Tinker service") as caught:
         TinkerBackend("any", seconds=5).create("all_layer", 8, 0)
     assert "127.0.0.1" not in str(caught.value)
+
+
+def test_ten_steps_of_each_policy_gradient_are_the_services(service, base, tmp_path):
+    """From one adapter, on the same answers with the log-probabilities that the service recorded for them."""
+    recording = record_policy(
+        service, policy_prompts(), POLICY, tmp_path / "policy.json", "base", TOKENIZER.eos_token_id
+    )
+    checks = compare_policy(recording, base, "float32", one_device())
+    print(json.dumps({f"{check.case} {check.name}": check.value for check in checks}, indent=1))
+    assert [check for check in checks if not check.passed] == []
+    assert len(checks) == 15

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import email
 import importlib
+import io
 import json
 import os
 import runpy
@@ -16,7 +19,7 @@ from pathlib import Path
 import pytest
 from helpers import forks
 
-from jaxlora.cli import load_config, shipped_names
+from jaxlora.cli import load_config, parse_config, shipped_names
 from jaxlora.commands import COMMANDS, OF_DATA
 from jaxlora.runtime.errors import UserError
 
@@ -73,10 +76,28 @@ def test_help_folds_at_the_terminals_width(helps):
     width, shown, _ = helps
     for words, text in shown.items():
         long = [line for line in text.splitlines() if len(line) > width and len(line.split()) > 1]
-        if words == "study":  # argparse never breaks the choices of an option
-            long = [line for line in long if "--stage" not in line]
         assert long == [], words
         assert "results" in shown["train"]
+
+
+def test_help_beside_a_configuration_shows_its_values():
+    parser, table = argparse.ArgumentParser(), []
+    for words in (
+        ["--help"],
+        ["--config", "tiny", "--help"],
+        ["--config=tiny", "-h"],
+        ["--config", "no", "-h"],
+    ):
+        parser = argparse.ArgumentParser()
+        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+            parse_config(parser, words)
+        table.append(" ".join(out.getvalue().split()))
+    usual, tiny, same, broken = table
+    assert "optim.peak_lr learning rate after warm-up [a number above 0; default 0.0003]" in usual
+    assert "optim.peak_lr learning rate after warm-up [a number above 0; default 0.001]" in tiny
+    assert "with the values of tiny" in tiny
+    assert same == tiny
+    assert broken == usual
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -91,8 +112,8 @@ def test_a_script_is_a_door_to_the_command(repository, door):
     [
         ([], "jaxlora: name a command: train, study"),
         (["trian"], "jaxlora: no command 'trian'; did you mean train?"),
-        (["data"], "jaxlora data: name a command: build, check, audit"),
-        (["data", "zzz"], "jaxlora data: no command 'zzz'; give one of build, check, audit"),
+        (["data"], "jaxlora data: name a command: build, check, audit, bench"),
+        (["data", "zzz"], "jaxlora data: no command 'zzz'; give one of build, check, audit, bench"),
         (
             ["train", "--config", "huge"],
             "--config: no file 'huge'; give a Python file, or one of lr_sweep, main",

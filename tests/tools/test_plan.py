@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from rich.console import Console
 
+from jaxlora.cli import load_config
+from jaxlora.commands import plan as command
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig
 from jaxlora.estimate import REMATS, attention_flops, candidates, estimate, factors, roofline, with_mesh
 from jaxlora.models.families import count_parameters, published_config
@@ -23,9 +28,10 @@ from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
 from jaxlora.plan.programs import Memory, Program, Programs, Workload
 from jaxlora.plan.report import run_cost
-from jaxlora.runtime.devices import CHIPS, SLICES, out_of_memory, peak_flops, slice_named, slice_of
+from jaxlora.runtime.devices import CHIPS, SLICES, memory_of, out_of_memory, peak_flops, slice_named, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import decode_mesh, make_mesh, whole_mesh
+from jaxlora.train.job import describe, estimate_memory, fits, memory_per_device, prepare
 
 GIB = 2**30
 
@@ -599,3 +605,54 @@ def test_the_studys_training_step_fits_with_room(optimized, name, condition, mos
     assert sum(runs for kernel, runs in step.work.kernels.items() if "splash" in kernel) == 3 * 36
     head = 2 * model.vocab_size * model.hidden_size
     assert step.work.largest_entry_gather <= head  # the layers' weights are never gathered all at once
+
+
+class TestHere:
+    """`--dry-run`, and the plan without a slice."""
+
+    @pytest.fixture
+    def job(self, tmp_path):
+        return prepare(load_config("tiny", {"results_dir": str(tmp_path)}), with_weights=False)
+
+    @pytest.mark.parametrize(
+        ("share", "verdict", "words"),
+        [
+            (0.5, True, "fits"),
+            (0.9, None, "may not fit; train.max_buffer_tokens"),
+            (1.2, None, "may not fit"),
+            (2.0, False, "does not fit; train.max_buffer_tokens or train.batch_rows smaller"),
+        ],
+    )
+    def test_it_says_whether_the_memory_fits(self, job, monkeypatch, share, verdict, words):
+        needed = memory_per_device(job)
+        monkeypatch.setattr("jaxlora.train.job.memory_of", lambda device: int(needed / share))
+        assert fits(job) is verdict
+        table = Console(width=400, file=io.StringIO())
+        table.print(describe(job))
+        (line,) = [line for line in table.file.getvalue().splitlines() if line.strip().startswith("room")]
+        assert words in line
+        assert f"about {needed / 2**30:.2f} of the {needed / share / 2**30:.2f} GiB" in line
+
+    def test_the_base_is_split_over_fsdp_and_an_adapter_is_not(self, job):
+        parts = estimate_memory(job)
+        devices = job.mesh.size  # simulated ones, which share this machine's memory
+        assert job.mesh.shape["fsdp"] == devices
+        trained, head = parts["trained weights, gradients and moments"], parts["output head"]
+        whole = parts["base"] + parts["activations"] + devices * (trained + head)
+        assert memory_per_device(job) == pytest.approx(whole, abs=1)
+
+    def test_a_machines_memory_is_what_the_system_says(self):
+        (line,) = [x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemTotal")]
+        assert 0 < memory_of(jax.devices()[0]) <= int(line.split()[1]) * 1024
+
+    def test_the_command_plans_for_this_machine_where_no_slice_is_named(self, monkeypatch, capsys, tmp_path):
+        words = ["plan", "--config", "tiny", f"--config.results_dir={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", words)
+        assert command.main() == 0
+        assert "of the" in capsys.readouterr().err
+        monkeypatch.setattr("jaxlora.train.job.memory_of", lambda device: 2**20)
+        monkeypatch.setattr(sys, "argv", words)
+        assert command.main() == 1
+        monkeypatch.setattr(sys, "argv", [*words, "--search"])
+        with pytest.raises(UserError, match="--search is for a slice: give --topology as well"):
+            command.main()

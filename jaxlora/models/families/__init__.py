@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from jaxlora.models.families import llama, qwen2, qwen3
+from jaxlora.models.families import llama, qwen2, qwen3, qwen3_moe
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json
 
-FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 # Of a family that is not supported, by how its name begins: the nearest one that is.
 _NEAREST = {"mistral": "llama", "mixtral": "llama", "llama4": "llama", "smollm": "llama", "qwen2": "qwen2"}
 MAX_BYTES = 10**7  # of config.json
@@ -67,7 +67,7 @@ def _unsupported(kind: Any, wraps_text: bool) -> str:
     known = ", ".join(f"{name!r} ({family.MODELS})" for name, family in FAMILIES.items())
     nearest = next((new for old, new in _NEAREST.items() if str(kind).startswith(old)), "qwen3")
     why = "; a wrapper around a text model and others (text_config)" if wraps_text else ""
-    return f"model_type is {kind!r:.100}{why}; only {known} (dense) are supported, the nearest is {nearest!r}"
+    return f"model_type is {kind!r:.100}{why}; only {known} are supported, the nearest is {nearest!r}"
 
 
 def published_config(name: str) -> ModelConfig:
@@ -103,10 +103,21 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def count_matrix_parameters(config: ModelConfig) -> int:
-    """N of "2N FLOPs a token": weights that multiply activations, with the head, without the embedding."""
-    table = parameter_table(config)
-    matrices = sum(_copies(w, config) * math.prod(w.shape) for w in table if w.lora_group)
+    """N of "2N FLOPs a token": weights that multiply activations, with the head, without the embedding.
+
+    Of the experts those that one token goes to.
+    """
+    table = [w for w in parameter_table(config) if len(w.shape) > 1 and w.path != "embed_tokens"]
+    matrices = sum(_copies(w, config) * active_size(w, config) for w in table)
     return matrices + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+
+
+def active_size(weight: Weight, config: ModelConfig) -> int:
+    """Numbers of one weight in one layer that one token multiplies with."""
+    size = math.prod(weight.shape)
+    if not weight.experts or config.experts is None:
+        return size
+    return size // weight.experts * config.experts.num_experts_per_tok
 
 
 def _copies(weight: Weight, config: ModelConfig) -> int:

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 # Fields of a `ModelConfig` that are worked out below, not read under their own names.
-_WORKED_OUT = ("eos_token_ids", "model_type", "rope_scaling")
+_WORKED_OUT = ("eos_token_ids", "model_type", "rope_scaling", "experts")
 _READ = tuple(name for name in ModelConfig.__pydantic_fields__ if name not in _WORKED_OUT)  # type: ignore[attr-defined]
 # Keys that change nothing in what is computed here.
 _HARMLESS = {

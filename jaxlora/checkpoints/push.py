@@ -1,0 +1,77 @@
+"""A folder to the Hugging Face Hub: a new repository is private, and a public one is never written unasked.
+
+    hub = open_hub("OWNER/NAME", public=False)       # before anything is written: may this be done?
+    address = push_folder(hub, Path("adapter"))
+
+The key is the Hub client's own (`HF_TOKEN`, or `hf auth login`); it is neither read nor written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlora.checkpoints.card import is_hub_name
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.text import harmless, without_secrets
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository that may be written."""
+
+    api: Any
+    name: str
+    public: bool
+    exists: bool
+
+
+def open_hub(name: str, public: bool) -> Hub:
+    """Look at the place to push to; nothing is made there yet.
+
+    Raises:
+      UserError: no such name, no key, no network; or the repository is public and nobody said so.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not is_hub_name(name):
+        raise UserError(f"--push: {name!r:.100} is not OWNER/NAME (or is a folder here)")
+    if huggingface_hub.get_token() is None:
+        raise UserError("--push: the Hub needs a key; export HF_TOKEN, or run `hf auth login`")
+    api = huggingface_hub.HfApi()
+    try:
+        private = api.repo_info(name).private
+    except RepositoryNotFoundError:
+        return Hub(api, name, public, exists=False)
+    except Exception as error:  # the Hub client raises many kinds
+        raise UserError(f"--push: {name}: {_line(error)}") from None
+    if not private and not public:
+        raise UserError(f"--push: {name} is a public repository; --public says that this may be read by all")
+    return Hub(api, name, public, exists=True)
+
+
+def push_folder(hub: Hub, folder: Path) -> str:
+    """Make the repository where there is none, and put a folder's files into it, in one commit.
+
+    Returns:
+      its address.
+
+    Raises:
+      UserError: the Hub does not take it.
+    """
+    try:
+        if not hub.exists:
+            hub.api.create_repo(hub.name, private=not hub.public)
+        hub.api.upload_folder(
+            repo_id=hub.name, folder_path=str(folder), commit_message="Upload what a run of jaxlora selected"
+        )
+    except Exception as error:
+        raise UserError(f"--push: {hub.name}: {_line(error)}; {folder} is whole, push it again") from None
+    return f"https://huggingface.co/{hub.name}"
+
+
+def _line(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return harmless(without_secrets(text))

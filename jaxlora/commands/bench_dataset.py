@@ -1,0 +1,123 @@
+"""Measure how long rows take to be ready, and how much memory: the first time, and from what was kept.
+
+    jaxlora data bench --config own --rows 1000000           # made-up short rows
+    jaxlora data bench --config own --config.data.train_path=rows.jsonl
+
+Each start is a process of its own that does all that training does before it loads a model: it reads the
+file, tokenises or finds the tokens kept, splits off validation rows, and plans steps and buffers. Rows are
+kept in a temporary folder, which is deleted; those of files below 8 MiB are not kept. Prints a table and one
+line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxlora.cli import parse_config
+from jaxlora.config import RunConfig, from_dict, to_dict
+from jaxlora.runtime.errors import UserError, add_number
+
+FIRST, AGAIN = "first start", "from what was kept"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_number(parser, "--rows", metavar="N", help="make up so many short rows instead of reading a file")
+    config, options = parse_config(parser)
+    with tempfile.TemporaryDirectory(prefix="jaxlora-rows-") as folder:
+        if options.rows is not None:
+            config = replace(
+                config, data=replace(config.data, train_path=made_up(Path(folder), options.rows))
+            )
+        if config.eval.benchmark is not None:  # its gates are no part of this
+            config = replace(config, eval=replace(config.eval, benchmark=None, after_training=False))
+        results = {name: _start(config, Path(folder)) for name in (FIRST, AGAIN)}
+    show(results)
+    print(json.dumps(results))
+
+
+def made_up(folder: Path, rows: int) -> str:
+    """Write short rows of prompt and completion, none twice; the file's path."""
+    file = folder / "rows.jsonl"
+    with file.open("w") as out:
+        for n in range(rows):
+            question = f"A shop has {n} boxes of {n % 97 + 2} pens. How many pens are that?"
+            answer = f"Each box has {n % 97 + 2} pens, so there are {n * (n % 97 + 2)} pens."
+            out.write(json.dumps({"prompt": question, "completion": answer}) + "\n")
+    return str(file)
+
+
+def _start(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """What one start takes, in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAXLORA_ROWS": str(folder / "kept")}
+    words = [sys.executable, "-c", f"from {__name__} import measure; measure()"]
+    given = json.dumps(to_dict(config))
+    done = subprocess.run(words, input=given, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError("the rows cannot be used; the line above says why")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure() -> None:
+    """Prepare the run whose configuration is on standard input, and print what that took as JSON."""
+    from jaxlora.runtime.errors import run_main
+
+    run_main(_measure)
+
+
+def _measure() -> None:
+    config = from_dict(json.load(sys.stdin))
+    began = time.monotonic()
+    from jaxlora.data import rows as reading
+    from jaxlora.train import job as preparing
+
+    imported = time.monotonic()
+    spent = 0.0
+    load = reading.load_rendered_rows
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal spent
+        start = time.monotonic()
+        result = load(*args, **kwargs)
+        spent += time.monotonic() - start
+        return result
+
+    preparing.load_rendered_rows = timed
+    job = preparing.prepare(config, with_weights=False)
+    ready = time.monotonic()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {
+        "rows": len(job.train_rows) + len(job.validation_rows),
+        "tokens": preparing.token_count([*job.train_rows, *job.validation_rows]),
+        "import_seconds": imported - began,
+        "rows_seconds": spent,
+        "plan_seconds": ready - imported - spent,
+        "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+    }
+    print(json.dumps(found))
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """A table of both starts."""
+    from rich.table import Table
+
+    from jaxlora.runtime.progress import console
+
+    one = results[FIRST]
+    table = Table(title=f"{one['rows']:,} rows, {one['tokens']:,} tokens", title_justify="left")
+    for name in ("", "import, s", "rows, s", "plan, s", "peak, GB"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, found in results.items():
+        seconds = (f"{found[f'{part}_seconds']:.1f}" for part in ("import", "rows", "plan"))
+        table.add_row(name, *seconds, f"{found['peak_bytes'] / 1e9:.2f}")
+    console.print(table)

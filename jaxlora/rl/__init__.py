@@ -1,0 +1,1 @@
+"""Policy-gradient reinforcement learning: problems, rewards, and what is done with them."""

@@ -1,0 +1,195 @@
+"""The benchmark of learning from rewards: whole batches, their answers as long as they are told to be.
+
+    result = bench_rl(config, model, prompt_lengths, answer_lengths, steps=1)
+
+A batch is sampled, turned into text and graded, and learned from, by the programs and the classes of a run;
+only the end of an answer is forced, the tokenizer is a stand-in, and rewards follow from the drawn tokens.
+Sampled tokens are counted end to end; prompt tokens, which are read once a group in sampling and once an
+answer in learning, are told apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.bench import CompileCounter, device_facts, utilisation, warm_up_runs
+from jaxlora.bench import wire as wire_bench
+from jaxlora.checkpoints.base import Base, random_base
+from jaxlora.config import RunConfig
+from jaxlora.lora import count_trainable, init_lora
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.families import count_matrix_parameters
+from jaxlora.models.spec import ModelConfig
+from jaxlora.rl.job import RLJob
+from jaxlora.rl.learning import Learner, buffers_of, most_segments, rows_of
+from jaxlora.rl.problems import Problem
+from jaxlora.rl.rewards import Graded, Grader, grader_named
+from jaxlora.rl.sampling import Episode, Group, Sampler, shared_bytes
+from jaxlora.runtime.devices import memory_in_use
+from jaxlora.runtime.progress import console, progress_bar
+from jaxlora.sharding import place_batch, place_trained, token_multiple
+from jaxlora.train.schedule import RunPlan
+from jaxlora.train.step import Machine, init_state, make_gradient_step, make_update_step
+
+SHORT = 24  # tokens of the answers that warm the sampler up
+
+
+class _Words:
+    """A tokenizer's place: text of as many words as tokens, which ends in a box."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids)) + f" \\boxed{{{sum(ids) % 2}}}"
+
+
+def bench_rl(
+    config: RunConfig, model: ModelConfig, prompts: list[int], answers: list[int], steps: int
+) -> dict[str, Any]:
+    """Time batches of `rl.prompts` prompts and `rl.group` answers each, after all programs are compiled.
+
+    Args:
+      prompts, answers: lengths; an answer's in the order of the groups.
+
+    Raises:
+      UserError: the configuration asks for a mesh or an attention that this machine does not have.
+    """
+    config = replace(config, rl=replace(config.rl, max_new_tokens=max(answers)))
+    mesh, spec, compute = wire_bench(config, model)
+    spec = replace(spec, scan=False)
+    facts = device_facts()
+    machine = Machine(mesh, compute.backend, False, compute.remat)
+    job = _job(config, spec, machine, prompts)
+    frozen = jax.block_until_ready(random_base(spec, 0, mesh))
+    with jax.set_mesh(mesh):
+        state = init_state(place_trained(mesh, spec, init_lora(spec, 0)), config.optim)
+        sampler, learner = Sampler(job, frozen), Learner(spec, machine, config, job.loss, frozen)
+        with CompileCounter() as compiled, grader_named("gsm8k_strict") as grader:
+            state = _warm_up(job, sampler, learner, state, answers)
+            before = len(compiled.events)
+            times = np.zeros(3)
+            start = time.perf_counter()
+            for step in range(1, steps + 1):
+                state, own, rows = _step(job, sampler, learner, grader, state, step, answers)
+                times += own
+            seconds = time.perf_counter() - start
+        again = len(compiled.events) - before
+        own_bytes, twice = shared_bytes(frozen, sampler.decoding(state.trained)[2])
+    memory = memory_in_use(jax.devices()[0])
+    sampled, read = steps * sum(answers), steps * sum(prompts)
+    learned = steps * (sum(answers) + config.rl.group * sum(prompts))
+    flops = 2 * count_matrix_parameters(model)
+    return facts | {
+        "benchmark": "rl",
+        "trainable_parameters": count_trainable(spec),
+        "attention": compute.backend,
+        "prompts": len(prompts),
+        "group": config.rl.group,
+        "slots": config.rl.slots,
+        "batches": steps,
+        "answers_learned_from": rows,
+        "sampled_tokens": sampled,
+        "prompt_tokens_read": read,
+        "tokens_learned_from": learned,
+        "seconds": seconds,
+        "sampling_seconds": times[0],
+        "grading_seconds": times[1],
+        "learning_seconds": times[2],
+        "sampled_tokens_per_second": sampled / seconds,
+        "sampled_and_prompt_tokens_per_second": learned / seconds,
+        "sampling_tokens_per_second": sampled / times[0],
+        "learning_tokens_per_second": learned / times[2],
+        "learning_utilisation": utilisation(learned / times[2], 2 * flops, facts)["model_flops_utilisation"],
+        "compilations": before,
+        "compilations_while_timed": again,
+        "compile_seconds": sum(compiled.events),
+        "base_gib": own_bytes / 2**30,
+        "base_second_copies_gib": twice / 2**30,
+        "peak_memory_gib": memory / 2**30 if memory else None,
+    }
+
+
+def _job(config: RunConfig, spec: ModelSpec, machine: Machine, lengths: Sequence[int]) -> RLJob:
+    """A job of random prompts; no token ends an answer."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, spec.config.vocab_size, n).tolist() for n in lengths]
+    problems = [Problem(str(i), [], "1", {}) for i in range(len(ids))]
+    plan = RunPlan(len(ids), len(ids), 1, 1, 0, (), 0)
+    base = Base(config.model, None, spec.config, 0)
+    return RLJob(config, base, spec, machine, _Words(), (), problems, ids, [], [], plan)  # type: ignore[arg-type]
+
+
+def _warm_up(job: RLJob, sampler: Sampler, learner: Learner, state: Any, answers: Sequence[int]) -> Any:
+    """Run every program that the timed batches need, without all of their work."""
+    rl, mesh = job.config.rl, job.mesh
+    console.print("compiling")
+    # The cache is as long as the longest prompt and answer together ask for.
+    totals = [len(job.prompts[i // rl.group]) + n for i, n in enumerate(_by_position(job, answers))]
+    longest = int(np.argmax(totals))
+    limits = [n if i == longest else min(n, SHORT) for i, n in enumerate(_by_position(job, answers))]
+    for _ in range(warm_up_runs()):
+        sampler.groups(state.trained, 0, range(rl.prompts), limits=limits)
+    rows = [row for group in rows_of(_made_up(job, answers), rl) for row in group]
+    buffers = buffers_of(rows, job.config.train, token_multiple(mesh), rl.share_prompts and mesh.size == 1)
+    compute = job.machine.compute(most_segments(buffers))
+    step = make_gradient_step(job.spec, compute, job.loss, "weighted")
+    grads: Tree = jax.tree.map(jnp.zeros_like, state.trained)
+    for batch in {tuple(x.shape for x in batch.values()): batch for batch in buffers}.values():
+        for _ in range(warm_up_runs()):
+            grads, *_ = step(state.trained, grads, learner.frozen, place_batch(mesh, batch))
+    update = make_update_step(job.spec, job.config.optim)
+    state, _ = update(state, jax.tree.map(jnp.zeros_like, grads), jnp.float32(0))
+    return jax.block_until_ready(state)
+
+
+def _by_position(job: RLJob, answers: Sequence[int]) -> list[int]:
+    """The lengths in the order in which the stream of problems gives the groups."""
+    group = job.config.rl.group
+    return [n for p in range(job.config.rl.prompts) for n in answers[job.at(p) * group :][:group]]
+
+
+def _made_up(job: RLJob, answers: Sequence[int]) -> list[Group]:
+    """Groups of answers of these lengths, half of them right."""
+    group = job.config.rl.group
+    episodes = [
+        Episode([0] * n, [-1.0] * n, True, "", Graded(float(i % 2), bool(i % 2), True))
+        for i, n in enumerate(answers)
+    ]
+    return [
+        Group(i, job.problems[i], job.prompts[i], tuple(episodes[i * group :][:group]))
+        for i in range(job.config.rl.prompts)
+    ]
+
+
+def _step(
+    job: RLJob,
+    sampler: Sampler,
+    learner: Learner,
+    grader: Grader,
+    state: Any,
+    step: int,
+    answers: Sequence[int],
+) -> tuple[Any, list[float], int]:
+    """One batch: the state after it, the seconds of its three parts, and the answers learned from."""
+    rl = job.config.rl
+    clock = [time.perf_counter()]
+    limits = _by_position(job, answers)
+    with progress_bar("sampling", len(answers), "answers") as advance:
+        groups = sampler.groups(state.trained, step, range(rl.prompts), advance, limits)
+    clock.append(time.perf_counter())
+    texts = [(group.problem, one.text, one.truncated) for group in groups for one in group.episodes]
+    graded = iter(grader.grade(texts))
+    groups = [
+        replace(group, episodes=tuple(replace(one, graded=next(graded)) for one in group.episodes))
+        for group in groups
+    ]
+    clock.append(time.perf_counter())
+    state, learned = learner.learn(state, groups, job.config.optim.peak_lr)
+    jax.block_until_ready(state)
+    clock.append(time.perf_counter())
+    return state, np.diff(clock).tolist(), learned.rows

@@ -1,0 +1,237 @@
+"""Everything about a run that learns from rewards that can be known before a model is loaded.
+
+job = prepare(config)          # reads config.json, tokenizer and problems; UserError if anything is wrong
+print(describe(job))           # the plan: problems, steps, episodes, tokens, memory
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+from rich.markup import escape
+from rich.table import Table
+
+from jaxlora.checkpoints.base import Base, find_base
+from jaxlora.config import RunConfig
+from jaxlora.data.batches import shuffled
+from jaxlora.data.packing import round_up
+from jaxlora.data.render import Tokenizer, render_chat
+from jaxlora.estimate import mesh_here
+from jaxlora.generate.decode import WINDOW_MULTIPLE
+from jaxlora.lora import count_trainable
+from jaxlora.models.decoder import ModelSpec, kept_per_token
+from jaxlora.models.families import count_parameters
+from jaxlora.models.head import CHUNK
+from jaxlora.models.spec import check_positions
+from jaxlora.rl.problems import Problem, load_problems
+from jaxlora.rl.rewards import check_problems, grader_named
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
+from jaxlora.train.job import trained_spec, what_is_trained
+from jaxlora.train.objective import Loss
+from jaxlora.train.schedule import RunPlan
+from jaxlora.train.step import Machine, wire
+
+FEW = 4  # answers of a group below which its mean is a poor baseline
+
+
+@dataclass(frozen=True)
+class RLJob:
+    """A checked run: configuration, model shape, problems as the model sees them. No weights."""
+
+    config: RunConfig
+    base: Base
+    spec: ModelSpec
+    machine: Machine
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    problems: list[Problem]
+    prompts: list[list[int]]
+    eval_problems: list[Problem]
+    eval_prompts: list[list[int]]
+    plan: RunPlan
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.machine.mesh
+
+    @property
+    def loss(self) -> Loss:
+        """The objective with its settings."""
+        rl = self.config.rl
+        return Loss(rl.loss, rl.clip_low, rl.clip_high, rl.beta, rl.kl, rl.temperature)
+
+    def at(self, position: int) -> int:
+        """The problem at a place of the endless stream of problems: each once an epoch, in another order."""
+        epoch, place = divmod(position, len(self.problems))
+        return int(shuffled(len(self.problems), self.config.seed, epoch + 1)[place])
+
+
+def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
+    """Check and count everything; nothing is written and no weights are loaded.
+
+    Args:
+      with_weights: fetch the weights of a Hub model; without, only its shape (for plans).
+
+    Raises:
+      UserError: anything that would stop the run: one line that says what to do.
+    """
+    rl = config.rl
+    check_settings(config)
+    grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s)
+    problems = _problems(config, rl.problems, rl.problem_rows)
+    held_out = _problems(config, rl.eval_problems, rl.eval_rows) if rl.eval_problems else []
+    _warn(config, problems, held_out)
+    base = find_base(config.model, config.seed, with_weights)
+    if config.train.what == "full" and base.folder is None:
+        raise UserError("config.train.what: the base is only a shape; give a directory to train in full")
+    tokenizer = base.tokenizer()
+    prompts, eval_prompts = (_prompts(tokenizer, found) for found in (problems, held_out))
+    longest = max(map(len, [*prompts, *eval_prompts])) + rl.max_new_tokens
+    check_positions(base.config, longest, "config.rl.max_new_tokens: the longest prompt and its answer")
+    config, spec = trained_spec(config, base)
+    config = mesh_here(config, base.config)
+    return RLJob(
+        config=config,
+        base=base,
+        spec=replace(spec, scan=False),  # the sampler reads the learner's arrays, layer by layer
+        machine=replace(wire(config.model, config.mesh), scan=False),
+        tokenizer=tokenizer,
+        stop_ids=tuple(base.stop_ids(tokenizer)),
+        problems=problems,
+        prompts=prompts,
+        eval_problems=held_out,
+        eval_prompts=eval_prompts,
+        plan=_plan(config, len(problems)),
+    )
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse settings that are each allowed, but not together, or that would bias what is learned.
+
+    Raises:
+      UserError: names the field and what to give.
+    """
+    rl = config.rl
+    if rl.top_p < 1:
+        raise UserError(
+            "config.rl.top_p: a filter changes what the sampler draws from, but not what is learned;"
+            " give 1 (evaluation is greedy)"
+        )
+    if not rl.clip_low < rl.clip_high:
+        raise UserError(f"config.rl.clip_low: {rl.clip_low:g} must be below clip_high, {rl.clip_high:g}")
+    if rl.updates_per_batch > rl.prompts:
+        raise UserError(
+            f"config.rl.updates_per_batch: {rl.updates_per_batch} updates need as many prompts, and a batch"
+            f" has {rl.prompts}; give at most {rl.prompts}"
+        )
+    if rl.kl and config.train.what == "full":
+        raise UserError("config.rl.kl: with train.what=full no base is kept to diverge from; give 0")
+    if config.lora.dropout:
+        raise UserError(
+            "config.lora.dropout: answers are sampled without any, so ratios would be off; give 0"
+        )
+    if config.model.layers == "scan":
+        raise UserError("config.model.layers: sampler and learner share layers one by one; give unroll")
+
+
+def _problems(config: RunConfig, path: str, limit: int | None) -> list[Problem]:
+    rl = config.rl
+    found = load_problems(path, limit, system=rl.system, suffix=rl.suffix or "")
+    check_problems(rl.reward, found)
+    return found
+
+
+def _warn(config: RunConfig, problems: Sequence[Problem], held_out: Sequence[Problem]) -> None:
+    """Say what is allowed, but seldom meant."""
+    if config.rl.group < FEW:
+        console.print(f"rl.group: the mean of {config.rl.group} rewards is a poor baseline", markup=False)
+    known = {str(problem.messages) for problem in problems}
+    if shared := sum(str(problem.messages) in known for problem in held_out):
+        console.print(
+            f"{shared:,} of {len(held_out):,} held-out problems are also problems to learn from", markup=False
+        )
+
+
+def _prompts(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int]]:
+    found = []
+    for problem in problems:
+        try:
+            found.append(render_chat(tokenizer, problem.messages))  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"problem {problem.id}: {error}") from None
+    return found
+
+
+def _plan(config: RunConfig, n_problems: int) -> RunPlan:
+    """Steps and warm-up; evaluations fall on their own steps."""
+    rl, optim = config.rl, config.optim
+    warmup = round(optim.warmup_fraction * rl.steps) if optim.schedule == "cosine" else 0
+    every = {*range(0, rl.steps, rl.eval_every), rl.steps} if rl.eval_problems else set()
+    an_epoch = math.ceil(n_problems / rl.prompts)
+    return RunPlan(n_problems, rl.prompts, an_epoch, rl.steps, warmup, tuple(sorted(every)), config.seed)
+
+
+def estimate_memory(job: RLJob) -> dict[str, int]:
+    """Bytes that a run needs on all devices together; an estimate to about a fifth.
+
+    Sampling and learning take turns, unless they overlap: of the cache, and of activations with the head,
+    only the larger counts.
+    """
+    config, rl = job.spec.config, job.config.rl
+    width = 2 if job.spec.dtype == "bfloat16" else 4
+    tokens = job.config.train.max_buffer_tokens
+    kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
+    longest = round_up(max(map(len, job.prompts)) + rl.max_new_tokens, WINDOW_MULTIPLE)
+    heads = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    cache = min(rl.slots, rl.prompts * rl.group) * longest * heads * width
+    learning = kept * tokens * width + 2 * 4 * config.vocab_size * min(CHUNK, tokens)
+    found = {
+        "base, once": count_parameters(config) * width,
+        "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
+    }
+    if rl.overlap:
+        return found | {"cache of the sampler": cache, "activations and head": learning}
+    name = "cache of the sampler" if cache > learning else "activations and head"
+    return found | {name: max(cache, learning)}
+
+
+def describe(job: RLJob) -> Table:
+    """The plan as a table for the terminal."""
+    config, rl, model = job.config, job.config.rl, job.spec.config
+    trainable, total = count_trainable(job.spec), count_parameters(model)
+    lengths = [len(prompt) for prompt in job.prompts]
+    episodes = rl.steps * rl.prompts * rl.group
+    memory = estimate_memory(job)
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    device = jax.devices()[0]
+    loss = f"{rl.loss}, temperature {rl.temperature:g}" + (f", divergence {rl.kl:g}" if rl.kl else "")
+    rows = {
+        "run": f"{config.run_id} in {config.run_dir}",
+        "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}",
+        "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
+        "trained": what_is_trained(job),
+        "problems": f"{len(job.problems):,} of {rl.problems}, prompts of {min(lengths)} to {max(lengths)}"
+        f" tokens, mean {sum(lengths) / len(lengths):.0f}",
+        "held out": f"{len(job.eval_problems):,} of {rl.eval_problems}, greedily, at steps"
+        f" {', '.join(map(str, job.plan.validation_steps))}"
+        if rl.eval_problems
+        else "none",
+        "reward": rl.reward + (f", format {rl.format_weight:g}" if rl.format_weight else ""),
+        "steps": f"{rl.steps:,}, each {rl.prompts} prompts x {rl.group} answers, {rl.updates_per_batch}"
+        f" update{'s' * (rl.updates_per_batch > 1)}; {rl.steps * rl.prompts / len(job.problems):.2f} passes",
+        "episodes": f"{episodes:,}, at most {episodes * rl.max_new_tokens:,} sampled tokens;"
+        f" at most {episodes:,} bits where rewards are 0 or 1",
+        "objective": f"{loss}; baseline {rl.baseline}",
+        "learning rate": f"{config.optim.peak_lr:g}, {config.optim.schedule}",
+        "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
+        "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
+        f" attention {job.machine.backend}",
+    }
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    return table

@@ -1,0 +1,266 @@
+"""From graded groups of answers to optimizer steps, and the numbers that say how they went.
+
+    learner = Learner(job, frozen)
+    state, found = learner.learn(state, groups, rate)          # found: the batch's metrics
+
+An answer's row is its prompt without weight and its sampled tokens, the end token among them, with their
+advantage and the log-probabilities that the sampler recorded. Groups whose rewards are constant have no rows:
+exactly no gradient. A batch of nothing else takes no step, and Adam's moments stay as they are. How rows lie
+in buffers never changes a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.config import RLConfig, TrainConfig
+from jaxlora.data.packing import Batch, pack, pad, round_up
+from jaxlora.data.render import RenderedRow
+from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.rl.advantages import advantages, bits, is_constant
+from jaxlora.rl.sampling import Group
+from jaxlora.rl.shared_buffers import shared_buffers
+from jaxlora.runtime import hosts
+from jaxlora.sharding import place_batch, token_multiple
+from jaxlora.train.objective import Loss, extras_of
+from jaxlora.train.step import (
+    Compute,
+    Machine,
+    TrainState,
+    make_gradient_step,
+    make_logprob_step,
+    make_update_step,
+)
+
+MAX_ROWS = 256  # of one packed buffer
+SIZES = 3  # a packed buffer is whole, half or a quarter: few programs
+
+
+# --- Rows and buffers ---------------------------------------------------------------------------------------
+
+
+def rows_of(groups: Sequence[Group], rl: RLConfig) -> list[list[RenderedRow]]:
+    """The rows of each group that can teach anything, group by group."""
+    found = []
+    for group in groups:
+        valid = counted(group, rl)
+        if is_constant(group.rewards, valid):
+            continue
+        own = advantages(
+            group.rewards,
+            valid,
+            np.array([len(one.tokens) for one in group.episodes]),
+            baseline=rl.baseline,
+            divide_by_std=rl.divide_by_std,
+            divide_by_length=rl.divide_by_length,
+        )
+        found.append([_row(group, i, own[i]) for i in range(len(own)) if valid[i]])
+    return found
+
+
+def counted(group: Group, rl: RLConfig) -> np.ndarray:
+    """bool `[answers]`: those that are compared and learned from."""
+    return np.array([not (rl.mask_truncated and one.truncated) for one in group.episodes])
+
+
+def _row(group: Group, i: int, advantage: float) -> RenderedRow:
+    episode, before = group.episodes[i], len(group.prompt)
+    tokens = np.array([*group.prompt, *episode.tokens], np.int32)
+    weights = (np.arange(len(tokens)) >= before).astype(np.float32)
+    logprobs = np.zeros(len(tokens), np.float32)
+    logprobs[before:] = episode.logprobs
+    extras = {"advantages": weights * np.float32(advantage), "sampler_logprobs": logprobs}
+    return RenderedRow(f"{group.problem.id}/{i}", tokens, weights, str(group.position), extras)
+
+
+def parts_of(groups: Sequence[Any], n: int) -> list[list[Any]]:
+    """The groups in `n` parts of nearly equal size, in order; empty ones are left out."""
+    cuts = [len(groups) * i // n for i in range(n + 1)]
+    return [list(groups[a:b]) for a, b in pairwise(cuts) if b > a]
+
+
+def buffers_of(
+    rows: Sequence[RenderedRow], train: TrainConfig, multiple: int, shares: bool = False
+) -> list[Batch]:
+    """The rows in buffers `[1, lines, length]` of few shapes, and little padding: longest rows first, each in
+    the first buffer with room (packed), or rows of like length together (padded).
+
+    Args:
+      shares: packed rows of one prompt share it.
+    """
+    multiple = round_up(train.buffer_multiple, multiple)
+    ordered = sorted(rows, key=lambda row: -row.n_tokens)
+    whole = round_up(max(train.max_buffer_tokens, ordered[0].n_tokens), multiple)
+    if train.layout == "packed":
+        sizes = sorted({max(multiple, round_up(whole >> i, multiple)) for i in range(SIZES)})
+        if shares:
+            return shared_buffers(rows, sizes, MAX_ROWS, multiple)
+        return [pack(part, sizes, whole) for part in _fitted(ordered, whole)]
+    found, rest = [], ordered
+    while rest:
+        length = round_up(rest[0].n_tokens, multiple)
+        lines = max(1, train.max_buffer_tokens // length)
+        found.append(pad(rest[:lines], (length,), lines))
+        rest = rest[lines:]
+    return found
+
+
+def _fitted(ordered: Sequence[RenderedRow], size: int) -> list[list[RenderedRow]]:
+    """First fit, of rows in falling length."""
+    parts: list[list[RenderedRow]] = []
+    room: list[int] = []
+    for row in ordered:
+        fits = (i for i, left in enumerate(room) if left >= row.n_tokens and len(parts[i]) < MAX_ROWS)
+        i = next(fits, len(parts))
+        if i == len(parts):
+            parts.append([])
+            room.append(size)
+        parts[i].append(row)
+        room[i] -= row.n_tokens
+    return parts
+
+
+def most_segments(buffers: Sequence[Batch]) -> int:
+    """At least the rows of the fullest line: a power of two, so that few programs are compiled. Attention
+    kernels look at so many places for rows, whether they are there or not."""
+    most = max(int(batch["segment_ids"].max()) for batch in buffers)
+    return 1 if most == 1 else max(16, 1 << (most - 1).bit_length())
+
+
+# --- Steps --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What the updates of one batch found."""
+
+    updates: int  # optimizer steps
+    rows: int
+    tokens: int  # prompts and answers
+    loss: float | None  # the objective per action token
+    grad_norm: float | None  # of the last update
+    update_norm: float | None
+    ratios: dict[str, float | None]  # of learner and sampler, see `ratio_statistics`
+
+
+class Learner:
+    """Gradients and updates over groups of answers: the programs of supervised training."""
+
+    def __init__(self, spec: ModelSpec, machine: Machine, config: Any, loss: Loss, frozen: Tree):
+        self.spec, self.machine, self.config, self.loss, self.frozen = spec, machine, config, loss, frozen
+
+    def learn(self, state: TrainState, groups: Sequence[Group], rate: float) -> tuple[TrainState, Learned]:
+        """The optimizer steps of one batch; `state` is donated."""
+        rl = self.config.rl
+        update_step = make_update_step(self.spec, self.config.optim)
+        learning = rows_of(groups, rl)
+        parts = parts_of(learning, rl.updates_per_batch)
+        found, norms, losses = [], {}, []
+        for part in parts:
+            grads, values = self.gradient(state, [row for group in part for row in group])
+            state, norms = update_step(state, grads, jnp.float32(rate))
+            losses += [value for value, *_ in values]
+            found += values
+        loss = sum(float(hosts.whole(value)) for value in losses)
+        ratios = ratio_statistics(
+            [(hosts.whole(lp), batch) for _, lp, batch in found], rl.clip_low, rl.clip_high
+        )
+        rows = [row for group in learning for row in group]
+        actions = sum(float(row.weights.sum()) for row in rows)
+        return state, Learned(
+            updates=len(parts),
+            rows=len(rows),
+            tokens=sum(row.n_tokens for row in rows),
+            loss=loss / actions if rows else None,
+            grad_norm=float(hosts.whole(norms["grad_norm"])) if norms else None,
+            update_norm=float(hosts.whole(norms["update_norm"])) if norms else None,
+            ratios=ratios,
+        )
+
+    def gradient(self, state: TrainState, rows: Sequence[RenderedRow]) -> tuple[Tree, list[Any]]:
+        """The gradient summed over rows; of each buffer its loss, log-probabilities, and what was in it."""
+        mesh = self.machine.mesh
+        shares = self.config.rl.share_prompts and mesh.size == 1
+        buffers = buffers_of(rows, self.config.train, token_multiple(mesh), shares)
+        compute = self.machine.compute(most_segments(buffers))
+        step = make_gradient_step(self.spec, compute, self.loss, "weighted")
+        grads = jax.tree.map(jnp.zeros_like, state.trained)
+        found = []
+        for batch in buffers:
+            placed = place_batch(mesh, batch)
+            if "reference_logprobs" in extras_of(self.loss):
+                placed["reference_logprobs"] = self._reference(placed, compute)
+            grads, value, logprobs = step(state.trained, grads, self.frozen, placed)
+            found.append((value, logprobs, batch))
+        return grads, found
+
+    def _reference(self, placed: Tree, compute: Compute) -> jax.Array:
+        """log p under the base alone."""
+        base = replace(self.spec, lora=None, shapes=())
+        step = make_logprob_step(base, compute, self.loss, "weighted")
+        plain = {name: x for name, x in placed.items() if name not in ("advantages", "sampler_logprobs")}
+        return step({}, self.frozen, plain)
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+
+def ratio_statistics(
+    found: Sequence[tuple[np.ndarray, Batch]], low: float, high: float
+) -> dict[str, float | None]:
+    """How far learner and sampler are apart over all action tokens, before any clipping.
+
+    Args:
+      found: the learner's log-probabilities of each buffer, and the buffer.
+      low, high: bounds of the ratio, for the share of tokens outside them.
+    """
+    names = ("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "ratio/mean", "ratio/max")
+    if not found:
+        return dict.fromkeys((*names, "ratio/min", "ratio/outside"))
+    used = [(np.asarray(lp), batch) for lp, batch in found]
+    gaps = [lp[b["weights"] != 0] - b["sampler_logprobs"][b["weights"] != 0] for lp, b in used]
+    gap = np.concatenate(gaps).astype(np.float64)
+    ratio = np.exp(gap)
+    values = (-gap.mean(), 0.5 * np.mean(gap**2), ratio.mean(), ratio.max())
+    outside = np.mean((ratio < low) | (ratio > high))
+    told: dict[str, float | None] = dict(zip(names, map(float, values), strict=True))
+    return told | {"ratio/min": float(ratio.min()), "ratio/outside": float(outside)}
+
+
+def batch_statistics(groups: Sequence[Group], sampled: Sequence[Group], rl: RLConfig) -> dict[str, Any]:
+    """What a batch looked like.
+
+    Args:
+      groups: those that are learned from.
+      sampled: all that were sampled, with those that others took the place of.
+    """
+    graded = [one.graded for group in sampled for one in group.episodes if one.graded]
+    episodes = [one for group in sampled for one in group.episodes]
+    lengths = np.array([len(one.tokens) for one in episodes])
+    logprobs = np.concatenate([np.asarray(one.logprobs) for one in episodes])
+    constant = [is_constant(group.rewards, counted(group, rl)) for group in sampled]
+    best = [float(group.rewards.min()) >= 1 for group in sampled]
+    return {
+        "reward/mean": float(np.mean([one.reward for one in graded])),
+        "reward/correct": float(np.mean([one.correct for one in graded])),
+        "reward/well_formed": float(np.mean([one.well_formed for one in graded])),
+        "reward/failed": sum(one.failed is not None for one in graded),
+        "group/constant": float(np.mean(constant)),
+        "group/all_correct": float(np.mean(best)),
+        "group/learned": sum(not is_constant(group.rewards, counted(group, rl)) for group in groups),
+        "episode/count": len(episodes),
+        "episode/truncated": float(np.mean([one.truncated for one in episodes])),
+        "episode/tokens_mean": float(lengths.mean()),
+        "episode/tokens_max": int(lengths.max()),
+        "optim/entropy": float(-logprobs.mean()),
+        "bits/available": sum(bits(group.rewards) for group in sampled),
+        "sampled_tokens": int(lengths.sum()),
+        "prompt_tokens": sum(len(group.prompt) for group in sampled),
+    }

@@ -1,0 +1,169 @@
+"""Answers to problems: the sampler over the learner's own base, groups of answers, and their rewards.
+
+    sampler = Sampler(job, frozen)
+    groups = sampler.groups(trained, step=1, positions=range(32))     # ungraded, `group` answers each
+    texts = sampler.greedy(trained, prompts)
+
+The base is on the device once: the sampler reads the learner's arrays, with the adapter beside them, so that
+nothing of an update is lost in a rounded sum. (Over a mesh of several devices the decoder splits weights in
+another way than the learner, and keeps a second copy, each device its part.) What is drawn follows from the
+seed, the step, the problem's place in the stream of problems, and the answer's number in its group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.generate.decode import GREEDY, Generation, Sampling, generate
+from jaxlora.generate.weights import decode_weights
+from jaxlora.models.attention import decode_backend
+from jaxlora.models.decoder import Tree
+from jaxlora.rl.job import RLJob
+from jaxlora.rl.problems import Problem
+from jaxlora.rl.rewards import Graded
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One answer: tokens with the end token if it came, their log-probabilities as drawn, its text."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    truncated: bool
+    text: str
+    graded: Graded | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The answers to one problem. `position` is its place in the stream of problems."""
+
+    position: int
+    problem: Problem
+    prompt: list[int]
+    episodes: tuple[Episode, ...]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """float64 `[answers]`."""
+        return np.array([one.graded.reward for one in self.episodes if one.graded], np.float64)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens."""
+        return sum(len(one.tokens) for one in self.episodes)
+
+
+class Sampler:
+    """Answers from what is trained now, over a base that stays where it is."""
+
+    def __init__(self, job: RLJob, frozen: Tree):
+        self._job, self._frozen = job, frozen
+        self._base: tuple[Any, Tree, Any] | None = None  # of an adapter: form, weights, mesh
+
+    def groups(
+        self,
+        trained: Tree,
+        step: int,
+        positions: Sequence[int],
+        progress: Callable[[int], None] | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> list[Group]:
+        """`rl.group` answers to each problem at these places of the stream.
+
+        Args:
+          limits: most tokens of each answer; None: `rl.max_new_tokens`.
+        """
+        job, rl = self._job, self._job.config.rl
+        chosen = [job.at(position) for position in positions]
+        answers = self._generate(
+            trained,
+            [job.prompts[i] for i in chosen],
+            sampling=Sampling(rl.temperature, logprobs=True),
+            keys=episode_keys(job.config.seed, step, positions, rl.group),
+            repeats=rl.group,
+            limits=limits,
+            progress=progress,
+        )
+        episodes = [self._episode(answer) for answer in answers]
+        return [
+            Group(position, job.problems[i], job.prompts[i], tuple(episodes[n * rl.group :][: rl.group]))
+            for n, (position, i) in enumerate(zip(positions, chosen, strict=True))
+        ]
+
+    def greedy(
+        self,
+        trained: Tree,
+        prompts: Sequence[Sequence[int]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Episode]:
+        """The most likely answer to each prompt."""
+        answers = self._generate(trained, prompts, sampling=GREEDY, progress=progress)
+        return [self._episode(answer) for answer in answers]
+
+    def _generate(self, trained: Tree, prompts: Sequence[Sequence[int]], **options: Any) -> list[Generation]:
+        job = self._job
+        spec, lora, weights, mesh = self.decoding(trained)
+        with jax.set_mesh(mesh):
+            return generate(
+                spec,
+                lora,
+                weights,
+                prompts,
+                stop_ids=job.stop_ids,
+                max_new_tokens=job.config.rl.max_new_tokens,
+                slots=job.config.rl.slots,
+                backend=decode_backend(spec.dtype),
+                **options,
+            )
+
+    def decoding(self, trained: Tree) -> tuple[Any, Tree, Tree, Any]:
+        """Model, adapter, weights and mesh. The base's form is made once; copies of all weights each time."""
+        spec = self._job.spec
+        if spec.full:
+            with jax.set_mesh(self._job.mesh):
+                return decode_weights(spec, trained, {}, merge=False)
+        if self._base is None:
+            with jax.set_mesh(self._job.mesh):
+                form, _, weights, mesh = decode_weights(spec, trained, self._frozen, merge=False)
+            self._base = form, weights, mesh
+        form, weights, mesh = self._base
+        return form, trained, weights, mesh
+
+    def _episode(self, answer: Generation) -> Episode:
+        stopped = answer.stop_reason == "stop"
+        ids = answer.tokens[:-1] if stopped else answer.tokens
+        text = str(self._job.tokenizer.decode(ids))
+        return Episode(answer.tokens, answer.logprobs or [], not stopped, text)
+
+
+def episode_keys(seed: int, step: int, positions: Sequence[int], group: int) -> np.ndarray:
+    """The raw keys of a batch's random numbers, uint32 `[positions * group, 2]`."""
+    keys = _keys(np.uint32(seed), np.uint32(step), np.asarray(positions, np.uint32), group)
+    return np.asarray(keys).reshape(-1, 2)
+
+
+@partial(jax.jit, static_argnums=3)
+def _keys(seed: jax.Array, step: jax.Array, positions: jax.Array, group: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    by_position = jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
+    by_sample = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(group)))
+    return jax.random.key_data(by_sample(by_position))
+
+
+def shared_bytes(base: Tree, others: Tree) -> tuple[int, int]:
+    """Bytes of a base on this process' devices, and how many of them another tree holds a second time."""
+
+    def buffers(tree: Tree) -> dict[int, int]:
+        shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards]
+        return {shard.data.unsafe_buffer_pointer(): shard.data.nbytes for shard in shards}
+
+    own, theirs = buffers(base), buffers(others)
+    return sum(own.values()), sum(size for place, size in theirs.items() if place not in own)

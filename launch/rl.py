@@ -1,0 +1,7 @@
+"""Learn from rewards as a Python configuration file says: `jaxlora rl` by path."""
+
+from jaxlora.commands.rl import main
+from jaxlora.runtime.errors import run_main
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,75 @@
+"""What GPUs do with a mesh, on simulated devices: whole rows on each, through every door to a step."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlora
+from jaxlora import sharding
+from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig, from_dict
+from jaxlora.estimate import mesh_of_gpus
+from jaxlora.models.families import published_config
+from jaxlora.sharding import make_mesh
+from jaxlora.train import step as train_step
+from jaxlora.train.job import prepare
+from jaxlora.train.loop import train
+
+GIB = 2**30
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """A line of whole rows for each device."""
+    for module in (sharding, train_step):
+        monkeypatch.setattr(module, "token_lines", sharding.token_shards)
+
+
+def test_the_engine_finds_the_same_on_one_device_and_in_lines(as_on_gpus):
+    rng = np.random.default_rng(0)
+    rows = [{"tokens": rng.integers(5, 900, n).tolist()} for n in (40, 9, 23, 64, 5)]
+    found = []
+    for shape in ((1, 1, 1), (2, 2, 1)):
+        devices = jax.devices()[: shape[0] * shape[1]]
+        engine = jaxlora.load("embedded:base", mesh=make_mesh(MeshConfig(*shape), devices))
+        assert engine.machine.lines == len(devices)
+        trainer = engine.lora(rank=2, targets="v_proj")
+        result = trainer.forward_backward(rows)
+        norms = trainer.optim_step(1e-2)
+        found.append((result.loss, norms["grad_norm"], result.logprobs, trainer.logprobs(rows)))
+    one, lines = found
+    assert lines[:2] == pytest.approx(one[:2], rel=1e-5)
+    for ours, expected in zip(lines[2] + lines[3], one[2] + one[3], strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_in_lines_ends_where_one_on_one_device_does(as_on_gpus, tmp_path):
+    values = {
+        "model": {"path": "embedded:base", "dtype": "float32"},
+        "lora": {"rank": 4, "dropout": 0.1},
+        "data": {"train_path": "embedded:data/train.jsonl", "validation_path": "embedded:data/val.jsonl"},
+        "train": {"batch_rows": 8, "epochs": 1, "startup_check": False},
+    }
+    values["data"] |= {"train_rows": 16, "validation_rows": 8, "shuffle": False}
+    nll = []
+    for name, data in (("one", 1), ("lines", 4)):
+        config = from_dict(values | {"name": name, "results_dir": str(tmp_path)})
+        devices = jax.devices()[:data]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "devices", lambda *_, own=devices: own)
+            job = prepare(config)
+            assert job.train_layout.lines == data
+            nll.append(train(job).mean_nll)
+    assert nll[1] == pytest.approx(nll[0], rel=1e-4)
+
+
+def test_gpus_take_copies_of_a_base_that_fits_and_split_one_that_does_not():
+    adapters = RunConfig(model=ModelSource(path="x"), lora=LoraConfig(), train=TrainConfig(batch_rows=32))
+    everything = RunConfig(model=ModelSource(path="x"), train=TrainConfig(what="full", batch_rows=32))
+    model = published_config("qwen3-8b")
+    assert mesh_of_gpus(adapters, model, 4, 72 * GIB) == MeshConfig(4, 1, 1)
+    assert mesh_of_gpus(adapters, model, 4, 42 * GIB) == MeshConfig(2, 2, 1)
+    assert mesh_of_gpus(adapters, model, 4, 8 * GIB) == MeshConfig(1, 4, 1)
+    assert mesh_of_gpus(everything, model, 8, 72 * GIB).fsdp >= 4

@@ -1,0 +1,225 @@
+"""The loop: what a run writes, that a run killed anywhere ends in the same bytes, and what its options do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.rl import job_of, make_model, outcome, parity, records, rl_config, ruled_rewards, run
+
+from jaxlora.checkpoints.run_state import RunState
+from jaxlora.rl import loop
+from jaxlora.rl.directory import RLDirectory
+from jaxlora.rl.learning import Learner
+from jaxlora.rl.sampling import Sampler
+from jaxlora.runtime.errors import UserError
+from jaxlora.train.job import fresh_state
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("rl") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _rewards():
+    with ruled_rewards():
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    config = rl_config(model, tmp_path_factory.mktemp("undisturbed"))
+    with ruled_rewards():
+        run(config)
+    return config
+
+
+def test_a_run_writes_its_numbers_and_its_answers(undisturbed):
+    found = records(undisturbed)
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for record in found:
+        assert record["ratio/max"] == pytest.approx(1, abs=1e-3)  # on policy
+        assert record["optim/kl_sample_train_v2"] < 1e-8
+        assert record["optim/updates"] == 1
+        assert 0 < record["bits/available"] <= 16
+        assert record["optim/entropy"] > 0
+    evaluations = records(undisturbed, "validation")
+    assert [record["step"] for record in evaluations] == [0, 1, 2, 3]
+    lines = (undisturbed.run_dir / "samples" / "step-000002.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert len(samples) == 16
+    assert [sample["reward"] for sample in samples] == [parity(sample["text"]) for sample in samples]
+    assert np.mean([sample["reward"] for sample in samples]) == found[1]["reward/mean"]
+    assert len({sample["text"] for sample in samples}) > 8
+    summary = json.loads((undisturbed.run_dir / "summary.json").read_text())
+    assert summary["primary_metric"] == {"name": "accuracy", "value": evaluations[-1]["eval_metric"]}
+    assert summary["episodes"] == 48
+    assert list((undisturbed.run_dir / "tensorboard").glob("events*"))
+
+
+MOMENTS = {
+    "after sampling": (Sampler, "groups", 2),
+    "before a step": (Learner, "learn", 2),
+    "before the samples": (RLDirectory, "write_samples", 3),
+    "before the record": (RLDirectory, "record", 4),
+    "before publishing": (RunState, "_publish", 2),
+    "before the summary": (RLDirectory, "finish", 1),
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, moment: str) -> None:
+    owner, name, nth = MOMENTS[moment]
+    original, calls = getattr(owner, name), [0]
+
+    def counted(*arguments, **named):
+        calls[0] += 1
+        if calls[0] == nth:
+            raise Killed
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_anywhere_ends_in_the_same_bytes(undisturbed, model, tmp_path, monkeypatch, moment):
+    config = rl_config(model, tmp_path)
+    with monkeypatch.context() as patch:
+        killed_at(patch, moment)
+        with pytest.raises(Killed):
+            run(config)
+    run(config)
+    assert outcome(config.run_dir) == outcome(undisturbed.run_dir)
+
+
+def test_overlap_is_one_step_off_policy_says_so_and_survives_a_kill(
+    model, tmp_path, monkeypatch, undisturbed
+):
+    options = {"overlap": True, "optim": {"peak_lr": 0.1}, "steps": 4}
+    whole = rl_config(model, tmp_path / "whole", **options)
+    run(whole)
+    first, second, third, _ = records(whole)
+    assert first["ratio/max"] == pytest.approx(1, abs=1e-3)
+    assert second["optim/kl_sample_train_v2"] > 1e-6
+    assert third["ratio/max"] > 1.001
+    stopped = rl_config(model, tmp_path / "stopped", **options)
+    with monkeypatch.context() as patch:
+        killed_at(patch, "before the samples")
+        with pytest.raises(Killed):
+            run(stopped)
+    run(stopped)
+    assert outcome(stopped.run_dir) == outcome(whole.run_dir)
+
+
+def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_path):
+    config = rl_config(model, tmp_path, slots=8)
+    run(config, devices=8)
+    for ours, theirs in zip(records(config), records(undisturbed), strict=True):
+        for name in ("sampled_tokens", "reward/mean", "episode/truncated", "optim/rows"):
+            assert ours[name] == theirs[name], name
+        for name in ("optim/loss", "grad_norm", "update_norm", "optim/entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+
+
+def test_a_batch_of_constant_groups_takes_no_step(model, tmp_path):
+    config = rl_config(model, tmp_path, steps=2, eval_problems=None)
+    with ruled_rewards(lambda text: 1.0):
+        result = run(config)
+    for record in records(config):
+        assert record["optim/updates"] == 0
+        assert record["group/constant"] == record["group/all_correct"] == 1
+        assert record["bits/available"] == 0
+        assert record["grad_norm"] is record["ratio/max"] is None
+    start = fresh_state(job_of(config)).trained
+    for ours, theirs in zip(jax.tree.leaves(result.trained), jax.tree.leaves(start), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_constant_groups_are_sampled_anew(model, tmp_path):
+    """Half of the problems always give the same reward."""
+    calls = [0]
+
+    def rule(text: str) -> float:
+        calls[0] += 1
+        return 0.0 if (calls[0] - 1) // 8 % 2 == 0 else parity(text)
+
+    config = rl_config(model, tmp_path, steps=1, eval_problems=None, refill=3)
+    with ruled_rewards(rule):
+        run(config)
+    (record,) = records(config)
+    assert record["group/learned"] > 2
+    assert record["episode/count"] > 16
+    assert record["optim/rows"] == 4 * record["group/learned"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": {"what": "full"}, "optim": {"peak_lr": 1e-4}},
+        {"loss": "ppo", "updates_per_batch": 3},
+        {"loss": "cispo", "kl": 0.1, "mask_truncated": False},
+        {"loss": "dro", "temperature": 0.7, "baseline": "leave_one_out", "divide_by_std": True},
+        {"temperature": 1.3, "train": {"layout": "packed", "max_buffer_tokens": 512}},
+    ],
+    ids=["full", "ppo", "cispo+kl", "dro", "hot"],
+)
+def test_options_learn_and_begin_on_policy(model, tmp_path, options):
+    config = rl_config(model, tmp_path, steps=1, eval_problems=None, **options)
+    run(config)
+    (record,) = records(config)
+    parts = options.get("updates_per_batch", 1)
+    assert record["optim/updates"] == parts
+    assert record["update_norm"] > 0
+    if parts == 1:
+        assert record["ratio/max"] == pytest.approx(1, abs=2e-3)
+        assert record["ratio/min"] == pytest.approx(1, abs=2e-3)
+    else:  # later parts are off policy
+        assert record["optim/kl_sample_train_v2"] > 0
+
+
+def test_a_run_is_not_resumed_with_another_reward(undisturbed, model, tmp_path, monkeypatch):
+    config = rl_config(model, tmp_path)
+    with monkeypatch.context() as patch:
+        killed_at(patch, "before a step")
+        with pytest.raises(Killed):
+            run(config)
+    other = rl_config(model, tmp_path, reward="gsm8k_numeric")
+    with pytest.raises(UserError, match=r"differs in rl\.reward: 'gsm8k_strict' then, 'gsm8k_numeric' now"):
+        run(other)
+
+
+@pytest.mark.parametrize(
+    ("rl", "message"),
+    [
+        ({"group": 1}, r"config.rl.group: 1 is not allowed; give a whole number from 2 to"),
+        ({"temperature": 0}, r"config.rl.temperature: 0 is not allowed; give a number above 0"),
+        ({"top_p": 0.9}, r"config.rl.top_p: a filter changes what the sampler draws from"),
+        ({"loss": "reinforce"}, r"config.rl.loss: \"reinforce\" is not allowed; give importance_sampling"),
+        ({"max_new_tokens": 5000}, r"config.rl.max_new_tokens: .* but the model has 2,048 positions"),
+        ({"reward": "nothing"}, r"rl.reward: 'nothing' is not known"),
+        ({"clip_low": 1.3}, r"config.rl.clip_low: 1.3 must be below clip_high"),
+        ({"updates_per_batch": 5}, r"config.rl.updates_per_batch: 5 updates need as many prompts"),
+        ({"kl": 0.1, "train": {"what": "full"}}, r"config.rl.kl: with train.what=full"),
+        ({"lora": {"dropout": 0.1}}, r"config.lora.dropout: answers are sampled without any"),
+        ({"problems": "missing.jsonl"}, r"missing.jsonl"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_line_before_a_model_is_loaded(model, tmp_path, monkeypatch, rl, message):
+    monkeypatch.setattr(loop, "load_frozen", lambda job: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=message) as caught:
+        run(rl_config(model, tmp_path, **rl))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_of_problems_is_one_line(model, tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    with pytest.raises(UserError, match=r"none.jsonl: holds no problems"):
+        run(rl_config(model, tmp_path, problems=str(tmp_path / "none.jsonl")))
