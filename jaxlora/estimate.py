@@ -20,11 +20,11 @@ from typing import Literal
 import jax
 
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
-from jaxlora.models.decoder import is_adapted, kept_per_token
-from jaxlora.models.families import count_parameters, parameter_table
+from jaxlora.models.decoder import ModelSpec, kept_per_token
+from jaxlora.models.families import active_size, count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime.devices import Slice, slice_of
 
 What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
@@ -135,9 +135,9 @@ def candidates(
       scheme: of a quantised base.
     """
     choices = [
-        estimate(model, lora, slice_, MeshConfig(*mesh), remat, buffers, tokens, multiple, what, scheme)
-        for mesh in factors(slice_.n_chips)
-        if model.num_key_value_heads % mesh[2] == 0
+        estimate(model, lora, slice_, mesh, remat, buffers, tokens, multiple, what, scheme)
+        for mesh in meshes(model, slice_.n_chips)
+        if model.num_key_value_heads % mesh.tensor == 0
         for remat in REMATS
         for buffers in (1, 2, 4)
     ]
@@ -213,6 +213,19 @@ def factors(n: int) -> list[tuple[int, int, int]]:
     return [(n // f // t, f, t) for f in divisors for t in divisors if n % (f * t) == 0]
 
 
+def meshes(model: ModelConfig, n: int) -> list[MeshConfig]:
+    """Every mesh of n chips; of a model with experts also those that split them over copies of the rest."""
+    found = [MeshConfig(*sizes) for sizes in factors(n)]
+    if model.experts is None:
+        return found
+    split = []
+    for mesh in found:
+        for ways in range(2, mesh.data + 1):
+            if mesh.data % ways == 0 and model.experts.num_experts % ways == 0:
+                split.append(replace(mesh, data=mesh.data // ways, expert=ways))
+    return found + split
+
+
 # --- Work and memory of a step ------------------------------------------------------------------------------
 
 
@@ -244,7 +257,7 @@ def estimate(
       what: which parameters are trained.
       scheme: of a quantised base.
     """
-    block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp, multiple)
+    block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp * (mesh.expert or 1), multiple)
     length = math.ceil(tokens / buffers / block) * block
     rate = slice_.chip.int8_flops / slice_.chip.flops if scheme is not None and scheme.activations else 1.0
     share = _Share(model, lora, what, mesh, remat, buffers, length, scheme, rate)
@@ -274,7 +287,12 @@ class _Share:
     @property
     def shards(self) -> int:
         """How many chips the tokens are split over."""
-        return self.mesh.data * self.mesh.fsdp
+        return self.mesh.data * self.mesh.fsdp * self.ways
+
+    @property
+    def ways(self) -> int:
+        """Over how many chips the experts are split."""
+        return self.mesh.expert or 1
 
     @property
     def tokens(self) -> float:
@@ -296,13 +314,33 @@ class _Share:
 
     @property
     def own_parameters(self) -> float:
-        """Parameters that one chip holds: they are split over `fsdp` and `tensor`, and copied over `data`."""
-        return self.parameters / (self.mesh.fsdp * self.mesh.tensor)
+        """Parameters that one chip holds: they are split over `fsdp` and `tensor`, and copied over `data`.
+
+        Those of experts are split over `expert` as well, and the others copied over it.
+        """
+        return (self.parameters - self.elsewhere) / (self.mesh.fsdp * self.mesh.tensor)
+
+    @cached_property
+    def expert_weights(self) -> int:
+        experts = [w for w in parameter_table(self.model) if w.experts]
+        return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in experts)
+
+    @property
+    def elsewhere(self) -> float:
+        """Parameters of the experts of other chips."""
+        return self.expert_weights * (1 - 1 / self.ways)
 
     @cached_property
     def layer_weights(self) -> int:
-        matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) == 2]
+        """Of matrices; of all experts."""
+        matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) > 1]
         return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in matrices)
+
+    @cached_property
+    def active_weights(self) -> int:
+        """Of the layers' matrices those that one token multiplies with."""
+        matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) > 1]
+        return self.model.num_hidden_layers * sum(active_size(w, self.model) for w in matrices)
 
     @property
     def saved(self) -> float:
@@ -317,9 +355,24 @@ class _Share:
     def adapter_weights(self) -> int:
         if self.full:
             return 0
-        layers = self.model.num_hidden_layers
-        adapted = [w for w in parameter_table(self.model) if is_adapted(w, self.lora)]
-        return sum(self.lora.rank * sum(w.shape) * (layers if w.stacked else 1) for w in adapted)
+        return sum(self._adapter_size(w) for w in self._spec.adapted)
+
+    @cached_property
+    def expert_adapters(self) -> int:
+        """Of the adapters' weights those of experts."""
+        return 0 if self.full else sum(self._adapter_size(w) for w in self._spec.adapted if w.experts)
+
+    @cached_property
+    def _spec(self) -> ModelSpec:
+        return ModelSpec(self.model, self.lora)
+
+    def _adapter_size(self, weight: Weight) -> int:
+        return sum(self._spec.ranks(weight)) * sum(weight.shape[-2:]) * max(weight.experts, 1)
+
+    @property
+    def own_adapters(self) -> float:
+        """Weights of adapters that one chip holds: all but those of other chips' experts."""
+        return self.adapter_weights - self.expert_adapters * (1 - 1 / self.ways)
 
     @property
     def gathered_keys(self) -> float:
@@ -329,7 +382,7 @@ class _Share:
 
     def kept(self, remat: Remat) -> float:
         """Bytes that one chip keeps of one token in one layer."""
-        whole, split = kept_per_token(self.model, remat)
+        whole, split = kept_per_token(self.model, remat, self.ways)
         return BF16 * (whole + split / self.mesh.tensor)
 
     @property
@@ -347,9 +400,10 @@ def _flops(share: _Share) -> float:
     """Products and attention: 4N FLOPs per token with LoRA, 6N in full fine-tuning.
 
     For N weights of matrices these are 2N forward, 2N for the gradients of activations and, where the weights
-    are trained, 2N for theirs. Remat computes the layers' 2N forward once more.
+    are trained, 2N for theirs. Remat computes the layers' 2N forward once more. Of the experts, N counts
+    those that a token goes to.
     """
-    products = (2 + share.again + share.full) * 2 * share.layer_weights / share.rate
+    products = (2 + share.again + share.full) * 2 * share.active_weights / share.rate
     products += (2 + share.full) * 2 * share.head_weights
     passes = 1 + share.again + BACKWARD_PASSES
     attention = attention_flops(share.model, share.tokens, keys_seen(share.length, share.shards), passes)
@@ -358,7 +412,8 @@ def _flops(share: _Share) -> float:
 
 def _read_weights(share: _Share) -> float:
     """Bytes of the weights that one chip multiplies with: layers twice, the head once."""
-    return (BF16 * (2 * share.layer_weights + share.head_weights) - 2 * share.saved) / share.mesh.tensor
+    layers = share.layer_weights - share.elsewhere
+    return (BF16 * (2 * layers + share.head_weights) - 2 * share.saved) / share.mesh.tensor
 
 
 def _interconnect_bytes(share: _Share) -> float:
@@ -368,17 +423,22 @@ def _interconnect_bytes(share: _Share) -> float:
     o_proj and down_proj, and in the backward pass for each of the five projections that read the residual
     stream. Keys and values are gathered from all chips that share a buffer, and the adapters' gradients are
     summed over them. The gradients of whole weights are summed in bfloat16, the dtype of their products: a
-    reduce-scatter over `fsdp`, and an all-reduce of what is then left on a chip over `data`.
+    reduce-scatter over `fsdp`, and an all-reduce of what is then left on a chip over `data`. Chips that split
+    the experts gather their tokens and scatter the sums, in both passes.
     """
     stream = BF16 * share.tokens * share.model.hidden_size
     sums = (2 + 2 * share.again + 5) * share.model.num_hidden_layers
     size = _gathered(_read_weights(share), share.mesh.fsdp)
     size += sums * 2 * _gathered(stream, share.mesh.tensor)
     size += (3 + share.again) * share.model.num_hidden_layers * share.gathered_keys
+    moves = (4 + 2 * share.again) * share.model.num_hidden_layers
+    size += moves * _gathered(share.ways * stream, share.ways)
     if share.full:
-        size += _gathered(BF16 * share.parameters / share.mesh.tensor, share.mesh.fsdp)
+        size += _gathered(BF16 * (share.parameters - share.elsewhere) / share.mesh.tensor, share.mesh.fsdp)
         size += 2 * _gathered(BF16 * share.own_parameters, share.mesh.data)
-    return size + 2 * _gathered(BF16 * share.adapter_weights, share.shards)
+    dense = share.adapter_weights - share.expert_adapters
+    size += 2 * _gathered(BF16 * share.expert_adapters / share.ways, share.mesh.data * share.mesh.fsdp)
+    return size + 2 * _gathered(BF16 * dense, share.shards)
 
 
 def _hbm_bytes(share: _Share) -> float:
@@ -389,10 +449,10 @@ def _hbm_bytes(share: _Share) -> float:
     kept = share.tokens * share.model.num_hidden_layers * share.kept(False)
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
     if share.full:
-        weights += 2 * BF16 * share.parameters / share.mesh.tensor
+        weights += 2 * BF16 * (share.parameters - share.elsewhere) / share.mesh.tensor
     if share.scheme is not None and not share.scheme.activations:
         weights += 2 * 2 * BF16 * share.layer_weights / share.mesh.tensor
-    return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.adapter_weights
+    return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.own_adapters
 
 
 def _update_bytes(share: _Share) -> float:
@@ -413,11 +473,11 @@ def _memory(share: _Share) -> float:
     """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = (BF16 * share.parameters - share.saved) / (mesh.fsdp * mesh.tensor)
+    size = BF16 * share.own_parameters - share.saved / (mesh.fsdp * mesh.tensor)
     if share.full:
         size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
         size += FLOAT32 * share.head_weights / mesh.tensor
-    size += 4 * FLOAT32 * share.adapter_weights  # weights, gradients and two moments
+    size += 4 * FLOAT32 * share.own_adapters  # weights, gradients and two moments
     size += share.activations
     size += 2 * FLOAT32 * min(share.tokens, CHUNK) * model.vocab_size / mesh.tensor  # logits and gradient
     size += head + share.tokens * share.kept(False)  # the head, and all activations of one layer

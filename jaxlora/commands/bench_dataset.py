@@ -81,20 +81,21 @@ def _measure() -> None:
     from jaxlora.data import rows as reading
     from jaxlora.train import job as preparing
 
-    imported = time.monotonic()
-    spent = 0.0
+    imported, cpu_before = time.monotonic(), time.process_time()
+    spent = on_cpu = 0.0
     load = reading.load_rendered_rows
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal spent
-        start = time.monotonic()
+        nonlocal spent, on_cpu
+        start, cpu = time.monotonic(), time.process_time()
         result = load(*args, **kwargs)
         spent += time.monotonic() - start
+        on_cpu += time.process_time() - cpu
         return result
 
     preparing.load_rendered_rows = timed
     job = preparing.prepare(config, with_weights=False)
-    ready = time.monotonic()
+    ready, cpu_after = time.monotonic(), time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
         "rows": len(job.train_rows) + len(job.validation_rows),
@@ -102,6 +103,8 @@ def _measure() -> None:
         "import_seconds": imported - began,
         "rows_seconds": spent,
         "plan_seconds": ready - imported - spent,
+        "rows_cpu_seconds": on_cpu,
+        "plan_cpu_seconds": cpu_after - cpu_before - on_cpu,
         "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
     }
     print(json.dumps(found))
@@ -115,9 +118,10 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
     one = results[FIRST]
     table = Table(title=f"{one['rows']:,} rows, {one['tokens']:,} tokens", title_justify="left")
-    for name in ("", "import, s", "rows, s", "plan, s", "peak, GB"):
+    for name in ("", "import, s", "rows, s", "plan, s", "rows, CPU s", "plan, CPU s", "peak, GB"):
         table.add_column(name, justify="right" if name else "left")
     for name, found in results.items():
-        seconds = (f"{found[f'{part}_seconds']:.1f}" for part in ("import", "rows", "plan"))
+        parts = ("import", "rows", "plan", "rows_cpu", "plan_cpu")
+        seconds = (f"{found[f'{part}_seconds']:.1f}" for part in parts)
         table.add_row(name, *seconds, f"{found['peak_bytes'] / 1e9:.2f}")
     console.print(table)

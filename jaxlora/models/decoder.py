@@ -27,7 +27,7 @@ from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     array_axes,
@@ -77,6 +77,21 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, noise: Noise | None = None) -> jax.Array:
         return joint_products(x, self, noise=noise)[0]
+
+
+class TiedHead(nnx.Module):
+    """The adapter of an output head that is the embedding: A and B without a weight of their own."""
+
+    def __init__(self, weight: Weight, spec: ModelSpec):
+        assert spec.lora is not None
+        out_size, in_size = weight.shape
+        self.lora_a = nnx.LoRAParam(jnp.zeros((spec.lora.rank, in_size), jnp.float32))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((out_size, spec.lora.rank), jnp.float32))
+        self.weight, self.axes, self.scale = None, weight.axes, spec.scale
+
+    def delta(self, x: jax.Array) -> jax.Array:
+        """(alpha / r) B A x."""
+        return _deltas([self.axes], self.scale, x, [self.lora_a[...]], [self.lora_b[...]])[0]
 
 
 def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -> list[jax.Array]:
@@ -242,8 +257,15 @@ class Decoder(nnx.Module):
             make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = Linear(table["lm_head"], spec) if "lm_head" in table else None
+        self.lm_head = self._head(spec, table)
         self.config, self.scan = config, spec.scan
+
+    @staticmethod
+    def _head(spec: ModelSpec, table: dict[str, Weight]) -> Any:
+        """The head's own matrix; of a tied model, its adapter or None."""
+        if "lm_head" in table:
+            return Linear(table["lm_head"], spec)
+        return None if spec.mergeable else TiedHead(tied_head(spec.config), spec)
 
     def __call__(
         self,
@@ -296,9 +318,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[..., vocab]` in the activations' dtype, summed in float32."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+        head = self.lm_head
+        if head is not None and head.weight is not None:
+            return head(hidden)
+        logits = jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+        return logits if head is None else logits + head.delta(hidden)
 
 
 def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -307,21 +331,30 @@ def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name in kernels or params.get("name") == PRODUCT
 
 
-def kept_per_token(config: ModelConfig, remat: Remat) -> tuple[int, int]:
+def kept_per_token(config: ModelConfig, remat: Remat, ways: int = 1) -> tuple[int, int]:
     """Numbers that the backward pass of one layer finds kept for one token, counted from the shapes.
 
     The first are whole on every chip of a mesh, the second split over `tensor`. All: the residual stream
     twice, each norm's input in float32, its output and its scaled output; queries, keys, values before and
     after their norms, attention output, the MLP's hidden units. Elementwise: only what products and
     attention made. With full recomputation: the layer's input. A family without norms of queries and keys
-    keeps a little less.
+    keeps a little less. Of experts, a row for each of a token's choices: states before and after, and hidden
+    units.
+
+    Args:
+      ways: over how many chips experts are split; each has room for the rows of all of their tokens.
     """
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     if remat is True:
         return config.hidden_size, 0
+    if config.experts is None:
+        rows, ffn = 0, config.intermediate_size
+    else:
+        rows = ways * config.experts.num_experts_per_tok
+        ffn = rows * config.experts.moe_intermediate_size
     if remat == "elementwise":
-        return 3 * config.hidden_size, 2 * heads + 2 * kv_heads + 2 * config.intermediate_size
-    return 12 * config.hidden_size, 4 * heads + 5 * kv_heads + 4 * config.intermediate_size
+        return (3 + rows) * config.hidden_size, 2 * heads + 2 * kv_heads + 2 * ffn
+    return (12 + 2 * rows) * config.hidden_size, 4 * heads + 5 * kv_heads + 4 * ffn
 
 
 def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -418,9 +451,21 @@ class ModelSpec:
         return parameter_table(self.config, self.joined)
 
     @property
+    def adaptable(self) -> list[Weight]:
+        """The weights that can carry an adapter: of the table, and the tied head's use of the embedding."""
+        head = [tied_head(self.config)] if self.config.tie_word_embeddings else []
+        return [weight for weight in self.table if weight.lora_group] + head
+
+    @property
     def adapted(self) -> list[Weight]:
         """The weights that carry an adapter."""
-        return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
+        return [] if self.lora is None else [w for w in self.adaptable if is_adapted(w, self.lora)]
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the adapter can be folded into the weights: not one on a tied head, whose matrix is also
+        the embedding."""
+        return not (self.config.tie_word_embeddings and any(w.name == "lm_head" for w in self.adapted))
 
     def scheme_of(self, weight: Weight) -> Scheme | None:
         """How this weight is quantised; only the layers' projections are."""

@@ -36,7 +36,7 @@ from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import pick_scheme
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.spec import How, ModelConfig
 from jaxlora.plan.hlo import Work, count_work
 from jaxlora.runtime.devices import Slice, out_of_memory
 from jaxlora.runtime.errors import UserError
@@ -62,7 +62,10 @@ def wire(
     full = config.train.what == "full"
     lora = None if full else config.lora
     scheme = pick_scheme(config.model, devices[0], training=True)
-    spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, scheme=scheme)
+    # The machine that compiles is another one, so nothing is left to `auto`.
+    products: How = "ragged_dot"
+    dtype = config.model.dtype
+    spec = ModelSpec(model, lora, dtype, machine.scan, full=full, scheme=scheme, products=products)
     return machine.mesh, spec, machine.compute()
 
 
@@ -222,7 +225,8 @@ class Programs:
 
     @cached_property
     def _decode_mesh(self) -> jax.sharding.Mesh:
-        return decode_mesh(self.mesh, self.model.num_key_value_heads)
+        experts = self.model.experts.num_experts if self.model.experts else 1
+        return decode_mesh(self.mesh, self.model.num_key_value_heads, experts)
 
     @property
     def _decode_adapter(self) -> Any:

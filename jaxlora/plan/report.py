@@ -170,7 +170,8 @@ def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workl
 def overrides(choice: Choice) -> str:
     """The command-line overrides that make this choice."""
     mesh = choice.mesh
-    words = [f"--config.mesh.{name}={getattr(mesh, name)}" for name in ("data", "fsdp", "tensor")]
+    names = ("data", "fsdp", "tensor", *(("expert",) if mesh.expert else ()))
+    words = [f"--config.mesh.{name}={getattr(mesh, name)}" for name in names]
     words.append(f"--config.model.remat={str(choice.remat).lower()}")
     if choice.buffers > 1:
         words.append(f"--config.train.max_buffer_tokens={choice.tokens}")
@@ -198,6 +199,7 @@ def search(
     )
     for choice in choices[:8]:
         shape = f"{choice.mesh.data}, {choice.mesh.fsdp}, {choice.mesh.tensor}"
+        shape += f"; {choice.mesh.expert} of experts" if choice.mesh.expert else ""
         sizes = f"{choice.buffers} x {choice.tokens}"
         memory, time = f"{choice.memory / GIB:.1f}", f"{choice.best.seconds * 1e3:.0f}"
         table.add_row(shape, str(choice.remat).lower(), sizes, memory, time, choice.best.bound)
@@ -289,7 +291,8 @@ def print_comparison(plans: list[Plan], console: Console) -> None:
         table.add_column(name, justify="right")
     for plan in plans:
         train = plan.programs[0]
-        mesh = ", ".join(str(size) for size in plan.mesh.values())
+        mesh = ", ".join(str(plan.mesh[name]) for name in ("data", "fsdp", "tensor"))
+        mesh += f"; {plan.mesh['expert']} of experts" if "expert" in plan.mesh else ""
         peak = max(p.memory.total + p.memory.missing for p in plan.programs)
         cells = [plan.slice.name, mesh, f"{peak / GIB:.1f} of {plan.slice.chip.hbm_bytes / GIB:.0f}"]
         if plan.run is None or plan.sweep is None:

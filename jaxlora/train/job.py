@@ -276,11 +276,11 @@ def estimate_memory(job: Job) -> dict[str, int]:
     logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
-    layout = job.train_layout
+    layout, ways = job.train_layout, max(job.config.mesh.expert, 1)
     tokens = max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows)
-    kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
+    kept = sum(kept_per_token(config, job.config.model.remat, ways)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
-        kept += sum(kept_per_token(config, False))
+        kept += sum(kept_per_token(config, False, ways))
     return {
         "base": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.spec.abstract_base)),
         "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
@@ -331,8 +331,11 @@ def what_is_trained(job: Prepared) -> str:
         return "all weights, float32 master weights"
     names = ", ".join(weight.name for weight in job.spec.adapted)
     start = f", starting from {lora.start}" if lora.start else ""
+    rank = f"rank {lora.rank}"
+    if any(weight.experts for weight in job.spec.adapted):
+        rank += f" ({job.spec.expert_rank} of each expert)"
     dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
-    return f"adapter {lora.condition}, rank {lora.rank}, alpha {lora.alpha:g}{dropout}, on {names}{start}"
+    return f"adapter {lora.condition}, {rank}, alpha {lora.alpha:g}{dropout}, on {names}{start}"
 
 
 def describe(job: Job) -> Table:

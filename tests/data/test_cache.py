@@ -127,6 +127,7 @@ def test_small_files_are_not_kept(file, cache):
     assert not cache.folder.exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_counts_the_rows_of_both_starts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--config", "own", "--rows", "50"])
     bench_dataset.main()

@@ -132,7 +132,10 @@ def assert_equal(ours, theirs) -> None:
 
 
 class TestSteps:
-    @pytest.mark.parametrize("layout", [Layout(True, (128,), 6, 128), Layout(False, (64,), 6, 0)])
+    @pytest.mark.parametrize(
+        "layout",
+        [Layout(True, (128,), 6, 128), pytest.param(Layout(False, (64,), 6, 0), marks=pytest.mark.slow)],
+    )
     def test_layouts_and_buffers_give_one_gradient(self, model, layout):
         segments = Compute(max_segments=6)
         expected = gradient(*model, batch_of(1), segments)
@@ -140,7 +143,7 @@ class TestSteps:
         without = gradient(*model, batch_of(1, seed=None), segments)
         assert abs(without[1] - expected[1]) > 1e-3 * expected[1]
 
-    @pytest.mark.parametrize("remat", [True, "elementwise"])
+    @pytest.mark.parametrize("remat", [pytest.param(True, marks=pytest.mark.slow), "elementwise"])
     def test_what_is_computed_again_is_dropped_again(self, model, remat):
         expected = gradient(*model, batch_of(1), Compute(max_segments=6))
         assert_equal(gradient(*model, batch_of(1), Compute(max_segments=6, remat=remat)), expected)
