@@ -31,7 +31,8 @@ SHIPPED = Path(__file__).parent / "configs"  # configurations that ship with the
 
 def shipped_names() -> list[str]:
     """The names that `--config` takes instead of a file."""
-    return sorted(file.stem for file in SHIPPED.glob("*.py") if file.stem != "__init__")
+    files = (file.relative_to(SHIPPED).with_suffix("") for file in SHIPPED.rglob("*.py"))
+    return sorted(file.as_posix() for file in files if not file.stem.startswith("_"))
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> RunConfig:

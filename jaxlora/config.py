@@ -101,7 +101,7 @@ class LoraConfig:
     rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Alpha = _doc("the update is scaled by alpha / rank", 32.0)
     dropout: Decay = _doc("share of an adapter's input that a training step leaves out, as PEFT's", 0.0)
-    output_head: bool = _doc("adapt the output head as well (needs an untied head)", False)
+    output_head: bool = _doc("adapt the output head as well; a tied one, apart from the embedding", False)
     start: str | None = _doc(
         "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
     )
@@ -293,6 +293,30 @@ class RLConfig:
 
 
 @dataclass(frozen=True, config=_CHECKED)
+class RegretConfig:
+    """Conditions that are each swept over learning rates, full fine-tuning among them (`jaxlora.regret`).
+
+    Where `arms` names some, `launch/study.py` runs this instead of the study.
+    """
+
+    arms: tuple[str, ...] = _doc(
+        "conditions: full, PLACEMENT:RANK such as all_layer:16 or mlp_only+lm_head:8, or"
+        " PLACEMENT~OTHER:RANK, with the rank that has as many parameters as OTHER at RANK; each with @ROWS"
+        " a step where they are not train.batch_rows",
+        (),
+    )
+    marks: tuple[Positive, ...] = _doc(
+        "steps where the best rate is read beside the last one, and must lie inside the grid", ()
+    )
+    rates: Positive = _doc("rates of each arm, at factors of 2 around the published formula's", 5)
+    extend: Count = _doc("more rates, one by one, while the best one lies on an edge; at most", 4)
+    repeats: Count = _doc("more seeds of each arm at its best rate", 1)
+    looks: Positive = _doc("held-out evaluations in each doubling of the step", 2)
+    lora_rate: Rate | None = _doc("middle of the adapters' rates; none: the formula's", None)
+    full_rate: Rate | None = _doc("middle of the rates of full fine-tuning; none: the formula's", None)
+
+
+@dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
     """One training run: one placement, one seed. A study makes its runs from one of these."""
 
@@ -315,6 +339,7 @@ class RunConfig:
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     sweep: SweepConfig = dataclasses.field(default_factory=SweepConfig)
     rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+    regret: RegretConfig = dataclasses.field(default_factory=RegretConfig)
 
     @property
     def condition(self) -> str:

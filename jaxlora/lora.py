@@ -56,9 +56,7 @@ def check_targets(spec: ModelSpec) -> None:
     lora = spec.lora
     if lora is None:
         raise UserError("config.lora: no projection would be adapted; give lora.targets")
-    known = [weight.name for weight in spec.table if weight.lora_group]
-    if lora.output_head and "lm_head" not in known:
-        raise UserError("config.lora.output_head: this model ties its head to the embedding; give false")
+    known = [weight.name for weight in spec.adaptable]
     if odd := [name for name in lora.modules if name not in known]:
         names = ", ".join((*get_args(Condition), *known))
         raise UserError(f"config.lora.targets: this model has no {', '.join(odd)}; it has {names}")
@@ -127,6 +125,19 @@ def check_lora(spec: ModelSpec, lora: Tree) -> None:
         raise UserError(f"adapter: unexpected {', '.join(sorted(found)[:3])}")
 
 
+def check_mergeable(spec: ModelSpec) -> None:
+    """Refuse to merge an adapter that has no place in the weights, see `ModelSpec.mergeable`.
+
+    Raises:
+      UserError: says what to do instead.
+    """
+    if not spec.mergeable:
+        raise UserError(
+            "an adapter on the output head cannot be merged where the head is tied to the embedding; export"
+            " the adapter itself"
+        )
+
+
 def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None) -> Tree:
     """Weights with W + (alpha / r) B A in place of W: the sum in float32, cast once to the weights' dtype.
 
@@ -135,7 +146,11 @@ def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None
     Args:
       tree: the base, or, with `layer`, the subtree of that layer of an unrolled or sliced base.
       layer: its number; None: `tree` is the whole base in the spec's form of the layers.
+
+    Raises:
+      UserError: as `check_mergeable`.
     """
+    check_mergeable(spec)
     merged = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
     for weight in spec.adapted:
         if layer is not None and weight.stacked:

@@ -391,7 +391,7 @@ def _targets(paths: set[str], config: ModelConfig) -> str:
         spec = ModelSpec(config, LoraConfig(targets=condition))
         if inner == {weight.path for weight in spec.adapted}:
             return condition
-    names = [w.name for w in ModelSpec(config).table if w.lora_group and w.path in inner]
+    names = [w.name for w in ModelSpec(config).adaptable if w.path in inner]
     return ",".join(names or ["lm_head"])
 
 
@@ -427,8 +427,6 @@ def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
         return "adapts embed_tokens, which is not supported; adapt lm_head, or train all weights"
     if any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in unknown):
         return f"{first}; save the adapter with save_embedding_layers=False"
-    if config.tie_word_embeddings and unknown[0].startswith("lm_head.lora_"):
-        return "adapts the output head, but this model ties its head to the embedding"
     return f"{first}; it has {config.num_hidden_layers} layers"
 
 

@@ -33,7 +33,7 @@ from jaxlora.checkpoints.peft import (
 )
 from jaxlora.checkpoints.tensors import open_tensors
 from jaxlora.config import MeshConfig, RunConfig, from_dict
-from jaxlora.lora import count_trainable, merge_lora
+from jaxlora.lora import check_mergeable, count_trainable, merge_lora
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_parameters
 from jaxlora.models.quantised import dequantised, pick_scheme
@@ -233,6 +233,7 @@ def write_merged(selected: Selected, out: str | Path, readme: str | None = None)
     would be another than the one that was trained. Of a run that trained all weights, its own model is
     written.
     """
+    check_mergeable(selected.spec)
     base = _base(selected)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     tokenizer = selected.tokenizer_folder()

@@ -47,10 +47,9 @@ def module_name(place: Place) -> str:
 def adaptable_modules(config: ModelConfig) -> dict[str, Place]:
     """Every module that can carry an adapter, by its name, in the order of the table."""
     found = {}
-    for weight in ModelSpec(config).table:
-        if weight.lora_group:
-            for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
-                found[module_name((weight, layer))] = (weight, layer)
+    for weight in ModelSpec(config).adaptable:
+        for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
+            found[module_name((weight, layer))] = (weight, layer)
     return found
 
 

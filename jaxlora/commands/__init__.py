@@ -31,6 +31,7 @@ COMMANDS = {
     "preview": "show rows as the model will see them",
     "plan": "memory, time and cost on a TPU slice, without the slice",
     "bench": "measure training and decoding",
+    "capacity": "which rank some rows ask for, by a rule of thumb",
     "data": "build, check and audit datasets",
 }
 OF_DATA = {

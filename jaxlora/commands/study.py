@@ -4,12 +4,22 @@
     jaxlora study --config main --dry-run     # every run, with steps, tokens and hours
     jaxlora study --config main --status      # how far it is
     jaxlora study --config main --stage report
+    jaxlora study --config regret/tiny        # adapters against full fine-tuning, see jaxlora/regret
 
 What is there and valid is not done again: the same command goes on wherever it was stopped or killed.
 """
 
+import argparse
 from functools import partial
 
+from jaxlora.config import RunConfig
 from jaxlora.study import command
 
-main = partial(command.main, __doc__)
+
+def _experiment(config: RunConfig, options: argparse.Namespace) -> int:
+    from jaxlora.regret.command import main
+
+    return main(config, dry_run=options.dry_run, status=options.status, only=options.stage)
+
+
+main = partial(command.main, __doc__, experiment=_experiment)

@@ -37,9 +37,10 @@ def decode_weights(
     Args:
       trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
       frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
-      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise the adapter is
-        returned and applied at every step. Over a quantised base it always is: rounding the sum again would
-        lose the update, which is smaller than the steps between 8-bit numbers.
+      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise, or where that
+        cannot be (`ModelSpec.mergeable`), the adapter is returned and applied at every step. So it is over a
+        quantised base: rounding the sum again would lose the update, which is smaller than the steps between
+        8-bit numbers.
     """
     lora, base = spec.computing(trained, frozen)
     if spec.scheme is not None:
@@ -66,7 +67,7 @@ def decode_weights(
 def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
     """The form of a model in decoding on this mesh, see `decode_weights`."""
     scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
-    keep = spec.lora is not None and not (merge and scheme is None)
+    keep = spec.lora is not None and not (merge and scheme is None and spec.mergeable)
     whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
     # Products of 8-bit numbers are so quick that it pays to join them beside an adapter, too.
     worthwhile = not keep or (scheme is not None and scheme.activations)

@@ -27,7 +27,7 @@ from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.sharding import (
     array_axes,
     constrain,
@@ -77,6 +77,21 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, noise: Noise | None = None) -> jax.Array:
         return joint_products(x, self, noise=noise)[0]
+
+
+class TiedHead(nnx.Module):
+    """The adapter of an output head that is the embedding: A and B without a weight of their own."""
+
+    def __init__(self, weight: Weight, spec: ModelSpec):
+        assert spec.lora is not None
+        out_size, in_size = weight.shape
+        self.lora_a = nnx.LoRAParam(jnp.zeros((spec.lora.rank, in_size), jnp.float32))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((out_size, spec.lora.rank), jnp.float32))
+        self.weight, self.axes, self.scale = None, weight.axes, spec.scale
+
+    def delta(self, x: jax.Array) -> jax.Array:
+        """(alpha / r) B A x."""
+        return _deltas([self.axes], self.scale, x, [self.lora_a[...]], [self.lora_b[...]])[0]
 
 
 def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -> list[jax.Array]:
@@ -268,8 +283,15 @@ class Decoder(nnx.Module):
             make_layer((depth,)) if spec.scan else nnx.List([make_layer(()) for _ in range(depth)])
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = Linear(table["lm_head"], spec) if "lm_head" in table else None
+        self.lm_head = self._head(spec, table)
         self.config, self.scan = config, spec.scan
+
+    @staticmethod
+    def _head(spec: ModelSpec, table: dict[str, Weight]) -> Any:
+        """The head's own matrix; of a tied model, its adapter or None."""
+        if "lm_head" in table:
+            return Linear(table["lm_head"], spec)
+        return None if spec.mergeable else TiedHead(tied_head(spec.config), spec)
 
     def __call__(
         self,
@@ -322,9 +344,11 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits `[..., vocab]` in the activations' dtype, summed in float32."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+        head = self.lm_head
+        if head is not None and head.weight is not None:
+            return head(hidden)
+        logits = jnp.einsum("...i,oi->...o", hidden, self.embed_tokens.weight[...])
+        return logits if head is None else logits + head.delta(hidden)
 
 
 def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -451,9 +475,21 @@ class ModelSpec:
         return parameter_table(self.config, self.joined)
 
     @property
+    def adaptable(self) -> list[Weight]:
+        """The weights that can carry an adapter: of the table, and the tied head's use of the embedding."""
+        head = [tied_head(self.config)] if self.config.tie_word_embeddings else []
+        return [weight for weight in self.table if weight.lora_group] + head
+
+    @property
     def adapted(self) -> list[Weight]:
         """The weights that carry an adapter."""
-        return [] if self.lora is None else [w for w in self.table if is_adapted(w, self.lora)]
+        return [] if self.lora is None else [w for w in self.adaptable if is_adapted(w, self.lora)]
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the adapter can be folded into the weights: not one on a tied head, whose matrix is also
+        the embedding."""
+        return not (self.config.tie_word_embeddings and any(w.name == "lm_head" for w in self.adapted))
 
     def scheme_of(self, weight: Weight) -> Scheme | None:
         """How this weight is quantised; only the layers' projections are."""

@@ -36,13 +36,14 @@ class Head(NamedTuple):
 
 
 def head_of(model) -> Head:
-    """The head of a bound `Decoder`; of a tied model, its embedding."""
+    """The head of a bound `Decoder`; of a tied model, its embedding, maybe with an adapter of this use."""
     head = model.lm_head
     if head is None:
         return Head(model.embed_tokens.weight[...])
+    weight = model.embed_tokens.weight if head.weight is None else head.weight
     if head.lora_a is None:
-        return Head(head.weight[...])
-    return Head(head.weight[...], head.scale * head.lora_a[...], head.lora_b[...])
+        return Head(weight[...])
+    return Head(weight[...], head.scale * head.lora_a[...], head.lora_b[...])
 
 
 def target_logprobs(hidden, head: Head, targets, temperature: float = 1.0) -> jax.Array:

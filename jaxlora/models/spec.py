@@ -143,6 +143,15 @@ class Weight:
         return f"{self.path}.{self.array}"
 
 
+def tied_head(config: ModelConfig) -> Weight:
+    """What an adapter of a tied model's output head belongs to: the embedding as the head uses it.
+
+    It is no weight of its own, so the table does not hold it: the embedding's lookup has no adapter.
+    """
+    shape = config.vocab_size, config.hidden_size
+    return Weight("lm_head", "lm_head.weight", shape, ("vocab", "embed"), "output_head")
+
+
 # Products of one input, computed as one when decoding: fuller products, and nothing to concatenate.
 JOINED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

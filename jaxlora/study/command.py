@@ -8,8 +8,8 @@ JAX is imported once the options are known to be right, so that `--help` and mis
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
 from jaxlora.study import STAGE_NAMES
@@ -18,17 +18,24 @@ if TYPE_CHECKING:
     from jaxlora.study.pipeline import Session
 
 
-def main(description: str | None = None, argv: Sequence[str] | None = None) -> int:
+def main(
+    description: str | None = None,
+    argv: Sequence[str] | None = None,
+    experiment: Callable[..., int] | None = None,
+) -> int:
     """Run the command line `argv` (None: this process's own) and return the exit code.
+
+    Args:
+      experiment: takes the configuration and the options where `config.regret` asks for one.
 
     Raises:
       UserError: a mistake in the options, the configuration or what is on the disk; one line.
     """
     with stop_signals() as stop:
-        return _run(description, argv, stop)
+        return _run(description, argv, stop, experiment)
 
 
-def _run(description: str | None, argv: Sequence[str] | None, stop: Stop) -> int:
+def _run(description: str | None, argv: Sequence[str] | None, stop: Stop, experiment: Any) -> int:
     from jaxlora.cli import parse_config
     from jaxlora.config import check_study
 
@@ -43,12 +50,16 @@ def _run(description: str | None, argv: Sequence[str] | None, stop: Stop) -> int
     what.add_argument("--status", action="store_true", help="show how far every stage and run is, and stop")
     what.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     config, options = parse_config(parser, argv)
-    check_study(config)
+    other = experiment is not None and bool(config.regret.arms)
+    if not other:
+        check_study(config)
 
     from jaxlora.runtime.devices import setup
     from jaxlora.runtime.progress import console
 
     setup(config.results_dir, config.model.dtype)
+    if other:
+        return int(experiment(config, options))
     from jaxlora.study.pipeline import Session
     from jaxlora.study.planning import plan_table, status_tables
 

@@ -27,7 +27,7 @@ from jaxlora.study.results import Study
 from jaxlora.study.tables import Table
 
 ENDS = (".png", ".pdf", ".csv")
-_SETTINGS: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -94,7 +94,7 @@ def write_figure(table: Table, draw: Callable[[Table], Figure], folder: Path, ro
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own settings must not change the study's figures
-        matplotlib.rcParams.update(_SETTINGS)
+        matplotlib.rcParams.update(STYLE)
         figure = draw(table)
         figure.savefig(folder / f"{table.name}.png", dpi=160, metadata={"Software": None})
         no_dates = {"CreationDate": None, "Producer": None, "Creator": None}

@@ -43,6 +43,7 @@ _FREE = {
     "eval",
     "selection",  # what a study makes of the configuration; its runs hold their own values
     "sweep",
+    "regret",
     "train.checkpoint_every",
     "train.grace_seconds",
     "train.samples",
@@ -151,7 +152,7 @@ def _datasets(job: Job) -> dict[str, Any]:
         name: {
             "path": path,
             "sha256": report.sha256,
-            "tokens_sha256": _tokens_hash(rows),
+            "tokens_sha256": tokens_hash(rows),
             "rows": len(rows),
             "tokens": token_count(rows),
             "skipped": [dataclasses.asdict(bad) for bad in report.skipped],
@@ -249,7 +250,7 @@ def _in(name: str, fields: set[str]) -> bool:
     return name in fields or name.partition(".")[0] in fields
 
 
-def _tokens_hash(rows: list[RenderedRow]) -> str:
+def tokens_hash(rows: list[RenderedRow]) -> str:
     """SHA-256 over each row's length, tokens and weights."""
     digest = hashlib.sha256()
     for row in rows:

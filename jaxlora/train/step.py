@@ -11,7 +11,7 @@ gradient accumulation over the buffers of a batch (its micro-batches) is a sum, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -310,6 +310,24 @@ def make_logprob_step(
         return on_every_chip(of_lines(*arguments)[0])
 
     return jax.jit(logprob_step, compiler_options=step_options())
+
+
+@lru_cache(maxsize=8)
+def make_row_step(spec: ModelSpec, compute: Compute):
+    """The jitted `(trained, frozen, batch) -> summed nll of each row`, as `make_eval_step` row by row:
+    float32 `[buffers, lines, segments]`, a row's place is its segment id; that of padding, 0, holds 0.
+    """
+
+    def row_step(trained: Tree, frozen: Tree, batch: Tree):
+        def of_buffer(_, buffer):
+            _, found = buffer_loss(spec, trained, frozen, buffer, compute, "cross_entropy", "weighted")
+            losses = -buffer["weights"] * found
+            add = partial(jax.ops.segment_sum, num_segments=compute.max_segments + 1)
+            return None, jax.vmap(add)(losses, buffer["segment_ids"])
+
+        return on_every_chip(jax.lax.scan(of_buffer, None, batch)[1])
+
+    return jax.jit(row_step, compiler_options=step_options())
 
 
 def _without_rates(optim: OptimConfig) -> OptimConfig:

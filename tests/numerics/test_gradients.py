@@ -31,7 +31,8 @@ def plain_loss(spec, trained, frozen, buffer):
     hidden, _ = model(
         buffer["tokens"], buffer["positions"], lambda q, k, v, c: (segment_attention(q, k, v, segments), c)
     )
-    weight = model.embed_tokens.weight[...] if model.lm_head is None else model.lm_head.weight[...]
+    tied = model.lm_head is None or model.lm_head.weight is None
+    weight = model.embed_tokens.weight[...] if tied else model.lm_head.weight[...]
     logits = hidden @ weight.T
     if model.lm_head is not None and model.lm_head.lora_a is not None:
         one = model.lm_head
@@ -72,8 +73,9 @@ def test_all_weights_get_the_gradient_of_the_plain_loss(tmp_path, monkeypatch, s
     assert gap < 1e-5, name
 
 
-def test_a_trained_head_adapter_over_a_frozen_head(tmp_path):
-    make_checkpoint(tmp_path, num_hidden_layers=2)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_trained_head_adapter_over_a_frozen_head(tmp_path, tied):
+    make_checkpoint(tmp_path, num_hidden_layers=2, tie_word_embeddings=tied)
     lora = LoraConfig(targets="q_proj,down_proj", output_head=True)
     spec = ModelSpec(load_model_config(tmp_path), lora, "float32")
     frozen = load_base(tmp_path, spec, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))

@@ -174,7 +174,6 @@ def test_a_plan_says_what_it_rests_on_and_never_nan(repository, tmp_path, monkey
     ("fields", "message"),
     [({"sweep.batch_rows": 1000}, "-batch-1000-seed-0: config.train.batch_rows: 1000 rows, but"),
      ({"sweep.batch_rows": "8,1000"}, "-batch-1000-seed-0: config.train.batch_rows: 1000 rows, but"),
-     ({"lora.output_head": "true"}, "config.lora.output_head: this model ties its head"),
      ({"mesh.fsdp": 3}, "config.mesh: data=1, fsdp=3, tensor=1 does not fit"),
      ({"model.random_weights": "true"}, "config.model.random_weights: the runs of a study share one base"),
      ({"seed": 3}, "config.seed is ignored by studies; set config.sweep.seeds (now 0,1,2)"),

@@ -143,7 +143,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(repository, tmp_path, words, mess
 
 def test_shipped_configurations_are_found_by_name_anywhere_and_by_path(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped_names() == sorted(file.stem for file in (repository / "configs").glob("*.py"))
+    files = [file.relative_to(repository / "configs") for file in (repository / "configs").rglob("*.py")]
+    assert shipped_names() == sorted(file.with_suffix("").as_posix() for file in files)
     for name in shipped_names():
         assert load_config(name) == load_config(repository / "configs" / f"{name}.py")
     assert load_config("tiny", {"lora.rank": "3"}).lora.rank == 3

@@ -1,0 +1,39 @@
+"""The experiments in miniature: ranks, placements and batch sizes of the tiny model, on a laptop.
+
+jaxlora study --config regret/tiny
+"""
+
+from dataclasses import replace
+
+from jaxlora.config import DataConfig, OptimConfig, RegretConfig, RunConfig, TrainConfig
+from jaxlora.configs import tiny
+
+RANKS = [f"all_layer:{rank}" for rank in (1, 4, 16)]
+PLACES = ["mlp_only:8", "attention_only~mlp_only:8", "all_layer+lm_head:4"]
+SMALL = [f"{arm}@4" for arm in ("full", "all_layer:1", "all_layer:16")]
+
+
+def get_config() -> RunConfig:
+    study = tiny.get_config()
+    return replace(
+        study,
+        prefix="regret-tiny",
+        data=DataConfig(
+            train_path="embedded:data/train.jsonl",
+            validation_path="embedded:data/val.jsonl",
+            train_rows=960,
+            validation_rows=96,
+            max_length=256,
+        ),
+        optim=OptimConfig(schedule="constant"),
+        train=TrainConfig(
+            epochs=1,
+            batch_rows=32,
+            layout="padded",
+            buffer_sizes=1,
+            buffer_multiple=32,
+            validation_batch_rows=32,
+        ),
+        eval=replace(study.eval, benchmark=None, after_training=False),
+        regret=RegretConfig(arms=("full", *RANKS, *PLACES, *SMALL), rates=4, repeats=1, looks=1),
+    )

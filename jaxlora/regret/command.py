@@ -1,0 +1,76 @@
+"""The command of an experiment: what `launch/study.py` does where `config.regret.arms` names some.
+
+code = main(config, dry_run=False, status=False)      # 0: finished
+"""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from jaxlora.config import RunConfig
+from jaxlora.regret.worker import Lab, work
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import console
+
+
+def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only: str | None = None) -> int:
+    """Make the runs that are left and write the report; or show what there is to do.
+
+    Args:
+      only: a stage's name, as of a study; `report` writes the report of the runs that are there.
+
+    Raises:
+      UserError: a mistake in the configuration, or results of another one.
+    """
+    check(config, only)
+    lab = Lab(config)
+    if dry_run or status:
+        console.print(plan_table(lab))
+        return 0
+    if only != "report":
+        work(lab)
+    from jaxlora.regret.report import write_report
+
+    path = write_report(lab)
+    console.print(f"the report is {path}", markup=False)
+    return 0
+
+
+def check(config: RunConfig, only: str | None) -> None:
+    """Refuse what an experiment would ignore.
+
+    Raises:
+      UserError: names the field and what to do.
+    """
+    if only not in (None, "report"):
+        raise UserError(f"--stage {only}: an experiment of config.regret has only the stage report")
+    if config.name is not None:
+        raise UserError("config.name is ignored by experiments, which name their runs; set config.prefix")
+    if config.lora.start is not None:
+        raise UserError("config.lora.start: every arm starts from the base; give none")
+
+
+def plan_table(lab: Lab) -> Table:
+    """Every cell with its rates and how many of its runs are there."""
+    records = lab.folder.records()
+    table = Table(box=None)
+    for title in ("arm", "rows a step", "steps", "parameters", "rates", "done", "left"):
+        table.add_column(title, justify="left" if title == "arm" else "right")
+    left = lab.left()
+    n_rows, epochs = len(lab.first.train_rows), lab.config.train.epochs
+    for cell in lab.cells:
+        done = sum(
+            1 for r in records.values() if (r["arm"], r["batch_rows"]) == (cell.arm.label, cell.batch_rows)
+        )
+        own = [run for run in left if run.cell == cell]
+        low, high = -((lab.config.regret.rates - 1) // 2), lab.config.regret.rates // 2
+        table.add_row(
+            cell.arm.label,
+            str(cell.batch_rows),
+            f"{-(-n_rows // cell.batch_rows) * epochs:,}",
+            f"{cell.arm.parameters:,}",
+            f"{cell.rate(low):.2g} to {cell.rate(high):.2g}",
+            str(done),
+            str(len(own)),
+        )
+    return table

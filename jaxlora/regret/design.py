@@ -1,0 +1,137 @@
+"""Which runs an experiment takes: arms at rates of factors of 2, more where the best is on an edge, repeats.
+
+    cells = cells_of(config, model)                    # the arms, each with the middle of its rates
+    wanted = next_runs(config.regret, cells, losses)   # what is left to do, given the results so far
+
+Nothing is remembered: the runs to do follow from the configuration and from the results that are there, so
+any number of processes, on one machine after another, come to the same runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxlora.config import RegretConfig, RunConfig
+from jaxlora.models.spec import ModelConfig
+from jaxlora.regret.arms import Arm, parse_arms
+from jaxlora.study.grid import rate as shown_rate
+from jaxlora.train.rates import published_rate
+
+# Final held-out loss by (cell, rate, seed) at each mark; infinite where a run diverged.
+Losses = Mapping["RunId", Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm and the middle of its rates: what has one learning-rate sweep of its own."""
+
+    arm: Arm
+    middle: float  # of its rates
+
+    @property
+    def batch_rows(self) -> int:
+        return self.arm.batch_rows
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm.label}-b{self.batch_rows}"
+
+    def rate(self, place: int) -> float:
+        """The rate `place` doublings above the middle."""
+        return self.middle * 2.0**place
+
+
+@dataclass(frozen=True)
+class RunId:
+    """One run: a cell, how many doublings its rate lies above the cell's middle, and a seed."""
+
+    cell: Cell
+    place: int
+    seed: int
+
+    @property
+    def rate(self) -> float:
+        return self.cell.rate(self.place)
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.label}-lr{shown_rate(self.rate)}-s{self.seed}"
+
+
+def cells_of(config: RunConfig, model: ModelConfig) -> list[Cell]:
+    """Every arm, with the middle of its rates: as configured, or the published formula's.
+
+    Raises:
+      UserError: an arm is not understood or impossible, or no rate is published for the family.
+    """
+    regret = config.regret
+    middles = {}
+    arms = parse_arms(regret.arms, model, config.train.batch_rows, config.lora.alpha)
+    for what, given in (("lora", regret.lora_rate), ("full", regret.full_rate)):
+        if any(arm.what == what for arm in arms):
+            middles[what] = _two_digits(given or published_rate(model, what))  # type: ignore[arg-type]
+    return [Cell(arm, middles[arm.what]) for arm in arms]
+
+
+def _two_digits(value: float) -> float:
+    """Rates that names of runs hold whole."""
+    return float(f"{value:.1e}")
+
+
+def next_runs(regret: RegretConfig, cells: Sequence[Cell], losses: Losses, seed: int = 0) -> list[RunId]:
+    """The runs that are still to be made, as far as can be known now; none: the experiment is complete."""
+    return [run for cell in cells for run in wanted(regret, cell, losses, seed) if run not in losses]
+
+
+def wanted(regret: RegretConfig, cell: Cell, losses: Losses, seed: int = 0) -> list[RunId]:
+    """All runs of a cell that are known to be needed: its grid, the rates added at its edges, the repeats.
+
+    Rates are added while the best one, at the end or at a mark, is the lowest or the highest of the grid, up
+    to `extend` of them. Repeats have other seeds at the best rate at the end.
+    """
+    low = -((regret.rates - 1) // 2)
+    high = low + regret.rates - 1
+    while True:
+        grid = [RunId(cell, place, seed) for place in range(low, high + 1)]
+        if any(run not in losses for run in grid):
+            return grid
+        edges = edges_of(grid, losses)
+        if not edges or high - low + 1 - regret.rates >= regret.extend:
+            break
+        if "high" in edges:
+            high += 1
+        else:
+            low -= 1
+    best = best_run(grid, losses)
+    if best is None:
+        return grid
+    return grid + [RunId(cell, best.place, seed + 1 + extra) for extra in range(regret.repeats)]
+
+
+def edges_of(grid: Sequence[RunId], losses: Losses) -> set[str]:
+    """On which edges of the grid a best rate lies, at the end or at any mark: `low`, `high`."""
+    found = set()
+    for mark in marks_of(grid, losses):
+        best = best_run(grid, losses, mark)
+        if best is None or best.place == grid[0].place:  # all diverged: only lower rates can help
+            found.add("low")
+        elif best.place == grid[-1].place:
+            found.add("high")
+    return found
+
+
+def marks_of(grid: Sequence[RunId], losses: Losses) -> list[int]:
+    """The steps at which best rates are read: those that every run of the grid has."""
+    return sorted(set.intersection(*(set(losses[run]) for run in grid)))
+
+
+def best_run(grid: Sequence[RunId], losses: Losses, mark: int | None = None) -> RunId | None:
+    """The run with the lowest loss at a mark (None: the last one); of equal ones the lower rate.
+
+    None where none is finite.
+    """
+    mark = marks_of(grid, losses)[-1] if mark is None else mark
+    finite = [(losses[run][mark], run.place, run) for run in grid if math.isfinite(losses[run][mark])]
+    return min(finite, key=lambda one: one[:2])[2] if finite else None

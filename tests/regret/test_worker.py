@@ -1,0 +1,217 @@
+"""An experiment from its first run to its page: claims, going on, what is refused, what a record holds."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlora.cli import load_config
+from jaxlora.regret import command, worker
+from jaxlora.regret.norms import adapter_norms, change_norms, weight_norms
+from jaxlora.regret.runs import HeldOut, Programs
+from jaxlora.regret.worker import Lab, work
+from jaxlora.runtime.errors import UserError
+from jaxlora.train.loop import make_eval_step
+from jaxlora.train.step import make_train_step
+
+FIELDS = {
+    "data.train_rows": "16",
+    "data.validation_rows": "12",
+    "train.batch_rows": "8",
+    "train.validation_batch_rows": "5",
+    "regret.arms": "full,all_layer+lm_head:2",
+    "regret.rates": "3",
+    "regret.extend": "0",
+    "regret.repeats": "1",
+    "regret.lora_rate": "2e-3",
+    "regret.full_rate": "2e-4",
+}
+
+
+def config_of(folder, **fields):
+    return load_config("regret/tiny", FIELDS | {"results_dir": str(folder)} | fields)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished experiment: the lab, and its records."""
+    lab = Lab(config_of(tmp_path_factory.mktemp("results")))
+    work(lab)
+    return lab, lab.folder.records()
+
+
+def test_an_experiment_makes_its_grid_and_its_repeats(done):
+    lab, records = done
+    assert lab.left() == []
+    for cell in lab.cells:
+        own = [record for record in records.values() if record["arm"] == cell.arm.label]
+        assert sorted(record["rate"] for record in own if record["seed"] == 0) == pytest.approx(
+            [cell.middle / 2, cell.middle, 2 * cell.middle]
+        )
+        best = min((r for r in own if r["seed"] == 0), key=lambda r: r["held_out"][-1][1])
+        assert [r["rate"] for r in own if r["seed"] == 1] == [best["rate"]]
+
+
+def test_all_first_looks_are_at_the_same_base(done):
+    _, records = done
+    assert len({tuple(record["held_out"][0]) for record in records.values()}) == 1
+    assert all(record["held_out"][-1][1] < record["held_out"][0][1] for record in records.values())
+
+
+def test_the_two_means_do_not_depend_on_how_rows_are_grouped(done):
+    lab, records = done
+    job = lab.first
+    with jax.set_mesh(job.mesh):
+        spec = lab._plain
+        found = [HeldOut(one).look(spec, Programs(), {}, lab.base) for one in (job, _one_by_one(lab))]
+    first = next(iter(records.values()))["held_out"][0]
+    for token, row in found:
+        assert token == pytest.approx(first[1], rel=1e-5)
+        assert row == pytest.approx(first[2], rel=1e-5)
+    assert abs(first[1] - first[2]) > 1e-4  # they are two definitions
+
+
+def _one_by_one(lab):
+    from jaxlora.train.job import prepare
+
+    config = load_config(
+        "regret/tiny", FIELDS | {"train.validation_batch_rows": "1", "train.layout": "packed"}
+    )
+    return prepare(config, like=None, gates=lab.first.gates)
+
+
+def test_a_run_is_that_of_the_step_taken_by_hand(done):
+    lab, records = done
+    record = next(r for r in records.values() if r["what"] == "lora" and r["seed"] == 0)
+    run = next(
+        worker.RunId(cell, record["place"], 0) for cell in lab.cells if cell.arm.label == record["arm"]
+    )
+    job = lab.job(run)
+    with jax.set_mesh(job.mesh):
+        state, losses = lab.state(job), []
+        step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
+        for number in range(1, job.plan.total_steps + 1):
+            batch = job.train_layout.build([job.train_rows[i] for i in job.plan.rows_of_step(number)])
+            state, metrics = step(state, lab.base, batch, np.float32(run.rate))
+            losses.append(float(metrics["nll"]))
+        total, weight = make_eval_step(job.spec, job.compute(job.validation_layout))(
+            state.trained, lab.base, job.validation_layout.build(job.validation_rows[:5])
+        )
+        assert float(total) > 0
+        assert float(weight) > 0
+    assert losses == pytest.approx(record["train"]["nll"], rel=1e-5)
+    assert record["train"]["weight"] == pytest.approx(
+        [sum(job.train_rows[i].weights[1:].sum() for i in job.plan.rows_of_step(n)) for n in (1, 2)]
+    )
+    assert record["steps"] == 2
+
+
+def test_an_experiment_goes_on_from_its_small_files(done, tmp_path, monkeypatch):
+    _, records = done
+    there = tmp_path / "regret-tiny-regret" / "runs"
+    there.mkdir(parents=True)
+    lost = next(name for name, record in records.items() if record["seed"] == 0)
+    for name, record in records.items():
+        if name != lost:
+            (there / f"{name}.json").write_text(json.dumps(record))
+    other = Lab(config_of(tmp_path))
+    assert [run.name for run in other.left()] == [lost]
+    made = []
+    monkeypatch.setattr(other, "make", lambda run: made.append(run.name) or records[run.name])
+    with other.folder.claim(lost) as mine:
+        assert mine
+        assert worker._make_one(other, other.left()) is None  # another process holds it
+    work(other)
+    assert made == [lost]
+    assert other.folder.records() == records
+
+
+def test_results_of_another_configuration_are_refused(done):
+    lab, _ = done
+    folder = lab.config.results_dir
+    with pytest.raises(
+        UserError, match=r"was made with another configuration: alpha: 32\.0 then, 16\.0"
+    ) as error:
+        Lab(config_of(folder, **{"lora.alpha": "16"})).left()
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_result_is_named(done, tmp_path):
+    _, records = done
+    there = tmp_path / "regret-tiny-regret" / "runs"
+    there.mkdir(parents=True)
+    name, record = next(iter(records.items()))
+    (there / f"{name}.json").write_text(json.dumps(record | {"held_out": [[1]]}))
+    with pytest.raises(UserError, match="is no result of a run; delete it"):
+        Lab(config_of(tmp_path)).left()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"regret.arms": "full,all_layer"}, "config.regret.arms: 'all_layer' is not understood"),
+        ({"name": "mine"}, "config.name is ignored"),
+        ({"lora.start": "adapter"}, "config.lora.start: every arm starts from the base"),
+        ({"regret.arms": "full@1000"}, "config.train.batch_rows: 1000 rows, but"),
+    ],
+)
+def test_what_an_experiment_cannot_do_is_one_line(tmp_path, fields, message):
+    with pytest.raises(UserError) as error:
+        command.main(config_of(tmp_path, **fields), dry_run=True)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_memory_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    class Small:
+        def memory_stats(self):
+            return {"bytes_limit": 10_000_000}
+
+    monkeypatch.setattr(worker.jax, "devices", lambda: [Small()])
+    with pytest.raises(UserError, match=r"all_layer-r512 needs about .* GiB a device, which has 0\.0; give"):
+        Lab.__new__(Lab)._check_memory("all_layer-r512", 2**34)
+
+
+def test_the_page_is_written_and_says_what_is_not_known(done, capsys):
+    lab, records = done
+    assert command.main(lab.config, only="report") == 0
+    page = (lab.folder.path / "REGRET.md").read_text()
+    assert f"{len(records)} runs (0 diverged)" in page
+    assert "cannot say" in page
+    assert "| full | 8 | 2 |" in page
+    assert (lab.folder.path / "rates.png").stat().st_size > 10_000
+    assert len((lab.folder.path / "runs.csv").read_text().splitlines()) == 1 + len(records)
+
+
+def test_norms_are_those_of_numpy(done):
+    lab, _ = done
+    run = next(worker.RunId(cell, 0, 0) for cell in lab.cells if cell.arm.what == "lora")
+    spec = lab.job(run).spec
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(
+        lambda x: rng.normal(size=x.shape).astype(np.float32), lab.state(lab.job(run)).trained
+    )
+    of_weights = weight_norms(lab._plain, lab.base)
+    found = adapter_norms(spec, trained, of_weights)
+    path = "layers.mlp.up_proj"
+    a, b = (np.asarray(trained["layers"]["mlp"]["up_proj"][name])[1] for name in ("lora_a", "lora_b"))
+    weight = np.asarray(lab.base["layers"]["mlp"]["up_proj"]["weight"])[1]
+    update = spec.scale * b @ a
+    norm = np.linalg.norm(update, 2)
+    expected = {
+        "a": np.linalg.norm(a, 2),
+        "b": np.linalg.norm(b, 2),
+        "update": norm,
+        "stable_rank": np.sum(update**2) / norm**2,
+        "share": norm / np.linalg.norm(weight, 2),
+    }
+    assert {name: values[1] for name, values in found[path].items()} == pytest.approx(expected, rel=0.02)
+    assert set(found) == {weight.path for weight in spec.adapted}
+    moved = jax.tree.map(lambda x: x + np.float32(0.01), lab.masters)
+    changed = change_norms(lab._plain, moved, lab.masters, of_weights)[path]
+    assert changed["update"][1] == pytest.approx(0.01 * math.sqrt(weight.size), rel=0.01)
+    assert changed["stable_rank"][1] == pytest.approx(1, rel=0.01)
