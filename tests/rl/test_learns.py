@@ -9,6 +9,7 @@ from helpers.rl import job_of
 
 from jaxlora.cli import load_config
 from jaxlora.rl import learning, loop
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_summary
 from jaxlora.train import objective
 
@@ -71,6 +72,9 @@ def test_broken_it_does_not_rise(tmp_path, monkeypatch, broken):
     broken(monkeypatch)
     try:
         assert rise(tmp_path, 7) < 10
+    except UserError:  # what is learned is not what was sampled: refused at the first step
+        if broken is not the_prompt_learned_instead_of_the_answer:
+            raise
     finally:
         objective.objective_of.cache_clear()
         learning.make_gradient_step.cache_clear()
