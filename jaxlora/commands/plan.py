@@ -4,6 +4,7 @@
     jaxlora plan --config main --topology v5e-8
     jaxlora plan --config main --topology all --json plans.json
     jaxlora plan --config main --topology v5e-8 --search
+    jaxlora plan --config regret/rank --topology h100-8 --train-rows 938319     # every arm of an experiment
 
 Exit code 0: it fits; 1: it does not, and the output says what would; 2: a mistake in the request. Times are
 lower bounds: compute, memory and interconnect are assumed to overlap fully and to reach their peak rates.
@@ -50,6 +51,8 @@ def main() -> int:
     add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens of a row [the study's]")
     config, options = parse_config(parser)
     check_options(options)
+    if config.regret.arms:
+        return plan_experiment(config, options)
     if options.topology is None:
         return plan_here(config)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
@@ -72,6 +75,29 @@ def main() -> int:
         else:
             Path(options.json).write_text(text)
     return 0 if all(plan.fits for plan in plans) else 1
+
+
+def plan_experiment(config: RunConfig, options: argparse.Namespace) -> int:
+    """Print what the arms of an experiment would take; 0 if all of them fit."""
+    from jaxlora.plan.programs import Workload
+    from jaxlora.regret.planning import MACHINES, grid_table, machine_named, plan_grid
+
+    usual = Workload()
+    names = list(MACHINES) if options.topology == "all" else [options.topology]
+    machines = [machine_named(name) for name in names]
+    model = find_model(config.model.path)
+    fits = True
+    for machine in machines:
+        rows = plan_grid(
+            config,
+            model,
+            machine,
+            options.train_rows or usual.train_rows,
+            options.row_tokens or usual.row_tokens,
+        )
+        make_console(stderr=False).print(grid_table(rows, machine, options.price))
+        fits = fits and all(row.fits for row in rows)
+    return 0 if fits else 1
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -182,6 +182,11 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
         "scatter between seeds (order of rows and initialisation): "
         + ("unknown, no repeats" if scatter is None else f"{scatter:.5f} nats, pooled over all cells"),
     ]
+    theory = job.base.config.hidden_size / (2 * config.lora.alpha)
+    lines.append(
+        "a theory of invariance to the rank alone would give hidden / (2 alpha) for the ratio of best rates: "
+        f"{theory:.3g} for this model"
+    )
     skipped = Counter(bad.reason for report in dict.fromkeys(job.reports) for bad in report.skipped)
     lines += [f"skipped: {count:,} rows, {reason}" for reason, count in skipped.most_common()]
     if doubt := outside_domain(job.base.config):

@@ -221,7 +221,6 @@ class TestTensors:
             {"num_hidden_layers": 3},
             {"num_hidden_layers": 1},
             {"num_key_value_heads": 2},
-            {"tie_word_embeddings": True},
             {"vocab_size": 65},
         ],
         ids=str,

@@ -152,6 +152,7 @@ def test_one_eps_rule_for_both_matrices_does_not_hold(world, plain):
     assert again[-1] != plain[0][-1]
 
 
+@pytest.mark.slow
 def test_early_curves_of_two_ranks_differ_less_than_those_of_two_seeds_later(world):
     """The expected first change of B A / r does not depend on r."""
     config, base = world
@@ -161,6 +162,7 @@ def test_early_curves_of_two_ranks_differ_less_than_those_of_two_seeds_later(wor
     assert np.all(np.abs(low - high)[1:4] < 0.05 * fallen[1:4])
 
 
+@pytest.mark.slow
 def test_master_weights_of_full_training_all_move(world, tmp_path):
     """At the rates of full fine-tuning an update is far below bfloat16's resolution of a weight."""
     config, base = world

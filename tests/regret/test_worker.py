@@ -44,6 +44,7 @@ def done(tmp_path_factory):
     return lab, lab.folder.records()
 
 
+@pytest.mark.slow
 def test_an_experiment_makes_its_grid_and_its_repeats(done):
     lab, records = done
     assert lab.left() == []
@@ -56,12 +57,14 @@ def test_an_experiment_makes_its_grid_and_its_repeats(done):
         assert [r["rate"] for r in own if r["seed"] == 1] == [best["rate"]]
 
 
+@pytest.mark.slow
 def test_all_first_looks_are_at_the_same_base(done):
     _, records = done
     assert len({tuple(record["held_out"][0]) for record in records.values()}) == 1
     assert all(record["held_out"][-1][1] < record["held_out"][0][1] for record in records.values())
 
 
+@pytest.mark.slow
 def test_the_two_means_do_not_depend_on_how_rows_are_grouped(done):
     lab, records = done
     job = lab.first
@@ -84,6 +87,7 @@ def _one_by_one(lab):
     return prepare(config, like=None, gates=lab.first.gates)
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_the_step_taken_by_hand(done):
     lab, records = done
     record = next(r for r in records.values() if r["what"] == "lora" and r["seed"] == 0)
@@ -110,6 +114,7 @@ def test_a_run_is_that_of_the_step_taken_by_hand(done):
     assert record["steps"] == 2
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_from_its_small_files(done, tmp_path, monkeypatch):
     _, records = done
     there = tmp_path / "regret-tiny-regret" / "runs"
@@ -130,6 +135,7 @@ def test_an_experiment_goes_on_from_its_small_files(done, tmp_path, monkeypatch)
     assert other.folder.records() == records
 
 
+@pytest.mark.slow
 def test_results_of_another_configuration_are_refused(done):
     lab, _ = done
     folder = lab.config.results_dir
@@ -140,6 +146,7 @@ def test_results_of_another_configuration_are_refused(done):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_named(done, tmp_path):
     _, records = done
     there = tmp_path / "regret-tiny-regret" / "runs"
@@ -176,6 +183,7 @@ def test_what_memory_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, 
         Lab.__new__(Lab)._check_memory("all_layer-r512", 2**34)
 
 
+@pytest.mark.slow
 def test_the_page_is_written_and_says_what_is_not_known(done, capsys):
     lab, records = done
     assert command.main(lab.config, only="report") == 0
@@ -187,6 +195,7 @@ def test_the_page_is_written_and_says_what_is_not_known(done, capsys):
     assert len((lab.folder.path / "runs.csv").read_text().splitlines()) == 1 + len(records)
 
 
+@pytest.mark.slow
 def test_norms_are_those_of_numpy(done):
     lab, _ = done
     run = next(worker.RunId(cell, 0, 0) for cell in lab.cells if cell.arm.what == "lora")

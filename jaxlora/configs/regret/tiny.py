@@ -21,8 +21,8 @@ def get_config() -> RunConfig:
         data=DataConfig(
             train_path="embedded:data/train.jsonl",
             validation_path="embedded:data/val.jsonl",
-            train_rows=960,
-            validation_rows=96,
+            train_rows=640,
+            validation_rows=64,
             max_length=256,
         ),
         optim=OptimConfig(schedule="constant"),
@@ -35,5 +35,14 @@ def get_config() -> RunConfig:
             validation_batch_rows=32,
         ),
         eval=replace(study.eval, benchmark=None, after_training=False),
-        regret=RegretConfig(arms=("full", *RANKS, *PLACES, *SMALL), rates=4, repeats=1, looks=1),
+        # The published rule is for models a hundred times wider, and for runs longer than 20 steps.
+        regret=RegretConfig(
+            arms=("full", *RANKS, *PLACES, *SMALL),
+            rates=4,
+            extend=3,
+            repeats=1,
+            looks=1,
+            lora_rate=4e-3,
+            full_rate=5e-4,
+        ),
     )

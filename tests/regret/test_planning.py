@@ -1,0 +1,49 @@
+"""What experiments would take at full size: the memory of full fine-tuning, and hours that add up."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxlora.cli import load_config
+from jaxlora.models.families import count_parameters, published_config
+from jaxlora.regret.planning import grid_table, machine_named, plan_grid
+from jaxlora.runtime.errors import UserError
+
+ARMS = {"regret.arms": "full,all_layer:16,all_layer:256"}
+
+
+def planned(model, machine):
+    config = load_config("regret/rank", ARMS)
+    rows = plan_grid(config, published_config(model), machine_named(machine), 100_000, 600)
+    return {row.arm.label: row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "fits"),
+    [("llama-3.1-8b", "v5e-8", False), ("llama-3.1-8b", "v5e-16", True), ("llama-3.1-8b", "v6e-8", True),
+     ("llama-3.1-8b", "h100-8", True), ("qwen3-8b", "h100-2", False), ("llama-3.2-1b", "v5e-4", True)],
+)  # fmt: skip
+def test_full_fine_tuning_fits_where_18_bytes_a_parameter_do(model, machine, fits):
+    rows = planned(model, machine)
+    assert rows["full"].fits == fits
+    assert rows["all_layer-r16"].fits
+    slice_ = machine_named(machine)
+    assert rows["full"].gigabytes > 18 * count_parameters(published_config(model)) / slice_.n_chips / 1e9
+
+
+def test_hours_are_those_of_all_runs_and_an_adapter_takes_fewer():
+    rows = planned("llama-3.1-8b", "h100-8")
+    full, lora = rows["full"], rows["all_layer-r16"]
+    assert (full.runs, full.steps) == (7, 782)
+    assert full.hours * 3600 / (full.runs * full.steps) == pytest.approx(full.choice.best.seconds, rel=0.1)
+    assert lora.hours < full.hours
+    # 6N FLOPs a token at the data sheet's rate is a bound that no estimate may undercut.
+    bound = 6 * 8.03e9 * 600 * 128 / (8 * 989e12)
+    assert full.choice.best.seconds > 0.9 * bound
+    table = grid_table(list(rows.values()), machine_named("h100-8"), price=2.0)
+    assert table.row_count == 4
+
+
+def test_a_machine_that_is_not_known_is_named():
+    with pytest.raises(UserError, match="'h100-16' is not known; give one of v4-8"):
+        machine_named("h100-16")
