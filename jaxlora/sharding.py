@@ -250,9 +250,9 @@ def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def gathered_adapter(matrix: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """`gathered` for A `[r, in]` or B `[out, r]` with the axes of what it adapts; None for the axis of r."""
-    long = next(i for i, axis in enumerate(axes) if axis is not None)
     if fsdp_ways() == 1 or auto_mesh() is not None:
         return gathered(matrix, axes)
+    long = next(i for i, axis in enumerate(axes) if axis is not None)
     return _whole_over_fsdp(matrix, long) if matrix.shape[1 - long] >= SHARD_LORA_FROM_RANK else matrix
 
 

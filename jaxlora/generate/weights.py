@@ -69,9 +69,7 @@ def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
     scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
     keep = spec.lora is not None and not (merge and scheme is None and spec.mergeable)
     whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
-    # Products of 8-bit numbers are so quick that it pays to join them beside an adapter, too.
-    worthwhile = not keep or (scheme is not None and scheme.activations)
-    joined = mesh.shape["tensor"] == 1 and whole_groups and worthwhile
+    joined = not keep and mesh.shape["tensor"] == 1 and whole_groups
     shapes = () if joined else spec.shapes
     adapter = {"lora": spec.lora, "shapes": shapes} if keep else {"lora": None, "shapes": ()}
     return replace(spec, scan=False, joined=joined, full=False, scheme=scheme, **adapter)

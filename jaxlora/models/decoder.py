@@ -28,6 +28,7 @@ from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
 from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     array_axes,
     constrain,
@@ -39,7 +40,6 @@ from jaxlora.sharding import (
 )
 
 Tree = dict[str, Any]
-OUTER = True
 # attend(q, k, v, cache) -> (output [batch, length, heads, head_dim], new cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -117,49 +117,23 @@ def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=Non
     ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
         own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
-        if drops is not None:
-            deltas = _dropped_deltas(drops, Noise(words, rate), *own)
-        else:  # a product that is scaled afterwards takes the adapter on its way
-            deltas = _deltas(*own, in_passing=ys[0].dtype != x.dtype)
+        deltas = _deltas(*own) if drops is None else _dropped_deltas(drops, Noise(words, rate), *own)
         for i, delta in zip(adapted, deltas, strict=True):
             ys[i] += delta
-    return [y.astype(x.dtype) for y in ys]
+    return ys
 
 
 def _gathered(weight, axes):
     return jax.tree.map_with_path(lambda path, x: gathered(x, array_axes(path, axes)), weight)
 
 
-def _deltas(axes, scale, x, all_a, all_b, *, in_passing=False) -> list[jax.Array]:
+def _deltas(axes, scale, x, all_a, all_b) -> list[jax.Array]:
     """(alpha / r) B A x of each projection."""
     a = [gathered_adapter(a.astype(x.dtype), (None, own[1])) for a, own in zip(all_a, axes, strict=True)]
     b = [gathered_adapter(b.astype(x.dtype), (own[0], None)) for b, own in zip(all_b, axes, strict=True)]
     low = checkpoint_name(jnp.einsum("...i,ri->...r", x, jnp.concatenate(a)), PRODUCT)
     lows = jnp.split(low * jnp.asarray(scale, x.dtype), len(b), axis=-1)
-    if in_passing and OUTER and all_b[0].shape[1] <= 16:
-        return [_by_columns(*pair) for pair in zip(lows, b, strict=True)]
     return [jnp.einsum("...r,or->...o", *pair) for pair in zip(lows, b, strict=True)]
-
-
-@jax.custom_vjp
-def _by_columns(low, b):
-    """B low, column by column, in float32: no product of its own but a part of what it is added to."""
-    low, b = low.astype(jnp.float32), b.astype(jnp.float32)
-    parts = [low[..., r : r + 1] * b[:, r] for r in range(b.shape[1])]
-    return sum(parts[1:], parts[0])
-
-
-def _by_columns_forward(low, b):
-    return _by_columns(low, b), (low, b)
-
-
-def _by_columns_backward(saved, dy):
-    low, b = saved
-    dy = dy.astype(low.dtype)
-    return jnp.einsum("...o,or->...r", dy, b), jnp.einsum("...o,...r->or", dy, low)
-
-
-_by_columns.defvjp(_by_columns_forward, _by_columns_backward)
 
 
 def _dropped_deltas(paths, noise: Noise, axes, scale, x, all_a, all_b) -> list[jax.Array]:
@@ -457,6 +431,8 @@ class ModelSpec:
 
     def _quantised(self, base: Tree) -> Tree:
         """Shapes of the base with quantised ones in place of those that are quantised."""
+        if self.scheme is not None and self.config.experts:
+            raise UserError("config.model.base_dtype: a base with experts is not rounded; give none")
         places = {weight.place: self.scheme_of(weight) for weight in self.table}
 
         def form(path, x):
@@ -493,7 +469,7 @@ class ModelSpec:
 
     def scheme_of(self, weight: Weight) -> Scheme | None:
         """How this weight is quantised; only the layers' projections are."""
-        return self.scheme if weight.stacked and len(weight.shape) == 2 else None
+        return self.scheme if weight.lora_group and weight.stacked and len(weight.shape) == 2 else None
 
     def ranks(self, weight: Weight) -> tuple[int, ...]:
         """Rank of an adapted weight's adapter in each layer; one number where it is outside the layers."""

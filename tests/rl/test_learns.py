@@ -9,18 +9,17 @@ from helpers.rl import job_of
 
 from jaxlora.cli import load_config
 from jaxlora.rl import learning, loop
+from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_summary
 from jaxlora.train import objective
 
-STEPS = 12
 
-
-def rise(tmp_path) -> float:
+def rise(tmp_path, steps: int) -> float:
     """By how much the share of held-out problems that are answered right rises, in points."""
     overrides = {
         "results_dir": str(tmp_path),
-        "rl.steps": str(STEPS),
-        "rl.eval_every": str(STEPS),
+        "rl.steps": str(steps),
+        "rl.eval_every": str(steps),
         "rl.eval_rows": "100",
     }
     config = load_config("rl_tiny", overrides)
@@ -32,7 +31,7 @@ def rise(tmp_path) -> float:
 
 @pytest.mark.slow
 def test_held_out_accuracy_rises_by_25_points(tmp_path):
-    assert rise(tmp_path) >= 25
+    assert rise(tmp_path, 12) >= 25
 
 
 def advantages_upside_down(monkeypatch) -> None:
@@ -72,7 +71,10 @@ def test_broken_it_does_not_rise(tmp_path, monkeypatch, broken):
     learning.make_gradient_step.cache_clear()
     broken(monkeypatch)
     try:
-        assert rise(tmp_path) < 10
+        assert rise(tmp_path, 7) < 10
+    except UserError:  # what is learned is not what was sampled: refused at the first step
+        if broken is not the_prompt_learned_instead_of_the_answer:
+            raise
     finally:
         objective.objective_of.cache_clear()
         learning.make_gradient_step.cache_clear()
