@@ -97,13 +97,11 @@ def _same_curve(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "At high rank an adapter follows the curve of full fine-tuning"
     rule = (
         f"at its best rate, the last loss of every rank of {HIGH_RANK} or more differs from full"
-        f" fine-tuning's by"
-        f" no more than {ERRORS:g} standard errors"
+        f" fine-tuning's by no more than {ERRORS:g} standard errors"
     )
     against = (
         "Biderman et al. (2405.09673): adapters fall behind in runs that resemble pre-training; the post"
-        " itself"
-        " finds a tie with scatter at 1B"
+        " itself finds a tie with scatter at 1B"
     )
     full = find(sweeps, None)
     gaps = {s.rank: gap for s in _high(sweeps) if (gap := _gap(s, full, scatter)) is not None}
@@ -146,9 +144,8 @@ def departures(sweeps: Sequence[Sweep], scatter: float | None) -> dict[int, int 
 def _departures(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "Lower ranks leave that curve, at a step that grows with the rank"
     rule = (
-        f"the step from which an envelope stays more than {ERRORS:g} standard errors of a difference"
-        f" above that of"
-        " the highest rank does not fall with the rank, and at least two ranks leave"
+        f"the step from which an envelope stays more than {ERRORS:g} standard errors of a difference above"
+        f" that of the highest rank does not fall with the rank, and at least two ranks leave"
     )
     left = departures(sweeps, scatter)
     if not left:
@@ -199,14 +196,12 @@ def _ten_times(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 def _rank_invariant(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "The best rate moves by less than 2 between rank 4 and rank 512"
     rule = (
-        "the 95 % interval of the ratio of the best rates of the lowest rank from 4 on and the highest"
-        " lies within"
-        " 1/2 to 2; outside it disagrees, across it cannot say"
+        "the 95 % interval of the ratio of the best rates of the lowest rank from 4 on and the highest lies"
+        " within 1/2 to 2; outside it disagrees, across it cannot say"
     )
     against = (
         "the published sweep of tinker-cookbook: from 3e-4 at r4 to 1e-3 at r16 to r64, up to 3 times on"
-        " its grid;"
-        " Chen, Villar and Hayou (2026): invariant or as 1/r, by the scale of the initialisation"
+        " its grid; Chen, Villar and Hayou (2026): invariant or as 1/r, by the scale of the initialisation"
     )
     ranks = [s for s in ranks_of(sweeps) if (s.rank or 0) >= 4]
     if len(ranks) < 2:
@@ -235,9 +230,8 @@ def _rank_one_lower(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 def _early_curves(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "At one rate the first learning curves of all ranks coincide"
     rule = (
-        "at each rate that r16 and r256 share and no run diverges at, their losses in the first 3 % of"
-        " the steps"
-        f" differ by no more than {ERRORS:g} standard errors of a difference"
+        f"at each rate that r16 and r256 share and no run diverges at, their losses in the first 3 % of the"
+        f" steps differ by no more than {ERRORS:g} standard errors of a difference"
     )
     low, high = find(sweeps, 16), find(sweeps, 256)
     if low is None or high is None or scatter is None:
@@ -255,8 +249,8 @@ def _early_curves(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
         return _missing(claim, rule, "they share no rate")
     bar = ERRORS * math.sqrt(2) * scatter
     figure = (
-        f"largest |r16 - r256| to step {until}: {worst:.4f}, at the end {last:.4f}, over {len(shared)} rates;"
-        f" bar {bar:.4f}"
+        f"largest |r16 - r256| to step {until}: {worst:.4f}, at the end {last:.4f}, over {len(shared)}"
+        f" rates; bar {bar:.4f}"
     )
     return Finding(claim, rule, figure, AGREES if worst <= bar else DISAGREES)
 
@@ -264,9 +258,8 @@ def _early_curves(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 def _short_runs(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "In short runs (under about 100 steps) the ratio of best rates is higher, about 15 (anecdotal)"
     rule = (
-        "at a constant rate a run's first steps are a short run: the ratio at the first step where it"
-        " can be read"
-        " is above that at the end, their intervals apart"
+        "at a constant rate a run's first steps are a short run: the ratio at the first step where it can"
+        " be read is above that at the end, their intervals apart"
     )
     shown = []
     for rank in (16, 256):
@@ -328,9 +321,8 @@ def _batch_slope(gaps: dict[int, tuple[float, float]]) -> tuple[float, float]:
 def _batch_gap(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "An adapter's gap to full fine-tuning grows with the batch size"
     rule = (
-        "for each rank, the slope of (LoRA - full) over log2(rows a step), every cell at its own best"
-        " rate and none"
-        f" on an edge, is above zero by {ERRORS:g} standard errors"
+        f"for each rank, the slope of (LoRA - full) over log2(rows a step), every cell at its own best rate"
+        f" and none on an edge, is above zero by {ERRORS:g} standard errors"
     )
     against = '"Structure Over Scale": in RL a high rank collapses at batches of 64 to 256, at one fixed rate'
     by_rank = _batch_ranks(sweeps, scatter)
@@ -460,8 +452,8 @@ def _flops(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "An adapter takes a little over two thirds of the FLOPs of full fine-tuning"
     rule = (
         "the compiler's count of the training steps, at ranks up to 16, is 0.66 to 0.75 of full"
-        " fine-tuning's; on"
-        " GPUs products are library calls, which it does not count: there (2W + 3P) / (3W) alone is shown"
+        " fine-tuning's; on GPUs products are library calls, which it does not count: there (2W + 3P) /"
+        " (3W) alone is shown"
     )
     full, ranks = find(sweeps, None), [sweep for sweep in ranks_of(sweeps) if sweep.rank]
     if full is None or not ranks:
@@ -490,9 +482,8 @@ def _counts(device: str) -> bool:
 def _capacity(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "An adapter falls behind where the data hold more bits than it can store, about 2 a parameter"
     rule = (
-        "ranks whose 2 bits a parameter hold the code length of the first pass follow the highest rank,"
-        " the others"
-        " leave it"
+        "ranks whose 2 bits a parameter hold the code length of the first pass follow the highest rank, the"
+        " others leave it"
     )
     full = find(sweeps, None)
     record = full.best_record if full else None

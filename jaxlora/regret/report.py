@@ -147,8 +147,8 @@ def page_of(lab: Lab, sweeps: Sequence[Sweep], drawn: Sequence[str]) -> str:
     model = lab.first.base.config
     parts = [
         f"# LoRA Without Regret: {lab.config.prefix}",
-        "Every condition at its own best learning rate, found on a grid of factors of 2 that is extended while"
-        " the best one lies on an edge. Written by `jaxlora study`; the rules are those of"
+        "Every condition at its own best learning rate, found on a grid of factors of 2 that is extended"
+        " while the best one lies on an edge. Written by `jaxlora study`; the rules are those of"
         " `jaxlora/regret/findings.py`.",
         _settings(lab, sweeps, scatter),
         "## Claims",

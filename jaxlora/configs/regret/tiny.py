@@ -9,8 +9,8 @@ from jaxlora.config import DataConfig, OptimConfig, RegretConfig, RunConfig, Tra
 from jaxlora.configs import tiny
 
 RANKS = [f"all_layer:{rank}" for rank in (1, 4, 16)]
-PLACES = ["mlp_only:8", "attention_only~mlp_only:8", "all_layer+lm_head:4"]
-SMALL = [f"{arm}@4" for arm in ("full", "all_layer:1", "all_layer:16")]
+PLACES = ["mlp_only:8", "attention_only~mlp_only:8"]
+SMALL = [f"{arm}@4" for arm in ("full", "all_layer:16")]
 
 
 def get_config() -> RunConfig:
@@ -21,8 +21,8 @@ def get_config() -> RunConfig:
         data=DataConfig(
             train_path="embedded:data/train.jsonl",
             validation_path="embedded:data/val.jsonl",
-            train_rows=640,
-            validation_rows=64,
+            train_rows=384,
+            validation_rows=48,
             max_length=256,
         ),
         optim=OptimConfig(schedule="constant"),
@@ -32,14 +32,14 @@ def get_config() -> RunConfig:
             layout="padded",
             buffer_sizes=1,
             buffer_multiple=32,
-            validation_batch_rows=32,
+            validation_batch_rows=24,
         ),
         eval=replace(study.eval, benchmark=None, after_training=False),
         # The published rule is for models a hundred times wider, and for runs longer than 20 steps.
         regret=RegretConfig(
             arms=("full", *RANKS, *PLACES, *SMALL),
             rates=4,
-            extend=3,
+            extend=2,
             repeats=1,
             looks=1,
             lora_rate=4e-3,
