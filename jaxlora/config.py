@@ -257,7 +257,7 @@ class RLConfig:
     problem_rows: Positive | None = _doc("use only the first problems; none: all", None)
     eval_problems: str | None = _doc("held-out problems, answered greedily; none: no evaluation", None)
     eval_rows: Positive | None = _doc("use only the first of them; none: all", None)
-    system: str | None = _doc("the system message; none: that of the row", None)
+    system: str | None = _doc("the system message; none: that of the row; empty: no message", None)
     suffix: str | None = _doc("text after each question; none: nothing", None)
     reward: str = _doc("gsm8k_strict, gsm8k_numeric, math, ..., or module:function", "gsm8k_strict")
     format_weight: NotNegative = _doc("what an answer that is not well formed loses", 0.0)
@@ -557,14 +557,19 @@ def one_line(error: ValidationError) -> str:
 _SWEPT = ("conditions", "seeds", "ranks", "learning_rates", "batch_rows")
 
 
+_PROMPTS = ("config.eval.system", "config.rl.system", "config.rl.suffix")
+
+
 def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             _check_texts(value, f"{group}{name}.")
         elif isinstance(value, str):
             most = 1000
-            if f"{group}{name}" == "config.eval.system":  # a prompt may be long, and have lines
+            if f"{group}{name}" in _PROMPTS:  # may be long, and have lines
                 value, most = value.replace("\n", " ").replace("\t", " "), 20_000
+            if f"{group}{name}" == "config.rl.system" and not value:
+                continue  # no system message, where none at all is that of the row
             if not value or not value.isprintable() or len(value) > most:
                 raise UserError(
                     f"{group}{name}: {value!r:.80} is not allowed; give up to {most} printable characters"

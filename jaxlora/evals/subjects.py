@@ -299,6 +299,8 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
     if gates.get("passed") is True:
         return
     reason = gates.get("reason") or "its manifest records no passed data gates"
+    if manifest.get("kind") == "rl":  # gates are of rows with an answer to imitate
+        reason = "rl.problems are not compared with benchmarks"
     if not allow_ungated:
         raise UserError(
             f"{run}: trained on ungated data: {reason}; --config.data.allow_ungated=true scores it"

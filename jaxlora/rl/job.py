@@ -27,7 +27,7 @@ from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.spec import check_positions
 from jaxlora.rl.problems import Problem, load_problems
-from jaxlora.rl.rewards import check_problems, grader_named
+from jaxlora.rl.rewards import NAMED, check_problems, grader_named, try_import
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.train.job import trained_spec, what_is_trained
@@ -81,10 +81,12 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
     """
     rl = config.rl
     check_settings(config)
-    grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s)
+    grader = grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s)
     problems = _problems(config, rl.problems, rl.problem_rows)
     held_out = _problems(config, rl.eval_problems, rl.eval_rows) if rl.eval_problems else []
     _warn(config, problems, held_out)
+    if rl.reward not in NAMED:
+        try_import(grader)
     base = find_base(config.model, config.seed, with_weights)
     if config.train.what == "full" and base.folder is None:
         raise UserError("config.train.what: the base is only a shape; give a directory to train in full")

@@ -131,6 +131,19 @@ def grader_named(name: str, *, format_weight: float = 0.0, time_limit_s: float =
     return Grader(name, float(format_weight), float(time_limit_s))
 
 
+def try_import(grader: Grader) -> None:
+    """Import a grader's function once, in a worker process, which ends then.
+
+    Raises:
+      UserError: it cannot be imported, or is no function.
+    """
+    try:
+        with grader:
+            pass
+    except UserError as error:
+        raise UserError(f"rl.reward: {error}") from None
+
+
 def check_problems(name: str, problems: Sequence[Problem]) -> None:
     """Whether a reward can judge answers to these problems.
 

@@ -235,6 +235,9 @@ def test_a_run_on_ungated_data_is_refused_unless_asked(evaluate, run, tmp_path):
     write_json_atomic(copy / "manifest.json", manifest | {"gates": {"passed": False, "reason": "no report"}})
     with pytest.raises(UserError, match="trained on ungated data: no report"):
         evaluate("--run", copy)
+    write_json_atomic(copy / "manifest.json", manifest | {"kind": "rl", "gates": None})
+    with pytest.raises(UserError, match=r"rl\.problems are not compared .* --config.data.allow_ungated=true"):
+        evaluate("--run", copy)
     evaluate("--run", copy, **{"data.allow_ungated": "true"})
     assert (copy / "evaluation" / "summary.json").is_file()
 

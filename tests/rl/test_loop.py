@@ -13,6 +13,7 @@ from helpers.rl import job_of, make_model, outcome, parity, records, rl_config, 
 from jaxlora.checkpoints.run_state import RunState
 from jaxlora.rl import loop
 from jaxlora.rl.directory import RLDirectory
+from jaxlora.rl.job import prepare
 from jaxlora.rl.learning import Learner
 from jaxlora.rl.sampling import Sampler
 from jaxlora.runtime.errors import UserError
@@ -209,6 +210,8 @@ def test_a_run_is_not_resumed_with_another_reward(undisturbed, model, tmp_path, 
         ({"kl": 0.1, "train": {"what": "full"}}, r"config.rl.kl: with train.what=full"),
         ({"lora": {"dropout": 0.1}}, r"config.lora.dropout: answers are sampled without any"),
         ({"problems": "missing.jsonl"}, r"missing.jsonl"),
+        ({"reward": "json:nothing"}, r"rl.reward: json:nothing cannot be imported: AttributeError"),
+        ({"suffix": ""}, r"config.rl.suffix: '' is not allowed"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -217,6 +220,14 @@ def test_a_mistake_is_one_line_before_a_model_is_loaded(model, tmp_path, monkeyp
     with pytest.raises(UserError, match=message) as caught:
         run(rl_config(model, tmp_path, **rl))
     assert "\n" not in str(caught.value)
+
+
+def test_a_system_message_may_be_none_at_all_and_texts_may_have_lines(model, tmp_path):
+    said = prepare(rl_config(model, tmp_path, system=None)).problems[0].messages
+    assert [message["role"] for message in said] == ["system", "user"]
+    job = prepare(rl_config(model, tmp_path, system="", suffix="\nStep by step."))
+    assert job.problems[0].messages == [said[1] | {"content": said[1]["content"] + "\nStep by step."}]
+    assert prepare(rl_config(model, tmp_path, system="a\nb")).problems[0].messages[0]["content"] == "a\nb"
 
 
 def test_an_empty_file_of_problems_is_one_line(model, tmp_path):
