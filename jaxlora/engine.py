@@ -276,6 +276,8 @@ class Trainer:
 
         Stopped on its way (by Ctrl-C, or for want of memory), it drops the gradients since the last step.
         """
+        if not isinstance(loss, str | Loss):
+            raise UserError(f"loss: {loss!r:.80} is not known; give a name or a jaxlora.train.objective.Loss")
         objective_of(loss)
         rendered = [_with_extras(i, row, extras_of(loss)) for i, row in enumerate(self._render(rows))]
         # The step takes the memory of the gradients so far: stopped on the way, they are gone.

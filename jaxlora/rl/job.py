@@ -23,8 +23,9 @@ from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import WINDOW_MULTIPLE
 from jaxlora.lora import count_trainable
 from jaxlora.models.decoder import ModelSpec, kept_per_token
-from jaxlora.models.families import count_parameters
+from jaxlora.models.families import count_parameters, parameter_table
 from jaxlora.models.head import CHUNK
+from jaxlora.models.quantised import bits_of
 from jaxlora.models.spec import check_positions
 from jaxlora.rl.problems import Problem, load_problems
 from jaxlora.rl.rewards import NAMED, check_problems, grader_named, try_import
@@ -192,13 +193,23 @@ def estimate_memory(job: RLJob) -> dict[str, int]:
     cache = min(rl.slots, rl.prompts * rl.group) * longest * heads * width
     learning = kept * tokens * width + 2 * 4 * config.vocab_size * min(CHUNK, tokens)
     found = {
-        "base, once": count_parameters(config) * width,
+        "base, once": _base_bytes(job.spec, width),
         "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
     }
     if rl.overlap:
         return found | {"cache of the sampler": cache, "activations and head": learning}
     name = "cache of the sampler" if cache > learning else "activations and head"
     return found | {name: max(cache, learning)}
+
+
+def _base_bytes(spec: ModelSpec, width: int) -> int:
+    """Bytes of the base, its layers' matrices rounded where the run rounds them."""
+    found = count_parameters(spec.config) * width
+    if spec.scheme is None:
+        return found
+    matrices = [w for w in parameter_table(spec.config) if w.stacked and len(w.shape) > 1]
+    numbers = spec.config.num_hidden_layers * sum(math.prod(w.shape) for w in matrices)
+    return found - round(numbers * (width - bits_of(spec.scheme) / 8))
 
 
 def describe(job: RLJob) -> Table:

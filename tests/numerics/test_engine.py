@@ -354,6 +354,7 @@ def test_all_devices_give_what_one_gives(engine):
         (lambda t: t.forward_backward([{"text": "a"}]), "row 0: give `messages`, or `tokens`"),
         (lambda t: t.forward_backward([{"tokens": [1, 2], "wieghts": [0, 1]}]), "'wieghts' is not known"),
         (lambda t: t.forward_backward(CHAT, loss="hinge"), "'hinge' is not known; give one of cross_entropy"),
+        (lambda t: t.forward_backward(CHAT, loss=None), "loss: None is not known; give a name or a"),
         (lambda t: t.forward_backward([{"tokens": [1, 5000]}]), "5000 is not one of the model's 1024"),
         (lambda t: t.forward_backward([{"tokens": [1] * 5000}]), "the model knows 2048 positions"),
         (lambda t: t.forward_backward([{"messages": CHAT[0]["messages"][:1]}]), "row 0: no assistant turn"),

@@ -11,13 +11,14 @@ import pytest
 from helpers.rl import job_of, make_model, outcome, parity, records, rl_config, ruled_rewards, run
 
 from jaxlora.checkpoints.run_state import RunState
+from jaxlora.config import from_dict
 from jaxlora.rl import loop
 from jaxlora.rl.directory import RLDirectory
-from jaxlora.rl.job import prepare
+from jaxlora.rl.job import estimate_memory, prepare
 from jaxlora.rl.learning import Learner
 from jaxlora.rl.sampling import Sampler
 from jaxlora.runtime.errors import UserError
-from jaxlora.train.job import fresh_state
+from jaxlora.train.job import fresh_state, load_frozen
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,14 @@ def test_a_system_message_may_be_none_at_all_and_texts_may_have_lines(model, tmp
     job = prepare(rl_config(model, tmp_path, system="", suffix="\nStep by step."))
     assert job.problems[0].messages == [said[1] | {"content": said[1]["content"] + "\nStep by step."}]
     assert prepare(rl_config(model, tmp_path, system="a\nb")).problems[0].messages[0]["content"] == "a\nb"
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_the_plan_counts_a_rounded_base_as_it_is_held(tmp_path, kind):
+    model = {"path": "embedded:base", "dtype": "float32", "base_dtype": kind}
+    job = prepare(from_dict({"model": model, "results_dir": str(tmp_path), "rl": {"problem_rows": 4}}))
+    held = sum(x.nbytes for x in jax.tree.leaves(load_frozen(job)))
+    assert estimate_memory(job)["base, once"] == pytest.approx(held, rel=0.05)
 
 
 def test_an_empty_file_of_problems_is_one_line(model, tmp_path):
