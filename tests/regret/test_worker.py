@@ -6,10 +6,14 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlora.cli import load_config
+from jaxlora.config import LoraConfig
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.families import published_config
 from jaxlora.regret import command, worker
 from jaxlora.regret.norms import adapter_norms, change_norms, weight_norms
 from jaxlora.regret.runs import HeldOut, Programs
@@ -224,3 +228,17 @@ def test_norms_are_those_of_numpy(done):
     changed = change_norms(lab._plain, moved, lab.masters, of_weights)[path]
     assert changed["update"][1] == pytest.approx(0.01 * math.sqrt(weight.size), rel=0.01)
     assert changed["stable_rank"][1] == pytest.approx(1, rel=0.01)
+
+
+def test_programs_of_one_model_alone_are_kept():
+    """Each holds a graph in a GPU's driver: those of a dozen ranks filled it."""
+    first, second = (ModelSpec(published_config("qwen3-0.6b"), LoraConfig(rank=rank)) for rank in (1, 2))
+    programs, batch = Programs(), {name: jnp.ones((1, 1, 4)) for name in ("tokens", "segment_ids")}
+    step = jax.jit(lambda x, batch: x @ x + batch["tokens"].sum())
+    for spec, compiles in ((first, True), (first, False), (second, True), (first, True)):
+        programs.of(spec)
+        programs.seconds = 0.0
+        assert float(programs(step, jnp.ones((8, 8)), batch)[0, 0]) == 12
+        assert (programs.seconds > 0) == compiles
+        assert list(programs.flops(step)) == ["1x1x4"]
+        assert programs.flops(step)["1x1x4"] >= 2 * 8**3

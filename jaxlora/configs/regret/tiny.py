@@ -43,6 +43,6 @@ def get_config() -> RunConfig:
             repeats=1,
             looks=1,
             lora_rate=4e-3,
-            full_rate=5e-4,
+            full_rate=1e-3,
         ),
     )
