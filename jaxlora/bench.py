@@ -13,6 +13,7 @@ peak and to a matrix product measured in the same process.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -172,11 +173,7 @@ def bench_train(
     facts = device_facts()
     start = time.perf_counter()
     rows = random_rows(lengths, model.vocab_size)
-    if spec.full:
-        trained, frozen = random_base(replace(spec, dtype="float32", full=False), 0, mesh), {}
-    else:
-        trained, frozen = place_trained(mesh, spec, init_lora(spec, 0)), random_base(spec, 0, mesh)
-    jax.block_until_ready((trained, frozen))
+    trained, frozen = jax.block_until_ready(_random_weights(spec, mesh))
     weights_seconds = time.perf_counter() - start
     measured: dict[str, Any] = {}
     with jax.set_mesh(mesh):
@@ -214,6 +211,21 @@ def bench_train(
     }
 
 
+def _random_weights(spec: ModelSpec, mesh: Mesh) -> tuple[Tree, Tree]:
+    """What is trained, and the frozen base."""
+    if spec.full:
+        return random_base(replace(spec, dtype="float32", full=False), 0, mesh), {}
+    return place_trained(mesh, spec, init_lora(spec, 0)), random_base(spec, 0, mesh)
+
+
+def _one_of_each_shape(batch_of: Callable[[int], Batch], last: int) -> dict[tuple[int, ...], Batch]:
+    shapes: dict[tuple[int, ...], Batch] = {}
+    for step in range(1, last + 1):
+        batch = batch_of(step)
+        shapes.setdefault(batch["tokens"].shape, batch)
+    return shapes
+
+
 def _time_training(
     config: RunConfig,
     spec: ModelSpec,
@@ -240,12 +252,9 @@ def _time_training(
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
     rate = partial(learning_rate, optim=config.optim, plan=plan)
 
-    shapes: dict[tuple[int, ...], Batch] = {}
     seed = 0 if config.lora.dropout else None
     batch_of = partial(step_batch, rows, plan.rows_of_step, layout, dropout_seed=seed)
-    for step in range(1, last + 1):
-        batch = batch_of(step)
-        shapes.setdefault(batch["tokens"].shape, batch)
+    shapes = _one_of_each_shape(batch_of, last)
     first_step_seconds = 0.0
     with CompileCounter() as compiled:
         start = time.perf_counter()

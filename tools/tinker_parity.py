@@ -31,12 +31,7 @@ def install_server(words: list[str]) -> int:
     return 0
 
 
-def record(words: list[str]) -> int:
-    """Drive a Tinker service and write a recording.
-
-    The service is the hosted one, or that of TINKER_BASE_URL; TINKER_API_KEY must be set. Neither is printed
-    or recorded.
-    """
+def _record_parser() -> argparse.ArgumentParser:
     parser = _parser("record", record)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the recording; adapters beside it"
@@ -69,7 +64,16 @@ def record(words: list[str]) -> int:
         "--learning-rate", type=float, default=1e-3, help="of --policy every step's; else the peak"
     )
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one call (default: 300)")
-    options = parser.parse_args(words)
+    return parser
+
+
+def record(words: list[str]) -> int:
+    """Drive a Tinker service and write a recording.
+
+    The service is the hosted one, or that of TINKER_BASE_URL; TINKER_API_KEY must be set. Neither is printed
+    or recorded.
+    """
+    options = _record_parser().parse_args(words)
 
     from jaxlora.checkpoints.base import end_of_turn
     from jaxlora.data.render import load_tokenizer

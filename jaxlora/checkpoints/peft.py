@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from jaxlora.checkpoints.base import TOKENIZER_FILES, copy_files, refuse_existing, tokenizer_sha256
 from jaxlora.checkpoints.expert_adapters import expert_settings, expert_tensors, fused_targets
+from jaxlora.config import LoraConfig
 from jaxlora.lora import check_lora, get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import ModelConfig, Weight
@@ -91,22 +92,11 @@ def export_adapter(
     if not hosts.is_main():
         return
 
-    own: dict[str, Any] = {
-        "condition": spec.lora.condition,
-        "output_head": spec.lora.output_head,
-        "seed": seed,
-    }
-    own |= {"rank": spec.lora.rank, "alpha": spec.lora.alpha}
-    if spec.scheme is not None:
-        own |= {BASE_DTYPE: spec.scheme.kind, "base_products": spec.scheme.products}
-    if clash := own.keys() & (extra or {}).keys() - {BASE_DTYPE, "base_products"}:
-        raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
-    own |= extra or {}
+    own = _metadata(spec, spec.lora, seed, extra or {})
     if base_fingerprint is not None:
         own[FINGERPRINT] = base_fingerprint
     if tokenizer is not None:
         own[RENDERED_BY] = tokenizer_sha256(tokenizer)
-
     folder = Path(out_dir)
     _check_place(folder, overwrite)
     with claimed(folder):
@@ -119,6 +109,17 @@ def export_adapter(
                 copy_files(tokenizer, staging, TOKENIZER_FILES)
             if readme is not None:
                 (staging / "README.md").write_text(readme)
+
+
+def _metadata(spec: ModelSpec, lora: LoraConfig, seed: int | None, extra: dict[str, Any]) -> dict[str, Any]:
+    """What PEFT's own settings do not say of the adapter."""
+    own: dict[str, Any] = {"condition": lora.condition, "output_head": lora.output_head, "seed": seed}
+    own |= {"rank": lora.rank, "alpha": lora.alpha}
+    if spec.scheme is not None:
+        own |= {BASE_DTYPE: spec.scheme.kind, "base_products": spec.scheme.products}
+    if clash := own.keys() & extra.keys() - {BASE_DTYPE, "base_products"}:
+        raise ValueError(f"extra must not repeat {', '.join(sorted(clash))}")
+    return own | extra
 
 
 def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:

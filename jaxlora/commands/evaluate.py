@@ -21,24 +21,7 @@ from jaxlora.runtime.errors import UserError
 def main() -> None:
     from jaxlora.cli import parse_config
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--run", type=Path, metavar="DIR", help="a finished run; writes DIR/evaluation")
-    subject.add_argument("--base", action="store_true", help="writes <results_dir>/<prefix>-base/evaluation")
-    subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
-    parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
-    parser.add_argument("--seed", type=int, help="seed of --adapter, where it does not record one")
-    parser.add_argument(
-        "--questions", metavar="FILE", help="questions and answers: --config.eval.benchmark in short"
-    )
-    parser.add_argument("--rule", help="boxed, last_number, exact or regex:PATTERN: takes any file's columns")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt of every question")
-    parser.add_argument("--columns", metavar="PAIRS", help="with --rule: question=COLUMN,answer=COLUMN")
-    parser.add_argument("--any-base", action="store_true", help="--adapter may name another base")
-    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
-    config, options = parse_config(parser)
+    config, options = parse_config(_parser())
     config = with_questions(config, options)
     named = (options.out, options.condition, options.seed, options.any_base or None)
     if options.adapter is None and any(value is not None for value in named):
@@ -82,6 +65,27 @@ def main() -> None:
             print("\n".join(describe(target)))
         return
     show([evaluate_target(target, options.overwrite)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--run", type=Path, metavar="DIR", help="a finished run; writes DIR/evaluation")
+    subject.add_argument("--base", action="store_true", help="writes <results_dir>/<prefix>-base/evaluation")
+    subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
+    parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
+    parser.add_argument("--seed", type=int, help="seed of --adapter, where it does not record one")
+    parser.add_argument(
+        "--questions", metavar="FILE", help="questions and answers: --config.eval.benchmark in short"
+    )
+    parser.add_argument("--rule", help="boxed, last_number, exact or regex:PATTERN: takes any file's columns")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt of every question")
+    parser.add_argument("--columns", metavar="PAIRS", help="with --rule: question=COLUMN,answer=COLUMN")
+    parser.add_argument("--any-base", action="store_true", help="--adapter may name another base")
+    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    return parser
 
 
 def with_questions(config: RunConfig, options: argparse.Namespace) -> RunConfig:

@@ -248,9 +248,7 @@ def load_rendered_rows(
         raise UserError(
             f"{path}: no usable row" + (f"; most are bad because: {reasons[0][0]}" if reasons else "")
         )
-    if (
-        file is not None and sha256_of(file) != sha256
-    ):  # whatever was read, it was neither of the two for certain
+    if file is not None and sha256_of(file) != sha256:  # what was read may be neither of the two
         raise UserError(f"{path}: changed while it was being read; give the same command again")
     kind = f"{reader.format.name} rows in {container}" if reader.format else ""
     tokens = sum(row.n_tokens for row in rows)

@@ -90,6 +90,7 @@ def init_decode(
     spec: ModelSpec, slots: int, length: int, max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> DecodeState:
     """An empty cache for `slots` rows of at most `length` tokens, prompt and answer together."""
+    assert not spec.scan, "decoding keeps one cache a layer"
     config = spec.config
     shape = (slots, length, config.num_key_value_heads, config.head_dim)
     zeros = partial(jnp.zeros, (slots,), jnp.int32)
@@ -480,6 +481,19 @@ class _Slots:
         self.active, self.held = (np.array(x) for x in whole((state.active, state.lengths)))
         return int(before - self.active.sum())
 
+    def numbers(self, asked: Sequence[int] | None) -> list[int]:
+        """Numbers of slots on all devices together, from the start to the last tail."""
+        return [len(self.owner), *(self.shards * n for n in self.tails(asked))]
+
+    def collect_all(self, state: DecodeState) -> None:
+        """Keep the answers of all slots that have ended."""
+        self.collect(np.arange(len(self.owner)), (state.output, state.n_new, state.logprobs))
+
+    def done(self) -> list[Generation]:
+        """All answers, in the order of their prompts."""
+        assert all(answer is not None for answer in self.answers)
+        return self.answers  # type: ignore[return-value]
+
     def collect(self, slots: np.ndarray, generated: tuple, first: int = 0) -> None:
         """Keep the answers of those of these slots that have ended: `generated`, from row `first` on."""
         places = enumerate(slots, first)
@@ -613,48 +627,96 @@ def generate(
       stream: called every few steps with the number of a prompt and the tokens of its answer so far. Sizes
         are then powers of two, so that the longer and longer prompts of a chat share few programs.
     """
-    assert not spec.scan, "decoding keeps one cache a layer"
     prompts = [prompt for prompt in prompts for _ in range(repeats)] if repeats > 1 else prompts
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
-    shards, up = slot_shards(), round_up if stream is None else _doubled
-    slots = min(slots * shards, round_up(len(prompts), shards))
+    up = round_up if stream is None else _doubled
     packed = (backend == "cudnn" if packed is None else packed) and repeats == 1
-    at_once = min(PACKED_ROWS if packed else PREFILL_ROWS if repeats == 1 else SHARED_ROWS, slots // shards)
-    lengths, answers = (
-        [*map(len, prompts)],
-        None if expected is None else np.repeat(expected, repeats).tolist(),
-    )
-    queue = order_of(lengths, answers, None if packed else at_once, slots)
-    # Where answers share prompts, padding these costs little beside another program.
-    sizes, capacity = _sizes(prompts, limits, up, 4 if repeats == 1 else 2)
-    state = init_decode(spec, slots, capacity, max_new_tokens, sampling)
     keys = None if not sampling.draws else _keys(seed, len(prompts)) if keys is None else keys
-    rows = _Slots(prompts, limits, stop_ids, slots, keys, queue, repeats, shards)
+    rows, at_once = _seats(prompts, limits, stop_ids, slots, keys, repeats, expected, packed)
+    sizes, capacity = _sizes(prompts, limits, up, 4 if repeats == 1 else 2)  # shared, padding costs little
+    settings = (capacity, max_new_tokens, sampling)
     steps = PACKED_STEPS if packed else STEPS_PER_CALL
     decode = make_decode(spec, stop_ids, backend, steps, sampling)
     if compiles_ahead() and packed:  # the whole cache is read, so that there are few programs
-        for n in (slots, *(shards * n for n in rows.tails(tail_slots))):
-            like = abstract_decode(spec, n, capacity, max_new_tokens, sampling)
-            decode.start(like, lora, weights, capacity)
+        for n in rows.numbers(tail_slots):
+            decode.start(abstract_decode(spec, n, *settings), lora, weights, capacity)
+    fill, prefill = _filling(spec, stop_ids, backend, sampling, rows, at_once, packed, sizes, up)
+
+    def call(state: DecodeState) -> DecodeState:
+        window = min(up(rows.longest + steps, WINDOW_MULTIPLE), capacity)
+        return decode(state, lora, weights, capacity if backend == "cudnn" else window)
+
+    read, state = partial(prefill, lora, weights), init_decode(spec, len(rows.owner), *settings)
+    return _answer_all(rows, state, fill, read, call, tail_slots, progress, stream)
+
+
+def _answer_all(
+    rows: _Slots,
+    state: DecodeState,
+    fill: Callable[[], list[Part]],
+    prefill: Callable[[list[Part], DecodeState], DecodeState],
+    decode: Callable[[DecodeState], DecodeState],
+    tail_slots: Sequence[int] | None,
+    progress: Callable[[int], None] | None,
+    stream: Callable[[int, list[int]], None] | None,
+) -> list[Generation]:
+    """Read prompts and decode until every one has its answer."""
+    while rows.queue or rows.active.any():
+        while parts := fill():
+            state = prefill(parts, state)
+        state = decode(state)
+        rows.tell(state, rows.update(state), progress, stream)
+        if (fewer := rows.tail(tail_slots)) is not None:
+            rows.collect_all(state)
+            state = take_slots(state, rows.shrink(fewer))
+    rows.collect_all(state)
+    return rows.done()
+
+
+def _seats(
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    stop_ids: tuple[int, ...],
+    slots: int,
+    keys: np.ndarray | None,
+    repeats: int,
+    expected: Sequence[float] | None,
+    packed: bool,
+) -> tuple[_Slots, int]:
+    """Slots for these prompts, in the order in which they begin, and how many a prefill takes on a device."""
+    shards = slot_shards()
+    n = min(slots * shards, round_up(len(prompts), shards))
+    at_once = min(PACKED_ROWS if packed else PREFILL_ROWS if repeats == 1 else SHARED_ROWS, n // shards)
+    answers = None if expected is None else np.repeat(expected, repeats).tolist()
+    queue = order_of([*map(len, prompts)], answers, None if packed else at_once, n)
+    return _Slots(prompts, limits, stop_ids, n, keys, queue, repeats, shards), at_once
+
+
+def _filling(
+    spec: ModelSpec,
+    stop_ids: tuple[int, ...],
+    backend: str,
+    sampling: Sampling,
+    rows: _Slots,
+    at_once: int,
+    packed: bool,
+    sizes: Sequence[int],
+    up: Callable[[int, int], int],
+) -> tuple[Callable[[], list[Part]], Callable[..., DecodeState]]:
+    """What takes prompts for free slots, and what reads them: `(lora, weights, parts, state) -> state`."""
     if packed:
-        prefill: Callable = make_packed_prefill(spec, stop_ids, backend, sampling)
-        n_tokens = up(packed_tokens(lengths), WINDOW_MULTIPLE)
+        program: Callable = make_packed_prefill(spec, stop_ids, backend, sampling)
+        n_tokens = up(packed_tokens([*map(len, rows.prompts)]), WINDOW_MULTIPLE)
         fill = partial(rows.fill_packed, at_once, n_tokens)
         inputs: Callable = partial(rows.packed_rows, n_rows=at_once, n_tokens=n_tokens)
     else:
-        prefill = make_prefill(spec, stop_ids, backend, sampling)
+        program = make_prefill(spec, stop_ids, backend, sampling)
         fill = partial(rows.fill, at_once)
         inputs = partial(rows.prefill_rows, n_rows=at_once, sizes=sizes)
-    while rows.queue or rows.active.any():
-        while parts := fill():
-            state, old = prefill(state, lora, weights, *inputs(parts))
-            rows.put(parts, at_once, old)
-        window = min(up(rows.longest + steps, WINDOW_MULTIPLE), capacity)
-        state = decode(state, lora, weights, capacity if backend == "cudnn" else window)
-        rows.tell(state, rows.update(state), progress, stream)
-        if (fewer := rows.tail(tail_slots)) is not None:
-            rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
-            state = take_slots(state, rows.shrink(fewer))
-    rows.collect(np.arange(len(rows.owner)), (state.output, state.n_new, state.logprobs))
-    assert all(answer is not None for answer in rows.answers)
-    return rows.answers  # type: ignore[return-value]
+
+    def prefill(lora: Tree, weights: Tree, parts: list[Part], state: DecodeState) -> DecodeState:
+        state, old = program(state, lora, weights, *inputs(parts))
+        rows.put(parts, at_once, old)
+        return state
+
+    return fill, prefill

@@ -36,7 +36,7 @@ from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import pick_scheme
-from jaxlora.models.spec import How, ModelConfig
+from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import Work, count_work
 from jaxlora.runtime.devices import Slice, out_of_memory
 from jaxlora.runtime.errors import UserError

@@ -96,6 +96,20 @@ def bench_rl(
         "sampled_tokens": sampled,
         "prompt_tokens_read": read,
         "tokens_learned_from": learned,
+        **_rates(sampled, learned, times, seconds),
+        "learning_utilisation": utilisation(learned / times[2], 2 * flops, facts)["model_flops_utilisation"],
+        "compilations": before,
+        "compilations_while_timed": again,
+        "compile_seconds": sum(compiled.events),
+        "base_gib": own_bytes / 2**30,
+        "base_second_copies_gib": twice / 2**30,
+        "peak_memory_gib": memory / 2**30 if memory else None,
+    }
+
+
+def _rates(sampled: int, learned: int, times: np.ndarray, seconds: float) -> dict[str, float]:
+    """Seconds of sampling, grading and learning, and tokens a second."""
+    return {
         "seconds": seconds,
         "sampling_seconds": times[0],
         "grading_seconds": times[1],
@@ -104,13 +118,6 @@ def bench_rl(
         "sampled_and_prompt_tokens_per_second": learned / seconds,
         "sampling_tokens_per_second": sampled / times[0],
         "learning_tokens_per_second": learned / times[2],
-        "learning_utilisation": utilisation(learned / times[2], 2 * flops, facts)["model_flops_utilisation"],
-        "compilations": before,
-        "compilations_while_timed": again,
-        "compile_seconds": sum(compiled.events),
-        "base_gib": own_bytes / 2**30,
-        "base_second_copies_gib": twice / 2**30,
-        "peak_memory_gib": memory / 2**30 if memory else None,
     }
 
 

@@ -92,3 +92,16 @@ def test_each_layer_of_the_package_uses_only_what_stands_below_it(repository):
     )
     assert done.returncode == 0, done.stdout
     assert "2 kept, 0 broken" in done.stdout
+
+
+def test_no_function_of_the_package_or_the_tools_is_longer_than_sixty_lines():
+    root, long = TESTS.parent, []
+    for file in (
+        path for folder in ("jaxlora", "tools", "launch") for path in root.glob(f"{folder}/**/*.py")
+    ):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 60:
+                    long.append(f"{file.relative_to(root)}: {node.name}, {lines}")
+    assert long == []
