@@ -26,6 +26,7 @@ from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime.devices import Slice, slice_of
+from jaxlora.runtime.errors import UserError
 
 What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
 
@@ -183,7 +184,14 @@ def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
     """The configuration with its mesh filled in for this machine's devices.
 
     On TPUs as `with_mesh`; on several GPUs copies of the base, each split over as few as hold it.
+
+    Raises:
+      UserError: experts are to be split, but the model has none.
     """
+    if config.mesh.expert not in (0, 1) and model.experts is None:
+        raise UserError(
+            f"config.mesh.expert: {config.mesh.expert}, but this model has no experts; give mesh.data instead"
+        )
     devices = jax.devices()
     if devices[0].platform != "gpu":
         return with_mesh(config, model, slice_of(devices))

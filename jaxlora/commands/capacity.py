@@ -94,9 +94,12 @@ def lines(rows, measured: float | None, model) -> list[str]:
     how = f"{USUAL_BITS:g} bit each, a usual value" if measured is None else f"{measured:.3f} bits each"
     found = [f"{tokens:,.0f} tokens carry loss, {how}: {bits / 1e6:.2f} Mbit"]
     for placement in PLACEMENTS:
-        one = count_trainable(ModelSpec(model, LoraConfig(targets=placement, rank=1)))
-        rank = rank_for(bits, one)
-        found.append(
-            f"{placement}: rank {rank:,} ({one * rank:,} parameters, 2 bits each) would hold all of it"
+        # With experts a rank is a multiple of those of a token, by which it is divided for each.
+        step = (
+            1 if model.experts is None or placement == "attention_only" else model.experts.num_experts_per_tok
         )
+        held = count_trainable(ModelSpec(model, LoraConfig(targets=placement, rank=step)))
+        steps = rank_for(bits, held)
+        size = f"rank {step * steps:,} ({held * steps:,} parameters, 2 bits each)"
+        found.append(f"{placement}: {size} would hold all of it")
     return [*found, "A rule of thumb, and an upper one: what rows have in common takes less."]

@@ -165,7 +165,8 @@ def spread(batch: Batch, words: np.ndarray) -> np.ndarray:
     segments = batch["segment_ids"]
     counts = segments.max(axis=-1)
     before = np.cumsum(counts).reshape(counts.shape) - counts
-    return np.where(segments > 0, words[before[..., None] + np.maximum(segments, 1) - 1], 0).astype(np.int32)
+    row = np.minimum(before[..., None] + np.maximum(segments, 1), len(words)) - 1  # past the end: empty lines
+    return np.where(segments > 0, words[row], 0).astype(np.int32)
 
 
 def _empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:

@@ -50,7 +50,7 @@ def rule_named(name: str) -> Rule:
         return Rule(name, last_number, lambda given, right: numeric_match(given, right))
     if name == "exact":
         return Rule(name, lambda text: text.strip() or None, _same_words)
-    if name.startswith("regex:"):
+    if name.startswith("regex:") and name != "regex:":
         try:
             pattern = re.compile(name.removeprefix("regex:"), re.MULTILINE)
         except re.error as error:
@@ -66,9 +66,9 @@ def last_number(text: str) -> str | None:
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match: its first group, where the pattern has one."""
+    """The last match that holds something: its first group, where the pattern has one."""
     found = [match.group(1 if pattern.groups else 0) for match in pattern.finditer(text)]
-    return found[-1] if found else None
+    return next((text for text in reversed(found) if text), None)
 
 
 def _same_words(given: str, right: str) -> bool:

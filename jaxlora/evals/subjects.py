@@ -303,7 +303,8 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
         reason = "rl.problems are not compared with benchmarks"
     if not allow_ungated:
         raise UserError(
-            f"{run}: trained on ungated data: {reason}; --config.data.allow_ungated=true scores it"
+            f"{run}: trained on ungated data: {reason}; --config.data.allow_ungated=true scores it;"
+            " questions of your own need no gates: give --rule"
         )
     console.print(f"UNGATED DATA: {reason}", style="bold red", markup=False)
 

@@ -32,6 +32,8 @@ from jaxlora.runtime.errors import UserError
         (r"regex:[A-D]\b", "B, no, C", "C"),
         (r"regex:^(\d+)$", "text\n12\n", "12"),
         (r"regex:Answer: (\w+)", "none", None),
+        (r"regex:\d*", "It is 12.", "12"),
+        (r"regex:is (\d+)|(\w+)$", "It is 12 yes", "12"),
     ],
 )
 def test_what_is_found(name, text, found):
@@ -140,7 +142,7 @@ def test_settings_that_do_not_fit_are_one_line(values, message):
     assert from_dict({"eval": {"system": "line 1\nline 2"}}).eval.system == "line 1\nline 2"
 
 
-@pytest.mark.parametrize("name", ["box", "regex:(", "regex"])
+@pytest.mark.parametrize("name", ["box", "regex:(", "regex", "regex:"])
 def test_a_rule_that_is_none_is_one_line(name):
     with pytest.raises(UserError, match=r"config\.eval\.rule: "):
         rule_named(name)

@@ -15,11 +15,12 @@ from jaxlora.checkpoints.base import random_base
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig, from_dict
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
-from jaxlora.estimate import mesh_of_gpus
+from jaxlora.estimate import mesh_here, mesh_of_gpus
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import published_config
 from jaxlora.models.quantised import Scheme
+from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh, place_batch, place_trained
 from jaxlora.train import step as train_step
 from jaxlora.train.job import prepare
@@ -110,3 +111,10 @@ def test_gpus_take_copies_of_a_base_that_fits_and_split_one_that_does_not():
     assert mesh_of_gpus(adapters, model, 4, 42 * GIB) == MeshConfig(2, 2, 1)
     assert mesh_of_gpus(adapters, model, 4, 8 * GIB) == MeshConfig(1, 4, 1)
     assert mesh_of_gpus(everything, model, 8, 72 * GIB).fsdp >= 4
+
+
+@pytest.mark.parametrize("ways", [2, -1])
+def test_experts_of_a_model_without_experts_are_not_split(ways):
+    config = RunConfig(model=ModelSource(path="x"), mesh=MeshConfig(fsdp=1, expert=ways))
+    with pytest.raises(UserError, match=rf"^config\.mesh\.expert: {ways}, but this model has no experts"):
+        mesh_here(config, published_config("qwen3-8b"))

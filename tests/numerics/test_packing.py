@@ -107,6 +107,15 @@ def test_a_batch_in_lines_holds_the_rows_and_gives_them_back():
         assert (found == word).all()
 
 
+def test_words_of_a_step_with_fewer_rows_than_its_batch_reach_their_rows():
+    rows = random_rows(3)
+    words = np.arange(3, dtype=np.int32) + 100
+    for count, batch in ((3, pad(rows, (128,), 5)), (1, pack(rows[:1], (128,), 128, lines=2))):
+        found = spread(batch, words[:count])
+        for line, (word, segments) in enumerate(zip(found[0], batch["segment_ids"][0], strict=True)):
+            assert (word == np.where(segments > 0, 100 + line, 0)).all()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

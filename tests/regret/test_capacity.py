@@ -8,12 +8,17 @@ import re
 
 import numpy as np
 import pytest
+from helpers.rows import random_rows
 
 import jaxlora
 from jaxlora.cli import load_config, shipped_names
 from jaxlora.commands import capacity
+from jaxlora.config import LoraConfig
 from jaxlora.data.batches import split_validation
 from jaxlora.data.rows import RowOptions, load_rendered_rows
+from jaxlora.lora import count_trainable
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.families import model_config_from_dict
 
 CHAT = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
 
@@ -53,6 +58,32 @@ def test_the_rank_that_rows_ask_for(monkeypatch, capsys, tmp_path, tokenizer):
     found = engine.untrained().logprobs(made[:1])[0]
     bits = float(-(made[0].weights[1:] * found).sum() / made[0].weights[1:].sum() / np.log(2))
     assert f"surprised by {bits:.3f} bits a token" in text
+
+
+def test_ranks_of_experts_are_multiples_of_the_experts_of_a_token():
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+    sizes = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = model_config_from_dict({"model_type": "qwen3_moe"} | sizes | heads | experts)
+    rows = random_rows(2000)
+    bits = capacity.loss_tokens(rows)
+    text = "\n".join(capacity.lines(rows, None, model))
+    for placement, step in (("all_layer", 2), ("mlp_only", 2), ("attention_only", 1)):
+        found = re.search(rf"^{placement}: rank ([\d,]+) \(([\d,]+) parameters", text, re.M).groups()
+        rank, parameters = (int(number.replace(",", "")) for number in found)
+        fitting, smaller = (
+            count_trainable(ModelSpec(model, LoraConfig(targets=placement, rank=r)))
+            for r in (rank, rank - step)
+        )
+        assert rank > step
+        assert rank % step == 0
+        assert parameters == fitting
+        assert 2 * smaller < bits <= 2 * fitting
 
 
 def test_tulus_rows_are_read_and_those_without_an_answer_are_counted(tmp_path, tokenizer):
