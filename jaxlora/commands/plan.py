@@ -51,11 +51,12 @@ def main() -> int:
     add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens of a row [the study's]")
     config, options = parse_config(parser)
     check_options(options)
+    if options.topology is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
     if config.regret.arms:
         return plan_experiment(config, options)
     if options.topology is None:
         return plan_here(config)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
 
     from jaxlora.plan.programs import Workload
     from jaxlora.runtime.devices import SLICES, slice_named
