@@ -89,9 +89,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     add_number(rl, "--steps", default=1, help="batches that are timed")
     add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
     rl.add_argument(
-        "--no-sharing",
+        "--share-prompts",
         action="store_true",
-        help="compute a prompt once an answer in learning, not once a group",
+        help="compute a prompt once a group in learning, not once an answer",
     )
     options, rest = parser.parse_known_args()
     if odd := [word for word in rest if not (word.startswith("--config.") and "=" in word)]:
@@ -181,7 +181,7 @@ def configuration(options: argparse.Namespace, overrides: dict[str, str]) -> Run
     }
     if options.what == "rl":
         values["rl"] = {"prompts": options.prompts, "group": options.group, "slots": options.slots}
-        values["rl"]["share_prompts"] = not options.no_sharing
+        values["rl"]["share_prompts"] = options.share_prompts
         values["train"] = {"max_buffer_tokens": options.buffer_tokens}
     elif options.what == "decode":
         values["eval"] = {"batch_rows": options.slots, "merge_adapter": not options.unmerged}
