@@ -14,11 +14,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
 from jaxlora.checkpoints.peft import SETTINGS, WEIGHTS
@@ -27,16 +27,25 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.parity.backend import AdamStep, Backend, Drawn, Pass, Reduction, Trainer
 from jaxlora.parity.comparing import BARS, Bars, Check, largest, mean, relative
 from jaxlora.parity.ours import OurBackend, OurTrainer
-from jaxlora.parity.recording import forget_path
+from jaxlora.parity.recording import (
+    Finite,
+    PassRecord,
+    Small,
+    Token,
+    digits,
+    folder_of,
+    forget_path,
+    new_folder,
+    read_recording,
+    recorded_adapter,
+)
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, sha256_of, write_text_atomic
 
 Objective = Literal["importance_sampling", "ppo"]
+T = TypeVar("T")
 OBJECTIVES: tuple[Objective, ...] = ("importance_sampling", "ppo")
 START = "start"  # the folder of the adapter that drew the answers; the others are named by the objective
-Token = Annotated[int, Field(ge=0, le=1 << 24)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Small = Annotated[int, Field(gt=0, le=4096)]
 
 
 @checked(frozen=True)
@@ -52,14 +61,6 @@ class PolicySettings:
     shortest: Small = 6
     longer: Small = 5
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-4
-
-
-@checked(frozen=True)
-class PassRecord:
-    """Log-probabilities of a pass's targets by row, and its summed loss."""
-
-    logprobs: list[list[Finite]]
-    loss: Finite
 
 
 @checked(frozen=True)
@@ -96,13 +97,8 @@ class Loaded:
 
     def adapter(self, name: str) -> Path:
         """The PEFT folder `start`, or that of an objective, after checking its hash."""
-        folder = self.folder / name
         known = self.recording.start if name == START else self.recording.lives[name].adapter  # type: ignore
-        if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder / WEIGHTS}: missing; it belongs to the recording, keep them together")
-        if sha256_of(folder / WEIGHTS) != known:
-            raise UserError(f"{folder / WEIGHTS}: is not the file that was recorded (SHA-256 differs)")
-        return folder
+        return recorded_adapter(self.folder / name, known)
 
 
 # --- Recording ----------------------------------------------------------------------------------------------
@@ -121,10 +117,7 @@ def record_policy(
     Raises:
       UserError: `out` exists, the trainer fails, or both objectives do not start from one adapter.
     """
-    folder = out.with_name(f"{out.stem}-adapters")
-    for place in (out, folder):
-        if place.exists():
-            raise UserError(f"{place}: exists already; give another --out")
+    folder = new_folder(out)
     drawn = _draw(backend, prompts, settings, folder, stop_token)
     advantages = centred(drawn, settings.group_size)
     rows = rows_of(prompts, drawn, advantages, settings.group_size)
@@ -142,7 +135,7 @@ def record_policy(
         after = trainer.forward(rows)
         trainer.fetch(trainer.save("end"), folder / objective)
         end = sha256_of(folder / objective / WEIGHTS)
-        lives[objective] = Life([_recorded(one) for one in steps], _recorded(after), end)
+        lives[objective] = Life([PassRecord.of(one) for one in steps], PassRecord.of(after), end)
     for settings_file in folder.glob(f"*/{SETTINGS}"):
         forget_path(settings_file, base)
     recording = PolicyRecording(
@@ -152,7 +145,7 @@ def record_policy(
         settings=settings,
         prompts=[list(map(int, prompt)) for prompt in prompts],
         answers=[one.tokens for one in drawn],
-        sampler_logprobs=[[float(str(np.float32(x))) for x in one.logprobs] for one in drawn],
+        sampler_logprobs=[digits(one.logprobs) for one in drawn],
         advantages=advantages,
         start=start,
         lives=lives,
@@ -184,7 +177,7 @@ def centred(drawn: Sequence[Drawn], group_size: int) -> list[float]:
     rewards = np.array([np.mean([token % 2 == 0 for token in one.tokens]) for one in drawn], np.float32)
     groups = rewards.reshape(-1, group_size)
     found = (groups - groups.mean(axis=1, keepdims=True)).ravel()
-    return [float(str(x)) for x in found]
+    return digits(found)
 
 
 def rows_of(
@@ -210,26 +203,21 @@ def recorded_rows(recording: PolicyRecording) -> list[RenderedRow]:
     return rows_of(recording.prompts, drawn, recording.advantages, recording.settings.group_size)
 
 
+def group_of(values: Sequence[T], settings: PolicySettings, step: int) -> Sequence[T]:
+    """The part of all rows, or of what is known of each, that a step (the first is 0) is made on."""
+    first = step * settings.group_size % len(values)
+    return values[first : first + settings.group_size]
+
+
 def run_policy(
     trainer: Trainer, rows: Sequence[RenderedRow], settings: PolicySettings, objective: str
 ) -> list[Pass]:
     """All steps, each on one group in turn; returns what each forward-backward pass answered."""
     passes = []
-    groups = len(rows) // settings.group_size
     for step in range(settings.steps):
-        first = (step % groups) * settings.group_size
-        passes.append(trainer.forward_backward(rows[first : first + settings.group_size], objective))
+        passes.append(trainer.forward_backward(group_of(rows, settings, step), objective))
         trainer.optim_step(AdamStep(settings.learning_rate))
     return passes
-
-
-def _recorded(one: Pass) -> PassRecord:
-    """With as many digits as float32 needs to come back exactly."""
-    return PassRecord([[float(str(np.float32(x))) for x in row] for row in one.logprobs], one.loss)
-
-
-def _pass(record: PassRecord) -> Pass:
-    return Pass([np.asarray(row, np.float32) for row in record.logprobs], record.loss)
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -247,15 +235,7 @@ def load_policy(file: Path) -> Loaded:
     Raises:
       UserError: it is missing or not a recording; says where.
     """
-    try:
-        recording = TypeAdapter(PolicyRecording).validate_python(read_json(file))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: not a recording of this version: {place}: {first['msg']}") from None
-    if fault := _fault(recording):
-        raise UserError(f"{file}: not a whole recording: {fault}")
-    return Loaded(recording, file.with_name(f"{file.stem}-adapters"))
+    return Loaded(read_recording(file, PolicyRecording, _fault), folder_of(file))
 
 
 def _fault(recording: PolicyRecording) -> str | None:
@@ -277,8 +257,7 @@ def _fault(recording: PolicyRecording) -> str | None:
     for name, life in recording.lives.items():
         if len(life.steps) != settings.steps:
             return f"{name}: {len(life.steps)} steps, settings say {settings.steps}"
-        firsts = [(step % len(recording.prompts)) * size for step in range(settings.steps)]
-        expected = [lengths, *(lengths[first : first + size] for first in firsts)]
+        expected = [lengths, *(group_of(lengths, settings, step) for step in range(settings.steps))]
         if [list(map(len, one.logprobs)) for one in (life.after, *life.steps)] != expected:
             return f"{name}: log-probabilities do not have the lengths of their rows"
     return None
@@ -320,7 +299,7 @@ def judge_life(
     start, end = trainer.lora, backend.load(loaded.adapter(objective)).lora
     steps = run_policy(trainer, rows, settings, objective)
     after = trainer.forward(rows)
-    theirs = [_pass(one) for one in life.steps]
+    theirs = [one.to_pass() for one in life.steps]
 
     def check(name: str, value: float, bar: float | None, above: bool = False) -> Check:
         return Check(objective, name, float(value), bar, above)
@@ -342,7 +321,7 @@ def judge_life(
         check("summed loss in the steps, over the sum of |advantages|", lost, bars.loss),
         check(
             "log-probabilities after the steps, largest difference",
-            largest([after], [_pass(life.after)]),
+            largest([after], [life.after.to_pass()]),
             bars.logprob,
         ),
         check("adapter after the steps, relative", relative(trainer.lora, end, start), bars.adapter),
@@ -363,17 +342,15 @@ def judge_life(
 
 def _scale(rows: Sequence[RenderedRow], settings: PolicySettings, step: int) -> float:
     """The sum of |advantages| of a step's tokens: its loss itself may be 0 where nothing is wrong."""
-    first = (step % (len(rows) // settings.group_size)) * settings.group_size
-    group = rows[first : first + settings.group_size]
+    group = group_of(rows, settings, step)
     return sum(float(np.abs(row.extras["advantages"]).sum()) for row in group)
 
 
 def ratios(recording: PolicyRecording, objective: Objective) -> list[np.ndarray]:
     """exp(lp - q) of the answers' tokens in each recorded step: how far off policy the steps went."""
-    size, found = recording.settings.group_size, []
+    found = []
     for step, one in enumerate(recording.lives[objective].steps):
-        first = (step % len(recording.prompts)) * size
-        answers = recording.sampler_logprobs[first : first + size]
+        answers = group_of(recording.sampler_logprobs, recording.settings, step)
         gaps = [
             np.asarray(row[-len(own) :]) - np.asarray(own)
             for row, own in zip(one.logprobs, answers, strict=True)

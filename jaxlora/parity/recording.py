@@ -10,10 +10,10 @@ The adapters before and after lie beside the file, in `<stem>-adapters/<case>/`,
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -32,7 +32,9 @@ FORMAT = 1
 Lengths = Literal["equal", "unequal"]
 Which = Literal["start", "end"]
 Token = Annotated[int, Field(ge=0, le=1 << 24)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Small = Annotated[int, Field(gt=0, le=4096)]
+Content = TypeVar("Content")
 
 
 @checked(frozen=True)
@@ -92,12 +94,7 @@ class Recording:
 
     def adapter(self, case: Case, which: Which) -> Path:
         """The PEFT folder of the case's adapter at its `start` or `end`, after checking its hash."""
-        folder = self.folder / case.name / which
-        if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder / WEIGHTS}: missing; it belongs to the recording, keep them together")
-        if sha256_of(folder / WEIGHTS) != case.adapters[which]:
-            raise UserError(f"{folder / WEIGHTS}: is not the file that was recorded (SHA-256 differs)")
-        return folder
+        return recorded_adapter(self.folder / case.name / which, case.adapters[which])
 
 
 def choose_rows(rows: Sequence[RenderedRow], settings: Settings) -> list[RenderedRow]:
@@ -167,10 +164,7 @@ def record(
     Raises:
       UserError: `out` exists, there are too few rows, or the trainer fails.
     """
-    folder = out.with_name(f"{out.stem}-adapters")
-    for place in (out, folder):
-        if place.exists():
-            raise UserError(f"{place}: exists already; give another --out")
+    folder = new_folder(out)
     chosen = choose_rows(rows, settings)
     cases = []
     names = [(condition, lengths) for condition in settings.conditions for lengths in get_args(Lengths)]
@@ -202,9 +196,23 @@ def record(
 
 
 @checked(frozen=True)
-class _PassFile:
-    logprobs: list[list[Annotated[float, Field(allow_inf_nan=False)]]]
-    loss: Annotated[float, Field(allow_inf_nan=False)]
+class PassRecord:
+    """A pass as a file holds it: log-probabilities of its targets by row, and its summed loss."""
+
+    logprobs: list[list[Finite]]
+    loss: Finite
+
+    @classmethod
+    def of(cls, value: Pass) -> PassRecord:
+        return cls([digits(row) for row in value.logprobs], value.loss)
+
+    def to_pass(self) -> Pass:
+        return Pass([np.asarray(row, np.float32) for row in self.logprobs], self.loss)
+
+
+def digits(values: Iterable[float]) -> list[float]:
+    """Numbers with as many digits as float32 needs to come back exactly."""
+    return [float(str(np.float32(x))) for x in values]
 
 
 @checked(frozen=True)
@@ -214,9 +222,9 @@ class _CaseFile:
     lengths: Lengths
     tokens: list[list[Token]]
     prompt_lengths: list[Count]
-    before: _PassFile
-    steps: list[_PassFile]
-    after: _PassFile
+    before: PassRecord
+    steps: list[PassRecord]
+    after: PassRecord
     answers: list[list[Token]]
     adapters: dict[Which, str]
 
@@ -237,16 +245,9 @@ def load_recording(file: Path) -> Recording:
     Raises:
       UserError: it is missing or not a recording; says where.
     """
-    try:
-        content = TypeAdapter(_File).validate_python(read_json(file))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: not a recording of this version: {place}: {first['msg']}") from None
-    if fault := _fault(content):
-        raise UserError(f"{file}: not a whole recording: {fault}")
+    content = read_recording(file, _File, _fault)
     cases = [_case(case) for case in content.cases]
-    folder = file.with_name(f"{file.stem}-adapters")
+    folder = folder_of(file)
     return Recording(content.base, content.trainer, content.settings, content.stop_token, cases, folder)
 
 
@@ -284,23 +285,15 @@ def _case(case: _CaseFile) -> Case:
     for i, (tokens, prompt_length) in enumerate(zip(case.tokens, case.prompt_lengths, strict=True)):
         weights = (np.arange(len(tokens)) >= prompt_length).astype(np.float32)
         rows.append(RenderedRow(str(i), np.asarray(tokens, np.int32), weights))
-    before, after = _pass(case.before), _pass(case.after)
-    steps = [_pass(step) for step in case.steps]
+    before, after = case.before.to_pass(), case.after.to_pass()
+    steps = [step.to_pass() for step in case.steps]
     return Case(
         case.name, case.condition, case.lengths, rows, before, steps, after, case.answers, dict(case.adapters)
     )
 
 
-def _pass(values: _PassFile) -> Pass:
-    return Pass([np.asarray(row, np.float32) for row in values.logprobs], values.loss)
-
-
 def _to_json(recording: Recording) -> str:
-    """Compact JSON, one case a line; floats with as many digits as float32 needs to come back exactly."""
-
-    def one_pass(value: Pass) -> dict[str, Any]:
-        return {"logprobs": [[float(str(x)) for x in row] for row in value.logprobs], "loss": value.loss}
-
+    """Compact JSON, one case a line."""
     cases = [
         {
             "name": case.name,
@@ -308,9 +301,9 @@ def _to_json(recording: Recording) -> str:
             "lengths": case.lengths,
             "tokens": [row.tokens.tolist() for row in case.rows],
             "prompt_lengths": [row.prompt_length for row in case.rows],
-            "before": one_pass(case.before),
-            "steps": [one_pass(step) for step in case.steps],
-            "after": one_pass(case.after),
+            "before": asdict(PassRecord.of(case.before)),
+            "steps": [asdict(PassRecord.of(step)) for step in case.steps],
+            "after": asdict(PassRecord.of(case.after)),
             "answers": case.answers,
             "adapters": case.adapters,
         }
@@ -325,6 +318,60 @@ def _to_json(recording: Recording) -> str:
     }
     lines = [json.dumps(case, separators=(",", ":"), allow_nan=False) for case in cases]
     return json.dumps(head, indent=1)[:-2] + ',\n "cases": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+# --- What all kinds of recordings share ---------------------------------------------------------------------
+
+
+def folder_of(file: Path) -> Path:
+    """The folder of a recording's adapters."""
+    return file.with_name(f"{file.stem}-adapters")
+
+
+def new_folder(out: Path) -> Path:
+    """The folder of the adapters of a recording to be made.
+
+    Raises:
+      UserError: it or the recording is there already.
+    """
+    folder = folder_of(out)
+    for place in (out, folder):
+        if place.exists():
+            raise UserError(f"{place}: exists already; give another --out")
+    return folder
+
+
+def read_recording(file: Path, kind: type[Content], fault_of: Callable[[Content], str | None]) -> Content:
+    """What a file holds, checked as a whole.
+
+    Args:
+      fault_of: says what does not fit together in it, if anything.
+
+    Raises:
+      UserError: it is missing or not a recording; says where.
+    """
+    try:
+        content = TypeAdapter(kind).validate_python(read_json(file))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: not a recording of this version: {place}: {first['msg']}") from None
+    if fault := fault_of(content):
+        raise UserError(f"{file}: not a whole recording: {fault}")
+    return content
+
+
+def recorded_adapter(folder: Path, sha256: str) -> Path:
+    """The PEFT folder itself, after checking the hash of its weights.
+
+    Raises:
+      UserError: they are missing or others than were recorded.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder / WEIGHTS}: missing; it belongs to the recording, keep them together")
+    if sha256_of(folder / WEIGHTS) != sha256:
+        raise UserError(f"{folder / WEIGHTS}: is not the file that was recorded (SHA-256 differs)")
+    return folder
 
 
 def forget_path(settings_file: Path, base: str) -> None:
