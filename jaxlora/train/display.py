@@ -1,6 +1,6 @@
 """What a person sees while a run trains: a progress line, announcements, and the validation picture.
 
-    with TrainingDisplay(job, first_step=1) as display:
+    with TrainingDisplay(job, first_step=1) as display:      # a `ProgressLine`, as of every kind of run
         with display.compiling("training step", batch["tokens"].shape):   # start, time so far, end
             state, metrics = train_step(...)
         display.show(step, loss, display.rate(tokens))
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
@@ -25,15 +26,49 @@ from jaxlora.models.families import count_matrix_parameters
 from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.files import write_bytes_atomic
 from jaxlora.runtime.progress import Heartbeat, console, say
-from jaxlora.train.job import Job, token_count
+from jaxlora.train.job import Job, Prepared, token_count
 
 WINDOW = 50  # steps over which speed is averaged
 
 
-class TrainingDisplay:
-    """The live progress line of a run, and the speeds that go into its metrics."""
+class ProgressLine:
+    """The live progress line of a run of any kind."""
+
+    def __init__(self, job: Prepared, total_steps: int, done: int):
+        columns = (
+            TextColumn("{task.description}", markup=False),  # run ids may look like markup
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            _Line(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._heartbeat = Heartbeat()
+        self._total = total_steps
+        self._task = self._progress.add_task(
+            job.config.run_id, total=total_steps, completed=done, line="", since=None
+        )
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if console.is_terminal:
+            self._progress.stop()
+
+    def put(self, line: str, step: int | None = None) -> None:
+        """Show what goes on, and that a step is done; where there is no terminal, print it when it is due."""
+        self._progress.update(self._task, completed=step, line=line)
+        if not console.is_terminal and (self._heartbeat.due() or step == self._total):
+            say(line if step is None else f"step {step:,} of {self._total:,} · {line}")
+
+
+class TrainingDisplay(ProgressLine):
+    """The progress line of a run that trains on rows, and the speeds that go into its metrics."""
 
     def __init__(self, job: Job, first_step: int):
+        super().__init__(job, job.plan.total_steps, first_step - 1)
         self._job = job
         self._shapes: set[tuple[str, tuple[int, ...]]] = set()
         self._times: deque[tuple[float, int]] = deque(maxlen=WINDOW)
@@ -44,27 +79,6 @@ class TrainingDisplay:
         self._peak = peak * job.mesh.size if peak else None
         self._validation_seconds: float | None = None
         self._validation_start = 0.0
-        columns = (
-            TextColumn("{task.description}", markup=False),  # run ids may look like markup
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            _Line(),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._heartbeat = Heartbeat()
-        steps = job.plan.total_steps
-        self._task = self._progress.add_task(
-            job.config.run_id, total=steps, completed=first_step - 1, line="", since=None
-        )
-
-    def __enter__(self) -> TrainingDisplay:
-        if console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if console.is_terminal:
-            self._progress.stop()
 
     @contextmanager
     def compiling(self, what: str, shape: tuple[int, ...]) -> Iterator[None]:
@@ -117,19 +131,14 @@ class TrainingDisplay:
         if speed["model_flops_utilisation"]:
             parts.append(f"{speed['model_flops_utilisation']:.1%} MFU")
         parts.append(f"ETA {self._remaining(step)}")
-        line = " · ".join(parts)
-        self._progress.update(self._task, completed=step, line=line)
-        if not console.is_terminal and (self._heartbeat.due() or step == self._job.plan.total_steps):
-            say(f"step {step:,} of {self._job.plan.total_steps:,} · {line}")
+        self.put(" · ".join(parts), step)
 
     def validating(self, batch: int) -> None:
         """Show the progress of a validation."""
         if batch == 1:
             self._validation_start = time.monotonic()
         total = -(-len(self._job.validation_rows) // self._job.validation_layout.batch_rows)
-        self._progress.update(self._task, line=f"validating, batch {batch} of {total}")
-        if not console.is_terminal and self._heartbeat.due():
-            say(f"validating, batch {batch} of {total}")
+        self.put(f"validating, batch {batch} of {total}")
 
     def validated(self, step: int, nll: Mapping[int, float]) -> None:
         """Print the result of the validation at a step, of all so far; leave its time out of the speed."""

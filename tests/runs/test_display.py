@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from jaxlora.cli import load_config
+from jaxlora.rl.display import Display
+from jaxlora.rl.job import prepare as prepare_rl
 from jaxlora.runtime import progress
 from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import Job, prepare
@@ -75,6 +77,25 @@ def test_a_long_validation_gives_signs_of_life_too(job, clock, monkeypatch):
         "validating, batch 2 of 5",
         "validating, batch 4 of 5",
         "step 10: validation mean NLL 0.25000 (best so far)",
+    ]
+
+
+def test_learning_from_rewards_shows_its_line_in_the_same_way(tmp_path, clock, monkeypatch):
+    job = prepare_rl(replace(load_config("rl_tiny"), results_dir=str(tmp_path)), with_weights=False)
+    file = shown_on(monkeypatch, terminal=False)
+    numbers = {"reward/mean": 0.5, "group/constant": 0.25, "ratio/max": None, "tokens_per_second": 1000.0}
+    with Display(job, done=28) as display:
+        for answers in (100, 200):
+            clock[0] += 20
+            display.say(f"step 29: sampling, {answers} of 256 answers")
+        for step in (29, 30):
+            display.show_batch(step, numbers)
+        display.evaluated(30, 0.5)
+    lines = [re.sub(STAMP, "", line) for line in file.getvalue().splitlines()]
+    assert lines == [
+        "step 29: sampling, 200 of 256 answers",
+        "step 30 of 30 · reward 0.500 · constant 25% · 1,000 sampled tokens/s",
+        "step 30: 50.00% of the held-out problems are right",
     ]
 
 
