@@ -344,16 +344,3 @@ def _scale(rows: Sequence[RenderedRow], settings: PolicySettings, step: int) -> 
     """The sum of |advantages| of a step's tokens: its loss itself may be 0 where nothing is wrong."""
     group = group_of(rows, settings, step)
     return sum(float(np.abs(row.extras["advantages"]).sum()) for row in group)
-
-
-def ratios(recording: PolicyRecording, objective: Objective) -> list[np.ndarray]:
-    """exp(lp - q) of the answers' tokens in each recorded step: how far off policy the steps went."""
-    found = []
-    for step, one in enumerate(recording.lives[objective].steps):
-        answers = group_of(recording.sampler_logprobs, recording.settings, step)
-        gaps = [
-            np.asarray(row[-len(own) :]) - np.asarray(own)
-            for row, own in zip(one.logprobs, answers, strict=True)
-        ]
-        found.append(np.exp(np.concatenate(gaps)))
-    return found

@@ -26,8 +26,8 @@ from jaxlora.parity.policy import (
     OBJECTIVES,
     centred,
     compare_policy,
+    group_of,
     load_policy,
-    ratios,
     recorded_rows,
     rows_of,
     run_policy,
@@ -79,6 +79,19 @@ def test_the_services_length_normalisation_is_named_and_the_sum_would_be_seen(lo
 def test_one_objective_is_not_taken_for_the_other(checks):
     assert checks["ppo", "adapter if the loss were importance_sampling, relative"].value > 0.05
     assert checks["importance_sampling", "adapter if the loss were ppo, relative"].value > 0.05
+
+
+def ratios(recording, objective) -> list[np.ndarray]:
+    """exp(lp - q) of the answers' tokens in each recorded step: how far off policy the steps went."""
+    found = []
+    for step, one in enumerate(recording.lives[objective].steps):
+        answers = group_of(recording.sampler_logprobs, recording.settings, step)
+        gaps = [
+            np.asarray(row[-len(own) :]) - np.asarray(own)
+            for row, own in zip(one.logprobs, answers, strict=True)
+        ]
+        found.append(np.exp(np.concatenate(gaps)))
+    return found
 
 
 def test_the_recording_is_of_ten_steps_from_on_policy_to_beyond_both_clip_bounds(loaded):
