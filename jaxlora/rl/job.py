@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
-from rich.markup import escape
 from rich.table import Table
 
 from jaxlora.checkpoints.base import Base, find_base
@@ -21,17 +20,13 @@ from jaxlora.data.packing import round_up
 from jaxlora.data.render import Tokenizer, render_chat
 from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import WINDOW_MULTIPLE
-from jaxlora.lora import count_trainable
-from jaxlora.models.decoder import ModelSpec, kept_per_token
-from jaxlora.models.families import count_parameters, parameter_table
-from jaxlora.models.head import CHUNK
-from jaxlora.models.quantised import bits_of
+from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import check_positions
 from jaxlora.rl.problems import Problem, load_problems
 from jaxlora.rl.rewards import NAMED, check_problems, grader_named, try_import
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
-from jaxlora.train.job import trained_spec, what_is_trained
+from jaxlora.train.job import describe_model, step_memory, table_of, trained_spec
 from jaxlora.train.objective import Loss
 from jaxlora.train.schedule import RunPlan
 from jaxlora.train.step import Machine, wire
@@ -186,47 +181,28 @@ def estimate_memory(job: RLJob) -> dict[str, int]:
     """
     config, rl = job.spec.config, job.config.rl
     width = 2 if job.spec.dtype == "bfloat16" else 4
-    tokens = job.config.train.max_buffer_tokens
-    kept = sum(kept_per_token(config, job.config.model.remat)) * config.num_hidden_layers
+    parts = step_memory(job, job.config.train.max_buffer_tokens)
     longest = round_up(max(map(len, job.prompts)) + rl.max_new_tokens, WINDOW_MULTIPLE)
     heads = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     cache = min(rl.slots, rl.prompts * rl.group) * longest * heads * width
-    learning = kept * tokens * width + 2 * 4 * config.vocab_size * min(CHUNK, tokens)
-    found = {
-        "base, once": _base_bytes(job.spec, width),
-        "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
-    }
+    learning = parts.pop("activations") + parts.pop("output head")
+    found = {"base, once": parts.pop("base"), **parts}
     if rl.overlap:
         return found | {"cache of the sampler": cache, "activations and head": learning}
     name = "cache of the sampler" if cache > learning else "activations and head"
     return found | {name: max(cache, learning)}
 
 
-def _base_bytes(spec: ModelSpec, width: int) -> int:
-    """Bytes of the base, its layers' matrices rounded where the run rounds them."""
-    found = count_parameters(spec.config) * width
-    if spec.scheme is None:
-        return found
-    matrices = [w for w in parameter_table(spec.config) if w.stacked and len(w.shape) > 1]
-    numbers = spec.config.num_hidden_layers * sum(math.prod(w.shape) for w in matrices)
-    return found - round(numbers * (width - bits_of(spec.scheme) / 8))
-
-
 def describe(job: RLJob) -> Table:
     """The plan as a table for the terminal."""
-    config, rl, model = job.config, job.config.rl, job.spec.config
-    trainable, total = count_trainable(job.spec), count_parameters(model)
+    config, rl = job.config, job.config.rl
     lengths = [len(prompt) for prompt in job.prompts]
     episodes = rl.steps * rl.prompts * rl.group
     memory = estimate_memory(job)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     device = jax.devices()[0]
     loss = f"{rl.loss}, temperature {rl.temperature:g}" + (f", divergence {rl.kl:g}" if rl.kl else "")
-    rows = {
-        "run": f"{config.run_id} in {config.run_dir}",
-        "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}",
-        "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
-        "trained": what_is_trained(job),
+    rows = describe_model(job) | {
         "problems": f"{len(job.problems):,} of {rl.problems}, prompts of {min(lengths)} to {max(lengths)}"
         f" tokens, mean {sum(lengths) / len(lengths):.0f}",
         "held out": f"{len(job.eval_problems):,} of {rl.eval_problems}, greedily, at steps"
@@ -244,7 +220,4 @@ def describe(job: RLJob) -> Table:
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
         f" attention {job.machine.backend}",
     }
-    table = Table(show_header=False, box=None)
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(text))
-    return table
+    return table_of(rows)

@@ -269,15 +269,21 @@ def padding_efficiency(rows: list[RenderedRow], batches: Sequence[Sequence[int]]
 
 
 def estimate_memory(job: Job) -> dict[str, int]:
-    """Bytes that a run needs on all devices together, in four parts; an estimate to about a fifth.
+    """Bytes that a run needs on all devices together, in the parts of `step_memory`."""
+    layout = job.train_layout
+    return step_memory(job, max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows))
+
+
+def step_memory(job: Prepared, tokens: int) -> dict[str, int]:
+    """Bytes that steps over buffers of so many tokens need on all devices together, in four parts; an
+    estimate to about a fifth.
 
     Base: the weights that the model computes with. What is trained: weights, gradients and two moments in
     float32. Activations: what the backward pass of one buffer keeps, see `kept_per_token`. Output head:
     logits of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
-    layout, ways = job.train_layout, max(job.config.mesh.expert, 1)
-    tokens = max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows)
+    ways = max(job.config.mesh.expert, 1)
     kept = sum(kept_per_token(config, job.config.model.remat, ways)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
         kept += sum(kept_per_token(config, False, ways))
@@ -338,10 +344,31 @@ def what_is_trained(job: Prepared) -> str:
     return f"adapter {lora.condition}, {rank}, alpha {lora.alpha:g}{dropout}, on {names}{start}"
 
 
+def describe_model(job: Prepared) -> dict[str, str]:
+    """The first lines of a plan: the run, its model, and what is trained of it."""
+    config, model = job.config, job.spec.config
+    trainable, total = count_trainable(job.spec), count_parameters(model)
+    return {
+        "run": f"{config.run_id} in {config.run_dir}",
+        "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}"
+        + (f", base in {described(job.spec.scheme)}" if job.spec.scheme else "")
+        + (", random weights" if config.model.random_weights else ""),
+        "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
+        "trained": what_is_trained(job),
+    }
+
+
+def table_of(rows: dict[str, str]) -> Table:
+    """The lines of a plan for the terminal."""
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    return table
+
+
 def describe(job: Job) -> Table:
     """The plan as a table for the terminal: what will be trained, on what, in how many steps."""
-    config, plan, model = job.config, job.plan, job.spec.config
-    trainable, total = count_trainable(job.spec), count_parameters(model)
+    config, plan = job.config, job.plan
     train_tokens, validation_tokens = token_count(job.train_rows), token_count(job.validation_rows)
     passes = len(plan.validation_steps)
     steps = min(plan.steps_per_epoch, plan.total_steps)
@@ -349,13 +376,7 @@ def describe(job: Job) -> Table:
     memory = estimate_memory(job)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     device = jax.devices()[0]
-    rows = {
-        "run": f"{config.run_id} in {config.run_dir}",
-        "model": f"{config.model.path}, {model.num_hidden_layers} layers, {config.model.dtype}"
-        + (f", base in {described(job.spec.scheme)}" if job.spec.scheme else "")
-        + (", random weights" if config.model.random_weights else ""),
-        "parameters": f"{trainable:,} trainable, {total:,} in the base ({trainable / total:.2%})",
-        "trained": what_is_trained(job),
+    rows = describe_model(job) | {
         "training": f"{len(job.train_rows):,} rows, {train_tokens:,} tokens an epoch, "
         f"{trained_tokens(job, plan.total_steps):,} in all",
         "validation": f"{len(job.validation_rows):,} rows, {validation_tokens:,} tokens a pass, "
@@ -371,9 +392,7 @@ def describe(job: Job) -> Table:
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
         f" attention {job.machine.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
     }
-    table = Table(show_header=False, box=None)
-    for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(text))
+    table = table_of(rows)
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
