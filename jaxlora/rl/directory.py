@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,9 @@ from jaxlora.rl.job import RLJob
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.sampling import Episode, Group
 from jaxlora.runtime import hosts
-from jaxlora.runtime.errors import one_line
-from jaxlora.runtime.files import (
-    sha256_of,
-    write_bytes_atomic,
-    write_json_atomic,
-    write_jsonl_atomic,
-)
-from jaxlora.runtime.progress import console
+from jaxlora.runtime.files import sha256_of, write_json_atomic, write_jsonl_atomic
 from jaxlora.runtime.records import metric_record, read_metrics, summary_record
-from jaxlora.train.board import write_outcome
+from jaxlora.train.display import picture
 from jaxlora.train.manifest import common_manifest
 from jaxlora.train.run_directory import RunDirectory
 
@@ -136,16 +129,9 @@ class RLDirectory(RunDirectory):
         self._check_ours()
         records = [record for record in read_metrics(self.path) if record["split"] == "train"]
         rewards = {record["step"]: record["reward/mean"] for record in records}
-        try:
-            draw(self.path / "accuracy.png", validations, rewards, self.job.config.run_id)
-        except Exception as error:  # a picture never decides whether a run is complete
-            console.print(f"accuracy.png is not drawn: {one_line(error)}", markup=False)
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        outcome = {"accuracy": validations[step]} if step in validations else {"reward": rewards[step]}
-        write_outcome(self.path / "tensorboard", {f"final/{k}": v for k, v in outcome.items()}, step)
-        (name, value), *_ = outcome.items()
+        self._draw("accuracy.png", partial(draw, accuracy=validations, rewards=rewards))
+        name, value = ("accuracy", validations[step]) if step in validations else ("reward", rewards[step])
+        self._end_curves({f"final/{name}": value}, step, last)
         artifacts = ("manifest.json", "metrics.jsonl", "samples", "selected", "tensorboard", "accuracy.png")
         record = summary_record(
             **self._names(),
@@ -194,17 +180,9 @@ def _told(problem: Problem, episode: Episode) -> dict[str, Any]:
 
 def draw(path: Path, accuracy: dict[int, float], rewards: dict[int, float], title: str) -> None:
     """Accuracy on held-out problems by step, over the mean reward of each batch, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(sorted(rewards), [rewards[s] for s in sorted(rewards)], color="#BBBBBB", label="mean reward")
-    if accuracy:
-        steps = sorted(accuracy)
-        axes.plot(steps, [accuracy[s] for s in steps], "o-", color="#0072B2", label="held-out accuracy")
-    axes.set(xlabel="step", ylabel="share of answers")
-    axes.set_title(title, parse_math=False, usetex=False)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    write_bytes_atomic(path, content.getvalue())
+    steps, batches = sorted(accuracy), sorted(rewards)
+    with picture(path, title) as axes:
+        axes.plot(batches, [rewards[s] for s in batches], color="#BBBBBB", label="mean reward")
+        if steps:
+            axes.plot(steps, [accuracy[s] for s in steps], "o-", color="#0072B2", label="held-out accuracy")
+        axes.set(xlabel="step", ylabel="share of answers")

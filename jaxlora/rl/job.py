@@ -30,6 +30,7 @@ from jaxlora.train.job import describe_model, step_memory, table_of, trained_spe
 from jaxlora.train.objective import Loss
 from jaxlora.train.schedule import RunPlan
 from jaxlora.train.step import Machine, wire
+from jaxlora.train.tracking import check_tracking
 
 FEW = 4  # answers of a group below which its mean is a poor baseline
 
@@ -77,6 +78,7 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
     """
     rl = config.rl
     check_settings(config)
+    check_tracking(config)
     grader = grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s)
     problems = _problems(config, rl.problems, rl.problem_rows)
     held_out = _problems(config, rl.eval_problems, rl.eval_rows) if rl.eval_problems else []

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
@@ -175,16 +175,21 @@ class _Line(ProgressColumn):
 
 def draw_validation(path: Path, validations: dict[int, float], selected: int, title: str) -> None:
     """Validation mean NLL by step, the selected checkpoint marked, as PNG."""
+    steps, label = sorted(validations), f"selected: {selected}"
+    with picture(path, title) as axes:
+        axes.plot(steps, [validations[s] for s in steps], "o-", color="#0072B2", label="validation")
+        axes.plot([selected], [validations[selected]], "s", color="#D55E00", markersize=9, label=label)
+        axes.set(xlabel="step", ylabel="validation mean NLL (nats per answer token)")
+
+
+@contextmanager
+def picture(path: Path, title: str) -> Iterator[Any]:
+    """The axes of a run's picture, which is written as PNG once curves and their labels are there."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    steps = sorted(validations)
-    axes.plot(steps, [validations[s] for s in steps], "o-", color="#0072B2", label="validation")
-    axes.plot(
-        [selected], [validations[selected]], "s", color="#D55E00", markersize=9, label=f"selected: {selected}"
-    )
-    axes.set(xlabel="step", ylabel="validation mean NLL (nats per answer token)")
+    yield axes
     axes.set_title(title, parse_math=False, usetex=False)  # `$`, `_` and `^` of a run's name are no formula
     axes.legend()
     content = io.BytesIO()

@@ -24,9 +24,10 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -324,17 +325,8 @@ class RunDirectory:
         if not hosts.is_main():
             return
         self._check_ours()
-        try:
-            draw_validation(self.path / "validation.png", validations, step, self.job.config.run_id)
-        except Exception as error:  # a picture never decides whether a run is complete
-            console.print(f"validation.png is not drawn: {one_line(error)}", markup=False)
-        if self._board is not None:  # TensorBoard leaves a file for good once a newer one is there
-            self._board.close()
-            self._board = None
-        outcome = {"final/validation_nll": validations[step]}
-        write_outcome(self.path / "tensorboard", outcome, step)
-        if self._tracker is not None:
-            self._tracker.write(outcome, last)
+        self._draw("validation.png", partial(draw_validation, validations=validations, selected=step))
+        self._end_curves({"final/validation_nll": validations[step]}, step, last)
         job = self.job
         validation_tokens = token_count(job.validation_rows) * len(validations)
         train_tokens = trained_tokens(job, last)
@@ -364,6 +356,22 @@ class RunDirectory:
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
         write_json_atomic(self.path / "summary.json", record)
+
+    def _draw(self, name: str, draw: Callable[..., None]) -> None:
+        """Draw a picture of the run: it never decides whether a run is complete."""
+        try:
+            draw(self.path / name, title=self.job.config.run_id)
+        except Exception as error:
+            console.print(f"{name} is not drawn: {one_line(error)}", markup=False)
+
+    def _end_curves(self, outcome: dict[str, float], step: int, last: int) -> None:
+        """Add what the run came to at its selected step to the curves, which end at the last one."""
+        if self._board is not None:  # TensorBoard leaves a file for good once a newer one is there
+            self._board.close()
+            self._board = None
+        write_outcome(self.path / "tensorboard", outcome, step)
+        if self._tracker is not None:
+            self._tracker.write(outcome, last)
 
     def _hashed(self) -> list[str]:
         """What `summary.json` holds hashes of: all that is read after a run has ended."""

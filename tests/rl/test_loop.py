@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -61,6 +63,7 @@ def test_a_run_writes_its_numbers_and_its_answers(undisturbed):
     assert summary["primary_metric"] == {"name": "accuracy", "value": evaluations[-1]["eval_metric"]}
     assert summary["episodes"] == 48
     assert list((undisturbed.run_dir / "tensorboard").glob("events*"))
+    assert (undisturbed.run_dir / "accuracy.png").is_file()
 
 
 MOMENTS = {
@@ -128,6 +131,31 @@ def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_p
             assert ours[name] == theirs[name], name
         for name in ("optim/loss", "grad_norm", "update_norm", "optim/entropy"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+
+
+def test_a_tracker_is_looked_for_first_and_told_the_end_as_well(model, tmp_path, monkeypatch):
+    config = replace(rl_config(model, tmp_path, steps=1), tracking="trackio")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"config.tracking: trackio is not installed"):
+            run(config)
+    told = []
+
+    class Recorder:
+        def __init__(self, config):
+            pass
+
+        def write(self, values, step):
+            told.append((dict(values), step))
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setattr("jaxlora.rl.job.check_tracking", lambda config: None)
+    monkeypatch.setattr("jaxlora.train.run_directory.Tracker", Recorder)
+    result = run(config)
+    assert told[-2:] == [({"final/accuracy": result.accuracy}, 1), "closed"]
+    assert len(told) == 5  # two evaluations, a batch, and these
 
 
 def test_a_batch_of_constant_groups_takes_no_step(model, tmp_path):
