@@ -15,7 +15,6 @@ import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,16 +29,15 @@ from jaxlora.rl.display import Display
 from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import Learned, Learner, batch_statistics, counted
 from jaxlora.rl.problems import Problem
-from jaxlora.rl.rewards import Grader, grader_named
+from jaxlora.rl.rewards import Graded, Grader, grader_named
 from jaxlora.rl.sampling import Episode, Group, Sampler, shared_bytes
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import memory_in_use
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
-from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
+from jaxlora.runtime.signals import Interrupted, Stop
 from jaxlora.train.job import abstract_state, fresh_state, load_frozen
-from jaxlora.train.loop import Diverged, failures
-from jaxlora.train.manifest import check_inputs
+from jaxlora.train.loop import Diverged, check_loaded, opened
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.step import TrainState
 
@@ -81,22 +79,13 @@ def learn(job: RLJob, frozen: Tree | None = None, stop: Stop | None = None) -> R
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
     rl = job.config.rl
-    with ExitStack() as stack:
-        stop = stop or stack.enter_context(stop_signals(ends_process=False))
-        stack.enter_context(jax.set_mesh(job.mesh))
-        directory = stack.enter_context(RLDirectory.open(job))
-        run = Run(job, directory, stop)
-        stack.enter_context(failures(run))
-        run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
+    with opened(Run, RLDirectory, job, stop) as run:
         run.resume()
         run.frozen = load_frozen(job) if frozen is None else frozen
-        if hosts.is_main():
-            check_inputs(job, directory.manifest)
-            directory.check_base()
-        run.grader = stack.enter_context(
-            grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s)
-        )
-        return run.to_the_end()
+        check_loaded(run)
+        reward = grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s)
+        with reward as run.grader:
+            return run.to_the_end()
 
 
 class Run:
@@ -113,7 +102,6 @@ class Run:
         self.cursor = 0  # the place in the stream of problems where the next batch begins
         self.evaluations: dict[int, float] = {}
         self.behind: Tree | None = None  # with overlap: the weights that sample the next batch
-        self._stopped = False  # whether sampling was given up, because somebody asked to stop
 
     def resume(self) -> None:
         """Go to the newest sound checkpoint, or to the start where there is none."""
@@ -252,8 +240,6 @@ class Run:
         texts = [(problem, one.text, one.truncated) for problem, one in pairs]
         found = self.grader.grade(texts) if hosts.is_main() else None
         if hosts.n_processes() > 1:
-            from jaxlora.rl.rewards import Graded
-
             told = [vars(one) for one in found] if found is not None else None
             found = [Graded(**one) for one in hosts.broadcast(told)]
         assert found is not None

@@ -14,10 +14,10 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from jaxlora.runtime.records import read_manifest, read_summary
 from jaxlora.runtime.signals import Interrupted, Stop, stop_signals
 from jaxlora.sharding import named, place_batch
 from jaxlora.train.display import TrainingDisplay
-from jaxlora.train.job import Job, abstract_frozen, abstract_state, fresh_state, load_frozen
+from jaxlora.train.job import Job, Prepared, abstract_frozen, abstract_state, fresh_state, load_frozen
 from jaxlora.train.manifest import check_inputs, identity, make_manifest
 from jaxlora.train.run_directory import RunDirectory, is_finished, read_selected
 from jaxlora.train.samples import sample_records
@@ -46,6 +46,7 @@ from jaxlora.train.selection import select_checkpoint, stops_early
 from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
+AnyRun = TypeVar("AnyRun")
 LATE = 2  # steps between dispatch and reading the metrics
 
 
@@ -82,27 +83,45 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         checkpoints hold, or the disk is full.
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
-    with ExitStack() as stack:
-        stop = stop or stack.enter_context(stop_signals(ends_process=False))
-        stack.enter_context(jax.set_mesh(job.mesh))
-        directory = stack.enter_context(RunDirectory.open(job))
-        run = Run(job, directory, stop)
-        stack.enter_context(failures(run))
-        run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
+    with opened(Run, RunDirectory, job, stop) as run, closing(run.programs):
         run.resume()
-        stack.callback(run.programs.close)
         if compiles_ahead():
             run.compile_ahead()
         run.frozen = load_frozen(job) if frozen is None else frozen
-        if hosts.is_main():
-            check_inputs(job, directory.manifest)
-            directory.check_base()
+        check_loaded(run)
         if run.step == 0 and job.config.train.startup_check:
             run.stage = "start-up check"
             check_start(job, run.state.trained, run.frozen)
         while (result := run.to_the_end()) is None:
             pass  # the selected checkpoint was damaged, and its steps are computed again
         return result
+
+
+@contextmanager
+def opened(
+    make_run: Callable[[Any, Any, Stop], AnyRun], kind: type[RunDirectory], job: Prepared, stop: Stop | None
+) -> Iterator[AnyRun]:
+    """A run of any kind in its directory, with the store of its checkpoints; failures are written down there.
+
+    Args:
+      stop: as of `train`.
+    """
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(stop_signals(ends_process=False))
+        stack.enter_context(jax.set_mesh(job.mesh))
+        directory = stack.enter_context(kind.open(job))
+        run: Any = make_run(job, directory, stop)
+        stack.enter_context(_failures(run))
+        run.store = stack.enter_context(RunState(directory.path / "checkpoints", directory.identity))
+        yield run
+
+
+def check_loaded(run: Any) -> None:
+    """Refuse a base, or an adapter to start from, that was replaced while it was loaded, or since the run
+    began; raises `UserError`."""
+    if hosts.is_main():
+        check_inputs(run.job, run.directory.manifest)
+        run.directory.check_base()
 
 
 def not_yet_evaluated(job: Job) -> TrainResult | None:
@@ -383,7 +402,7 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
 
 
 @contextmanager
-def failures(run: Any) -> Iterator[None]:
+def _failures(run: Any) -> Iterator[None]:
     """Write `failure.json` for whatever goes wrong, here or in another process."""
 
     def write(error: BaseException, trace: str) -> None:
