@@ -31,7 +31,7 @@ from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import Learner, buffers_of, most_segments, rows_of
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.rewards import Graded, Grader, grader_named
-from jaxlora.rl.sampling import Episode, Group, Sampler, shared_bytes
+from jaxlora.rl.sampling import Episode, Group, Sampler, grade_groups, shared_bytes
 from jaxlora.runtime.devices import memory_in_use
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import place_batch, place_trained, token_multiple
@@ -189,12 +189,7 @@ def _step(
     with progress_bar("sampling", len(answers), "answers") as advance:
         groups = sampler.groups(state.trained, step, range(rl.prompts), advance, limits)
     clock.append(time.perf_counter())
-    texts = [(group.problem, one.text, one.truncated) for group in groups for one in group.episodes]
-    graded = iter(grader.grade(texts))
-    groups = [
-        replace(group, episodes=tuple(replace(one, graded=next(graded)) for one in group.episodes))
-        for group in groups
-    ]
+    groups = grade_groups(groups, grader)
     clock.append(time.perf_counter())
     state, learned = learner.learn(state, groups, job.config.optim.peak_lr)
     jax.block_until_ready(state)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,9 +27,8 @@ from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.display import Display
 from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import Learned, Learner, batch_statistics, counted
-from jaxlora.rl.problems import Problem
-from jaxlora.rl.rewards import Graded, Grader, grader_named
-from jaxlora.rl.sampling import Episode, Group, Sampler, shared_bytes
+from jaxlora.rl.rewards import Grader, grader_named
+from jaxlora.rl.sampling import Group, Sampler, grade, grade_groups, shared_bytes
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import memory_in_use
 from jaxlora.runtime.errors import UserError
@@ -219,7 +217,7 @@ class Run:
             groups = self.sampler.groups(trained, step, range(cursor, cursor + needed), tell)
             times[0] += time.monotonic() - clock
             clock = time.monotonic()
-            groups = self._graded(groups)
+            groups = grade_groups(groups, self.grader)
             times[1] += time.monotonic() - clock
             cursor += needed
             every += groups
@@ -229,21 +227,6 @@ class Run:
         kept = {group.position for group in useful}
         rest = [group for group in every if group.position not in kept]
         return Sampled([*useful, *rest][: rl.prompts], every, cursor, times[0], times[1])
-
-    def _graded(self, groups: Sequence[Group]) -> list[Group]:
-        texts = [(group.problem, one) for group in groups for one in group.episodes]
-        episodes = iter(self._grade(texts))
-        return [replace(group, episodes=tuple(next(episodes) for _ in group.episodes)) for group in groups]
-
-    def _grade(self, pairs: Sequence[tuple[Problem, Episode]]) -> list[Episode]:
-        """The episodes with their rewards. Of several processes the main one grades: time limits differ."""
-        texts = [(problem, one.text, one.truncated) for problem, one in pairs]
-        found = self.grader.grade(texts) if hosts.is_main() else None
-        if hosts.n_processes() > 1:
-            told = [vars(one) for one in found] if found is not None else None
-            found = [Graded(**one) for one in hosts.broadcast(told)]
-        assert found is not None
-        return [replace(one, graded=graded) for (_, one), graded in zip(pairs, found, strict=True)]
 
     def _progress(self, step: int, total: int) -> Any:
         """Shows how many answers are done; gives up where somebody asked to stop."""
@@ -336,7 +319,7 @@ class Run:
             answers = self.sampler.greedy(self.state.trained, job.eval_prompts, tell)
         except _Stopped:
             return False
-        episodes = self._grade(list(zip(job.eval_problems, answers, strict=True)))
+        episodes = grade(job.eval_problems, answers, self.grader)
         record = self.directory.evaluation_record(self.step, episodes)
         self.directory.write_answers(self.step, job.eval_problems, episodes)
         self.directory.record(record)

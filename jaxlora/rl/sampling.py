@@ -2,6 +2,7 @@
 
     sampler = Sampler(job, frozen)
     groups = sampler.groups(trained, step=1, positions=range(32))     # ungraded, `group` answers each
+    groups = grade_groups(groups, grader)                             # with rewards
     texts = sampler.greedy(trained, prompts)
 
 The base is on the device once: the sampler reads the learner's arrays, with the adapter beside them, so that
@@ -13,7 +14,7 @@ seed, the step, the problem's place in the stream of problems, and the answer's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,8 @@ from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import Tree
 from jaxlora.rl.job import RLJob
 from jaxlora.rl.problems import Problem
-from jaxlora.rl.rewards import Graded
+from jaxlora.rl.rewards import Graded, Grader
+from jaxlora.runtime import hosts
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,27 @@ class Sampler:
         ids = answer.tokens[:-1] if stopped else answer.tokens
         text = str(self._job.tokenizer.decode(ids))
         return Episode(answer.tokens, answer.logprobs or [], not stopped, text)
+
+
+def grade_groups(groups: Sequence[Group], grader: Grader) -> list[Group]:
+    """The groups with the rewards of their answers."""
+    problems = [group.problem for group in groups for _ in group.episodes]
+    graded = iter(grade(problems, [one for group in groups for one in group.episodes], grader))
+    return [replace(group, episodes=tuple(next(graded) for _ in group.episodes)) for group in groups]
+
+
+def grade(problems: Sequence[Problem], episodes: Sequence[Episode], grader: Grader) -> list[Episode]:
+    """Answers with their rewards, each to the problem at its place. Of several processes the main one grades:
+    time limits differ."""
+    found = None
+    if hosts.is_main():
+        pairs = zip(problems, episodes, strict=True)
+        found = grader.grade([(problem, one.text, one.truncated) for problem, one in pairs])
+    if hosts.n_processes() > 1:
+        told = [vars(one) for one in found] if found is not None else None
+        found = [Graded(**one) for one in hosts.broadcast(told)]
+    assert found is not None
+    return [replace(one, graded=graded) for one, graded in zip(episodes, found, strict=True)]
 
 
 def episode_keys(seed: int, step: int, positions: Sequence[int], group: int) -> np.ndarray:
