@@ -1,7 +1,8 @@
 """What is minimised: each objective turns log-probabilities of targets into a loss of each position.
 
-    loss = OBJECTIVES["cross_entropy"](logprobs, weights, extras)      # float32, in the shape of logprobs
+    objective = objective_of("cross_entropy")
     objective = objective_of(Loss("ppo", clip_low=0.8, clip_high=1.2))  # one with settings
+    loss = objective(logprobs, weights, extras)                         # float32, in the shape of logprobs
 
 A step sums the losses over all positions of all its rows (as Tinker does), so how rows are packed, padded or
 split over buffers never changes a result. Nothing is divided by lengths, tokens or groups. A new objective is
