@@ -19,6 +19,7 @@ import numpy as np
 from jaxlora.data.render import RenderedRow, shifted
 
 Batch = dict[str, np.ndarray]
+WHOLE = slice(None)
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -128,12 +129,12 @@ def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lin
     lengths = [row.n_tokens for row in rows]
     parts = cut_into_lines(lengths, max_tokens, lines)
     length = _smallest(sizes, max(_fullest(buffer, lengths) for buffer in parts))
-    batch = _empty(rows, len(parts), lines, length)
+    batch = empty(rows, len(parts), lines, length)
     for i, buffer in enumerate(parts):
         for line, part in enumerate(buffer):
             start = 0
             for segment, j in enumerate(part):
-                _place(batch, (i, line), start, rows[j], segment + 1)
+                place(batch, (i, line), start, rows[j], segment + 1)
                 start += lengths[j]
     return batch
 
@@ -150,9 +151,9 @@ def rows_of(values: np.ndarray, lengths: Sequence[int], max_tokens: int, lines: 
 
 def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch:
     """One row a line, `n_rows` lines: the same arrays, each `[1, n_rows, length]`."""
-    batch = _empty(rows, 1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
+    batch = empty(rows, 1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
     for i, row in enumerate(rows):
-        _place(batch, (0, i), 0, row, 1)
+        place(batch, (0, i), 0, row, 1)
     return batch
 
 
@@ -169,18 +170,29 @@ def spread(batch: Batch, words: np.ndarray) -> np.ndarray:
     return np.where(segments > 0, words[row], 0).astype(np.int32)
 
 
-def _empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:
+def empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:
+    """The arrays of a batch of such rows, all 0."""
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     return batch | {name: np.zeros(shape, np.float32) for name in ("weights", *rows[0].extras)}
 
 
-def _place(batch: Batch, line: tuple[int, int], start: int, row: RenderedRow, segment: int) -> None:
-    place = (*line, slice(start, start + row.n_tokens))
-    batch["tokens"][place], batch["targets"][place], batch["weights"][place] = shifted(row)
+def place(
+    batch: Batch,
+    line: tuple[int, int],
+    start: int,
+    row: RenderedRow,
+    segment: int,
+    part: slice = WHOLE,
+) -> None:
+    """Put a row, or a part of its positions, into a line of a batch."""
+    positions = np.arange(row.n_tokens)[part]
+    there = (*line, slice(start, start + len(positions)))
+    for name, values in zip(("tokens", "targets", "weights"), shifted(row), strict=True):
+        batch[name][there] = values[part]
     for name, values in row.extras.items():  # of the predicted token, as the weights
-        batch[name][place] = values[1:]
-    batch["positions"][place] = np.arange(row.n_tokens)
-    batch["segment_ids"][place] = segment
+        batch[name][there] = values[1:][part]
+    batch["positions"][there] = positions
+    batch["segment_ids"][there] = segment
 
 
 def _smallest(sizes: Sequence[int], needed: int) -> int:

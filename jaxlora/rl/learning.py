@@ -26,7 +26,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
 from jaxlora.rl.sampling import Group
-from jaxlora.rl.shared_buffers import shared_buffers
+from jaxlora.rl.shared_buffers import power_of_two, shared_buffers
 from jaxlora.runtime import hosts
 from jaxlora.sharding import place_batch, token_multiple
 from jaxlora.train.objective import Loss, extras_of
@@ -131,7 +131,7 @@ def most_segments(buffers: Sequence[Batch]) -> int:
     """At least the rows of the fullest line: a power of two, so that few programs are compiled. Attention
     kernels look at so many places for rows, whether they are there or not."""
     most = max(int(batch["segment_ids"].max()) for batch in buffers)
-    return 1 if most == 1 else max(16, 1 << (most - 1).bit_length())
+    return 1 if most == 1 else power_of_two(most, 16)
 
 
 # --- Steps --------------------------------------------------------------------------------------------------
@@ -162,13 +162,12 @@ class Learner:
         update_step = make_update_step(self.spec, self.config.optim)
         learning = rows_of(groups, rl)
         parts = parts_of(learning, rl.updates_per_batch)
-        found, norms, losses = [], {}, []
+        found, norms = [], {}
         for part in parts:
             grads, values = self.gradient(state, [row for group in part for row in group])
             state, norms = update_step(state, grads, jnp.float32(rate))
-            losses += [value for value, *_ in values]
             found += values
-        loss = sum(float(hosts.whole(value)) for value in losses)
+        loss = sum(float(hosts.whole(value)) for value, *_ in found)
         ratios = ratio_statistics(
             [(hosts.whole(lp), batch) for _, lp, batch in found], rl.clip_low, rl.clip_high
         )

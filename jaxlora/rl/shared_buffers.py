@@ -12,11 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlora.data.packing import Batch, round_up
-from jaxlora.data.render import RenderedRow, shifted
+from jaxlora.data.packing import Batch, empty, place, round_up
+from jaxlora.data.render import RenderedRow
 
 WIDER = (1.25, 1.5, 2.0)  # lengths of the wider buffer, in lengths of the buffer
-INTS = ("tokens", "targets", "positions", "segment_ids")
 
 
 class _Bin:
@@ -57,7 +56,7 @@ def shared_buffers(
     ratio = next(r for r in WIDER if max(one.wide for one in bins) <= r * whole)
     n_shared = max(sum(shared_length(own[0]) for own in one.rows.values()) for one in bins)
     n_copies = max(len(own) for one in bins for own in one.rows.values())
-    shape = _power(n_shared, 128), _power(n_copies, 2)
+    shape = power_of_two(n_shared, 128), power_of_two(n_copies, 2)
     found = []
     for one in bins:
         length = next(size for size in sizes if one.used <= size and one.wide <= int(ratio * size))
@@ -87,9 +86,7 @@ def _fitted(rows: Sequence[RenderedRow], whole: int, wide: int, most_rows: int) 
 
 def _buffer(one: _Bin, length: int, wide_length: int, shape: tuple[int, int]) -> Batch:
     """One buffer. Indices of nothing lie beyond the end."""
-    names = next(iter(one.rows.values()))[0].extras
-    batch = {name: np.zeros((1, 1, length), np.int32) for name in INTS}
-    batch |= {name: np.zeros((1, 1, length), np.float32) for name in ("weights", *names)}
+    batch = empty(next(iter(one.rows.values())), 1, 1, length)
     wide = np.full(wide_length, length, np.int32)
     segments = np.zeros(wide_length, np.int32)
     back = np.full(length, wide_length, np.int32)
@@ -98,13 +95,13 @@ def _buffer(one: _Bin, length: int, wide_length: int, shape: tuple[int, int]) ->
     at = wide_at = segment = n_shared = 0
     for group in one.rows.values():
         prompt = shared_length(group[0])
-        _place(batch, at, group[0], 0, prompt, segment + 1)
+        place(batch, (0, 0), at, group[0], segment + 1, slice(prompt))
         shared[n_shared : n_shared + prompt] = np.arange(at, at + prompt)
         first, at = at, at + prompt
         for number, row in enumerate(group):
             segment += 1
             own = row.n_tokens - prompt
-            _place(batch, at, row, prompt, row.n_tokens, segment)
+            place(batch, (0, 0), at, row, segment, slice(prompt, row.n_tokens))
             begin = wide_at + prompt
             wide[wide_at:begin] = np.arange(first, first + prompt)
             wide[begin : begin + own] = np.arange(at, at + own)
@@ -120,18 +117,7 @@ def _buffer(one: _Bin, length: int, wide_length: int, shape: tuple[int, int]) ->
     return batch | {name: values[None, None] for name, values in places.items()}
 
 
-def _place(batch: Batch, at: int, row: RenderedRow, start: int, end: int, segment: int) -> None:
-    """Put the positions from `start` to `end` of a row into a buffer."""
-    tokens, targets, weights = shifted(row)
-    place, part = (0, 0, slice(at, at + end - start)), slice(start, end)
-    batch["tokens"][place], batch["targets"][place] = tokens[part], targets[part]
-    batch["weights"][place], batch["positions"][place] = weights[part], np.arange(start, end)
-    batch["segment_ids"][place] = segment
-    for name, values in row.extras.items():
-        batch[name][place] = values[1:][part]
-
-
-def _power(n: int, least: int) -> int:
+def power_of_two(n: int, least: int) -> int:
     """The first power of two times `least` that is no less: few programs."""
     while least < n:
         least *= 2
