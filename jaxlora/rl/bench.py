@@ -28,13 +28,13 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
 from jaxlora.rl.job import RLJob
-from jaxlora.rl.learning import Learner, buffers_of, most_segments, rows_of
+from jaxlora.rl.learning import Learner, most_segments, rows_of
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.rewards import Graded, Grader, grader_named
 from jaxlora.rl.sampling import Episode, Group, Sampler, grade_groups, shared_bytes
 from jaxlora.runtime.devices import memory_in_use
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.sharding import place_batch, place_trained, token_multiple
+from jaxlora.sharding import place_batch, place_trained
 from jaxlora.train.schedule import RunPlan
 from jaxlora.train.step import Machine, init_state, make_gradient_step, make_update_step
 
@@ -142,7 +142,7 @@ def _warm_up(job: RLJob, sampler: Sampler, learner: Learner, state: Any, answers
     for _ in range(warm_up_runs()):
         sampler.groups(state.trained, 0, range(rl.prompts), limits=limits)
     rows = [row for group in rows_of(_made_up(job, answers), rl) for row in group]
-    buffers = buffers_of(rows, job.config.train, token_multiple(mesh), rl.share_prompts and mesh.size == 1)
+    buffers = learner.buffers(rows)
     compute = job.machine.compute(most_segments(buffers))
     step = make_gradient_step(job.spec, compute, job.loss, "weighted")
     grads: Tree = jax.tree.map(jnp.zeros_like, state.trained)

@@ -185,20 +185,24 @@ class Learner:
 
     def gradient(self, state: TrainState, rows: Sequence[RenderedRow]) -> tuple[Tree, list[Any]]:
         """The gradient summed over rows; of each buffer its loss, log-probabilities, and what was in it."""
-        mesh = self.machine.mesh
-        shares = self.config.rl.share_prompts and mesh.size == 1
-        buffers = buffers_of(rows, self.config.train, token_multiple(mesh), shares)
+        buffers = self.buffers(rows)
         compute = self.machine.compute(most_segments(buffers))
         step = make_gradient_step(self.spec, compute, self.loss, "weighted")
         grads = jax.tree.map(jnp.zeros_like, state.trained)
         found = []
         for batch in buffers:
-            placed = place_batch(mesh, batch)
+            placed = place_batch(self.machine.mesh, batch)
             if "reference_logprobs" in extras_of(self.loss):
                 placed["reference_logprobs"] = self._reference(placed, compute)
             grads, value, logprobs = step(state.trained, grads, self.frozen, placed)
             found.append((value, logprobs, batch))
         return grads, found
+
+    def buffers(self, rows: Sequence[RenderedRow]) -> list[Batch]:
+        """The rows in buffers; where it is asked for, and there is one device, those of a prompt share it."""
+        mesh = self.machine.mesh
+        shares = self.config.rl.share_prompts and mesh.size == 1
+        return buffers_of(rows, self.config.train, token_multiple(mesh), shares)
 
     def _reference(self, placed: Tree, compute: Compute) -> jax.Array:
         """log p under the base alone."""
@@ -260,6 +264,6 @@ def batch_statistics(groups: Sequence[Group], sampled: Sequence[Group], rl: RLCo
         "episode/tokens_max": int(lengths.max()),
         "optim/entropy": float(-logprobs.mean()),
         "bits/available": sum(bits(group.rewards) for group in sampled),
-        "sampled_tokens": int(lengths.sum()),
+        "sampled_tokens": sum(group.tokens for group in sampled),
         "prompt_tokens": sum(len(group.prompt) for group in sampled),
     }
