@@ -27,7 +27,7 @@ from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
+from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     array_axes,
@@ -377,10 +377,7 @@ def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
         return False
     if weight.lora_group == "output_head":
         return lora.output_head or weight.name in lora.modules
-    if weight.lora_group in GROUPS.get(lora.targets, ()):  # type: ignore[call-overload]
-        return True
-    parts = JOINED.get(weight.path.removeprefix("layers."), (weight.path,))
-    return any(part.rpartition(".")[2] in lora.modules for part in parts)
+    return weight.lora_group in GROUPS.get(lora.targets, ()) or weight.name in lora.modules  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
