@@ -100,8 +100,7 @@ def count_trainable(spec: ModelSpec) -> int:
     """Number of trained parameters: r (d_in + d_out) for each adapted matrix, or all weights."""
     if spec.full:
         return count_parameters(spec.config)
-    sizes = [(max(weight.experts, 1) * sum(weight.shape[-2:]), spec.ranks(weight)) for weight in spec.adapted]
-    return sum(size * sum(ranks) for size, ranks in sizes)
+    return sum(map(spec.adapter_size, spec.adapted))
 
 
 def check_lora(spec: ModelSpec, lora: Tree) -> None:

@@ -474,6 +474,10 @@ class ModelSpec:
         usual = self.expert_rank if weight.experts else self.lora.rank if self.lora else 0
         return own or (usual,) * self._copies(weight)
 
+    def adapter_size(self, weight: Weight) -> int:
+        """Numbers in an adapted weight's adapter, over all layers and experts."""
+        return sum(self.ranks(weight)) * sum(weight.shape[-2:]) * max(weight.experts, 1)
+
     def stored_rank(self, weight: Weight) -> int:
         """Rank of the arrays of an adapted weight's adapter: the largest of any dense weight, or its own."""
         if not weight.experts:
