@@ -47,7 +47,7 @@ from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import EMBEDDED, is_remote, resolve, weight_files
+from jaxlora.runtime.remote import EMBEDDED, cached_name, is_hub_name, is_remote, resolve, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -154,11 +154,8 @@ def _known_name(path: str) -> str | None:
     """The name by which everybody knows a base: of the Hub, or shipped; None of any other place."""
     if path.startswith(EMBEDDED):
         return path
-    for part in Path(path).parts:  # a snapshot in the Hub client's cache
-        if part.startswith("models--") and part.count("--") == 2:
-            return part.removeprefix("models--").replace("--", "/").lower()
-    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) and not Path(path).exists()
-    return path.lower() if is_name else None
+    name = cached_name(path) or (path if is_hub_name(path) else None)
+    return name and name.lower()
 
 
 def _our_name(key: str) -> str:
