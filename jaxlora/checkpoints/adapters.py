@@ -209,7 +209,7 @@ def _read_experts(
     file, asked = folder / SETTINGS, settings.get("target_parameters") or []
     if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
         raise UserError(f"{file}: target_parameters is {json.dumps(asked)[:80]}; it must be a list")
-    known = {name for name in FUSED if any(f"model.layers.0.{name}".endswith(f".{one}") for one in asked)}
+    known = [name for name in FUSED if any(f"model.layers.0.{name}".endswith(f".{one}") for one in asked)]
     odd = [one for one in asked if not any(f"model.layers.0.{name}".endswith(f".{one}") for name in FUSED)]
     if odd or (known and config.experts is None):
         raise UserError(f"{file}: target_parameters: this model has no parameter {(odd or asked)[0]!r:.80}")

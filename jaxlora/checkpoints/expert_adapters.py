@@ -12,7 +12,7 @@ rank, and B holds a block for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,7 @@ class ExpertAdapter(NamedTuple):
 def read_experts(
     slices: dict[str, Any],
     config: ModelConfig,
-    asked: set[str],
+    asked: Sequence[str],
     rank_and_alpha: Callable[[str], tuple[int, float]],
     file: Path,
 ) -> dict[str, ExpertAdapter]:
