@@ -38,7 +38,7 @@ from jaxlora.checkpoints.peft import (
     adaptable_modules,
     module_name,
 )
-from jaxlora.checkpoints.tensors import open_tensors
+from jaxlora.checkpoints.tensors import check_slice, open_tensors, slice_values
 from jaxlora.config import Condition, LoraConfig
 from jaxlora.data.limits import bounded
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
@@ -259,8 +259,9 @@ def _check_asked(
     Raises:
       UserError: tensors are missing, or some that PEFT would leave out are there.
     """
-    asked, file = _asked(settings, places, _dense_modules(config), folder / SETTINGS), folder / SETTINGS
-    absent = {name: _dense_modules(config)[name][0] for name in asked - set(places)}
+    file, adaptable = folder / SETTINGS, _dense_modules(config)
+    asked = _asked(settings, places, adaptable, file)
+    absent = {name: adaptable[name][0] for name in asked - set(places)}
     kinds = {weight.path for weight, _ in places.values()}
     # Modules that are not there in any layer, or there though nobody asks: the two lists disagree.
     odd = [name for name in places if name not in asked]
@@ -445,23 +446,15 @@ def _read_tree(
         shapes = (rank, weight.shape[1]), (weight.shape[0], rank)
         for part, expected in zip(PARTS, shapes, strict=True):
             key = f"{name}.{PARTS[part]}.weight"
-            given = tuple(slices[key].get_shape())
-            if given != expected:
-                sizes = "r, rank_pattern" if spec.shapes else "r"
-                raise UserError(
-                    f"{file}: {key} has shape {given}; {sizes} and config.json ask for {expected}"
-                )
-            if slices[key].get_dtype() not in ("F32", "F16", "BF16"):
-                raise UserError(f"{file}: {key} is {slices[key].get_dtype()}; it must be F32, F16 or BF16")
+            sizes = "r, rank_pattern" if spec.shapes else "r"
+            check_slice(slices[key], key, expected, f"{sizes} and config.json", file)
             whole = get_path(tree, weight.path)[part]
             plan.append((key, whole if layer is None else whole[layer], expected))
     for key, array, (rows, columns) in plan:
-        values = np.asarray(slices[key][:]).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise UserError(f"{file}: {key} holds NaN or infinity")
-        array[:rows, :columns] = values
+        array[:rows, :columns] = slice_values(slices[key], key, file)
+    adaptable = adaptable_modules(spec.config)
     for name, own in experts.items():
-        weight, layer = adaptable_modules(spec.config)[name]
+        weight, layer = adaptable[name]
         for part, values in (("lora_a", own.a), ("lora_b", own.b)):
             whole = get_path(tree, weight.path)[part][layer]
             whole[tuple(slice(size) for size in values.shape)] = values
