@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config import MeshConfig
-from jaxlora.lora import get_path, merge_lora, set_path
+from jaxlora.lora import arrays_by_path, get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
@@ -108,17 +108,10 @@ def _make_changed(spec: ModelSpec, form: ModelSpec) -> Callable[[Tree, Tree, int
     merged = {weight.place.removeprefix("layers.") for weight in spec.adapted if form.lora is None}
 
     def changed(layer: Tree, lora: Tree, i: int) -> dict[str, jax.Array]:
-        before, after = _paths(layer), _paths(_layer(spec, form, layer, lora, i))
+        before, after = arrays_by_path(layer), arrays_by_path(_layer(spec, form, layer, lora, i))
         return {path: array for path, array in after.items() if path in merged or path not in before}
 
     return jax.jit(changed)
-
-
-def _paths(tree: Tree) -> dict[str, jax.Array]:
-    """The arrays of a tree by dotted path."""
-    return {
-        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)
-    }
 
 
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
