@@ -82,6 +82,25 @@ def test_logits_choices_and_32_greedy_tokens_equal_transformers(tmp_path, monkey
         assert answer.tokens == torch_greedy(reference, prompt)
 
 
+def test_neither_padding_nor_filler_rows_of_a_prefill_go_to_experts(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, family="qwen3_moe", num_hidden_layers=1, **MIXTURES["plain"])
+    spec, frozen = load(tmp_path, scan=False)
+    sent = []
+
+    def watched(x, weight, config, real):
+        jax.debug.callback(lambda real: sent.append(int(real.sum())), real, ordered=True)
+        return route(x, weight, config, real)
+
+    monkeypatch.setattr(experts, "route", watched)
+    prompts = [TOKENS[0, :n].tolist() for n in (5, 7, 11)]
+    # Two slots, so that the last prompt is read beside a filler row; one token each: nothing is decoded.
+    generate(spec, {}, frozen, prompts, stop_ids=(3, 5), max_new_tokens=1, slots=2)
+    jax.effects_barrier()
+    prefilled = [n for n in sent if n]
+    assert sum(prefilled) == 5 + 7 + 11
+    assert len(prefilled) == 2
+
+
 # --- Routing ------------------------------------------------------------------------------------------------
 
 
