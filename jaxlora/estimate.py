@@ -25,7 +25,7 @@ from jaxlora.models.families import active_size, count_parameters, parameter_tab
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig, Weight
-from jaxlora.runtime.devices import Slice, slice_of
+from jaxlora.runtime.devices import Slice, memory_of, slice_of
 from jaxlora.runtime.errors import UserError
 
 What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
@@ -195,10 +195,9 @@ def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
     devices = jax.devices()
     if devices[0].platform != "gpu":
         return with_mesh(config, model, slice_of(devices))
-    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
     if len(devices) == 1 or config.mesh != MeshConfig():
         return config
-    return replace(config, mesh=mesh_of_gpus(config, model, len(devices), memory))
+    return replace(config, mesh=mesh_of_gpus(config, model, len(devices), memory_of(devices[0]) or 0))
 
 
 def mesh_of_gpus(config: RunConfig, model: ModelConfig, n: int, memory: float) -> MeshConfig:
@@ -341,14 +340,17 @@ class _Share:
     @cached_property
     def layer_weights(self) -> int:
         """Of matrices; of all experts."""
-        matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) > 1]
-        return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in matrices)
+        return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in self._matrices)
 
     @cached_property
     def active_weights(self) -> int:
         """Of the layers' matrices those that one token multiplies with."""
-        matrices = [w for w in parameter_table(self.model) if w.stacked and len(w.shape) > 1]
-        return self.model.num_hidden_layers * sum(active_size(w, self.model) for w in matrices)
+        return self.model.num_hidden_layers * sum(active_size(w, self.model) for w in self._matrices)
+
+    @property
+    def _matrices(self) -> list[Weight]:
+        """Those of a layer."""
+        return [w for w in parameter_table(self.model) if w.stacked and len(w.shape) > 1]
 
     @property
     def saved(self) -> float:
@@ -363,19 +365,16 @@ class _Share:
     def adapter_weights(self) -> int:
         if self.full:
             return 0
-        return sum(self._adapter_size(w) for w in self._spec.adapted)
+        return sum(map(self._spec.adapter_size, self._spec.adapted))
 
     @cached_property
     def expert_adapters(self) -> int:
         """Of the adapters' weights those of experts."""
-        return 0 if self.full else sum(self._adapter_size(w) for w in self._spec.adapted if w.experts)
+        return 0 if self.full else sum(self._spec.adapter_size(w) for w in self._spec.adapted if w.experts)
 
     @cached_property
     def _spec(self) -> ModelSpec:
         return ModelSpec(self.model, self.lora)
-
-    def _adapter_size(self, weight: Weight) -> int:
-        return sum(self._spec.ranks(weight)) * sum(weight.shape[-2:]) * max(weight.experts, 1)
 
     @property
     def own_adapters(self) -> float:

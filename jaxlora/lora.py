@@ -100,8 +100,7 @@ def count_trainable(spec: ModelSpec) -> int:
     """Number of trained parameters: r (d_in + d_out) for each adapted matrix, or all weights."""
     if spec.full:
         return count_parameters(spec.config)
-    sizes = [(max(weight.experts, 1) * sum(weight.shape[-2:]), spec.ranks(weight)) for weight in spec.adapted]
-    return sum(size * sum(ranks) for size, ranks in sizes)
+    return sum(map(spec.adapter_size, spec.adapted))
 
 
 def check_lora(spec: ModelSpec, lora: Tree) -> None:
@@ -110,9 +109,7 @@ def check_lora(spec: ModelSpec, lora: Tree) -> None:
     Raises:
       UserError: names the first difference.
     """
-    found = {
-        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(lora)
-    }
+    found = arrays_by_path(lora)
     for weight in spec.adapted:
         for name, shape in zip(("lora_a", "lora_b"), lora_shapes(spec, weight), strict=True):
             array = found.pop(f"{weight.path}.{name}", None)
@@ -184,6 +181,13 @@ def merged_weight(
 def _merged(weight, a, b, scale, dtype):
     delta = jnp.einsum("...or,...ri->...oi", b, a, precision=jax.lax.Precision.HIGHEST)
     return (dequantise(weight, jnp.float32) + scale * delta).astype(dtype)
+
+
+def arrays_by_path(tree: Tree) -> dict[str, jax.Array]:
+    """The arrays of a tree by dotted path."""
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 def get_path(tree: Tree, path: str) -> Tree:

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey
 
 from jaxlora.config import MeshConfig
+from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
@@ -100,7 +101,8 @@ def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0) -
     base and the caches; else, and on TPUs, they are split by key-value heads as far as these allow. Experts
     are split over the same chips as slots, as far as they allow.
     """
-    tensor, memory = math.gcd(mesh.size, kv_heads), _memory_of(mesh.devices.flat[0])
+    tensor, device = math.gcd(mesh.size, kv_heads), mesh.devices.flat[0]
+    memory = memory_of(device) if device.platform == "gpu" else None
     if memory is not None:
         fits = [n for n in range(1, tensor) if tensor % n == 0 and weights <= COPY_SHARE * memory * n]
         tensor = min(fits, default=tensor)
@@ -110,12 +112,6 @@ def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0) -
         return Mesh(split, ("data", "fsdp", "expert", "tensor"), axis_types=(AxisType.Auto,) * 4)
     devices = mesh.devices.reshape(rest, 1, tensor)
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-
-def _memory_of(device: jax.Device) -> int | None:
-    """Bytes that JAX may use of a GPU; None: it is none, or does not say."""
-    stats = device.memory_stats() if device.platform == "gpu" else None
-    return stats.get("bytes_limit") if stats else None
 
 
 def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
@@ -189,8 +185,12 @@ def weight_shardings(mesh: Mesh, axes: tuple[str | None, ...], weight: Any) -> A
 
 
 def _lying(mesh: Mesh, path: Any, axes: tuple[str | None, ...], x: Any) -> NamedSharding:
-    own = array_axes(path, axes)
-    return named(mesh, (None,) * (len(x.shape) - len(own)) + own, x.shape)
+    return named(mesh, _stacked(array_axes(path, axes), x), x.shape)
+
+
+def _stacked(axes: tuple[str | None, ...], x: Any) -> tuple[str | None, ...]:
+    """The axes of x, which may have more in front, such as that of layers; those are not split."""
+    return (None,) * (np.ndim(x) - len(axes)) + axes
 
 
 def array_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
@@ -343,8 +343,7 @@ def by_line(
     weights = _weight_axes(spec)
 
     def base_axes(path, x):
-        own = array_axes(path, weights[dotted(path)])
-        return (None,) * (x.ndim - len(own)) + own
+        return _stacked(array_axes(path, weights[dotted(path)]), x)
 
     of_trained = specs(_trained_axes(spec), trained)
     lines = PartitionSpec(None, _axes_of(mesh, "batch"))
@@ -440,7 +439,7 @@ def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
             own = ("expert", *own) if EXPERTS in dotted(path) else own
         elif spec.full:
             own = weights.get(dotted(path), ())
-        return (None,) * (np.ndim(leaf) - len(own)) + own
+        return _stacked(own, leaf)
 
     return axes
 

@@ -38,7 +38,7 @@ from jaxlora.checkpoints.peft import (
     adaptable_modules,
     module_name,
 )
-from jaxlora.checkpoints.tensors import open_tensors
+from jaxlora.checkpoints.tensors import check_slice, open_tensors, slice_values
 from jaxlora.config import Condition, LoraConfig
 from jaxlora.data.limits import bounded
 from jaxlora.lora import check_lora, get_path, lora_shapes, set_path
@@ -47,7 +47,7 @@ from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
-from jaxlora.runtime.remote import EMBEDDED, is_remote, resolve, weight_files
+from jaxlora.runtime.remote import EMBEDDED, cached_name, is_hub_name, is_remote, resolve, weight_files
 
 # Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
 # others must be off: also those that a later PEFT adds.
@@ -154,11 +154,8 @@ def _known_name(path: str) -> str | None:
     """The name by which everybody knows a base: of the Hub, or shipped; None of any other place."""
     if path.startswith(EMBEDDED):
         return path
-    for part in Path(path).parts:  # a snapshot in the Hub client's cache
-        if part.startswith("models--") and part.count("--") == 2:
-            return part.removeprefix("models--").replace("--", "/").lower()
-    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) and not Path(path).exists()
-    return path.lower() if is_name else None
+    name = cached_name(path) or (path if is_hub_name(path) else None)
+    return name and name.lower()
 
 
 def _our_name(key: str) -> str:
@@ -212,7 +209,7 @@ def _read_experts(
     file, asked = folder / SETTINGS, settings.get("target_parameters") or []
     if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
         raise UserError(f"{file}: target_parameters is {json.dumps(asked)[:80]}; it must be a list")
-    known = {name for name in FUSED if any(f"model.layers.0.{name}".endswith(f".{one}") for one in asked)}
+    known = [name for name in FUSED if any(f"model.layers.0.{name}".endswith(f".{one}") for one in asked)]
     odd = [one for one in asked if not any(f"model.layers.0.{name}".endswith(f".{one}") for name in FUSED)]
     if odd or (known and config.experts is None):
         raise UserError(f"{file}: target_parameters: this model has no parameter {(odd or asked)[0]!r:.80}")
@@ -262,8 +259,9 @@ def _check_asked(
     Raises:
       UserError: tensors are missing, or some that PEFT would leave out are there.
     """
-    asked, file = _asked(settings, places, _dense_modules(config), folder / SETTINGS), folder / SETTINGS
-    absent = {name: _dense_modules(config)[name][0] for name in asked - set(places)}
+    file, adaptable = folder / SETTINGS, _dense_modules(config)
+    asked = _asked(settings, places, adaptable, file)
+    absent = {name: adaptable[name][0] for name in asked - set(places)}
     kinds = {weight.path for weight, _ in places.values()}
     # Modules that are not there in any layer, or there though nobody asks: the two lists disagree.
     odd = [name for name in places if name not in asked]
@@ -448,23 +446,15 @@ def _read_tree(
         shapes = (rank, weight.shape[1]), (weight.shape[0], rank)
         for part, expected in zip(PARTS, shapes, strict=True):
             key = f"{name}.{PARTS[part]}.weight"
-            given = tuple(slices[key].get_shape())
-            if given != expected:
-                sizes = "r, rank_pattern" if spec.shapes else "r"
-                raise UserError(
-                    f"{file}: {key} has shape {given}; {sizes} and config.json ask for {expected}"
-                )
-            if slices[key].get_dtype() not in ("F32", "F16", "BF16"):
-                raise UserError(f"{file}: {key} is {slices[key].get_dtype()}; it must be F32, F16 or BF16")
+            sizes = "r, rank_pattern" if spec.shapes else "r"
+            check_slice(slices[key], key, expected, f"{sizes} and config.json", file)
             whole = get_path(tree, weight.path)[part]
             plan.append((key, whole if layer is None else whole[layer], expected))
     for key, array, (rows, columns) in plan:
-        values = np.asarray(slices[key][:]).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise UserError(f"{file}: {key} holds NaN or infinity")
-        array[:rows, :columns] = values
+        array[:rows, :columns] = slice_values(slices[key], key, file)
+    adaptable = adaptable_modules(spec.config)
     for name, own in experts.items():
-        weight, layer = adaptable_modules(spec.config)[name]
+        weight, layer = adaptable[name]
         for part, values in (("lora_a", own.a), ("lora_b", own.b)):
             whole = get_path(tree, weight.path)[part][layer]
             whole[tuple(slice(size) for size in values.shape)] = values

@@ -18,17 +18,12 @@ from jaxlora.checkpoints.export import Selected
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_object
 from jaxlora.runtime.records import read_manifest, read_metrics, read_summary
+from jaxlora.runtime.remote import cached_name, is_hub_name
 from jaxlora.runtime.text import harmless, without_secrets
 
 Kind = Literal["adapter", "merged", "model"]
 POINTS = 10  # of the training curve
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether this is `OWNER/NAME`, and no folder that is here."""
-    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
 def base_name(selected: Selected, given: str | None = None) -> str:
@@ -36,12 +31,8 @@ def base_name(selected: Selected, given: str | None = None) -> str:
     if given is not None:
         return given
     folder = selected.base.folder
-    if folder is not None:
-        for part in Path(folder).resolve().parts:
-            owner, _, name = part.removeprefix("models--").partition("--")
-            if part.startswith("models--") and owner and name:
-                return f"{owner}/{name}"
-    return str(selected.metadata.get("base_model") or selected.config.model.path)
+    known = None if folder is None else cached_name(folder.resolve())
+    return known or str(selected.metadata.get("base_model") or selected.config.model.path)
 
 
 def model_card(selected: Selected, kind: Kind, base: str, license_name: str | None = None) -> str:

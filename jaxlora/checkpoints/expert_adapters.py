@@ -12,12 +12,13 @@ rank, and B holds a block for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlora.checkpoints.tensors import check_slice, slice_values
 from jaxlora.lora import get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import ModelConfig, Weight
@@ -108,7 +109,7 @@ class ExpertAdapter(NamedTuple):
 def read_experts(
     slices: dict[str, Any],
     config: ModelConfig,
-    asked: set[str],
+    asked: Sequence[str],
     rank_and_alpha: Callable[[str], tuple[int, float]],
     file: Path,
 ) -> dict[str, ExpertAdapter]:
@@ -146,16 +147,8 @@ def _unfused(given: list[Any], keys: list[str], name: str, rank: int, config: Mo
     in_size, out_size = (hidden, 2 * ffn) if name == GATE_UP else (ffn, hidden)
     arrays = []
     for tensor, key, shape in zip(given, keys, ((rank * n, in_size), (out_size, rank * n)), strict=True):
-        if tuple(tensor.get_shape()) != shape:
-            raise UserError(
-                f"{file}: {key} has shape {tuple(tensor.get_shape())}; r and rank_pattern, for {n} experts,"
-                f" ask for {shape}"
-            )
-        if tensor.get_dtype() not in ("F32", "F16", "BF16"):
-            raise UserError(f"{file}: {key} is {tensor.get_dtype()}; it must be F32, F16 or BF16")
-        arrays.append(np.asarray(tensor[:]).astype(np.float32))
-        if not np.isfinite(arrays[-1]).all():
-            raise UserError(f"{file}: {key} holds NaN or infinity")
+        check_slice(tensor, key, shape, f"r and rank_pattern, for {n} experts,", file)
+        arrays.append(slice_values(tensor, key, file))
     a, b = arrays
     return a.reshape(n, rank, in_size), b.reshape(out_size, rank, n).transpose(2, 0, 1)
 

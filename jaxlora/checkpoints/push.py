@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlora.checkpoints.card import is_hub_name
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.remote import is_hub_name
 from jaxlora.runtime.text import harmless, without_secrets
 
 

@@ -128,6 +128,33 @@ def file_size(path: str) -> int:
     return int(filesystem.size(name))
 
 
+def check_slice(tensor: Any, key: str, shape: tuple[int, ...], asking: str, file: Path) -> None:
+    """Refuse a tensor of an opened file that has not this shape, or whose numbers are no floats.
+
+    Args:
+      asking: what asks for the shape, in words.
+
+    Raises:
+      UserError: names the tensor.
+    """
+    if tuple(tensor.get_shape()) != shape:
+        raise UserError(f"{file}: {key} has shape {tuple(tensor.get_shape())}; {asking} ask for {shape}")
+    if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+        raise UserError(f"{file}: {key} is {tensor.get_dtype()}; it must be F32, F16 or BF16")
+
+
+def slice_values(tensor: Any, key: str, file: Path) -> np.ndarray:
+    """The numbers of a tensor of an opened file, float32.
+
+    Raises:
+      UserError: one of them is not finite.
+    """
+    values = np.asarray(tensor[:]).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{file}: {key} holds NaN or infinity")
+    return values
+
+
 def open_tensors(directory: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory's safetensors files, from the files' headers alone.
 

@@ -26,8 +26,9 @@ def main() -> None:
     options = parse()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
     from jaxlora.checkpoints.base import refuse_existing
-    from jaxlora.checkpoints.card import base_name, is_hub_name, model_card
+    from jaxlora.checkpoints.card import base_name, model_card
     from jaxlora.checkpoints.export import is_exported, load_selected, write_adapter, write_merged
+    from jaxlora.runtime.remote import is_hub_name
 
     with_weights = options.merged is not None and not options.dry_run
     selected = load_selected(options.run, options.base, with_weights, options.tokenizer)

@@ -369,6 +369,7 @@ class _Slots:
         shards: int = 1,
     ):
         self.prompts, self.limits, self.stop_ids, self.keys = prompts, limits, stop_ids, keys
+        self.lengths = [*map(len, prompts)]
         self.repeats = repeats  # so many prompts in a row are the same one
         self.queue = queue  # the prompts that wait; they are taken from the end
         self.shards = shards  # devices with slots of their own, which are adjacent
@@ -400,9 +401,8 @@ class _Slots:
 
     def fill_packed(self, at_once: int, tokens: int) -> list[Part]:
         """The same for packed prefills of so many tokens."""
-        free, lengths = self._by_shard(np.flatnonzero(~self.active)), [*map(len, self.prompts)]
-        idle = not self.active.any()
-        taken = take_packed(self.queue, lengths, [*map(len, free)], at_once, tokens, idle)
+        free, idle = self._by_shard(np.flatnonzero(~self.active)), not self.active.any()
+        taken = take_packed(self.queue, self.lengths, [*map(len, free)], at_once, tokens, idle)
         del self.queue[len(self.queue) - sum(map(len, taken)) :]
         parts = [(own, slots[: len(own)]) for own, slots in zip(taken, free, strict=True)]
         return parts if any(taken) else []
@@ -420,60 +420,49 @@ class _Slots:
 
     def prefill_rows(self, parts: list[Part], n_rows: int, sizes: Sequence[int]) -> tuple:
         """What `make_prefill` takes of these prompts and filler rows."""
-        longest = max(len(self.prompts[index]) for taken, _ in parts for index in taken)
+        longest = max(self.lengths[index] for taken, _ in parts for index in taken)
         size = min(size for size in sizes if size >= longest)
         rows = self._rows if self.repeats == 1 else self._shared_rows
-        return _joined([rows(taken, slots % self.each, n_rows, size) for taken, slots in parts])
+        return _joined([rows(taken, slots, n_rows, size) for taken, slots in parts])
 
     def packed_rows(self, parts: list[Part], n_rows: int, n_tokens: int) -> tuple:
         """What `make_packed_prefill` takes of these prompts."""
         made = []
         for taken, slots in parts:
-            line = packed_line(
-                [self.prompts[i] for i in taken], slots % self.each, n_tokens, n_rows, self.each
-            )
-            made.append((line, *self._rows(taken, slots % self.each, n_rows, 0)[1:]))
+            prompts = [self.prompts[index] for index in taken]
+            line = packed_line(prompts, slots % self.each, n_tokens, n_rows, self.each)
+            lengths = _filled([self.lengths[index] for index in taken], n_rows)
+            made.append((line, lengths, *self._answers(taken, slots, n_rows)))
         return _joined(made)
 
     def _rows(self, taken: list[int], slots: np.ndarray, n_rows: int, size: int) -> tuple:
-        """Tokens (of prompts no longer than `size`), lengths, slots, limits and keys of rows."""
-        tokens = np.zeros((n_rows, size), np.int32)
-        lengths, limits = np.ones(n_rows, np.int32), np.ones(n_rows, np.int32)
-        places = np.full(n_rows, self.each, np.int32)
-        for i, index in enumerate(taken):
-            prompt = self.prompts[index]
-            tokens[i, : len(prompt)] = prompt[:size]
-            lengths[i], places[i], limits[i] = len(prompt), slots[i], self.limits[index]
-        if self.keys is None:
-            return tokens, lengths, places, limits
-        keys = np.zeros((n_rows, 2), np.uint32)
-        keys[: len(taken)] = self.keys[taken]
-        return tokens, lengths, places, limits, keys
+        """Prompts in rows of so many tokens, and the slots of their answers."""
+        return *_padded([self.prompts[i] for i in taken], n_rows, size), *self._answers(taken, slots, n_rows)
 
     def _shared_rows(self, taken: list[int], slots: np.ndarray, n_rows: int, size: int) -> tuple:
-        """The same where answers share prompts, which are adjacent in the queue."""
+        """The same where answers share prompts, which are adjacent in the queue; and whose is which."""
         different = list(dict.fromkeys(index // self.repeats for index in taken))
         prompts = [self.prompts[group * self.repeats] for group in different]
-        tokens = np.zeros((SHARED_PROMPTS, size), np.int32)
-        lengths = np.ones(SHARED_PROMPTS, np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-        places, limits = np.full(n_rows, self.each, np.int32), np.ones(n_rows, np.int32)
         source = np.zeros(n_rows, np.int32)
-        places[: len(taken)], limits[: len(taken)] = slots, [self.limits[index] for index in taken]
         source[: len(taken)] = [different.index(index // self.repeats) for index in taken]
+        return *_padded(prompts, SHARED_PROMPTS, size), *self._answers(taken, slots, n_rows), source
+
+    def _answers(self, taken: list[int], slots: np.ndarray, n_rows: int) -> tuple:
+        """Slots on their device, limits and keys (None where nothing is drawn) of answers and filler rows."""
+        places = _filled(slots % self.each, n_rows, self.each)
+        limits = _filled([self.limits[index] for index in taken], n_rows)
         if self.keys is None:
-            return tokens, lengths, places, limits, None, source
+            return places, limits, None
         keys = np.zeros((n_rows, 2), np.uint32)
         keys[: len(taken)] = self.keys[taken]
-        return tokens, lengths, places, limits, keys, source
+        return places, limits, keys
 
     def put(self, parts: list[Part], n_rows: int, old: tuple) -> None:
         """These prompts are in these slots now, which held `old` before, `n_rows` of each device."""
         for shard, (taken, slots) in enumerate(parts):
             self.collect(slots, old, shard * n_rows)
             self.owner[slots], self.active[slots] = taken, True
-            self.held[slots] = [len(self.prompts[index]) for index in taken]
+            self.held[slots] = [self.lengths[index] for index in taken]
 
     def update(self, state: DecodeState) -> int:
         """Read which slots go on, and how full they are; the number of those that ended."""
@@ -558,6 +547,21 @@ class _Slots:
 
 
 Part = tuple[list[int], np.ndarray]  # prompts that a device reads, and their slots
+
+
+def _padded(prompts: list[Sequence[int]], n_rows: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts, and filler rows, padded to a size: tokens int32 `[n_rows, size]`, and lengths."""
+    tokens = np.zeros((n_rows, size), np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+    return tokens, _filled([*map(len, prompts)], n_rows)
+
+
+def _filled(values: Sequence[int] | np.ndarray, n: int, filler: int = 1) -> np.ndarray:
+    """Numbers, and the filler behind them: int32 `[n]`."""
+    filled = np.full(n, filler, np.int32)
+    filled[: len(values)] = values
+    return filled
 
 
 def _joined(made: list[tuple]) -> tuple:
@@ -706,7 +710,7 @@ def _filling(
     """What takes prompts for free slots, and what reads them: `(lora, weights, parts, state) -> state`."""
     if packed:
         program: Callable = make_packed_prefill(spec, stop_ids, backend, sampling)
-        n_tokens = up(packed_tokens([*map(len, rows.prompts)]), WINDOW_MULTIPLE)
+        n_tokens = up(packed_tokens(rows.lengths), WINDOW_MULTIPLE)
         fill = partial(rows.fill_packed, at_once, n_tokens)
         inputs: Callable = partial(rows.packed_rows, n_rows=at_once, n_tokens=n_tokens)
     else:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.config import MeshConfig
-from jaxlora.lora import get_path, merge_lora, set_path
+from jaxlora.lora import arrays_by_path, get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
@@ -44,7 +44,6 @@ def decode_weights(
     """
     lora, base = spec.computing(trained, frozen)
     if spec.scheme is not None:
-        spec = replace(spec, scheme=replace(spec.scheme, turned=False))
         base = jax.tree.map(for_decoding, base, is_leaf=is_quantised)
     home = _mesh_of(base)
     experts = spec.config.experts.num_experts if spec.config.experts else 1
@@ -61,7 +60,7 @@ def decode_weights(
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
-    return form, kept_adapter(spec, form, lora) if keep else {}, {**outside, "layers": layers}, mesh
+    return form, lora if keep else {}, {**outside, "layers": layers}, mesh
 
 
 def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
@@ -70,34 +69,8 @@ def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
     keep = spec.lora is not None and not (merge and scheme is None and spec.mergeable)
     whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
     joined = not keep and mesh.shape["tensor"] == 1 and whole_groups
-    shapes = () if joined else spec.shapes
-    adapter = {"lora": spec.lora, "shapes": shapes} if keep else {"lora": None, "shapes": ()}
-    return replace(spec, scan=False, joined=joined, full=False, scheme=scheme, **adapter)
-
-
-def kept_adapter(spec: ModelSpec, form: ModelSpec, lora: Tree) -> Tree:
-    """The adapter for the projections of this form: of joined ones, all A one below the other, and all B in
-    blocks, so that each part of the output sees its own."""
-    if not form.joined or "layers" not in lora:
-        return lora
-    sizes = {weight.path.removeprefix("layers."): weight.shape[0] for weight in spec.table}
-    layers = jax.tree.map(lambda x: x, spec.with_scales(lora)["layers"])
-    for path, parts in JOINED.items():
-        owner, _, _ = path.partition(".")
-        adapted = [part for part in parts if part.rpartition(".")[2] in layers.get(owner, {})]
-        if not adapted:
-            continue
-        pairs = {part: _take(layers, part) for part in adapted}
-        depth, rank, _ = pairs[adapted[0]]["lora_a"].shape
-        rows = []
-        for part in parts:
-            blocks = [jnp.zeros((depth, sizes[part], rank)) for _ in adapted]
-            if part in adapted:
-                blocks[adapted.index(part)] = pairs[part]["lora_b"]
-            rows.append(jnp.concatenate(blocks, axis=2))
-        a = jnp.concatenate([pairs[part]["lora_a"] for part in adapted], axis=1)
-        set_path(layers, path, {"lora_a": a, "lora_b": jnp.concatenate(rows, axis=1)})
-    return {**spec.with_scales(lora), "layers": layers}
+    lora, shapes = (spec.lora, spec.shapes) if keep else (None, ())
+    return replace(spec, lora=lora, shapes=shapes, scan=False, joined=joined, full=False, scheme=scheme)
 
 
 @cache
@@ -135,17 +108,10 @@ def _make_changed(spec: ModelSpec, form: ModelSpec) -> Callable[[Tree, Tree, int
     merged = {weight.place.removeprefix("layers.") for weight in spec.adapted if form.lora is None}
 
     def changed(layer: Tree, lora: Tree, i: int) -> dict[str, jax.Array]:
-        before, after = _paths(layer), _paths(_layer(spec, form, layer, lora, i))
+        before, after = arrays_by_path(layer), arrays_by_path(_layer(spec, form, layer, lora, i))
         return {path: array for path, array in after.items() if path in merged or path not in before}
 
     return jax.jit(changed)
-
-
-def _paths(tree: Tree) -> dict[str, jax.Array]:
-    """The arrays of a tree by dotted path."""
-    return {
-        jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(tree)
-    }
 
 
 def _layer(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:

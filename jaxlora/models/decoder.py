@@ -27,7 +27,7 @@ from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
+from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     array_axes,
@@ -377,10 +377,7 @@ def is_adapted(weight: Weight, lora: LoraConfig) -> bool:
         return False
     if weight.lora_group == "output_head":
         return lora.output_head or weight.name in lora.modules
-    if weight.lora_group in GROUPS.get(lora.targets, ()):  # type: ignore[call-overload]
-        return True
-    parts = JOINED.get(weight.path.removeprefix("layers."), (weight.path,))
-    return any(part.rpartition(".")[2] in lora.modules for part in parts)
+    return weight.lora_group in GROUPS.get(lora.targets, ()) or weight.name in lora.modules  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -476,6 +473,10 @@ class ModelSpec:
         own = next((shape.ranks for shape in self.shapes if shape.path == weight.path), None)
         usual = self.expert_rank if weight.experts else self.lora.rank if self.lora else 0
         return own or (usual,) * self._copies(weight)
+
+    def adapter_size(self, weight: Weight) -> int:
+        """Numbers in an adapted weight's adapter, over all layers and experts."""
+        return sum(self.ranks(weight)) * sum(weight.shape[-2:]) * max(weight.experts, 1)
 
     def stored_rank(self, weight: Weight) -> int:
         """Rank of the arrays of an adapted weight's adapter: the largest of any dense weight, or its own."""

@@ -30,7 +30,7 @@ from jaxlora.estimate import (
     with_mesh,
 )
 from jaxlora.generate.decode import PREFILL_ROWS, WINDOW_MULTIPLE, init_decode, make_decode, make_prefill
-from jaxlora.generate.weights import decode_form, kept_adapter
+from jaxlora.generate.weights import decode_form
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
@@ -232,9 +232,8 @@ class Programs:
         """The adapter, where decoding keeps it beside a quantised base."""
         if self._decode_spec.lora is None:
             return {}
-        mesh, form = self._decode_mesh, self._decode_spec
-        lora = jax.eval_shape(lambda: kept_adapter(self.spec, form, init_lora(self.spec, 0)))
-        return _abstract(lora, trained_shardings(mesh, self.spec, lora))
+        lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
+        return _abstract(lora, trained_shardings(self._decode_mesh, self.spec, lora))
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval

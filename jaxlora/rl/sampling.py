@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.generate.decode import GREEDY, Generation, Sampling, generate
-from jaxlora.generate.weights import decode_weights, kept_adapter
+from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import Tree
 from jaxlora.rl.job import RLJob
@@ -137,8 +137,7 @@ class Sampler:
                 form, _, weights, mesh = decode_weights(spec, trained, self._frozen, merge=False)
             self._base = form, weights, mesh
         form, weights, mesh = self._base
-        with jax.set_mesh(self._job.mesh):
-            return form, kept_adapter(spec, form, trained), weights, mesh
+        return form, trained, weights, mesh
 
     def _episode(self, answer: Generation) -> Episode:
         stopped = answer.stop_reason == "stop"

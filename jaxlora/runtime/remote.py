@@ -11,6 +11,7 @@ for all that reads configurations and tokenizers.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from jaxlora.runtime.progress import console
 
 TOKENIZER_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 EMBEDDED = "embedded:"  # the prefix of shipped files
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_BYTES = 200 * 2**20  # a tokenizer has 10 to 30 MiB
 
 
@@ -101,6 +103,19 @@ def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its text; the Hub's clients write many."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this is `OWNER/NAME`, and no folder that is here."""
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
+
+
+def cached_name(path: str | Path) -> str | None:
+    """`OWNER/NAME` of a folder in the Hub client's cache; None of any other."""
+    for part in Path(path).parts:
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/")
+    return None
 
 
 def is_remote(path: str | Path) -> bool:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import stat
-import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -70,17 +68,6 @@ def run(tmp_path):
         scores |= {"accuracy": accuracy, "accuracy_numeric": accuracy}
         (folder / "evaluation" / "summary.json").write_text(json.dumps(scores))
     return run
-
-
-@pytest.fixture
-def export(repository, monkeypatch, capsys):
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(repository / "tools" / "export.py"), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
-
-    return call
 
 
 def test_the_card_says_what_the_records_say(run, tmp_path, export):

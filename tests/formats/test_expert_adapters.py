@@ -140,6 +140,16 @@ def test_an_adapter_that_matches_no_expert_is_refused(exported):
         read_adapter(folder, config)
 
 
+def test_the_first_parameter_gives_the_alpha_where_they_differ(exported):
+    """Whatever their order in the file or in a process' hashes: what is written of it must be read again."""
+    folder, config = exported
+    (folder / "jaxlora.json").unlink()
+    patterns = {f"mlp.experts.{name}": alpha for name, alpha in (("gate_up_proj", 8), ("down_proj", 3))}
+    for parameters in (PARAMETERS, PARAMETERS[::-1]):
+        change(folder, alpha_pattern=patterns, target_parameters=parameters)
+        assert read_adapter(folder, config).lora.alpha == 4  # gate and up are fused at twice the rank
+
+
 def test_an_adapter_of_experts_is_not_one_of_a_dense_model(tmp_path, exported):
     folder, _ = exported
     make_checkpoint(tmp_path / "dense", num_hidden_layers=2)

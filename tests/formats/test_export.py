@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import runpy
 import shutil
 import signal
-import sys
 
 import jax
 import ml_dtypes
@@ -75,19 +73,6 @@ def write(file, value):
 
 def change(file, **values):
     write(file, json.loads(file.read_text()) | values)
-
-
-@pytest.fixture
-def export(repository, monkeypatch, capsys):
-    """Run `tools/export.py` with these words; returns exit code, standard output and standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(repository / "tools" / "export.py"), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

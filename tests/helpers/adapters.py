@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from jaxlora.checkpoints.base import load_base
+from jaxlora.checkpoints.base import load_base, random_base
 from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import segment_attention
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.families import load_model_config
+from jaxlora.models.spec import ModelConfig
 from jaxlora.sharding import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(0, 160, (2, 24))
@@ -39,6 +40,28 @@ def trained_lora(spec: ModelSpec, seed: int = 0) -> Tree:
     lora = init_lora(spec, seed)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.05, x.shape), jnp.float32), lora)
+
+
+def random_model(layers: int, rank: int) -> tuple[ModelSpec, Tree, Tree]:
+    """Spec, adapter and base of a small random model whose layers are unrolled, as decoding takes them."""
+    spec = ModelSpec(
+        ModelConfig(
+            vocab_size=160,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+        ),
+        LoraConfig(rank=rank),
+        "float32",
+        scan=False,
+    )
+    frozen = random_base(spec, 0, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), std=0.15)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    lora = jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape), init_lora(spec, 0))
+    return spec, lora, frozen
 
 
 def our_logits(

@@ -160,6 +160,21 @@ def make_checkpoint(
     return model
 
 
+def torch_greedy(model: PreTrainedModel, prompt: list[int], count: int = 32) -> list[int]:
+    """The most likely tokens after a prompt, so many whatever they are."""
+    ids = torch.tensor([prompt])
+    answer = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
 def our_model(folder, dtype="float32", scan=True, lora=None):
     """Its spec and base as this package reads them, on one device."""
     spec = ModelSpec(load_model_config(folder), lora, dtype, scan)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.adapters import load, our_logits, relative_error, torch_logits, trained_lora
-from helpers.hf_models import MIXTURES, make_checkpoint
+from helpers.hf_models import MIXTURES, make_checkpoint, torch_greedy
 from helpers.rows import random_rows
 from helpers.torch_loss import torch_summed_nll
 
@@ -79,17 +79,26 @@ def test_logits_choices_and_32_greedy_tokens_equal_transformers(tmp_path, monkey
     with jax.set_mesh(mesh):
         answers = generate(form, lora, weights, prompts, stop_ids=(), max_new_tokens=32, slots=2)
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt])
-        greedy = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=32,
-            min_new_tokens=32,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert answer.tokens == greedy[0, len(prompt) :].tolist()
+        assert answer.tokens == torch_greedy(reference, prompt)
+
+
+def test_neither_padding_nor_filler_rows_of_a_prefill_go_to_experts(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, family="qwen3_moe", num_hidden_layers=1, **MIXTURES["plain"])
+    spec, frozen = load(tmp_path, scan=False)
+    sent = []
+
+    def watched(x, weight, config, real):
+        jax.debug.callback(lambda real: sent.append(int(real.sum())), real, ordered=True)
+        return route(x, weight, config, real)
+
+    monkeypatch.setattr(experts, "route", watched)
+    prompts = [TOKENS[0, :n].tolist() for n in (5, 7, 11)]
+    # Two slots, so that the last prompt is read beside a filler row; one token each: nothing is decoded.
+    generate(spec, {}, frozen, prompts, stop_ids=(3, 5), max_new_tokens=1, slots=2)
+    jax.effects_barrier()
+    prefilled = [n for n in sent if n]
+    assert sum(prefilled) == 5 + 7 + 11
+    assert len(prefilled) == 2
 
 
 # --- Routing ------------------------------------------------------------------------------------------------

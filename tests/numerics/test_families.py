@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.adapters import PLACEMENTS, load, our_logits, relative_error, torch_logits, trained_lora
-from helpers.hf_models import FAMILY_SHAPES, OTHERS, make_checkpoint
+from helpers.hf_models import FAMILY_SHAPES, OTHERS, make_checkpoint, torch_greedy
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -42,20 +42,6 @@ from jaxlora.sharding import base_shardings, make_mesh
 CASES = [(family, name) for family, shapes in OTHERS.items() for name in shapes]
 NEW = sorted(OTHERS)
 TOKENS = np.random.default_rng(1).integers(0, 160, (2, 64))
-
-
-def torch_greedy(model, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    answer = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return answer[0, len(prompt) :].tolist()
 
 
 def one_device():

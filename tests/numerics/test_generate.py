@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from helpers.hf_models import CONFIGURATIONS, make_checkpoint, our_model
+from helpers.adapters import random_model
+from helpers.hf_models import CONFIGURATIONS, make_checkpoint, our_model, torch_greedy
 
-from jaxlora.checkpoints.base import random_base
-from jaxlora.config import LoraConfig, MeshConfig
+from jaxlora.config import MeshConfig
 from jaxlora.generate.decode import generate, init_decode, make_decode
 from jaxlora.generate.weights import decode_weights
-from jaxlora.lora import init_lora, merge_lora
+from jaxlora.lora import merge_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.hlo import count_work
 from jaxlora.sharding import base_shardings, make_mesh
 
@@ -35,35 +33,12 @@ def test_32_greedy_tokens_equal_transformers(tmp_path, name):
     prompts = random_prompts(3)
     ours = generate(spec, {}, frozen, prompts, stop_ids=(), max_new_tokens=32, slots=3)
     for prompt, answer in zip(prompts, ours, strict=True):
-        ids = torch.tensor([prompt])
-        theirs = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=32,
-            min_new_tokens=32,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert answer.tokens == theirs[0, len(prompt) :].tolist()
+        assert answer.tokens == torch_greedy(reference, prompt)
 
 
 @pytest.fixture(scope="module")
 def small():
-    config = ModelConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    spec = ModelSpec(config, LoraConfig(rank=4), "float32", scan=False)
-    frozen = random_base(spec, 0, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), std=0.15)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    lora = jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape), init_lora(spec, 0))
-    return spec, lora, frozen
+    return random_model(layers=2, rank=4)
 
 
 def test_answers_do_not_depend_on_slots_order_or_refill(small):

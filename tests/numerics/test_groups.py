@@ -5,16 +5,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from helpers.adapters import random_model
 
-from jaxlora.checkpoints.base import random_base
-from jaxlora.config import LoraConfig, MeshConfig
 from jaxlora.generate import decode
 from jaxlora.generate.decode import Sampling, generate
 from jaxlora.generate.weights import decode_weights
-from jaxlora.lora import init_lora
-from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.spec import ModelConfig
-from jaxlora.sharding import make_mesh
 
 GROUP, PROMPTS = 5, 7
 DRAWN = Sampling(1.0, logprobs=True)
@@ -22,20 +17,7 @@ DRAWN = Sampling(1.0, logprobs=True)
 
 @pytest.fixture(scope="module")
 def model():
-    config = ModelConfig(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    spec = ModelSpec(config, LoraConfig(rank=1), "float32", scan=False)
-    frozen = random_base(spec, 0, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), std=0.15)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    lora = jax.tree.map(lambda x: 0.05 * jax.random.normal(next(keys), x.shape), init_lora(spec, 0))
-    return spec, lora, frozen
+    return random_model(layers=1, rank=1)
 
 
 @pytest.fixture(scope="module")
