@@ -129,6 +129,7 @@ class Lab:
                 self.held_out,
                 self.programs,
                 lambda trained: self.measure(job, trained),
+                self.identity,
             )
 
     def left(self) -> list[RunId]:

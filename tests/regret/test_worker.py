@@ -151,6 +151,17 @@ def test_results_of_another_configuration_are_refused(done):
 
 
 @pytest.mark.slow
+def test_repeats_over_drawn_weights_belong_to_the_experiment(tmp_path):
+    """A base that is drawn is that of the first seed for all runs."""
+    fields = {"model.random_weights": "true", "regret.arms": "all_layer:2", "regret.rates": "1"}
+    lab = Lab(config_of(tmp_path, **fields))
+    work(lab)
+    assert lab.left() == []
+    assert sorted(record["seed"] for record in lab.folder.records().values()) == [0, 1]
+    assert len({tuple(record["held_out"][0]) for record in lab.folder.records().values()}) == 1
+
+
+@pytest.mark.slow
 def test_a_damaged_result_is_named(done, tmp_path):
     _, records = done
     there = tmp_path / "regret-tiny-regret" / "runs"
