@@ -188,6 +188,14 @@ def test_what_an_experiment_cannot_do_is_one_line(tmp_path, fields, message):
     assert "\n" not in str(error.value)
 
 
+def test_the_plan_shows_the_steps_and_rates_that_the_runs_take(tmp_path):
+    lab = Lab(config_of(tmp_path, **{"train.max_steps": "1", "regret.rates": "4"}))
+    _, _, steps, _, rates, done, left = (list(column.cells) for column in command.plan_table(lab).columns)
+    assert steps == [str(lab.job(run).plan.total_steps) for run in lab.left()[::4]] == ["1", "1"]
+    assert rates == ["0.0001 to 0.0008", "0.001 to 0.008"]
+    assert (done, left) == (["0", "0"], ["4", "4"])
+
+
 def test_what_memory_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     class Small:
         def memory_stats(self):
