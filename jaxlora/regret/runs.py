@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.data.batches import ahead, step_batch
+from jaxlora.data.batches import ahead, step_batch, validation_batches
 from jaxlora.data.packing import Batch
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.regret.design import RunId
@@ -86,11 +86,9 @@ class HeldOut:
     """The held-out rows on the device, and their loss by two definitions."""
 
     def __init__(self, job: Job):
-        layout, rows = job.validation_layout, job.validation_rows
-        self._compute = job.compute(layout)
+        self._compute = job.compute(job.validation_layout)
         by_shape: dict[tuple[int, ...], list[Batch]] = {}
-        for start in range(0, len(rows), layout.batch_rows):
-            batch = layout.build(rows[start : start + layout.batch_rows])
+        for batch in validation_batches(job.validation_rows, job.validation_layout):
             by_shape.setdefault(batch["tokens"].shape[1:], []).append(batch)
         self._batches = []
         for group in by_shape.values():
