@@ -197,13 +197,9 @@ def test_the_plan_shows_the_steps_and_rates_that_the_runs_take(tmp_path):
 
 
 def test_what_memory_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    class Small:
-        def memory_stats(self):
-            return {"bytes_limit": 10_000_000}
-
-    monkeypatch.setattr(worker.jax, "devices", lambda: [Small()])
+    monkeypatch.setattr(worker, "memory_of", lambda device: 10_000_000)
     with pytest.raises(UserError, match=r"all_layer-r512 needs about .* GiB a device, which has 0\.0; give"):
-        Lab.__new__(Lab)._check_memory("all_layer-r512", 2**34)
+        Lab(config_of(tmp_path, **{"regret.arms": "all_layer:512"}))
 
 
 @pytest.mark.slow
