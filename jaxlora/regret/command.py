@@ -49,6 +49,10 @@ def check(config: RunConfig, only: str | None) -> None:
         raise UserError("config.name is ignored by experiments, which name their runs; set config.prefix")
     if config.lora.start is not None:
         raise UserError("config.lora.start: every arm starts from the base; give none")
+    if config.lora.dropout:
+        raise UserError("config.lora.dropout: arms are trained without; give 0")
+    if config.train.early_stopping is not None:
+        raise UserError("config.train.early_stopping: all runs of an arm take the same steps; give none")
 
 
 def plan_table(lab: Lab) -> Table:

@@ -178,6 +178,8 @@ def test_a_damaged_result_is_named(done, tmp_path):
         ({"regret.arms": "full,all_layer"}, "config.regret.arms: 'all_layer' is not understood"),
         ({"name": "mine"}, "config.name is ignored"),
         ({"lora.start": "adapter"}, "config.lora.start: every arm starts from the base"),
+        ({"lora.dropout": "0.1"}, "config.lora.dropout: arms are trained without"),
+        ({"train.early_stopping": "2"}, "config.train.early_stopping: all runs of an arm take the same"),
         ({"regret.arms": "full@1000"}, "config.train.batch_rows: 1000 rows, but"),
     ],
 )
