@@ -146,6 +146,8 @@ def test_sweeps_know_their_place():
     final = find(sweeps, 16).final(scatter)
     assert (final.seeds, final.error) == (3, scatter / math.sqrt(3))
     assert departures(sweeps, scatter) == {1: 1, 4: 16, 16: 64, 64: None}
+    # Rank 16 is 0.01 above at step 64: more than 2 times this scatter, but not of a difference's.
+    assert departures(sweeps, 0.004)[16] == 128
 
 
 def test_a_run_that_diverged_is_no_best_one():
