@@ -8,6 +8,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from jaxlora.config import RunConfig
+from jaxlora.regret.design import places_of, steps_of
 from jaxlora.regret.worker import Lab, work
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
@@ -48,6 +49,10 @@ def check(config: RunConfig, only: str | None) -> None:
         raise UserError("config.name is ignored by experiments, which name their runs; set config.prefix")
     if config.lora.start is not None:
         raise UserError("config.lora.start: every arm starts from the base; give none")
+    if config.lora.dropout:
+        raise UserError("config.lora.dropout: arms are trained without; give 0")
+    if config.train.early_stopping is not None:
+        raise UserError("config.train.early_stopping: all runs of an arm take the same steps; give none")
 
 
 def plan_table(lab: Lab) -> Table:
@@ -57,19 +62,18 @@ def plan_table(lab: Lab) -> Table:
     for title in ("arm", "rows a step", "steps", "parameters", "rates", "done", "left"):
         table.add_column(title, justify="left" if title == "arm" else "right")
     left = lab.left()
-    n_rows, epochs = len(lab.first.train_rows), lab.config.train.epochs
+    places = places_of(lab.config.regret)
     for cell in lab.cells:
         done = sum(
             1 for r in records.values() if (r["arm"], r["batch_rows"]) == (cell.arm.label, cell.batch_rows)
         )
         own = [run for run in left if run.cell == cell]
-        low, high = -((lab.config.regret.rates - 1) // 2), lab.config.regret.rates // 2
         table.add_row(
             cell.arm.label,
             str(cell.batch_rows),
-            f"{-(-n_rows // cell.batch_rows) * epochs:,}",
+            f"{steps_of(lab.config, cell.arm, len(lab.first.train_rows)):,}",
             f"{cell.arm.parameters:,}",
-            f"{cell.rate(low):.2g} to {cell.rate(high):.2g}",
+            f"{cell.rate(places[0]):.2g} to {cell.rate(places[-1]):.2g}",
             str(done),
             str(len(own)),
         )

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxlora.config import RegretConfig, RunConfig
 from jaxlora.models.spec import ModelConfig
 from jaxlora.regret.arms import Arm, parse_arms
 from jaxlora.study.grid import rate as shown_rate
 from jaxlora.train.rates import published_rate
+from jaxlora.train.schedule import plan_run
 
 # Final held-out loss by (cell, rate, seed) at each mark; infinite where a run diverged.
 Losses = Mapping["RunId", Mapping[int, float]]
@@ -80,6 +81,17 @@ def _two_digits(value: float) -> float:
     return float(f"{value:.1e}")
 
 
+def steps_of(config: RunConfig, arm: Arm, train_rows: int) -> int:
+    """Steps of one run of an arm over so many rows."""
+    return plan_run(config.optim, replace(config.train, batch_rows=arm.batch_rows), train_rows).total_steps
+
+
+def places_of(regret: RegretConfig) -> range:
+    """The rates of a grid before it is extended, in doublings above the cell's middle."""
+    low = -((regret.rates - 1) // 2)
+    return range(low, low + regret.rates)
+
+
 def next_runs(regret: RegretConfig, cells: Sequence[Cell], losses: Losses, seed: int = 0) -> list[RunId]:
     """The runs that are still to be made, as far as can be known now; none: the experiment is complete."""
     return [run for cell in cells for run in wanted(regret, cell, losses, seed) if run not in losses]
@@ -91,8 +103,8 @@ def wanted(regret: RegretConfig, cell: Cell, losses: Losses, seed: int = 0) -> l
     Rates are added while the best one, at the end or at a mark, is the lowest or the highest of the grid, up
     to `extend` of them. Repeats have other seeds at the best rate at the end.
     """
-    low = -((regret.rates - 1) // 2)
-    high = low + regret.rates - 1
+    first = places_of(regret)
+    low, high = first[0], first[-1]
     while True:
         grid = [RunId(cell, place, seed) for place in range(low, high + 1)]
         if any(run not in losses for run in grid):

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from jaxlora.regret.findings import batch_gaps, rate_ratio
 from jaxlora.regret.sweeps import Sweep, find, main_batch, ranks_of
-from jaxlora.study.figures import STYLE
+from jaxlora.study.figures import own_style
 
 Drawing = Callable[[Sequence[Sweep], float | None], Figure | None]
 _MARKERS = "osD^vP*Xph<>"
@@ -35,14 +34,13 @@ _LOSS = "held-out loss, nats a token\n(axis does not begin at zero)"
 def save(figure: Figure, path: Path) -> None:
     """Write a PNG without dates, in the style of the study's figures."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    with own_style():
+        figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def styled(draw: Drawing, sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """The drawing, under our own settings, whatever the user's are."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
+    """The drawing, in the style of the study's figures."""
+    with own_style():
         return draw(sweeps, scatter)
 
 

@@ -61,11 +61,11 @@ def findings(sweeps: Sequence[Sweep]) -> list[Finding]:
     return [ask(sweeps, scatter) for ask in asked]
 
 
-def _verdict(difference: float | None, error: float | None, agrees_if_positive: bool = True) -> str:
-    """A difference against its standard error."""
-    if difference is None or error is None or abs(difference) <= ERRORS * error:
+def _verdict(difference: float, error: float) -> str:
+    """A difference that a claim says is above zero, against its standard error."""
+    if abs(difference) <= ERRORS * error:
         return CANNOT
-    return AGREES if (difference > 0) == agrees_if_positive else DISAGREES
+    return AGREES if difference > 0 else DISAGREES
 
 
 def _gap(first: Sweep | None, second: Sweep | None, scatter: float | None) -> tuple[float, float] | None:

@@ -9,7 +9,6 @@ compiled. Hours are of all runs of an arm: its grid, one rate more for an edge, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -18,6 +17,7 @@ from jaxlora.config import LoraConfig, RunConfig
 from jaxlora.estimate import FULL, Choice, candidates
 from jaxlora.models.spec import ModelConfig
 from jaxlora.regret.arms import Arm, parse_arms
+from jaxlora.regret.design import steps_of
 from jaxlora.regret.runs import look_steps
 from jaxlora.runtime.devices import SLICES, Chip, Slice
 from jaxlora.runtime.errors import UserError
@@ -69,7 +69,7 @@ def plan_grid(
     rows = []
     for arm in parse_arms(regret.arms, model, train.batch_rows, config.lora.alpha):
         runs = regret.rates + EXTRA_RATES + regret.repeats
-        steps = math.ceil(train_rows / arm.batch_rows) * train.epochs
+        steps = steps_of(config, arm, train_rows)
         lora = arm.lora or LoraConfig()
         tokens = arm.batch_rows * row_tokens
         choices = candidates(model, lora, machine, tokens, train.buffer_multiple, arm.what)

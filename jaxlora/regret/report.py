@@ -8,8 +8,6 @@ small files and the configuration.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from jaxlora.regret.worker import Lab
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, write_text_atomic
 from jaxlora.runtime.folders import claimed
+from jaxlora.study.figures import csv_text
 from jaxlora.train.rates import outside_domain
 
 PAGE = "REGRET.md"
@@ -80,7 +79,7 @@ def runs_csv(records: Iterable[Record]) -> str:
         seconds = record["seconds"]
         own = {"held_out": by_token, "held_out_by_row": by_row, "seconds": seconds["all"]}
         rows.append(record | own | {"compiling": seconds["compiling"]})
-    return _csv(RUN_COLUMNS, rows)
+    return csv_text(RUN_COLUMNS, rows)
 
 
 CELL_COLUMNS = (
@@ -116,7 +115,7 @@ def cells(sweeps: Sequence[Sweep], scatter: float | None) -> list[Record]:
 
 
 def cells_csv(sweeps: Sequence[Sweep], scatter: float | None) -> str:
-    return _csv(CELL_COLUMNS, cells(sweeps, scatter))
+    return csv_text(CELL_COLUMNS, cells(sweeps, scatter))
 
 
 def curves_csv(sweeps: Sequence[Sweep]) -> str:
@@ -126,16 +125,7 @@ def curves_csv(sweeps: Sequence[Sweep]) -> str:
         for s in sweeps
         for p in s.envelope
     ]
-    return _csv(("name", "batch_rows", "step", "loss", "rate"), rows)
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Record]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(["" if row.get(name) is None else row[name] for name in columns])
-    return text.getvalue()
+    return csv_text(("name", "batch_rows", "step", "loss", "rate"), rows)
 
 
 # --- The page -----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jaxlora.config import RunConfig
 from jaxlora.regret.design import Cell, RunId
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_object, write_json_atomic
-from jaxlora.runtime.folders import claimed
+from jaxlora.runtime.folders import Taken, claimed
 from jaxlora.train.job import Job
 from jaxlora.train.manifest import tokens_hash
 
@@ -60,18 +60,13 @@ class RunFolder:
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
         """Whether the right to make this run could be had, held meanwhile; it goes with the process."""
-        try:
-            held = claimed(self.file(name))
-            held.__enter__()
-        except UserError as error:
-            if "another process" not in str(error):
-                raise
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            held.__exit__(None, None, None)
+        with ExitStack() as held:
+            try:
+                held.enter_context(claimed(self.file(name)))
+                mine = True
+            except Taken:
+                mine = False
+            yield mine
 
     def in_work(self) -> set[str]:
         """Names of runs that seem to be made now, by their locks; some may be a dead process'."""

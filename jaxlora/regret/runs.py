@@ -1,6 +1,8 @@
 """One run of an experiment: train at a constant rate, look at the held-out rows at log-spaced steps, measure.
 
-    record = make_run(run, job, state, frozen, held_out, programs, measure)     # see `jaxlora.regret.results`
+    record = make_run(run, job, state, frozen, held_out, programs, measure, identity)
+
+A record is one file of `jaxlora.regret.results`.
 
 It calls the same step as every training loop, but keeps no checkpoints and writes no folder: what is wanted
 of hundreds of short runs are curves, and one that was stopped is made again.
@@ -18,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.data.batches import ahead, step_batch
+from jaxlora.data.batches import ahead, step_batch, validation_batches
 from jaxlora.data.packing import Batch
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.regret.design import RunId
-from jaxlora.regret.results import VERSION, identity_of
+from jaxlora.regret.results import VERSION
 from jaxlora.runtime import hosts
 from jaxlora.runtime.files import Record
 from jaxlora.sharding import place_batch
@@ -84,11 +86,9 @@ class HeldOut:
     """The held-out rows on the device, and their loss by two definitions."""
 
     def __init__(self, job: Job):
-        layout, rows = job.validation_layout, job.validation_rows
-        self._compute = job.compute(layout)
+        self._compute = job.compute(job.validation_layout)
         by_shape: dict[tuple[int, ...], list[Batch]] = {}
-        for start in range(0, len(rows), layout.batch_rows):
-            batch = layout.build(rows[start : start + layout.batch_rows])
+        for batch in validation_batches(job.validation_rows, job.validation_layout):
             by_shape.setdefault(batch["tokens"].shape[1:], []).append(batch)
         self._batches = []
         for group in by_shape.values():
@@ -147,12 +147,14 @@ def make_run(
     held_out: HeldOut,
     programs: Programs,
     measure: Callable[[Tree], Record],
+    identity: Record,
 ) -> Record:
     """Train one run to its end, or until it diverges, and return its record.
 
     Args:
       state: the fresh state; its memory is taken.
       measure: norms of what is trained, for the record.
+      identity: what all runs of the experiment share, see `jaxlora.regret.results.identity_of`.
     """
     config, plan = job.config, job.plan
     looks = set(look_steps(plan.total_steps, config.regret.looks, config.regret.marks))
@@ -179,6 +181,7 @@ def make_run(
     spent = {"all": time.monotonic() - started, "compiling": programs.seconds, "looking": looking}
     return {
         **_facts(run, job),
+        "identity": identity,
         "held_out": [[step, _short(token), _short(row)] for step, token, row in seen if math.isfinite(token)],
         "train": {"nll": [_short(x) for x in curve.nll], "weight": curve.weight},
         "diverged_at": curve.diverged_at,
@@ -210,7 +213,6 @@ def _facts(run: RunId, job: Job) -> Record:
         "buffers": list(job.train_layout.sizes),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "identity": identity_of(job),
     }
 
 

@@ -26,10 +26,11 @@ from jaxlora.regret.design import Cell, RunId, cells_of, next_runs
 from jaxlora.regret.norms import adapter_norms, change_norms, weight_norms
 from jaxlora.regret.results import RunFolder, check_identity, identity_of, known_losses
 from jaxlora.regret.runs import HeldOut, Programs, make_run
+from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record
 from jaxlora.runtime.progress import console
-from jaxlora.train.job import Job, estimate_memory, fresh_state, prepare
+from jaxlora.train.job import Job, fresh_state, memory_per_device, prepare
 from jaxlora.train.rates import rate_warning
 from jaxlora.train.step import TrainState, init_state
 
@@ -52,12 +53,12 @@ class Lab:
     def _check(self, cell: Cell) -> None:
         """Refuse a cell that cannot be trained here; say where its rates look wrong."""
         job = self.job(RunId(cell, 0, self.config.seed))
-        self._check_memory(cell.arm.label, sum(estimate_memory(job).values()) / job.mesh.size)
+        self._check_memory(cell.arm.label, job)
         if warning := rate_warning(job.spec.config, cell.arm.what, cell.middle):
             console.print(f"{cell.arm.label}: {warning}", style="yellow", markup=False)
 
-    def _check_memory(self, label: str, needed: float) -> None:
-        room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    def _check_memory(self, label: str, job: Job) -> None:
+        room, needed = memory_of(job.mesh.devices.flat[0]), memory_per_device(job)
         if room is not None and needed > room:
             raise UserError(
                 f"config.regret.arms: {label} needs about {needed / 2**30:.1f} GiB a device, which"
@@ -129,6 +130,7 @@ class Lab:
                 self.held_out,
                 self.programs,
                 lambda trained: self.measure(job, trained),
+                self.identity,
             )
 
     def left(self) -> list[RunId]:

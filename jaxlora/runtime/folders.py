@@ -25,6 +25,10 @@ from jaxlora.runtime.files import is_disk_full
 TRUSTED = "JAXLORA_TRUSTED_FOLDERS"
 
 
+class Taken(UserError):
+    """Another process holds the claim."""
+
+
 def file_in(folder: str | Path, name: str) -> Path:
     """The path of a file directly in `folder`; it need not be there.
 
@@ -121,7 +125,8 @@ def claimed(out: Path, wait: bool = False) -> Iterator[None]:
       wait: until the other process is done, instead of an error.
 
     Raises:
-      UserError: another process is writing it, or the lock is a link.
+      Taken: another process is writing it.
+      UserError: the lock is a link.
     """
     file = out.with_name(f".{out.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +165,7 @@ def _locked(file: Path, out: Path, wait: bool) -> int:
                 return handle
         except BlockingIOError:
             os.close(handle)
-            raise UserError(f"{out}: another process is writing it; wait for it or stop it") from None
+            raise Taken(f"{out}: another process is writing it; wait for it or stop it") from None
         except BaseException:
             os.close(handle)
             raise

@@ -12,7 +12,8 @@ import csv
 import hashlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from jaxlora.study.results import Study
 from jaxlora.study.tables import Table
 
 ENDS = (".png", ".pdf", ".csv")
-STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -89,12 +90,19 @@ def _figures(study: Study, comparison: dict[str, Any] | None) -> list[tuple[Tabl
 # --- Files --------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Our own settings of matplotlib: a user's must not change what is drawn and saved inside."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
 def write_figure(table: Table, draw: Callable[[Table], Figure], folder: Path, root: Path) -> None:
     """Write `<name>.png`, `.pdf`, `.csv` and `.provenance.json`; input paths are relative to `root`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own settings must not change the study's figures
-        matplotlib.rcParams.update(STYLE)
+    with own_style():
         figure = draw(table)
         figure.savefig(folder / f"{table.name}.png", dpi=160, metadata={"Software": None})
         no_dates = {"CreationDate": None, "Producer": None, "Creator": None}
@@ -137,11 +145,16 @@ def _file_entry(path: Path, shown: Path) -> Record:
 
 def to_csv(table: Table) -> str:
     """The table in full precision; an absent value is an empty cell."""
+    return csv_text([column.name for column in table.columns], table.rows)
+
+
+def csv_text(names: Sequence[str], rows: Iterable[Record]) -> str:
+    """These columns of rows, under their names."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column.name for column in table.columns])
-    for row in table.rows:
-        writer.writerow([_cell(row.get(column.name)) for column in table.columns])
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([_cell(row.get(name)) for name in names])
     return text.getvalue()
 
 

@@ -60,6 +60,11 @@ def test_the_rank_that_rows_ask_for(monkeypatch, capsys, tmp_path, tokenizer):
     assert f"surprised by {bits:.3f} bits a token" in text
 
 
+def test_a_sample_is_spread_over_a_sorted_file():
+    assert capacity.spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert capacity.spread(list(range(3)), 4) == [0, 1, 2]
+
+
 def test_ranks_of_experts_are_multiples_of_the_experts_of_a_token():
     experts = {
         "num_experts": 8,

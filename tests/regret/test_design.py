@@ -147,6 +147,16 @@ def test_a_best_rate_at_a_mark_must_lie_inside_the_grid_too():
     assert [run.place for run in made_until_done(regret, cells, loss)] == [-1, 0, 1, 2, 3]
 
 
+def test_where_both_edges_ask_for_more_rates_the_higher_come_first():
+    regret, cells = cell_of(rates=3, extend=2, repeats=0)
+
+    def loss(runs):
+        ends = losses_of(runs, best=-2, marks=(100,))
+        return {run: losses_of([run], best=2, marks=(50,))[run] | ends[run] for run in runs}
+
+    assert [run.place for run in made_until_done(regret, cells, loss)] == [-1, 0, 1, 2, 3]
+
+
 def test_a_grid_is_not_extended_for_ever_and_divergence_asks_for_lower_rates():
     regret, cells = cell_of(rates=3, extend=2, repeats=0)
     made = made_until_done(regret, cells, lambda runs: losses_of(runs, best=9))

@@ -7,6 +7,7 @@ import io
 import math
 import zlib
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -145,6 +146,8 @@ def test_sweeps_know_their_place():
     final = find(sweeps, 16).final(scatter)
     assert (final.seeds, final.error) == (3, scatter / math.sqrt(3))
     assert departures(sweeps, scatter) == {1: 1, 4: 16, 16: 64, 64: None}
+    # Rank 16 is 0.01 above at step 64: more than 2 times this scatter, but not of a difference's.
+    assert departures(sweeps, 0.004)[16] == 128
 
 
 def test_a_run_that_diverged_is_no_best_one():
@@ -168,6 +171,16 @@ def test_every_figure_is_drawn_where_there_is_something_to_draw(tmp_path):
         save(figure, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert styled(draw, [], None) is None, name
+
+
+def test_a_users_settings_of_matplotlib_change_no_figure(tmp_path):
+    def drawn(**settings):
+        with matplotlib.rc_context({name.replace("_", "."): value for name, value in settings.items()}):
+            figure = styled(FIGURES["rates"], world(), 1e-4)
+            save(figure, tmp_path / "rates.png")
+        return (tmp_path / "rates.png").read_bytes()
+
+    assert drawn() == drawn(savefig_facecolor="red", axes_facecolor="red", font_size=20)
 
 
 def test_the_tables_hold_what_the_sweeps_say():

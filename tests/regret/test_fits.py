@@ -86,6 +86,9 @@ def test_a_ratio_of_equal_sweeps_holds_the_true_one():
     assert found.value == pytest.approx(10 * 2**0.3, rel=1e-6)
     assert found.low < found.value < found.high
     assert str(found).startswith("12.3 (")
+    # The noise of two sweeps is independent, also where both were drawn with the same seed.
+    two, one = (math.log2(found.high / found.low) for found in (ratio(lora, lora), lora))
+    assert two == pytest.approx(math.sqrt(2) * one, rel=0.1)
 
 
 def test_a_line_in_log_step_and_where_a_curve_leaves_it():

@@ -7,6 +7,7 @@ import pytest
 from jaxlora.cli import load_config
 from jaxlora.models.families import count_parameters, published_config
 from jaxlora.regret.planning import grid_table, machine_named, plan_grid
+from jaxlora.regret.runs import look_steps
 from jaxlora.runtime.errors import UserError
 
 ARMS = {"regret.arms": "full,all_layer:16,all_layer:256"}
@@ -37,6 +38,11 @@ def test_hours_are_those_of_all_runs_and_an_adapter_takes_fewer():
     assert (full.runs, full.steps) == (7, 782)
     assert full.hours * 3600 / (full.runs * full.steps) == pytest.approx(full.choice.best.seconds, rel=0.1)
     assert lora.hours < full.hours
+    # A look at 1,024 rows is a forward pass: a third of full training over them, half of an adapter's.
+    looks = len(look_steps(782, 2)) + 1
+    for row, share in ((full, 1 / 3), (lora, 1 / 2)):
+        steps = row.steps + share * looks * 1024 / 128
+        assert row.hours * 3600 == pytest.approx(row.runs * steps * row.choice.best.seconds)
     # 6N FLOPs a token at the data sheet's rate is a bound that no estimate may undercut.
     bound = 6 * 8.03e9 * 600 * 128 / (8 * 989e12)
     assert full.choice.best.seconds > 0.9 * bound

@@ -151,6 +151,17 @@ def test_results_of_another_configuration_are_refused(done):
 
 
 @pytest.mark.slow
+def test_repeats_over_drawn_weights_belong_to_the_experiment(tmp_path):
+    """A base that is drawn is that of the first seed for all runs."""
+    fields = {"model.random_weights": "true", "regret.arms": "all_layer:2", "regret.rates": "1"}
+    lab = Lab(config_of(tmp_path, **fields))
+    work(lab)
+    assert lab.left() == []
+    assert sorted(record["seed"] for record in lab.folder.records().values()) == [0, 1]
+    assert len({tuple(record["held_out"][0]) for record in lab.folder.records().values()}) == 1
+
+
+@pytest.mark.slow
 def test_a_damaged_result_is_named(done, tmp_path):
     _, records = done
     there = tmp_path / "regret-tiny-regret" / "runs"
@@ -167,6 +178,8 @@ def test_a_damaged_result_is_named(done, tmp_path):
         ({"regret.arms": "full,all_layer"}, "config.regret.arms: 'all_layer' is not understood"),
         ({"name": "mine"}, "config.name is ignored"),
         ({"lora.start": "adapter"}, "config.lora.start: every arm starts from the base"),
+        ({"lora.dropout": "0.1"}, "config.lora.dropout: arms are trained without"),
+        ({"train.early_stopping": "2"}, "config.train.early_stopping: all runs of an arm take the same"),
         ({"regret.arms": "full@1000"}, "config.train.batch_rows: 1000 rows, but"),
     ],
 )
@@ -177,14 +190,18 @@ def test_what_an_experiment_cannot_do_is_one_line(tmp_path, fields, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_memory_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    class Small:
-        def memory_stats(self):
-            return {"bytes_limit": 10_000_000}
+def test_the_plan_shows_the_steps_and_rates_that_the_runs_take(tmp_path):
+    lab = Lab(config_of(tmp_path, **{"train.max_steps": "1", "regret.rates": "4"}))
+    _, _, steps, _, rates, done, left = (list(column.cells) for column in command.plan_table(lab).columns)
+    assert steps == [str(lab.job(run).plan.total_steps) for run in lab.left()[::4]] == ["1", "1"]
+    assert rates == ["0.0001 to 0.0008", "0.001 to 0.008"]
+    assert (done, left) == (["0", "0"], ["4", "4"])
 
-    monkeypatch.setattr(worker.jax, "devices", lambda: [Small()])
+
+def test_what_memory_cannot_hold_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "memory_of", lambda device: 10_000_000)
     with pytest.raises(UserError, match=r"all_layer-r512 needs about .* GiB a device, which has 0\.0; give"):
-        Lab.__new__(Lab)._check_memory("all_layer-r512", 2**34)
+        Lab(config_of(tmp_path, **{"regret.arms": "all_layer:512"}))
 
 
 @pytest.mark.slow

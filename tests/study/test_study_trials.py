@@ -80,6 +80,14 @@ def damage(study: kills.Tool, trials: list[tuple[str, str]]) -> Counter[str]:
     return try_damage(study.whole, study.new_folder, trials, study.start, study.compare, place, EDITS)
 
 
+def damage_all(study: kills.Tool, trials: list[tuple[str, str]], what: str, capsys) -> None:
+    """The same; every one of many trials must end, and how many ended how is shown."""
+    ends = damage(study, trials)
+    with capsys.disabled():
+        print(f"\ndamage to the {what} of a study: {dict(ends)}")
+    assert ends.total() == len(trials)
+
+
 def test_edited_products_are_computed_again(study):
     adapter = f"{REPORT}/adapters/tiny-all_layer-seed-0/adapter_config.json"
     trials = [(f"{REPORT}/comparison.json", "another accuracy"), (adapter, "another alpha")]
@@ -106,10 +114,7 @@ def test_every_fault_in_every_product(study, capsys):
     products += [f"{RUN}/evaluation/{name}" for name in ("summary.json", "predictions.jsonl")]
     trials = [(file, fault) for file in products for fault in DAMAGE]
     trials += [(file, fault) for file in products if file.endswith(".json") for fault in JSON_DAMAGE]
-    ends = damage(study, trials)
-    with capsys.disabled():
-        print(f"\ndamage to the products of a study: {dict(ends)}")
-    assert ends.total() == len(trials)
+    damage_all(study, trials, "products", capsys)
 
 
 @pytest.mark.slow
@@ -120,10 +125,7 @@ def test_every_fault_in_every_file_of_its_runs(study, capsys):
     trials = [(file, fault) for file in files for fault in DAMAGE]
     # A summary holds the hashes of all else and has none itself; a bit of a field that nobody reads is lost.
     trials = [(file, fault) for file, fault in trials if (Path(file).name, fault) != NOT_SEEN]
-    ends = damage(study, trials)
-    with capsys.disabled():
-        print(f"\ndamage to the runs of a study: {dict(ends)}")
-    assert ends.total() == len(trials)
+    damage_all(study, trials, "runs", capsys)
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
 
 from jaxlora.commands import bench
 from jaxlora.commands.bench import correlated, default_answers, default_rows, seen_earlier
-from jaxlora.commands.bench_scaling import STRONG, WEAK, cases, waves
+from jaxlora.commands.bench_scaling import STRONG, WEAK, cases, show, waves
 from jaxlora.runtime.errors import UserError
 
 
@@ -35,6 +36,21 @@ def test_measurements_run_beside_each_other_and_none_is_lost():
         found = waves(cases(n), n)
         assert sorted(case.name for group in found for case in group) == sorted(c.name for c in cases(n))
         assert all(sum(case.n for case in group) <= n for group in found)
+        assert len(found) == -(-sum(case.n for case in cases(n)) // n)  # no GPU waits but in the last group
+
+
+def test_efficiency_is_the_rate_over_as_many_times_that_of_one_gpu(capfd):
+    rates = {"weak-1": 100.0, "weak-2": 170.0}
+    chosen = [case for case in cases(2) if case.name in rates]
+    show(
+        chosen,
+        {
+            name: {"real_tokens_per_second": rate, "mesh": "data=1", "peak_memory_gib": None}
+            for name, rate in rates.items()
+        },
+    )
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "weak-2" in line]
+    assert re.findall(r"[\w.=%-]+", line)[2:] == ["data=1", "170", "1.70", "85%"]
 
 
 @pytest.mark.slow

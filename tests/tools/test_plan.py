@@ -332,6 +332,22 @@ def test_batched_products_count_each_batch_once():
     assert count_work(compiled_text(jnp.matmul, mesh, *shapes)).flops == 2 * 3 * 16 * 32 * 64
 
 
+INT8 = """
+ENTRY %main (a: s8[4,8], b: s8[8,2], c: bf16[8,2]) -> s32[4,2] {
+  %a = s8[4,8]{1,0} parameter(0)
+  %b = s8[8,2]{1,0} parameter(1)
+  %c = bf16[8,2]{1,0} parameter(2)
+  %mixed = f32[4,2]{1,0} dot(%a, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %both = s32[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+
+
+def test_products_of_two_factors_in_8_bits_are_counted_apart():
+    work = count_work(INT8)
+    assert (work.flops, work.flops8) == (2 * 2 * 4 * 8 * 2, 2 * 4 * 8 * 2)
+
+
 GATHER = 'channel_id=1, replica_groups=[1,8]<=[8], dimensions={1}, frontend_attributes={chain_id="0"}'
 ASYNC_GATHER = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,32]) {

@@ -5,7 +5,7 @@ jaxlora study --config regret/tiny
 
 from dataclasses import replace
 
-from jaxlora.config import DataConfig, OptimConfig, RegretConfig, RunConfig, TrainConfig
+from jaxlora.config import OptimConfig, RegretConfig, RunConfig
 from jaxlora.configs import tiny
 
 RANKS = [f"all_layer:{rank}" for rank in (1, 4, 16)]
@@ -18,22 +18,9 @@ def get_config() -> RunConfig:
     return replace(
         study,
         prefix="regret-tiny",
-        data=DataConfig(
-            train_path="embedded:data/train.jsonl",
-            validation_path="embedded:data/val.jsonl",
-            train_rows=384,
-            validation_rows=48,
-            max_length=256,
-        ),
+        data=replace(study.data, train_rows=384, validation_rows=48, shuffle=True),
         optim=OptimConfig(schedule="constant"),
-        train=TrainConfig(
-            epochs=1,
-            batch_rows=32,
-            layout="padded",
-            buffer_sizes=1,
-            buffer_multiple=32,
-            validation_batch_rows=24,
-        ),
+        train=replace(study.train, epochs=1, batch_rows=32, validation_batch_rows=24),
         eval=replace(study.eval, benchmark=None, after_training=False),
         # The published rule is for models a hundred times wider, and for runs longer than 20 steps.
         regret=RegretConfig(
