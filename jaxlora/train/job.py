@@ -6,6 +6,7 @@ print(describe(job))           # the plan: parameters, steps, tokens, memory
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -265,7 +266,7 @@ def token_count(rows: list[RenderedRow]) -> int:
 def padding_efficiency(rows: list[RenderedRow], batches: Sequence[Sequence[int]], layout: Layout) -> float:
     """Real tokens over buffer tokens of one pass."""
     parts = [[rows[i] for i in batch] for batch in batches]
-    return sum(map(token_count, parts)) / sum(layout.build(part)["tokens"].size for part in parts)
+    return sum(map(token_count, parts)) / sum(math.prod(layout.shape(part)) for part in parts)
 
 
 def estimate_memory(job: Job) -> dict[str, int]:
