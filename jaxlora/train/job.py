@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import jax
@@ -228,13 +228,14 @@ def _load_rows(
     data: DataConfig, tokenizer: Tokenizer, seed: int
 ) -> tuple[list[RenderedRow], list[RenderedRow], tuple[RowReport, RowReport]]:
     """Training rows, validation rows, and what was read and skipped of each."""
+    kept = RowCache(default_folder(), cache(lambda: tokenizer_sha256(tokenizer)))
     load = partial(
         load_rendered_rows,
         tokenizer=tokenizer,
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
         options=RowOptions.of(data),
-        cache=RowCache(default_folder(), tokenizer_sha256(tokenizer)) if data.cache else None,
+        cache=kept if data.cache else None,
     )
     rows, report = load(data.train_path, limit=data.train_rows)
     if data.validation_path is not None:
