@@ -321,10 +321,10 @@ def _room(job: Job) -> str:
         return f"about {needed / 2**30:.2f} GiB a device, which does not say what it has"
     owner = "this machine" if device.platform == "cpu" else "a device"
     text = f"about {needed / 2**30:.2f} of the {room / 2**30:.2f} GiB that {owner} has: "
-    if fits(job):
+    if verdict := fits(job):
         return text + "fits"
     smaller = "train.max_buffer_tokens or train.batch_rows smaller, or model.remat=elementwise"
-    return text + ("may not fit" if fits(job) is None else "does not fit") + f"; {smaller}, takes less"
+    return text + ("may not fit" if verdict is None else "does not fit") + f"; {smaller}, takes less"
 
 
 def what_is_trained(job: Prepared) -> str:
