@@ -522,7 +522,8 @@ class Trainer:
         own = [[lengths[i] for i in part] for part in parts]
         whole = max(map(sum, own))  # so that each part is one buffer
         length = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
-        while length < max(largest_buffer(part, whole, lines) for part in own):
+        longest = max(largest_buffer(part, whole, lines) for part in own)
+        while length < longest:
             length *= 2
         rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
         compute = self.engine.machine.compute(rows_a_line)

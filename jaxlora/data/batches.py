@@ -24,7 +24,7 @@ from jaxlora.data.packing import (
     Batch,
     choose_sizes,
     cut_into_lines,
-    largest_buffer,
+    fullest,
     pack,
     pad,
     round_up,
@@ -132,9 +132,9 @@ class Layout:
         lengths = [row.n_tokens for row in rows]
         if not self.packed:
             return 1, self.batch_rows, min(size for size in self.sizes if size >= max(lengths))
-        largest = largest_buffer(lengths, self.max_buffer_tokens, self.lines)
-        buffers = len(cut_into_lines(lengths, self.max_buffer_tokens, self.lines))
-        return buffers, self.lines, min(size for size in self.sizes if size >= largest)
+        parts = cut_into_lines(lengths, self.max_buffer_tokens, self.lines)
+        largest = fullest(parts, lengths)
+        return len(parts), self.lines, min(size for size in self.sizes if size >= largest)
 
     def shapes(
         self, rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], steps: range
@@ -171,12 +171,13 @@ def choose_layout(
         sizes = choose_sizes([max(part) for part in lengths], train.buffer_sizes, multiple)
         return Layout(False, sizes, batch_rows, train.max_buffer_tokens)
     most = train.max_buffer_tokens
-    totals = [largest_buffer(part, most, lines) for part in lengths]
-    # Of one line the bound is a batch's rows: what a program is compiled for then knows no data.
-    per_line = (
-        len(line) for part in lengths for buffer in cut_into_lines(part, most, lines) for line in buffer
-    )
-    rows_a_line = batch_rows if lines == 1 else max(per_line)
+    totals, rows_a_line = [], 0
+    for part in lengths:
+        buffers = cut_into_lines(part, most, lines)
+        totals.append(fullest(buffers, part))
+        rows_a_line = max(rows_a_line, *(len(line) for buffer in buffers for line in buffer))
+    if lines == 1:  # the bound is a batch's rows: what a program is compiled for then knows no data
+        rows_a_line = batch_rows
     sizes = choose_sizes(totals, train.buffer_sizes, multiple)
     return Layout(True, sizes, batch_rows, most, lines, rows_a_line)
 

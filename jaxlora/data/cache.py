@@ -1,6 +1,6 @@
 """Rows that were tokenised once, kept, and found again by what they follow from.
 
-    cache = RowCache(default_folder(), tokenizer_sha256)
+    cache = RowCache(default_folder(), lambda: tokenizer_sha256(tokenizer))
     if (found := cache.read(key)) is not None:       # the rows as views of files, and what their report says
         rows, report = found
     cache.keep(key, rows, report)
@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -46,7 +46,7 @@ class RowCache:
     """A folder of tokenised files, for one tokenizer."""
 
     folder: Path
-    tokenizer_sha256: str
+    tokenizer_sha256: Callable[[], str]  # called only for files that are kept: it reads the tokenizer
     smallest: int = SMALLEST
 
     def key(self, file: Path, sha256: str, settings: Mapping[str, Any]) -> str | None:
@@ -56,7 +56,7 @@ class RowCache:
         versions = {
             name: importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")
         }
-        parts = [sha256, self.tokenizer_sha256, settings, versions, _code()]
+        parts = [sha256, self.tokenizer_sha256(), settings, versions, _code()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
     def read(self, key: str) -> tuple[list[RenderedRow], dict[str, Any]] | None:

@@ -78,7 +78,7 @@ def cut_into_lines(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> l
     buffers = max(1, -(-sum(lengths) // (max_tokens * lines)))
     while True:
         dealt = _deal(lengths, buffers * lines)
-        if buffers * lines >= len(lengths) or _fullest(dealt, lengths) <= max_tokens:
+        if buffers * lines >= len(lengths) or fullest([dealt], lengths) <= max_tokens:
             return [dealt[i : i + lines] for i in range(0, len(dealt), lines)]
         buffers += 1
 
@@ -112,13 +112,14 @@ def _deal(lengths: Sequence[int], lines: int) -> list[list[int]]:
         totals[empty] += moved
 
 
-def _fullest(lines: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    return max(sum(lengths[i] for i in line) for line in lines)
+def fullest(buffers: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+    """Tokens of the fullest line of these buffers, which `cut_into_lines` made."""
+    return max(sum(lengths[i] for i in line) for buffer in buffers for line in buffer)
 
 
 def largest_buffer(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> int:
     """Tokens of the fullest line of these rows' buffers: what each line must hold."""
-    return max(_fullest(buffer, lengths) for buffer in cut_into_lines(lengths, max_tokens, lines))
+    return fullest(cut_into_lines(lengths, max_tokens, lines), lengths)
 
 
 def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lines: int = 1) -> Batch:
@@ -128,7 +129,7 @@ def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lin
     """
     lengths = [row.n_tokens for row in rows]
     parts = cut_into_lines(lengths, max_tokens, lines)
-    length = _smallest(sizes, max(_fullest(buffer, lengths) for buffer in parts))
+    length = _smallest(sizes, fullest(parts, lengths))
     batch = empty(rows, len(parts), lines, length)
     for i, buffer in enumerate(parts):
         for line, part in enumerate(buffer):

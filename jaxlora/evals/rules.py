@@ -47,7 +47,7 @@ def rule_named(name: str) -> Rule:
     if name == "boxed":
         return Rule(name, extract_boxed)
     if name == "last_number":
-        return Rule(name, last_number, lambda given, right: numeric_match(given, right))
+        return Rule(name, last_number, numeric_match)
     if name == "exact":
         return Rule(name, lambda text: text.strip() or None, _same_words)
     if name.startswith("regex:") and name != "regex:":

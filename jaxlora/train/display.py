@@ -77,6 +77,9 @@ class TrainingDisplay(ProgressLine):
         self._device = jax.local_devices()[0]
         peak = peak_flops(self._device)
         self._peak = peak * job.mesh.size if peak else None
+        # Counted once: the time to the end is asked for at every step, and there may be a million rows.
+        self._step_tokens = token_count(job.train_rows) / job.plan.steps_per_epoch
+        self._validation_tokens = token_count(job.validation_rows)
         self._validation_seconds: float | None = None
         self._validation_start = 0.0
 
@@ -157,8 +160,8 @@ class TrainingDisplay(ProgressLine):
         job = self._job
         if not (speed := self._speed()):
             return "-"
-        left = (job.plan.total_steps - step) * token_count(job.train_rows) / job.plan.steps_per_epoch / speed
-        one = self._validation_seconds or token_count(job.validation_rows) / (3 * speed)
+        left = (job.plan.total_steps - step) * self._step_tokens / speed
+        one = self._validation_seconds or self._validation_tokens / (3 * speed)
         left += one * sum(s > step for s in job.plan.validation_steps)
         minutes, seconds = divmod(int(left), 60)
         hours, minutes = divmod(minutes, 60)

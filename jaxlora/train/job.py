@@ -6,9 +6,10 @@ print(describe(job))           # the plan: parameters, steps, tokens, memory
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Protocol
 
 import jax
@@ -227,13 +228,14 @@ def _load_rows(
     data: DataConfig, tokenizer: Tokenizer, seed: int
 ) -> tuple[list[RenderedRow], list[RenderedRow], tuple[RowReport, RowReport]]:
     """Training rows, validation rows, and what was read and skipped of each."""
+    kept = RowCache(default_folder(), cache(lambda: tokenizer_sha256(tokenizer)))
     load = partial(
         load_rendered_rows,
         tokenizer=tokenizer,
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
         options=RowOptions.of(data),
-        cache=RowCache(default_folder(), tokenizer_sha256(tokenizer)) if data.cache else None,
+        cache=kept if data.cache else None,
     )
     rows, report = load(data.train_path, limit=data.train_rows)
     if data.validation_path is not None:
@@ -265,7 +267,7 @@ def token_count(rows: list[RenderedRow]) -> int:
 def padding_efficiency(rows: list[RenderedRow], batches: Sequence[Sequence[int]], layout: Layout) -> float:
     """Real tokens over buffer tokens of one pass."""
     parts = [[rows[i] for i in batch] for batch in batches]
-    return sum(map(token_count, parts)) / sum(layout.build(part)["tokens"].size for part in parts)
+    return sum(map(token_count, parts)) / sum(math.prod(layout.shape(part)) for part in parts)
 
 
 def estimate_memory(job: Job) -> dict[str, int]:
@@ -325,10 +327,10 @@ def _room(job: Job) -> str:
         return f"about {needed / 2**30:.2f} GiB a device, which does not say what it has"
     owner = "this machine" if device.platform == "cpu" else "a device"
     text = f"about {needed / 2**30:.2f} of the {room / 2**30:.2f} GiB that {owner} has: "
-    if fits(job):
+    if verdict := fits(job):
         return text + "fits"
     smaller = "train.max_buffer_tokens or train.batch_rows smaller, or model.remat=elementwise"
-    return text + ("may not fit" if fits(job) is None else "does not fit") + f"; {smaller}, takes less"
+    return text + ("may not fit" if verdict is None else "does not fit") + f"; {smaller}, takes less"
 
 
 def what_is_trained(job: Prepared) -> str:

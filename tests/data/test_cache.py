@@ -23,7 +23,7 @@ TOKENIZER = load_tokenizer("embedded:base")
 
 @pytest.fixture
 def cache(tmp_path) -> RowCache:
-    return RowCache(tmp_path / "kept", tokenizer_sha256(TOKENIZER), smallest=0)
+    return RowCache(tmp_path / "kept", lambda: tokenizer_sha256(TOKENIZER), smallest=0)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_whatever_changes_a_row_makes_them_anew(file, cache, rendered, monkeypat
     ]
     for change in changes:
         load(file, cache, **change)
-    load(file, replace(cache, tokenizer_sha256="another"))
+    load(file, replace(cache, tokenizer_sha256=lambda: "another"))
     monkeypatch.setattr(caching, "_code", lambda: "changed")
     load(file, cache)
     file.write_text(file.read_text().replace("and", "plus"))

@@ -159,10 +159,11 @@ def selected_trials() -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_every_fault_in_every_file_of_an_evaluated_run(evaluation, capsys):
-    ends = damage(evaluation, selected_trials(), lambda folder, name: str(folder))
+@pytest.mark.parametrize("tool", ["evaluation", "export"])
+def test_every_fault_in_every_file_of_a_run_that_is_read(tool, request, capsys):
+    ends = damage(request.getfixturevalue(tool), selected_trials(), lambda folder, name: str(folder))
     with capsys.disabled():
-        print(f"\ndamage to an evaluated run: {ends}")
+        print(f"\ndamage to a run, {tool}: {ends}")
     assert sum(ends.values()) == len(selected_trials())
 
 
@@ -212,14 +213,6 @@ def test_an_export_whose_disk_fills_up(export):
 def test_an_export_of_a_damaged_run_is_refused(export):
     trials = [(WEIGHTS, "a flipped bit"), (f"{RUN}/selected/jaxlora.json", "a flipped bit")]
     assert damage(export, trials) == {"one line": 2}
-
-
-@pytest.mark.slow
-def test_every_fault_in_every_file_of_an_exported_run(export, capsys):
-    ends = damage(export, selected_trials(), lambda folder, name: str(folder))
-    with capsys.disabled():
-        print(f"\ndamage to an exported run: {ends}")
-    assert sum(ends.values()) == len(selected_trials())
 
 
 # --- Datasets -----------------------------------------------------------------------------------------------
