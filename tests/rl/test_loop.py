@@ -100,6 +100,8 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes(undisturbed, model, tmp_pa
         killed_at(patch, moment)
         with pytest.raises(Killed):
             run(config)
+    for name in (".step-000002.jsonl.7.tmp", "step-000007.jsonl"):  # half written; of a step after the kill
+        (config.run_dir / "samples" / name).touch()
     run(config)
     assert outcome(config.run_dir) == outcome(undisturbed.run_dir)
 
