@@ -29,8 +29,8 @@ from jaxlora.train.step import wire
 TIMES = {"seconds", "tokens_per_second", "peak_memory_bytes"}
 
 
-def make_model(folder: Path) -> Path:
-    """A model's folder without weights: one layer, the tokenizer of the embedded base."""
+def make_model(folder: Path, layers: int = 1) -> Path:
+    """A model's folder without weights: few layers, the tokenizer of the embedded base."""
     base = embedded_path("base")
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -38,7 +38,7 @@ def make_model(folder: Path) -> Path:
     small = {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 16,

@@ -37,7 +37,7 @@ def learners(tmp_path_factory):
     """A learner that shares prompts, one that does not, and a state with an adapter that is not 0."""
     folder = tmp_path_factory.mktemp("rl")
     config = rl_config(
-        make_model(folder / "model"),
+        make_model(folder / "model", layers=2),  # of the last one, a prompt's own states have no gradient
         folder,
         train={"layout": "packed", "max_buffer_tokens": 256, "buffer_multiple": 32},
     )
