@@ -50,7 +50,7 @@ def main() -> int:
     add_number(parser, "--validation-rows", metavar="N", help="rows of a validation [the study's]")
     add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens of a row [the study's]")
     config, options = parse_config(parser)
-    check_options(options)
+    check_options(options, arms=bool(config.regret.arms))
     if options.topology is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs; a GPU or TPU here stays free
     if config.regret.arms:
@@ -101,11 +101,14 @@ def plan_experiment(config: RunConfig, options: argparse.Namespace) -> int:
     return 0 if fits else 1
 
 
-def check_options(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace, arms: bool = False) -> None:
     """Refuse what could not be written afterwards before anything is compiled, which takes minutes."""
     of_slices = ("search", "json", "price", "train_rows", "validation_rows", "row_tokens")
     if options.topology is None and (odd := [name for name in of_slices if getattr(options, name)]):
         raise UserError(f"--{odd[0].replace('_', '-')} is for a slice: give --topology as well")
+    of_runs = ("search", "json", "validation_rows")
+    if arms and (odd := [name for name in of_runs if getattr(options, name)]):
+        raise UserError(f"--{odd[0].replace('_', '-')} is for one run, not for the arms of an experiment")
     if options.json and options.json != "-":
         if Path(options.json).exists():
             raise UserError(f"--json: {options.json} exists already; give a new file")

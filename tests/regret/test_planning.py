@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from jaxlora.cli import load_config
+from jaxlora.commands import plan
 from jaxlora.models.families import count_parameters, published_config
 from jaxlora.regret.planning import grid_table, machine_named, plan_grid
 from jaxlora.regret.runs import look_steps
@@ -53,3 +56,10 @@ def test_hours_are_those_of_all_runs_and_an_adapter_takes_fewer():
 def test_a_machine_that_is_not_known_is_named():
     with pytest.raises(UserError, match="'h100-16' is not known; give one of v4-8"):
         machine_named("h100-16")
+
+
+@pytest.mark.parametrize("word", ["--search", "--json=-", "--validation-rows=9"])
+def test_what_the_plan_of_an_experiment_would_ignore_is_refused(monkeypatch, word):
+    monkeypatch.setattr(sys, "argv", ["plan", "--config", "regret/rank", "--topology", "v5e-8", word])
+    with pytest.raises(UserError, match=rf"^{word.split('=')[0]} is for one run, not for the arms"):
+        plan.main()
