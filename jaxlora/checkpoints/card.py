@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jaxlora.checkpoints.export import Selected
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_object
-from jaxlora.runtime.records import read_manifest, read_metrics, read_summary
+from jaxlora.runtime.records import contradiction, read_manifest, read_metrics, read_summary
 from jaxlora.runtime.remote import cached_name, is_hub_name
 from jaxlora.runtime.text import harmless, without_secrets
 
@@ -193,7 +193,10 @@ def _curves(run: Path, summary: Record) -> str:
             lines.append(f"| {row['step']}{mark} | {_number(row['mean_nll'])} |")
     steps = []
     if (run / "metrics.jsonl").is_file():
-        steps = [r for r in read_metrics(run) if r["split"] == "train" and r.get("loss") is not None]
+        records = read_metrics(run)
+        if text := contradiction(summary, records):
+            raise UserError(f"{run}: metrics.jsonl and summary.json contradict each other ({text})")
+        steps = [r for r in records if r["split"] == "train" and r.get("loss") is not None]
     if steps:
         lines += ["", "| steps | mean training loss |", "|---|---|"]
         size = -(-len(steps) // POINTS)

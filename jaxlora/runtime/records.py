@@ -12,6 +12,7 @@ they are: nothing computes with them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, get_args
@@ -206,6 +207,21 @@ def read_metrics(run: Path) -> list[Record]:
         if row["split"] != "test" and row.get("step") is None:
             raise UserError(f"{file}:{line}: has no step")
     return [row for _, row in rows]
+
+
+def contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
+    """Where a run's metrics say something else than its summary, in words."""
+    said = {entry["step"]: entry["mean_nll"] for entry in summary.get("validations") or ()}
+    found = {row["step"]: row.get("loss") for row in rows if row["split"] == "validation"}
+    if said and said != found:
+        step = min(step for step in {*said, *found} if said.get(step) != found.get(step))
+        return f"validation of step {step}: {found.get(step)} and {said.get(step)}"
+    for split in ("train", "validation"):
+        total = summary.get(f"{split}_token_count")
+        counted = sum(row.get("token_count") or 0 for row in rows if row["split"] == split)
+        if total is not None and total != counted:
+            return f"{split} tokens: {counted:,} and {total:,}"
+    return None
 
 
 def progress_problem(progress: Record) -> str | None:

@@ -10,7 +10,7 @@ that it finished with. That a folder exists means nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from jaxlora.data.sources import locate
 from jaxlora.models.families import count_parameters
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_json, read_jsonl, sha256_of
-from jaxlora.runtime.records import read_metrics, read_summary
+from jaxlora.runtime.records import contradiction, read_metrics, read_summary
 from jaxlora.runtime.remote import resolve
 from jaxlora.train.manifest import differences, identity
 from jaxlora.train.run_directory import is_finished
@@ -172,28 +172,13 @@ def _finished_state(folder: Path, note: Record) -> State:
             wrong[name] = f"{name} is gone"
         elif expected.get(name, now[name]) != now[name]:
             wrong[name] = f"{name} is not what was written (its SHA-256 differs)"
-    if "metrics.jsonl" not in wrong and (text := _contradiction(summary, rows)):
+    if "metrics.jsonl" not in wrong and (text := contradiction(summary, rows)):
         wrong["metrics.jsonl"] = f"metrics.jsonl and summary.json contradict each other ({text})"
     if any(not name.startswith(SELECTED) for name in wrong):
         return State("damaged", "; ".join(wrong.values()))
     if wrong:
         return State("redo", f"finished, but {'; '.join(wrong.values())}")
     return State("done")
-
-
-def _contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
-    """Where a run's metrics say something else than its summary, in words."""
-    said = {entry["step"]: entry["mean_nll"] for entry in summary.get("validations") or ()}
-    found = {row["step"]: row.get("loss") for row in rows if row["split"] == "validation"}
-    if said and said != found:
-        step = min(step for step in {*said, *found} if said.get(step) != found.get(step))
-        return f"validation of step {step}: {found.get(step)} and {said.get(step)}"
-    for split in ("train", "validation"):
-        total = summary.get(f"{split}_token_count")
-        counted = sum(row.get("token_count") or 0 for row in rows if row["split"] == split)
-        if total is not None and total != counted:
-            return f"{split} tokens: {counted:,} and {total:,}"
-    return None
 
 
 def _differences(manifest: dict[str, Any], config: RunConfig, inputs: Inputs) -> list[str]:

@@ -60,7 +60,8 @@ def run(tmp_path):
     }  # fmt: skip
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "summary.json").write_text(json.dumps(summary))
-    losses = [metric_record(split="train", step=step, loss=1 / step) for step in range(1, 21)]
+    losses = [metric_record(split="train", step=i, loss=1 / i, token_count=900) for i in range(1, 21)]
+    losses += [metric_record(split="validation", step=step, loss=value) for step, value in nll.items()]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses))
     for folder, accuracy in ((tmp_path / "results" / "mine-base", 0.25), (run, 0.75)):
         (folder / "evaluation").mkdir(parents=True)
@@ -101,6 +102,15 @@ def test_the_card_says_what_the_records_say(run, tmp_path, export):
     assert PeftConfig.from_pretrained(tmp_path / "out").base_model_name_or_path == "owner/Base-1B"
     export("--run", run, "--out", tmp_path / "again", "--license", "apache-2.0")
     assert (tmp_path / "again" / "README.md").read_text() == text
+
+
+def test_records_that_contradict_each_other_make_no_card(run, tmp_path, export):
+    file = run / "summary.json"
+    file.write_text(file.read_text().replace("0.375", "0.374"))
+    code, _, errors = export("--run", run, "--out", tmp_path / "out")
+    assert code == 2
+    assert "contradict each other (validation of step 20: 0.375 and 0.374)" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merged_model_has_one_too_and_an_export_goes_on(run, tmp_path, export):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from jaxlora.runtime import ahead
 from jaxlora.runtime.ahead import Ahead
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh, place_batch, place_trained
+from jaxlora.train.job import padding_efficiency
 from jaxlora.train.step import Compute, init_state, make_train_step
 
 MODEL = ModelConfig(
@@ -112,3 +115,5 @@ def test_the_shapes_to_come_are_those_that_are_built(layout):
     steps = {step: range(4 * step - 4, 4 * step) for step in range(1, 5)}
     built = [layout.build([rows[i] for i in steps[step]])["tokens"].shape for step in steps]
     assert layout.shapes(rows, steps.__getitem__, range(1, 5)) == list(dict.fromkeys(built))
+    real = sum(row.n_tokens for row in rows)
+    assert padding_efficiency(rows, list(steps.values()), layout) == real / sum(map(math.prod, built))

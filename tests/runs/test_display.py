@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from jaxlora.rl.display import Display
 from jaxlora.rl.job import prepare as prepare_rl
 from jaxlora.runtime import progress
 from jaxlora.train.display import TrainingDisplay
-from jaxlora.train.job import Job, prepare
+from jaxlora.train.job import Job, prepare, token_count
 
 STAMP = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 SHAPE = (1, 8, 96)
@@ -63,6 +64,12 @@ def test_off_a_terminal_a_line_with_the_time_comes_at_most_every_thirty_seconds(
     found = [re.fullmatch(r"step (\d+) of 120 · loss 0.5000 · (.*)", line) for line in lines[2:]]
     assert [int(match[1]) for match in found] == [7, 22, 37, 52, 67, 82, 97, 112, 120]
     assert all(re.fullmatch(r"50 tokens/s · ETA \d:\d\d:\d\d", match[2]) for match in found)
+    # At 50 tokens/s; a validation that was not timed yet takes a third of a pass over its rows.
+    a_step, a_validation = token_count(job.train_rows) / 60 / 50, token_count(job.validation_rows) / 150
+    for match in found:
+        step = int(match[1])
+        left = (120 - step) * a_step + sum(s > step for s in job.plan.validation_steps) * a_validation
+        assert match[2].endswith(f"ETA {timedelta(seconds=int(left))}")
 
 
 def test_a_long_validation_gives_signs_of_life_too(job, clock, monkeypatch):
