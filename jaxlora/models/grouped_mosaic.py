@@ -33,21 +33,24 @@ class Blocks(NamedTuple):
     stored: int = 32
 
 
+BLOCKS = Blocks()
+
+
 def supports(terms: Sequence[Term], expert: jax.Array, transposed: bool) -> bool:
     """Whether the kernel takes these shapes: whole tiles, and widths that are multiples of its blocks."""
     rows = terms[0][0]
     width = terms[0][1].shape[2 if transposed else 1]
-    deep = all(x.shape[1] % 64 == 0 or x.shape[1] in (16, 32) for x, _ in terms)
-    return (
-        rows.shape[0] == TILE * expert.shape[0] and width % 128 == 0 and deep and rows.dtype == jnp.bfloat16
-    )
+    if rows.dtype != jnp.bfloat16 or rows.shape[0] != TILE * expert.shape[0] or width % 128:
+        return False
+    depths = [x.shape[1] for x, _ in terms if x.shape[1] % 64]  # those of adapters
+    return len(depths) < 2 and set(depths) <= {16, 32}
 
 
 def sum_of_products(
     terms: Sequence[Term],
     expert: jax.Array,
     transposed: bool,
-    blocks: Blocks = Blocks(),
+    blocks: Blocks = BLOCKS,
     interpret: Any = None,
 ) -> jax.Array:
     """Sum over terms (x, W) of W x, or of W^T x, with the matrix of each tile's expert; else zeros.
@@ -60,6 +63,8 @@ def sum_of_products(
     rows, (n_experts, *sizes) = terms[0][0], terms[0][1].shape
     width = sizes[1 if transposed else 0]
     blocks = blocks._replace(width=blocks.width if width % blocks.width == 0 else 128)
+    if any(x.shape[1] == 32 for x, _ in terms):  # an adapter's matrix takes as much shared memory as a stage
+        blocks = blocks._replace(stages=min(blocks.stages, 3))
     work = partial(
         _kernel, blocks=blocks, n_experts=n_experts, transposed=transposed, n_terms=len(terms), width=width
     )
@@ -117,7 +122,7 @@ def _kernel(expert_ref, *refs, blocks: Blocks, n_experts: int, transposed: bool,
     deep = [term for term in terms if not _is_thin(term[0], blocks)]
     thin = [term for term in terms if _is_thin(term[0], blocks)]
     thin_depth = thin[0][0].shape[1] if thin else 0
-    assert len(thin) <= 1 and len(deep) + len(thin) == n_terms
+    assert len(thin) <= 1, "adapters of one product lie side by side"
     scratch: dict[str, Any] = {
         "ring": _ring(blocks, blocks.stages, blocks.depth, transposed),
         "out": _swizzled((2, 2, TILE // 2, blocks.stored), blocks.stored),
