@@ -201,8 +201,8 @@ def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacke
 
 def _keep_all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     """Whether the backward pass finds this result kept: all but weights, which it takes from where they lie,
-    and gathers again. A loop over layers would keep copies of all of them. (Of JAX's own policies, the one that
-    excludes names excludes nothing.)"""
+    and gathers again. A loop over layers would keep copies of all of them. (Of JAX's own policies, the one
+    that excludes names excludes nothing.)"""
     if primitive.name == "name":
         return params["name"] not in (GATHERED, WEIGHTS)
     return not (primitive.name.startswith("all_gather") and "fsdp" in str(params["axis_name"]))
