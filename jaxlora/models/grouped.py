@@ -50,8 +50,10 @@ def resolve(how: How) -> How:
     """The implementation that `auto` means on this machine."""
     if how != "auto":
         return how
-    by_platform: dict[str, How] = {"tpu": "ragged_dot", "gpu": "triton"}
-    return by_platform.get(jax.default_backend(), "loop")
+    if jax.default_backend() == "gpu":
+        hopper = str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
+        return "mosaic" if hopper else "triton"
+    return "ragged_dot" if jax.default_backend() == "tpu" else "loop"
 
 
 def tile_rows(choices: int, n_experts: int) -> int:
