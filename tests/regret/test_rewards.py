@@ -177,5 +177,5 @@ def test_what_an_experiment_refuses(tmp_path):
         RewardLab(config_of(tmp_path, **{"rl.eval_problems": "none"}))
     with pytest.raises(UserError, match="leave out @ROWS"):
         RewardLab(config_of(tmp_path, **{"regret.arms": "all_layer:1@16"}))
-    with pytest.raises(UserError, match="config.regret.factor"):
+    with pytest.raises(UserError, match=r"config\.regret\.factor"):
         command.check(config_of(tmp_path, **{"regret.by": "likelihood"}), None)

@@ -38,9 +38,8 @@ def draw_accuracy(sweeps: Sequence[Sweep]) -> Figure:
         look = looks[sweep.label]
         left.plot(*zip(*curve.items(), strict=True), **look, linewidth=1.2, markersize=4, label=sweep.name)
         spread = [[1 - dict(_pairs(run))[step] for run in runs] for step in curve]
-        left.fill_between(
-            list(curve), *zip(*map(_ends, spread), strict=True), color=look["color"], alpha=0.12
-        )
+        low, high = zip(*map(_ends, spread), strict=True)
+        left.fill_between(list(curve), low, high, color=look["color"], alpha=0.12)
         rewards = [run["train"]["correct"] for run in runs]
         n = min(map(len, rewards))
         mean = np.mean([one[:n] for one in rewards], axis=0)

@@ -88,7 +88,7 @@ def make_run(
     }
 
 
-def look(sampler: Sampler, job: RLJob, trained: Tree, grader: Grader) -> tuple[float, float]:
+def look(sampler: Sampler, job: RLJob, trained: Tree, grader: Grader) -> tuple[float | None, float | None]:
     """Shares of held-out problems answered wrongly at temperature 0, and of answers that were cut."""
     episodes = grade(job.eval_problems, sampler.greedy(trained, job.eval_prompts), grader)
     wrong = [not one.graded.correct for one in episodes if one.graded]
