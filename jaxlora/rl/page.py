@@ -179,7 +179,7 @@ def why(record: Record, rl: Record) -> str:
     elif ":" in reward:
         text = f"{reward} gave {value:g}"
     elif read is None and reward != "reasoning_gym":
-        text = "no box is closed: 0"
+        text = f"no box is closed: {value:g}"
     else:
         text = f"{'the whole text' if read is None else read!r} against the reference: {value:g}"
     if weight and not record["well_formed"]:

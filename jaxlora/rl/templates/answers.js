@@ -5,7 +5,7 @@ const { steps } = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 5;
 const byId = (id) => document.getElementById(id);
 const title = ({ kind, step }) => (kind === "eval" ? `evaluation at step ${step}` : `batch ${step}`);
-const plain = (value) => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(4))));
+const plain = (value) => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(6))));
 
 const some = (test) => ({ answers }) => answers.some(test);
 const constant = ({ answers }) => answers.every((one) => one.reward === answers[0].reward);
@@ -72,11 +72,7 @@ function show() {
   const range = found.length ? `${start + 1} to ${start + page.length} of ` : "";
   const left = step.groups > step.shown.length ? `; ${step.groups} are in samples/${step.file}` : "";
   byId("count").textContent = `${range}${found.length} found among ${step.shown.length} problems${left}`;
-  byId("numbers").replaceChildren(...step.numbers.map(([name, value]) => {
-    const row = element("div");
-    row.append(element("dt", "", name), element("dd", "", plain(value)));
-    return row;
-  }));
+  byId("numbers").replaceChildren(...step.numbers.map(([name, value]) => element("span", "mark", `${name}: ${plain(value)}`)));
   byId("back").disabled = start === 0;
   byId("next").disabled = start + PAGE >= found.length;
   byId("earlier").disabled = Number(byId("step").value) === 0;
