@@ -157,8 +157,18 @@ class Learned:
 class Learner:
     """Gradients and updates over groups of answers: the programs of supervised training."""
 
-    def __init__(self, spec: ModelSpec, machine: Machine, config: Any, loss: Loss, frozen: Tree):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        machine: Machine,
+        config: Any,
+        loss: Loss,
+        frozen: Tree,
+        segments: int | None = None,
+    ):
+        """`segments`: places for rows in a line; None: as a batch needs them, a program for each number."""
         self.spec, self.machine, self.config, self.loss, self.frozen = spec, machine, config, loss, frozen
+        self._segments = segments
 
     def learn(self, state: TrainState, groups: Sequence[Group], rate: float) -> tuple[TrainState, Learned]:
         """The optimizer steps of one batch; `state` is donated."""
@@ -190,7 +200,7 @@ class Learner:
     def gradient(self, state: TrainState, rows: Sequence[RenderedRow]) -> tuple[Tree, list[Any]]:
         """The gradient summed over rows; of each buffer its loss, log-probabilities, and what was in it."""
         buffers = self.buffers(rows)
-        compute = self.machine.compute(most_segments(buffers))
+        compute = self.machine.compute(self._segments or most_segments(buffers))
         step = make_gradient_step(self.spec, compute, self.loss, "weighted")
         grads = jax.tree.map(jnp.zeros_like, state.trained)
         found = []

@@ -67,8 +67,9 @@ class Group:
 class Sampler:
     """Answers from what is trained now, over a base that stays where it is."""
 
-    def __init__(self, job: RLJob, frozen: Tree):
-        self._job, self._frozen = job, frozen
+    def __init__(self, job: RLJob, frozen: Tree, tail_slots: Sequence[int] | None = None):
+        """`tail_slots` as of `jaxlora.generate.decode.generate`."""
+        self._job, self._frozen, self._tails = job, frozen, tail_slots
         self._base: tuple[Any, Tree, Any] | None = None  # of an adapter: form, weights, mesh
 
     def groups(
@@ -123,6 +124,7 @@ class Sampler:
                 stop_ids=job.stop_ids,
                 max_new_tokens=job.config.rl.max_new_tokens,
                 slots=job.config.rl.slots,
+                tail_slots=self._tails,
                 backend=decode_backend(spec.dtype),
                 **options,
             )

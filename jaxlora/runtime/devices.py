@@ -50,7 +50,8 @@ def setup(results_dir: str, dtype: str) -> None:
     hosts.start()
     console.quiet = not hosts.is_first()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(results_dir)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
 
