@@ -116,6 +116,7 @@ class Choice:
     tokens: int  # length of each buffer
     best: Roofline
     memory: float  # bytes per chip
+    resting: float  # of them what stays between steps: weights and optimizer's state
 
 
 def candidates(
@@ -288,7 +289,7 @@ def estimate(
         buffers * _hbm_bytes(share) + _update_bytes(share),
         buffers * _interconnect_bytes(share),
     )
-    return Choice(mesh, remat, buffers, length, best, _memory(share))
+    return Choice(mesh, remat, buffers, length, best, _memory(share), _resting(share))
 
 
 @dataclass(frozen=True)
@@ -507,21 +508,29 @@ def _update_bytes(share: _Share) -> float:
     return (7 * FLOAT32 + BF16) * share.own_parameters if share.full else 0
 
 
+def _resting(share: _Share) -> float:
+    """Bytes on one chip that are there during and between steps.
+
+    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
+    more where gradients are accumulated over several micro-batches.
+    """
+    size = BF16 * share.own_parameters - share.saved / (share.mesh.fsdp * share.mesh.tensor)
+    if share.full:
+        size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
+    return size + 4 * FLOAT32 * share.own_adapters  # weights, gradients and two moments
+
+
 def _memory(share: _Share) -> float:
     """Bytes on one chip at the peak, in the backward pass.
 
-    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
-    more where gradients are accumulated over several micro-batches. The head's gradient is summed in float32
-    over chunks of answers before it is split over `fsdp`.
+    In full fine-tuning the head's gradient is summed in float32 over chunks of answers before it is split
+    over `fsdp`.
     """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = BF16 * share.own_parameters - share.saved / (mesh.fsdp * mesh.tensor)
+    size = _resting(share) + share.activations
     if share.full:
-        size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
         size += FLOAT32 * share.head_weights / mesh.tensor
-    size += 4 * FLOAT32 * share.own_adapters  # weights, gradients and two moments
-    size += share.activations
     size += 2 * FLOAT32 * min(share.tokens, CHUNK) * model.vocab_size / mesh.tensor  # logits and gradient
     size += head + share.tokens * share.kept(False)  # the head, and all activations of one layer
     # Gathered keys and values are kept for the backward pass.

@@ -37,11 +37,11 @@ def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only
     if only != "report":
         work(lab)
     if config.regret.by == "likelihood":
-        from jaxlora.regret.report import write_report
+        from jaxlora.regret import report
     else:
-        from jaxlora.regret.rewards.report import write_report
+        from jaxlora.regret.rewards import report  # type: ignore[no-redef]
 
-    path = write_report(lab)
+    path = report.write_report(lab)
     console.print(f"the report is {path}", markup=False)
     return 0
 

@@ -17,7 +17,7 @@ from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
 from jaxlora.regret.capacity import code_length, flops_ratio
 from jaxlora.regret.drawings import FIGURES, save, styled
-from jaxlora.regret.findings import findings
+from jaxlora.regret.findings import Finding, findings
 from jaxlora.regret.sweeps import Sweep, scatter_of, sweeps_of
 from jaxlora.regret.worker import Lab
 from jaxlora.runtime.errors import UserError
@@ -142,7 +142,7 @@ def page_of(lab: Lab, sweeps: Sequence[Sweep], drawn: Sequence[str]) -> str:
         " `jaxlora/regret/findings.py`.",
         _settings(lab, sweeps, scatter),
         "## Claims",
-        _findings(sweeps),
+        claims_table(findings(sweeps)),
         "## Cells",
         _cell_table(sweeps, scatter, model),
         *(f"![{CAPTIONS[name]}]({name}.png)\n\n{CAPTIONS[name]}" for name in drawn),
@@ -197,8 +197,8 @@ def _repeats(sweeps: Sequence[Sweep]) -> str:
     return f"pooled over {count} repeats ({shown}){few}"
 
 
-def _findings(sweeps: Sequence[Sweep]) -> str:
-    found = findings(sweeps)
+def claims_table(found: Sequence[Finding]) -> str:
+    """Claims with figures and verdicts, and the rules below them."""
     table = ["| claim | ours | verdict |", "|---|---|---|"]
     table += [f"| {one.claim} | {_cell(one.figure)} | **{one.verdict}** |" for one in found]
     rules = [

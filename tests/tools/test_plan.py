@@ -644,7 +644,7 @@ class TestHere:
     def test_it_says_whether_the_memory_fits(self, job, monkeypatch, share, verdict, words):
         needed = memory_per_device(job)
         monkeypatch.setattr("jaxlora.train.job.memory_of", lambda device: int(needed / share))
-        assert fits(job) is verdict
+        assert fits(needed, jax.devices()[0]) is verdict
         table = Console(width=400, file=io.StringIO())
         table.print(describe(job))
         (line,) = [line for line in table.file.getvalue().splitlines() if line.strip().startswith("room")]
