@@ -205,7 +205,7 @@ def test_the_plan_counts_rows_that_are_skipped_by_reason(tmp_path, capsys):
         **{"data.train_rows": "none", "data.validation_fraction": "0.2"},
     }
     assert command.main(config_of(tmp_path, **fields), dry_run=True) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().err.split())
     assert "skipped 2: line 17: no assistant turn at the end; line 18: no assistant turn" in shown
 
 
