@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from jaxlora.regret.findings import batch_gaps, rate_ratio
+from jaxlora.regret.findings import batch_gaps, matched, rate_ratio
 from jaxlora.regret.sweeps import Sweep, find, main_batch, ranks_of
 from jaxlora.study.figures import own_style
 
@@ -123,6 +123,7 @@ def draw_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
 
 
 def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figure:
+    own = [sweep for sweep in own if sweep.best(scatter) is not None]  # of one that diverged nothing is drawn
     figure, (axes,) = canvas(title)
     looks, lowest, ends = looks_of(own), [], []
     for sweep in own:
@@ -134,6 +135,9 @@ def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figu
         if (best := sweep.best(scatter)) and not best.edge:
             axes.plot(best.rate, best.loss, "o", markersize=12, markerfacecolor="none", color="#111111")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     room = max(max(ends) - min(lowest), 0.01)
     axes.set_ylim(min(lowest) - 0.05 * room, max(ends) + 0.6 * room)  # what diverges is above the picture
     axes.set_xlabel("learning rate (logarithmic)")
@@ -193,17 +197,19 @@ def draw_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | Non
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.set_ylabel(_LOSS)
     right.axhline(0, color="#666666", linewidth=0.8)
-    right.set_title("LoRA minus full, nats a token (bars: 2 standard errors)")
+    right.set_title("LoRA minus full (bars: 2 standard errors)")
     legend(figure, left)
     return figure
 
 
 def _placed(sweeps: Sequence[Sweep]) -> list[Sweep]:
-    """Placements other than ranks of one, and all layers at their ranks."""
+    """Placements other than all layers, and all layers at their ranks or with as many parameters."""
     rows = main_batch(sweeps)
     other = [s for s in sweeps if s.batch_rows == rows and not s.full and s.placement != "all_layer"]
     ranks = {s.rank for s in other}
-    return [*[s for s in ranks_of(sweeps) if s.rank in ranks], *other] if other else []
+    equal = {both.label for s in other for _, both in matched(sweeps, s.placement, "all_layer")}
+    every = [s for s in ranks_of(sweeps) if s.rank in ranks or s.label in equal]
+    return [*every, *other] if other else []
 
 
 def draw_placements(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:

@@ -8,6 +8,7 @@ small files and the configuration.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -169,8 +170,9 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
         " fine-tuning: all weights, the tied head included)",
         f"{len(records)} runs ({diverged} diverged) on {', '.join(sorted({r['device'] for r in records}))}:"
         f" {seconds / 3600:.2f} hours of processes, {3600 * len(records) / seconds:.0f} runs in an hour"
-        f" of one",
-        "scatter between seeds (order of rows and initialisation): "
+        f" of one{_speed(records)}",
+        "scatter between seeds (order of rows and initialisation), without what one seed does to all cells of"
+        " a batch size: "
         + ("unknown, no repeats" if scatter is None else f"{scatter:.5f} nats, {_repeats(sweeps)}"),
     ]
     theory = job.base.config.hidden_size / (2 * config.lora.alpha)
@@ -183,6 +185,18 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
     if doubt := outside_domain(job.base.config):
         lines.append(f"the middle of the grids is the published formula's rate: {doubt}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _speed(records: Sequence[Record]) -> str:
+    """Runs in an hour by the clock, compiling included, of the runs that say when they ended."""
+    own = [(r["ended"] - r["seconds"]["all"], r["ended"]) for r in records if "ended" in r]
+    if not own:
+        return ""
+    wall, until = 0.0, -math.inf  # the time in which any process made a run
+    for start, end in sorted(own):
+        wall += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return f"; by the clock {len(own)} runs in {wall:,.0f} s, {3600 * len(own) / wall:,.0f} in an hour"
 
 
 def _repeats(sweeps: Sequence[Sweep]) -> str:
