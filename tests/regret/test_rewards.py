@@ -1,4 +1,4 @@
-"""Experiments that learn from rewards: the claims' rules on made-up runs, the page, real runs in miniature."""
+"""Experiments that learn from rewards: the claims' rules on made-up runs, the page, a real run in miniature."""
 
 from __future__ import annotations
 
