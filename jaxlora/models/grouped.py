@@ -9,7 +9,8 @@ Rows are sorted by expert, and each expert's are padded to whole tiles, so every
 matrix. Nothing is dropped, however uneven the choices are: the number of rows is the most that there can be.
 Nowhere is there an array of tokens times experts times anything.
 
-Implementations: `triton`, kernels for GPUs (`jaxlora.models.grouped_triton`); `ragged_dot`, that of JAX, for
+Implementations: `triton`, kernels for GPUs (`jaxlora.models.grouped_triton`); `mosaic`, the same with faster
+ones for the large products of Hopper GPUs (`jaxlora.models.grouped_mosaic`); `ragged_dot`, that of JAX, for
 which the TPU compiler has kernels; `loop`, one tile after the other, for CPUs.
 """
 
@@ -248,7 +249,12 @@ def _is_primal(x: Any) -> bool:
 
 def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = False) -> jax.Array:
     """Sum over terms (x, W) of W x of each row with its tile's matrix, or of W^T x: `[rows, out or in]`."""
-    if how == "triton":
+    if how == "mosaic":
+        from jaxlora.models import grouped_mosaic
+
+        if grouped_mosaic.supports(terms, groups.expert, transposed):
+            return grouped_mosaic.sum_of_products(terms, groups.expert, transposed)
+    if how in ("triton", "mosaic"):
         from jaxlora.models import grouped_triton  # not everywhere: it imports a compiler
 
         return grouped_triton.sum_of_products(terms, groups.expert, transposed)
@@ -259,7 +265,7 @@ def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = Fal
 
 def _outer(how: How, left: jax.Array, right: jax.Array, groups: Groups) -> jax.Array:
     """Sum over an expert's rows of left x right: float32 `[experts, left's width, right's width]`."""
-    if how == "triton":
+    if how in ("triton", "mosaic"):
         from jaxlora.models import grouped_triton
 
         return grouped_triton.outer_products(left, right, groups.tiles, _tile(left, groups))

@@ -119,7 +119,7 @@ class Lab:
 
     def make(self, run: RunId) -> Record:
         """Make one run and return its record."""
-        job = self.job(run)
+        started, job = time.monotonic(), self.job(run)
         with jax.set_mesh(job.mesh):
             frozen: Tree = {} if job.spec.full else self.base
             return make_run(
@@ -131,6 +131,7 @@ class Lab:
                 self.programs,
                 lambda trained: self.measure(job, trained),
                 self.identity,
+                started,
             )
 
     def steps(self, cell: Cell) -> int:

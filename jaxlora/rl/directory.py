@@ -4,6 +4,7 @@
   manifest.json, metrics.jsonl, checkpoints/, tensorboard/, failure.json     as of `jaxlora.train`
   samples/step-000001.jsonl   a batch's answers with their rewards; eval-000010.jsonl: greedy ones
   selected/           what was trained, as the last step left it
+  answers.html        the answers for a person to read, batch by batch
   accuracy.png        accuracy on held-out problems by step, and the mean reward
   summary.json        the outcome; its presence with status "completed" marks a finished run
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.rl.job import RLJob
+from jaxlora.rl.learning import advantages_of
+from jaxlora.rl.page import PAGE, write_page
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.sampling import Episode, Group
 from jaxlora.runtime import hosts
@@ -93,9 +96,11 @@ class RLDirectory(RunDirectory):
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """A batch's answers, one a line."""
         records = [
-            {"step": step, "sample": i} | _told(group.problem, one)
+            {"step": step, "sample": i, "advantage": float(advantage)} | _told(group.problem, one)
             for group in groups
-            for i, one in enumerate(group.episodes)
+            for i, (one, advantage) in enumerate(
+                zip(group.episodes, advantages_of(group, self.job.config.rl), strict=True)
+            )
         ]
         self._write(f"step-{step:06}", records)
 
@@ -132,7 +137,9 @@ class RLDirectory(RunDirectory):
         self._draw("accuracy.png", partial(draw, accuracy=validations, rewards=rewards))
         name, value = ("accuracy", validations[step]) if step in validations else ("reward", rewards[step])
         self._end_curves({f"final/{name}": value}, step, last)
-        artifacts = ("manifest.json", "metrics.jsonl", "samples", "selected", "tensorboard", "accuracy.png")
+        write_page(self.path)
+        pages = ("accuracy.png", PAGE)
+        artifacts = ("manifest.json", "metrics.jsonl", "samples", "selected", "tensorboard", *pages)
         record = summary_record(
             **self._names(),
             checkpoint=f"step-{step}",

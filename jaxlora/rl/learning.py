@@ -51,18 +51,22 @@ def rows_of(groups: Sequence[Group], rl: RLConfig) -> list[list[RenderedRow]]:
     found = []
     for group in groups:
         valid = counted(group, rl)
-        if is_constant(group.rewards, valid):
-            continue
-        own = advantages(
-            group.rewards,
-            valid,
-            np.array([len(one.tokens) for one in group.episodes]),
-            baseline=rl.baseline,
-            divide_by_std=rl.divide_by_std,
-            divide_by_length=rl.divide_by_length,
-        )
-        found.append([_row(group, i, own[i]) for i in range(len(own)) if valid[i]])
+        if not is_constant(group.rewards, valid):
+            own = advantages_of(group, rl)
+            found.append([_row(group, i, own[i]) for i in range(len(own)) if valid[i]])
     return found
+
+
+def advantages_of(group: Group, rl: RLConfig) -> np.ndarray:
+    """float64 `[answers]`: what each answer's tokens are learned with."""
+    return advantages(
+        group.rewards,
+        counted(group, rl),
+        np.array([len(one.tokens) for one in group.episodes]),
+        baseline=rl.baseline,
+        divide_by_std=rl.divide_by_std,
+        divide_by_length=rl.divide_by_length,
+    )
 
 
 def counted(group: Group, rl: RLConfig) -> np.ndarray:

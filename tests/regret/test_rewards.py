@@ -1,4 +1,4 @@
-"""Experiments that learn from rewards: the claims' rules on made-up runs, the page, a real run in miniature."""
+"""Experiments that learn from rewards: the claims' rules on made-up runs, the page, one real miniature."""
 
 from __future__ import annotations
 

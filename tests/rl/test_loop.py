@@ -18,7 +18,7 @@ from jaxlora.rl import loop
 from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.job import estimate_memory, prepare
 from jaxlora.rl.learning import Learner
-from jaxlora.rl.sampling import Sampler
+from jaxlora.rl.sampling import Sampler, shared_bytes
 from jaxlora.runtime.errors import UserError
 from jaxlora.train.job import fresh_state, load_frozen
 
@@ -125,8 +125,9 @@ def test_overlap_is_one_step_off_policy_says_so_and_survives_a_kill(
     assert outcome(stopped.run_dir) == outcome(whole.run_dir)
 
 
-def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_path):
-    config = rl_config(model, tmp_path, slots=8)
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 8}, {"data": 4, "tensor": 2}], ids=str)
+def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_path, mesh):
+    config = rl_config(model, tmp_path, slots=8, mesh=mesh)
     run(config, devices=8)
     for ours, theirs in zip(records(config), records(undisturbed), strict=True):
         for name in ("sampled_tokens", "reward/mean", "episode/truncated", "optim/rows"):
@@ -265,11 +266,27 @@ def test_a_system_message_may_be_none_at_all_and_texts_may_have_lines(model, tmp
 def test_the_plan_counts_a_rounded_base_as_it_is_held(tmp_path, kind):
     model = {"path": "embedded:base", "dtype": "float32", "base_dtype": kind}
     job = prepare(from_dict({"model": model, "results_dir": str(tmp_path), "rl": {"problem_rows": 4}}))
-    held = sum(x.nbytes for x in jax.tree.leaves(load_frozen(job)))
-    assert estimate_memory(job)["base, once"] == held
+    shards = [x.addressable_shards[0] for x in jax.tree.leaves(load_frozen(job))]
+    assert estimate_memory(job)["base"] == sum(shard.data.nbytes for shard in shards)
 
 
 def test_an_empty_file_of_problems_is_one_line(model, tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(UserError, match=r"none.jsonl: holds no problems"):
         run(rl_config(model, tmp_path, problems=str(tmp_path / "none.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "copies"),
+    [({"data": 8}, 0), ({"data": 4, "tensor": 2}, 0), ({"tensor": 8}, 0), ({"data": 2, "fsdp": 4}, 1)],
+    ids=str,
+)
+def test_the_base_is_on_the_devices_once_unless_fsdp_splits_it(model, tmp_path, mesh, copies):
+    job = job_of(rl_config(model, tmp_path, mesh=mesh), devices=8)
+    frozen, trained = load_frozen(job), fresh_state(job).trained
+    _, _, weights, _ = Sampler(job, frozen).decoding(trained)
+    held, again = shared_bytes(frozen, weights)
+    assert (again > 0) == copies
+    told = estimate_memory(job)
+    assert 8 * told["base"] == held
+    assert 8 * told.get("copy for the sampler", 0) == again
