@@ -29,6 +29,9 @@ def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only
     check(config, only)
     lab: Any = Lab(config) if config.regret.by == "likelihood" else RewardLab(config)
     if dry_run or status:
+        if config.regret.by == "likelihood":
+            for report in dict.fromkeys(lab.first.reports):
+                console.print(report.describe(), markup=False)
         console.print(plan_table(lab))
         return 0
     if only != "report":

@@ -35,6 +35,7 @@ from jaxlora.models.spec import check_positions
 from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import abstract, base_shardings, place_trained, token_multiple, trained_shardings
+from jaxlora.train.rates import rate_warning
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
@@ -394,4 +395,6 @@ def describe(job: Job) -> Table:
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
+    if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):
+        table.add_row("[bold red]rate[/bold red]", escape(warning))
     return table

@@ -113,7 +113,8 @@ def test_the_estimate_of_a_step_by_hand():
     layer_weights, head, adapters = 6_945_767_424, 622_329_856, 21_823_488
     one = estimate(model, lora, slice_named("v5e-8"), MeshConfig(1, 8, 1), False, 1, 4096, 128)
     assert one.tokens == 4096
-    # 512 tokens a chip, 4 FLOPs a weight, 6 one of adapters; attention: 4 x 4096 x keys x 36 layers x (1 + 3.5) passes
+    # 512 tokens a chip, 4 FLOPs a weight, 6 one of adapters
+    # attention: 4 x 4096 x keys x 36 layers x (1 + 3.5) passes
     attention = 512 * 4 * 4096 * 4096 * (1 - 0.5 / 8) * 36 * 4.5
     products = 512 * (4 * (layer_weights + head) + 6 * adapters)
     assert one.best.compute * 197e12 == pytest.approx(products + attention)
@@ -649,6 +650,15 @@ class TestHere:
         (line,) = [line for line in table.file.getvalue().splitlines() if line.strip().startswith("room")]
         assert words in line
         assert f"about {needed / 2**30:.2f} of the {needed / share / 2**30:.2f} GiB" in line
+
+    @pytest.mark.parametrize(
+        ("rate", "what", "warned"), [(1e-6, "lora", True), (1e-6, "full", False), (1e-3, "lora", False)]
+    )
+    def test_it_warns_of_a_rate_of_full_fine_tuning_on_an_adapter(self, job, rate, what, warned):
+        optim, train = replace(job.config.optim, peak_lr=rate), replace(job.config.train, what=what)
+        table = Console(width=400, file=io.StringIO())
+        table.print(describe(replace(job, config=replace(job.config, optim=optim, train=train))))
+        assert ("times below the published rule for adapters" in table.file.getvalue()) == warned
 
     def test_the_base_is_split_over_fsdp_and_an_adapter_is_not(self, job):
         parts = estimate_memory(job)
