@@ -2,7 +2,7 @@
 
     write_page(Path("results/rl-tiny-all_layer-seed-0"))      # answers.html there, also of an unfinished run
 
-It shows, batch by batch, problems and their answers with reward, advantage, and why each was graded so, beside
+It shows, batch by batch, problems and their answers with reward, advantage, and why each was graded so, and
 the batch's ratios. Answers are hostile: they are data of one script element, are shown as `textContent`, and
 what a terminal or a reader's eye would obey (escapes, marks that reorder letters) is written out.
 """
@@ -181,7 +181,8 @@ def why(record: Record, rl: Record) -> str:
     elif read is None and reward != "reasoning_gym":
         text = f"no box is closed: {value:g}"
     else:
-        text = f"{'the whole text' if read is None else read!r} against the reference: {value:g}"
+        told = "the whole text" if read is None else repr(read)
+        text = f"{told} against the reference: {value:g}"
     if weight and not record["well_formed"]:
         reason = "cut at the limit" if record["truncated"] else "no answer is marked"
         text += f"; {weight:g} less for its form: {reason}"

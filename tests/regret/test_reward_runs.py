@@ -1,4 +1,4 @@
-"""Experiments that learn from rewards: the claims' rules on made-up runs, the page, real runs in miniature."""
+"""Experiments that learn from rewards: the claims' rules on made-up runs, the page, one real miniature."""
 
 from __future__ import annotations
 
@@ -103,6 +103,8 @@ def test_a_plateau_ends_where_the_gain_falls_below_its_share():
     assert found.low == pytest.approx(10**-3.25)
     assert found.high == pytest.approx(10**-1.75)
     assert not found.is_open
+    near = plateau({1e-3: 0.1, 1e-2: 0.45, 1e-1: 0.6, 1.0: 0.45, 10.0: 0.1}, start=0.1, kept=0.8)
+    assert near.high == pytest.approx(10 ** (-1 + 2 / 3))  # the first rate below the bar counts, not the next
     assert plateau({1e-4: 0.5, 1e-3: 0.6, 1e-2: 0.1}, 0.1).open_low
     assert plateau({1e-4: 0.1, 1e-3: 0.05}, 0.1) is None
 

@@ -21,6 +21,7 @@ from jaxlora.rl.learning import Learner
 from jaxlora.rl.sampling import Sampler, shared_bytes
 from jaxlora.runtime.errors import UserError
 from jaxlora.train.job import fresh_state, load_frozen
+from jaxlora.train.loop import Diverged
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,71 @@ def test_options_learn_and_begin_on_policy(model, tmp_path, options):
         assert record["ratio/min"] == pytest.approx(1, abs=2e-3)
     else:  # later parts are off policy
         assert record["optim/kl_sample_train_v2"] > 0
+
+
+# What q does to exp(lp - q), the squares of the gradient, and a clipped ratio in float32.
+@pytest.mark.parametrize("value", [-1e30, 1e30, -60.0, float("nan"), 1.0], ids=str)
+@pytest.mark.parametrize("loss", ["ppo", "cispo"])
+def test_absurd_recorded_numbers_end_in_a_line_before_anything_is_learned_or_saved(
+    model, tmp_path, monkeypatch, recwarn, loss, value
+):
+    config = rl_config(model, tmp_path, loss=loss, updates_per_batch=2)
+    original = Sampler.groups
+
+    def absurd(self, trained, step, *rest):
+        groups = original(self, trained, step, *rest)
+        if step < 2:
+            return groups
+        first, *others = groups[0].episodes
+        first = replace(first, logprobs=[value, *first.logprobs[1:]])
+        return [replace(groups[0], episodes=(first, *others)), *groups[1:]]
+
+    monkeypatch.setattr(Sampler, "groups", absurd)
+    monkeypatch.setattr(Learner, "learn", once(Learner.learn))
+    with pytest.raises(UserError, match=r"step 2: the sampler recorded a log-probability of") as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert [record["step"] for record in records(config)] == [1]
+    assert json.loads((config.run_dir / "failure.json").read_text())["step"] == 1
+    assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+
+def once(function):
+    """The function, which must not be called twice."""
+    calls = []
+
+    def counted(*arguments):
+        assert not calls
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counted
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "cispo"])
+def test_a_batch_whose_numbers_are_not_finite_ends_in_a_line_before_a_checkpoint(
+    model, tmp_path, monkeypatch, loss
+):
+    """Ratios of e^95 are more than float32 holds; clipped ones give a loss and a gradient all the same."""
+    config = rl_config(model, tmp_path, loss=loss, eval_problems=None)
+    monkeypatch.setattr("jaxlora.rl.learning.LEAST", -1e3)
+    original = Sampler.groups
+
+    def absurd(self, *arguments):
+        groups = original(self, *arguments)
+        return [
+            replace(
+                group,
+                episodes=tuple(replace(one, logprobs=[-100.0] * len(one.tokens)) for one in group.episodes),
+            )
+            for group in groups
+        ]
+
+    monkeypatch.setattr(Sampler, "groups", absurd)
+    with pytest.raises(Diverged, match=r"step 1: loss .*, gradient norm .*, largest ratio .*e\+3\d, KL"):
+        run(config)
+    assert not list((config.run_dir / "checkpoints").glob("step-*"))
+    assert records(config) == []
 
 
 def test_a_run_is_not_resumed_with_another_reward(undisturbed, model, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from jaxlora.regret.capacity import BITS_PER_PARAMETER
 from jaxlora.regret.drawings import canvas, legend, looks_of
 from jaxlora.regret.rewards.findings import (
+    KEPT_GAIN,
     accuracies,
     at_best,
     bits_available,
@@ -75,7 +76,7 @@ def draw_rates(sweeps: Sequence[Sweep]) -> Figure:
         left.plot(list(found), list(found.values()), **look, label=sweep.name)
         right.plot([rate / best for rate in found], [value - start for value in found.values()], **look)
         if (width := plateau(found, start)) is not None:
-            bar = 0.8 * (found[best] - start)
+            bar = KEPT_GAIN * (found[best] - start)
             right.plot(
                 [width.low / best, width.high / best], [bar, bar], color=look["color"], linewidth=3, alpha=0.4
             )
@@ -84,7 +85,7 @@ def draw_rates(sweeps: Sequence[Sweep]) -> Figure:
     right.set_xlabel("rate over the arm's best (logarithmic)")
     left.set_ylabel("accuracy (temperature 0)")
     left.set_ylim(0, 1)
-    right.set_title("Gain over the start; bars: rates that keep 80 % of it")
+    right.set_title("Gain (bars: rates that keep 80 % of it)")
     for axes in (left, right):
         axes.set_xscale("log")
     legend(figure, left)

@@ -172,8 +172,8 @@ def _settings(lab: RewardLab, sweeps: Sequence[Sweep]) -> str:
         f" {rl.max_new_tokens} tokens, temperature {rl.temperature:g}; objective `{rl.loss}`, advantages are"
         " rewards minus the group's mean, no divergence term, one update a batch",
         f"Adam {optim.b1:g}/{optim.b2:g}, eps {optim.eps:g} outside the root, no decay, no clipping,"
-        f" constant rate; alpha {config.lora.alpha:g} for every rank; computed in {config.model.dtype}, what is"
-        " trained in float32",
+        f" constant rate; alpha {config.lora.alpha:g} for every rank; computed in {config.model.dtype}, what"
+        " is trained in float32",
         f"{len(records)} runs ({sum(r['diverged_at'] is not None for r in records)} diverged,"
         f" {sum(r['stood_still_at'] is not None for r in records)} ended in constant groups) on"
         f" {', '.join(sorted({r['device'] for r in records}))}: {seconds / 3600:.2f} hours of processes",

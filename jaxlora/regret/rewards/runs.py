@@ -20,7 +20,7 @@ from jaxlora.models.decoder import Tree
 from jaxlora.regret.design import RunId
 from jaxlora.regret.results import VERSION
 from jaxlora.rl.job import RLJob
-from jaxlora.rl.learning import MAX_ROWS, Learned, Learner, batch_statistics
+from jaxlora.rl.learning import MAX_ROWS, Learned, Learner, batch_statistics, not_finite
 from jaxlora.rl.rewards import Grader
 from jaxlora.rl.sampling import Group, Sampler, grade, grade_groups
 from jaxlora.runtime.files import Record
@@ -68,7 +68,7 @@ def make_run(
         clock.append(time.monotonic())
         clocks.append(clock)
         _keep(train, groups, learned, job)
-        if not _is_finite(learned):
+        if not_finite(learned) is not None:
             diverged_at = step
             break
         still = 0 if learned.updates else still + 1
@@ -123,10 +123,6 @@ def _keep(train: dict[str, list], groups: Sequence[Group], learned: Learned, job
     train["right_bits"].append(_short(right_bits(groups)))
     train["grad_norm"].append(_short(learned.grad_norm))
     train["update_norm"].append(_short(learned.update_norm))
-
-
-def _is_finite(learned: Learned) -> bool:
-    return all(x is None or math.isfinite(x) for x in (learned.loss, learned.grad_norm, learned.update_norm))
 
 
 def _seconds(started: float, clocks: Sequence[Sequence[float]]) -> dict[str, float]:
