@@ -23,12 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.models.spec import How
 
 Adapter = tuple[jax.Array, jax.Array]  # A float32 [experts, r, in], B float32 [experts, out, r]
 Term = tuple[jax.Array, jax.Array]  # rows [rows, in], matrices [experts, out, in]
+WEIGHTS = "expert weights"  # the name of frozen matrices that the backward pass multiplies with
 TILES = (16, 128)  # least and most rows of a tile: what tensor cores take, and what keeps them busy
 RANK_MULTIPLE = 16  # the inner dimension of adapters is padded to this for the kernel
 
@@ -215,7 +217,9 @@ def _products_forward(how, scale, rows, weights, adapters, groups):
     own_rows = rows if adapters or any(trained) else None
     # A weight that is not trained has no gradient, and its rows are not kept for one.
     marks = [jnp.zeros((0,)) if one else None for one in trained]
-    return ys, (own_rows, weights, adapters, low, groups, marks)
+    # Under this name a checkpoint's policy can leave them out: they are copies of what the caller holds.
+    own_weights = [checkpoint_name(w, WEIGHTS) for w in weights]
+    return ys, (own_rows, own_weights, adapters, low, groups, marks)
 
 
 def _products_backward(how, scale, saved, d_ys):
@@ -269,9 +273,8 @@ def _outer(how: How, left: jax.Array, right: jax.Array, groups: Groups) -> jax.A
         from jaxlora.models import grouped_triton
 
         return grouped_triton.outer_products(left, right, groups.tiles, _tile(left, groups))
-    if how == "ragged_dot":
-        sizes = groups.tiles * _tile(left, groups)
-        return jax.lax.ragged_dot_general(left, right, sizes, _OUTER, preferred_element_type=jnp.float32)
+    if how == "ragged_dot" and min(left.shape[1], right.shape[1]) <= _THIN:
+        return _tiles_outer(left, right, groups)
     return _loop_outer(left, right, groups)
 
 
@@ -279,7 +282,7 @@ def _tile(rows: jax.Array, groups: Groups) -> int:
     return rows.shape[0] // groups.expert.shape[0]
 
 
-_OUTER = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+_THIN = 128  # widths of adapters, for which the products of all tiles are small beside the rows
 _ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 _ROWS_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 
@@ -308,6 +311,15 @@ def _loop_sum(terms, groups, transposed):
 
     _, ys = jax.lax.scan(one, None, (groups.expert, tiles))
     return ys.reshape(-1, ys.shape[-1])
+
+
+def _tiles_outer(left, right, groups):
+    """The products of all tiles at once, then their sums. (`ragged_dot` has this product, too, but the TPU
+    compiler makes it a dense one, of every row with every expert.)"""
+    n_tiles = groups.expert.shape[0]
+    own_left, own_right = (x.reshape(n_tiles, -1, x.shape[-1]) for x in (left, right))
+    products = jnp.einsum("tml,tmr->tlr", own_left, own_right, preferred_element_type=jnp.float32)
+    return jax.ops.segment_sum(products, groups.expert, groups.tiles.shape[0], indices_are_sorted=True)
 
 
 def _loop_outer(left, right, groups):
