@@ -421,8 +421,13 @@ class _Share:
 
     def kept(self, remat: Remat) -> float:
         """Bytes that one chip keeps of one token in one layer."""
-        whole, split = kept_per_token(self.model, remat, self.ways)
+        whole, split = kept_per_token(self.model, remat, math.ceil(self.tokens), self.ways)
         return BF16 * (whole + split / self.mesh.tensor)
+
+    @property
+    def one_layer(self) -> float:
+        """Bytes of one layer's weights as a chip multiplies with them, gathered over `fsdp`."""
+        return BF16 * (self.layer_weights - self.elsewhere) / self.model.num_hidden_layers / self.mesh.tensor
 
     @property
     def activations(self) -> float:
@@ -535,4 +540,6 @@ def _memory(share: _Share) -> float:
     size += head + share.tokens * share.kept(False)  # the head, and all activations of one layer
     # Gathered keys and values are kept for the backward pass.
     size += share.gathered_keys * (1 if share.again else model.num_hidden_layers)
+    if model.experts is not None:  # their kernels take whole matrices: a layer's are cut out, and copied once
+        size += 2 * share.one_layer
     return size + (head if mesh.fsdp > 1 else 0)  # the embedding is gathered as well

@@ -62,6 +62,11 @@ def tile_rows(choices: int, n_experts: int) -> int:
     return tile
 
 
+def most_rows(choices: int, n_experts: int, tile: int) -> int:
+    """Rows for which there is room: of whole tiles, however the choices fall on the experts."""
+    return (choices + min(n_experts, choices) * (tile - 1)) // tile * tile
+
+
 def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
     """Sort the choices int32 `[tokens, k]` by expert; any other number than 0 to n_experts - 1 is nowhere."""
     n_tokens, k = choices.shape
@@ -71,8 +76,8 @@ def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
     starts = jnp.cumsum(counts) - counts  # of each expert among the sorted choices
     tiles = (counts[:-1] + tile - 1) // tile
     ends = jnp.cumsum(tiles)
-    n_tiles = (flat.size + min(n_experts, flat.size) * (tile - 1)) // tile
-    n_rows = n_tiles * tile
+    n_rows = most_rows(flat.size, n_experts, tile)
+    n_tiles = n_rows // tile
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sorted_experts = flat[order]
     # The row of each sorted choice, and from there that of each choice.
