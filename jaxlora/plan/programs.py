@@ -43,9 +43,11 @@ from jaxlora.plan.hlo import Work, count_work
 from jaxlora.runtime.devices import Slice, out_of_memory
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
+    abstract,
     base_shardings,
     decode_mesh,
     decode_shardings,
+    device_bytes,
     named,
     replicated,
     token_multiple,
@@ -136,7 +138,7 @@ class Programs:
         return max(self.multiple, round_up(int(tokens), self.multiple))
 
     @property
-    def _kernel_passes(self) -> int:
+    def kernel_passes(self) -> int:
         """1 if attention is a kernel, whose products do not appear in the compiled text; else 0."""
         return int(self.compute.backend == "splash")
 
@@ -164,16 +166,16 @@ class Programs:
         mesh, spec, optim = self.mesh, self.spec, self.config.optim
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
         step = make_train_step(spec, optim, self.compute)
-        arguments = (self._state, self._base, self._batch(self.buffers, self.train_tokens), rate)
-        passes = self._kernel_passes * self.buffers * (1 + (self.compute.remat is True) + BACKWARD_PASSES)
-        return self._compile("train step", mesh, step, arguments, self.train_tokens, passes)
+        arguments = (self.state, self.base, self.batch(self.buffers, self.train_tokens), rate)
+        passes = self.kernel_passes * self.buffers * (1 + (self.compute.remat is True) + BACKWARD_PASSES)
+        return self.compiled("train step", mesh, step, arguments, self.train_tokens, passes)
 
     def validation_step(self) -> Program:
         """One validation batch of typical length, in one buffer."""
         step = make_eval_step(self.spec, replace(self.compute, remat=False))
         tokens = self.validation_tokens
-        arguments = (self._state.trained, self._base, self._batch(1, tokens))
-        return self._compile("validation step", self.mesh, step, arguments, tokens, self._kernel_passes)
+        arguments = (self.state.trained, self.base, self.batch(1, tokens))
+        return self.compiled("validation step", self.mesh, step, arguments, tokens, self.kernel_passes)
 
     def prefill(self) -> Program:
         """The prefill of a batch of prompts, with the adapter as decoding has it."""
@@ -205,7 +207,7 @@ class Programs:
         attention = pick_decode_backend("auto", "tpu", self.spec.dtype)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base, tokens, vector, vector, vector)
-        return self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 0)
+        return self.compiled("prefill", self._decode_mesh, step, arguments, tokens.size, 0)
 
     def _decode_step(self) -> Program:
         state, base = self._decode_arguments()
@@ -214,26 +216,27 @@ class Programs:
         window = round_up(window, WINDOW_MULTIPLE)
         slots = self.config.eval.batch_rows
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base)
-        return self._compile("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
+        return self.compiled("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
 
     def _beside_base(self, program: Program) -> Program:
         """The program beside the base in its training layout, which a study keeps for its next run."""
-        held = sum(map(_chip_bytes, jax.tree.leaves(self._base)))
+        held = device_bytes(self.base)
         return replace(program, memory=replace(program.memory, held=held))
 
     @cached_property
-    def _state(self) -> TrainState:
+    def state(self) -> TrainState:
         """What is trained, and its optimizer's state."""
         state = jax.eval_shape(lambda: init_state(init_lora(self.spec, 0), self.config.optim))
-        return _abstract(state, trained_shardings(self.mesh, self.spec, state))
+        return abstract(state, trained_shardings(self.mesh, self.spec, state))
 
     @cached_property
-    def _base(self) -> Any:
+    def base(self) -> Any:
         """The frozen weights."""
-        return _abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
+        return abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
 
-    def _batch(self, buffers: int, tokens: int) -> Any:
-        shape = (buffers, 1, tokens)
+    def batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
+        """A batch of buffers, each of so many lines of so many tokens."""
+        shape = (buffers, lines, tokens)
         sharding = named(self.mesh, (None, "batch", "length"), shape)
         names = ("tokens", "targets", "positions", "segment_ids")
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
@@ -254,7 +257,7 @@ class Programs:
         if self._decode_spec.lora is None:
             return {}
         lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
-        return _abstract(lora, trained_shardings(self._decode_mesh, self.spec, lora))
+        return abstract(lora, trained_shardings(self._decode_mesh, self.spec, lora))
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
@@ -263,10 +266,10 @@ class Programs:
         state = jax.eval_shape(
             lambda: init_decode(spec, settings.batch_rows, length, settings.max_new_tokens)
         )
-        state = _abstract(state, decode_shardings(mesh, state))
-        return state, _abstract(spec.abstract_base, base_shardings(mesh, spec))
+        state = abstract(state, decode_shardings(mesh, state))
+        return state, abstract(spec.abstract_base, base_shardings(mesh, spec))
 
-    def _compile(
+    def compiled(
         self, name: str, mesh, step, arguments, tokens: int, attention_passes: float, **static
     ) -> Program:
         """Compile a program and count its work; one that does not fit has its missing bytes alone.
@@ -283,7 +286,7 @@ class Programs:
                 missing = out_of_memory(str(error))
                 if missing is None:
                     raise
-                memory = Memory(sum(map(_chip_bytes, jax.tree.leaves(arguments))), 0, 0, 0, missing)
+                memory = Memory(device_bytes(arguments), 0, 0, 0, missing)
                 took = time.monotonic() - start
                 return Program(name, tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
         measured = compiled.memory_analysis()
@@ -360,12 +363,3 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
     if slice_.chip.name in ("v4", "v5p"):  # both cores of a chip as one device, as in the cloud
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology, **options).devices
-
-
-def _abstract(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return math.prod(shape) * x.dtype.itemsize
