@@ -32,7 +32,7 @@ from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_targets, count_trainable, init_lora, lora_shapes
-from jaxlora.models.attention import decode_backend
+from jaxlora.models.attention import decode_backend, line_tokens
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.experts import own_experts
 from jaxlora.models.families import count_matrix_parameters
@@ -245,7 +245,7 @@ def _time_training(
     """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
-    split = token_multiple(mesh), token_lines(mesh)
+    split = token_multiple(mesh), token_lines(mesh), line_tokens(compute.backend)
     layout = choose_layout(rows, parts, config.train.batch_rows, config.train, *split)
     compute = replace(compute, max_segments=layout.rows_a_line)
     step_fn = make_train_step(spec, config.optim, compute)
@@ -292,7 +292,7 @@ def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
     """Real tokens per second of a validation pass that has been compiled and warmed up."""
     rows_a_time = config.train.validation_batch_rows
     batches = ranges(len(rows), rows_a_time)
-    split = token_multiple(mesh), token_lines(mesh)
+    split = token_multiple(mesh), token_lines(mesh), line_tokens(compute.backend)
     layout = choose_layout(rows, batches, rows_a_time, config.train, *split)
     compute = replace(compute, remat=False, max_segments=layout.rows_a_line)
     step = make_eval_step(spec, compute)

@@ -157,6 +157,7 @@ def choose_layout(
     train: TrainConfig,
     multiple: int,
     lines: int = 1,
+    line_tokens: int | None = None,
 ) -> Layout:
     """The layout for these batches of rows; buffer lengths are multiples of `multiple`.
 
@@ -164,13 +165,19 @@ def choose_layout(
       batches: row numbers of each batch.
       multiple: what the device mesh asks of a buffer's length; `buffer_multiple` is rounded up to it.
       lines: of a packed buffer, as the device mesh asks for.
+      line_tokens: what a line should have about; where a device's rows are longer together, it gets several
+        lines. None: one line a device.
     """
-    multiple = round_up(train.buffer_multiple, multiple)
     lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
     if train.layout == "padded":
+        multiple = round_up(train.buffer_multiple, multiple)
         sizes = choose_sizes([max(part) for part in lengths], train.buffer_sizes, multiple)
         return Layout(False, sizes, batch_rows, train.max_buffer_tokens)
-    most = train.max_buffer_tokens
+    most, mean = train.max_buffer_tokens, sum(map(sum, lengths)) / max(1, len(lengths))
+    more = 1 if line_tokens is None else max(1, round(min(mean / lines, most) / line_tokens))
+    lines, most = lines * more, most // more
+    # Of several lines each is rounded up, so to less.
+    multiple = round_up(min(train.buffer_multiple, 64) if more > 1 else train.buffer_multiple, multiple)
     totals, rows_a_line = [], 0
     for part in lengths:
         buffers = cut_into_lines(part, most, lines)
@@ -178,6 +185,8 @@ def choose_layout(
         rows_a_line = max(rows_a_line, *(len(line) for buffer in buffers for line in buffer))
     if lines == 1:  # the bound is a batch's rows: what a program is compiled for then knows no data
         rows_a_line = batch_rows
+    elif more > 1:  # runs over other orders of the rows should share a program
+        rows_a_line = min(batch_rows, round_up(rows_a_line, 4))
     sizes = choose_sizes(totals, train.buffer_sizes, multiple)
     return Layout(True, sizes, batch_rows, most, lines, rows_a_line)
 

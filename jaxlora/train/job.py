@@ -27,6 +27,7 @@ from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
 from jaxlora.estimate import mesh_here
 from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
+from jaxlora.models.attention import line_tokens
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
 from jaxlora.models.families import count_parameters
 from jaxlora.models.head import CHUNK
@@ -132,7 +133,7 @@ def prepare(
     steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
-    split = token_multiple(machine.mesh), machine.lines
+    split = token_multiple(machine.mesh), machine.lines, line_tokens(machine.backend)
     return Job(
         config=config,
         base=base,
