@@ -11,7 +11,7 @@ import pytest
 
 import jaxlora
 from jaxlora import sharding
-from jaxlora.checkpoints.base import random_base
+from jaxlora.checkpoints.base import find_base, random_base
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig, from_dict
 from jaxlora.data.batches import choose_layout
 from jaxlora.data.packing import pack
@@ -19,7 +19,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.estimate import mesh_here, mesh_of_gpus
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.families import load_model_config, published_config
+from jaxlora.models.families import published_config
 from jaxlora.models.quantised import Scheme
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh, place_batch, place_trained
@@ -90,7 +90,7 @@ def test_rows_of_one_device_lie_in_several_lines_where_a_backend_asks_for_short_
     several = choose_layout(rows, batches, 12, config, 1, line_tokens=200)
     assert (one.lines, several.lines, several.rows_a_line) == (1, 3, 4)
     assert max(several.sizes) < max(one.sizes) / 2
-    spec = ModelSpec(load_model_config("embedded:base"), LoraConfig(rank=2), "float32")
+    spec = ModelSpec(find_base(ModelSource(path="embedded:base")).config, LoraConfig(rank=2), "float32")
     base = random_base(spec, 0, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     lora = init_lora(spec, 0)
     found = []
