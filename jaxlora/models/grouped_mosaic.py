@@ -9,7 +9,7 @@ rows. Terms are added in the accumulator, so that an adapter costs no pass over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,6 +114,39 @@ def _ring(blocks: Blocks, stages: int, depth: int, transposed: bool) -> dict[str
     }
 
 
+class _Stream(NamedTuple):
+    """Terms whose operands pass through one ring."""
+
+    ring: _Ring
+    terms: list[tuple[Any, Any]]
+    transposed: bool
+
+    @property
+    def steps(self) -> int:
+        """Of one block."""
+        return sum(x.shape[1] // self.ring.depth for x, _ in self.terms)
+
+
+class _Items(NamedTuple):
+    """The blocks that one program computes, one after the other."""
+
+    count: Any
+    place: Callable[[Any], tuple[Any, Any, Any, Any]]  # tile, block, the tile's expert, whether it is one's
+
+
+def _items(expert_ref, n_experts: int, across: int) -> _Items:
+    first, programs = jax.lax.axis_index("sm"), jax.lax.axis_size("sm")
+    n_items = expert_ref.shape[0] * across
+
+    def place(i):
+        number = first + i * programs
+        tile, block = jax.lax.div(number, across), jax.lax.rem(number, across)
+        owner = expert_ref[tile]
+        return tile, block, owner, owner < n_experts
+
+    return _Items(jax.lax.div(n_items - first + programs - 1, programs), place)
+
+
 def _kernel(expert_ref, *refs, blocks: Blocks, n_experts: int, transposed: bool, n_terms: int, width: int):
     terms = list(zip(refs[: 2 * n_terms : 2], refs[1 : 2 * n_terms : 2], strict=True))
     out_ref = refs[2 * n_terms]
@@ -130,61 +163,57 @@ def _kernel(expert_ref, *refs, blocks: Blocks, n_experts: int, transposed: bool,
 
     @partial(pl.run_scoped, **scratch, collective_axes="wg")
     def _(ring, out, thin_ring=None):
-        wide = _Ring(**ring, stages=blocks.stages, depth=blocks.depth)
-        small = None if thin_ring is None else _Ring(**thin_ring, stages=1, depth=thin_depth)
-        wg, across = jax.lax.axis_index("wg"), width // blocks.width
-        n_items = expert_ref.shape[0] * across
-        first, step_size = jax.lax.axis_index("sm"), jax.lax.axis_size("sm")
-        count = jax.lax.div(n_items - first + step_size - 1, step_size)
-
-        def item(i):
-            number = first + i * step_size
-            tile, block = jax.lax.div(number, across), jax.lax.rem(number, across)
-            owner = expert_ref[tile]
-            return tile, block, owner, owner < n_experts
-
-        steps = sum(x.shape[1] // blocks.depth for x, _ in deep)
+        streams = [_Stream(_Ring(**ring, stages=blocks.stages, depth=blocks.depth), deep, transposed)]
+        if thin_ring is not None:
+            streams.append(_Stream(_Ring(**thin_ring, stages=1, depth=thin_depth), thin, False))
+        items, wg = _items(expert_ref, n_experts, width // blocks.width), jax.lax.axis_index("wg")
 
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(COPIES_REGISTERS, action="decrease")
-
-            def one(i, at):
-                tile, block, owner, held = item(i)
-                place = (tile, block, owner, blocks.width)
-                at_wide, at_small = at
-                for x, w in deep:
-                    n = jnp.where(held, x.shape[1] // blocks.depth, 0)
-                    at_wide = jax.lax.fori_loop(0, n, partial(_copy, wide, x, w, place, transposed), at_wide)
-                for x, w in thin:
-                    copy = partial(_copy, small, x, w, place, False)
-                    at_small = jax.lax.fori_loop(0, jnp.where(held, 1, 0), copy, at_small)
-                return at_wide, at_small
-
-            at_wide, at_small = jax.lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
-            _drain(wide, at_wide)
-            if small is not None:
-                _drain(small, at_small)
+            _copy_all(streams, items, blocks.width)
 
         @pl.when(wg != 2)
         def _():
             plgpu.set_max_registers(PRODUCTS_REGISTERS, action="increase")
+            _multiply_all(streams, items, out, out_ref, wg, blocks)
 
-            def one(i, at):
-                tile, block, _, held = item(i)
-                n_wide, n_small = jnp.where(held, steps, 0), jnp.where(held, len(thin), 0)
 
-                @partial(pl.run_scoped, total=plgpu.ACC((TILE // 2, blocks.width), jnp.float32))
-                def _(total):
-                    _multiply(wide, total, n_wide, at[0], wg, transposed)
-                    if small is not None:
-                        _multiply(small, total, n_small, at[1], wg, False)
-                    _store(total[...], out, out_ref, tile, block, wg, blocks)
+def _copy_all(streams: list[_Stream], items: _Items, width: int) -> None:
+    """What the warpgroup does that copies."""
 
-                return at[0] + n_wide, at[1] + n_small
+    def one(i, steps):
+        tile, block, owner, held = items.place(i)
+        done = []
+        for (ring, terms, transposed), at in zip(streams, steps, strict=True):
+            for x, w in terms:
+                copy = partial(_copy, ring, x, w, (tile, block, owner, width), transposed)
+                at = jax.lax.fori_loop(0, jnp.where(held, x.shape[1] // ring.depth, 0), copy, at)
+            done.append(at)
+        return tuple(done)
 
-            jax.lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    steps = jax.lax.fori_loop(0, items.count, one, tuple(jnp.int32(0) for _ in streams))
+    for stream, at in zip(streams, steps, strict=True):
+        _drain(stream.ring, at)
+
+
+def _multiply_all(streams: list[_Stream], items: _Items, out, out_ref, wg, blocks: Blocks) -> None:
+    """What each of the two warpgroups does that multiply."""
+
+    def one(i, steps):
+        tile, block, _, held = items.place(i)
+        new = [jnp.where(held, stream.steps, 0) for stream in streams]
+
+        @partial(pl.run_scoped, total=plgpu.ACC((TILE // 2, blocks.width), jnp.float32))
+        def _(total):
+            for stream, n, at in zip(streams, new, steps, strict=True):
+                _multiply(stream.ring, total, n, at, wg, stream.transposed)
+            _store(total[...], out, out_ref, tile, block, wg, blocks)
+
+        return tuple(at + n for at, n in zip(steps, new, strict=True))
+
+    jax.lax.fori_loop(0, items.count, one, tuple(jnp.int32(0) for _ in streams))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _copy(ring: _Ring, x, w, place, transposed: bool, k, at):
