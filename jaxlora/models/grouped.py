@@ -305,7 +305,7 @@ def _ragged_sum(terms, groups, transposed):
     numbers = _ROWS_TRANSPOSED if transposed else _ROWS
     dtype = terms[0][0].dtype  # of each product: in float32 they would take twice the memory
     ys = [jax.lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype) for x, w in terms]
-    return sum(y.astype(jnp.float32) for y in ys).astype(dtype)
+    return sum((y.astype(jnp.float32) for y in ys), jnp.float32(0)).astype(dtype)
 
 
 def _loop_sum(terms, groups, transposed):

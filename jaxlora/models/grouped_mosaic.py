@@ -161,22 +161,23 @@ def _kernel(expert_ref, *refs, blocks: Blocks, n_experts: int, transposed: bool,
     if thin:
         scratch["thin_ring"] = _ring(blocks, 1, thin_depth, False)
 
-    @partial(pl.run_scoped, **scratch, collective_axes="wg")
-    def _(ring, out, thin_ring=None):
+    def work(ring, out, thin_ring=None):
         streams = [_Stream(_Ring(**ring, stages=blocks.stages, depth=blocks.depth), deep, transposed)]
         if thin_ring is not None:
             streams.append(_Stream(_Ring(**thin_ring, stages=1, depth=thin_depth), thin, False))
         items, wg = _items(expert_ref, n_experts, width // blocks.width), jax.lax.axis_index("wg")
 
         @pl.when(wg == 2)
-        def _():
+        def copies():
             plgpu.set_max_registers(COPIES_REGISTERS, action="decrease")
             _copy_all(streams, items, blocks.width)
 
         @pl.when(wg != 2)
-        def _():
+        def products():
             plgpu.set_max_registers(PRODUCTS_REGISTERS, action="increase")
             _multiply_all(streams, items, out, out_ref, wg, blocks)
+
+    pl.run_scoped(work, **scratch, collective_axes="wg")
 
 
 def _copy_all(streams: list[_Stream], items: _Items, width: int) -> None:
@@ -244,7 +245,7 @@ def _multiply(ring: _Ring, total, n, at, wg, transposed: bool) -> None:
     """Add the products of the next n steps to the accumulator, and free their buffers."""
 
     @pl.loop(0, n)
-    def _(k):
+    def step(k):
         slot = jax.lax.rem(at + k, ring.stages)
         plgpu.barrier_wait(ring.full.at[slot])
         w = ring.w.at[slot]
@@ -254,14 +255,14 @@ def _multiply(ring: _Ring, total, n, at, wg, transposed: bool) -> None:
         plgpu.wgmma_wait(late)
 
         @pl.when(k >= late)
-        def _():
+        def free_earlier():
             plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(at + k - late, ring.stages)])
 
     if ring.stages > 1:
         plgpu.wgmma_wait(0)
 
         @pl.when(n > 0)
-        def _():
+        def free_last():
             plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(at + n - 1, ring.stages)])
 
 
