@@ -206,7 +206,7 @@ def _multiply_all(streams: list[_Stream], items: _Items, out, out_ref, wg, block
         new = [jnp.where(held, stream.steps, 0) for stream in streams]
 
         @partial(pl.run_scoped, total=plgpu.ACC((TILE // 2, blocks.width), jnp.float32))
-        def _(total):
+        def compute(total):
             for stream, n, at in zip(streams, new, steps, strict=True):
                 _multiply(stream.ring, total, n, at, wg, stream.transposed)
             _store(total[...], out, out_ref, tile, block, wg, blocks)
