@@ -34,6 +34,9 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.runtime.errors import UserError
 
 
+ROWS_MULTIPLE = 32  # of the rows that a line of a buffer has places for
+
+
 def row_words(seed: int, step: int, rows: Sequence[int]) -> np.ndarray:
     """A word of its own for each row of a step: int32 [rows], a hash of (seed, step, row)."""
     keys = _mix(np.asarray(rows, np.uint64) + _start(seed, -step))  # no epoch's number
@@ -176,8 +179,8 @@ def choose_layout(
         buffers = cut_into_lines(part, most, lines)
         totals.append(fullest(buffers, part))
         rows_a_line = max(rows_a_line, *(len(line) for buffer in buffers for line in buffer))
-    if lines == 1:  # the bound is a batch's rows: what a program is compiled for then knows no data
-        rows_a_line = batch_rows
+    if lines == 1:  # rounded, so that programs of other data serve these; kernels' memory grows with it
+        rows_a_line = min(batch_rows, round_up(rows_a_line, ROWS_MULTIPLE))
     sizes = choose_sizes(totals, train.buffer_sizes, multiple)
     return Layout(True, sizes, batch_rows, most, lines, rows_a_line)
 
