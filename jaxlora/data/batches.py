@@ -33,7 +33,6 @@ from jaxlora.data.packing import (
 from jaxlora.data.render import RenderedRow
 from jaxlora.runtime.errors import UserError
 
-
 ROWS_MULTIPLE = 32  # of the rows that a line of a buffer has places for
 
 
