@@ -22,6 +22,7 @@ import jax
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import ModelSpec, kept_per_token
 from jaxlora.models.families import active_size, count_parameters, parameter_table
+from jaxlora.models.grouped import rows_of
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig, Weight
@@ -38,6 +39,7 @@ ROW_TOKENS = 340  # mean of the study's rows
 EQUAL = 1.05  # the estimate cannot tell step times apart whose ratio is no greater
 FULL = 0.9  # usable share of a chip's memory: the estimate is good to about a tenth
 REACHED = 0.75  # of the peak rates of products and of memory: what well-tuned programs sustain
+EXPERT_PASSES = 18  # over all rows of a layer's experts, forward, as counted in compiled programs
 HIDDEN = 0.5  # of the time of collectives lies behind products
 
 # The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
@@ -493,12 +495,18 @@ def _interconnect_bytes(share: _Share) -> float:
 def _hbm_bytes(share: _Share) -> float:
     """Bytes that one chip reads and writes for one buffer.
 
-    Gathered weights, kept activations and the gradients of whole weights are written, then read.
+    Gathered weights, kept activations and the gradients of whole weights are written, then read. Of experts,
+    arrays as long as the rows that there is room for are passed over many times, twice as often backward.
     """
     kept = share.tokens * share.model.num_hidden_layers * share.kept(False)
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
     if share.full:
         weights += 2 * BF16 * (share.parameters - share.elsewhere) / share.mesh.tensor
+    if share.model.experts is not None:
+        experts = share.model.experts
+        rows = rows_of(experts, math.ceil(share.tokens), share.ways)
+        width = share.model.hidden_size + experts.moe_intermediate_size / share.mesh.tensor
+        kept += EXPERT_PASSES * (3 + share.again) / 2 * BF16 * share.model.num_hidden_layers * rows * width
     if share.scheme is not None and not share.scheme.activations:
         weights += 2 * 2 * BF16 * share.layer_weights / share.mesh.tensor
     return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.own_adapters

@@ -51,7 +51,7 @@ def job_of(run: Path) -> Job:
     if config.train.what != "lora" or config.model.base_dtype or config.lora.start:
         raise UserError(f"{run}: only runs of a fresh adapter over a base in its own dtype can be compared")
     model = replace(config.model, attention="xla")
-    return prepare(replace(config, model=model, mesh=MeshConfig(fsdp=1)))
+    return prepare(replace(config, model=model, mesh=MeshConfig()))
 
 
 def load_model(job: Job, folder: Path, device: str) -> PeftModel:

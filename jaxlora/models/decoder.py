@@ -26,7 +26,7 @@ from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
-from jaxlora.models.grouped import most_rows, tile_rows
+from jaxlora.models.grouped import rows_of
 from jaxlora.models.quantised import Scheme, abstract, products
 from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.runtime.errors import UserError
@@ -352,9 +352,7 @@ def kept_per_token(config: ModelConfig, remat: Remat, tokens: int, ways: int = 1
     if config.experts is None:
         rows, ffn, units = 0.0, float(config.intermediate_size), 4
     else:
-        choices = ways * config.experts.num_experts_per_tok * tokens
-        tile = tile_rows(choices, config.experts.num_experts)
-        rows = most_rows(choices, config.experts.num_experts // ways, tile) / tokens
+        rows = rows_of(config.experts, tokens, ways) / tokens
         ffn, units = rows * config.experts.moe_intermediate_size, 6
     if remat == "elementwise":
         return (3 + rows) * config.hidden_size, 2 * heads + 2 * kv_heads + 2 * ffn

@@ -26,7 +26,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jaxlora.models.spec import How
+from jaxlora.models.spec import Experts, How
 
 Adapter = tuple[jax.Array, jax.Array]  # A float32 [experts, r, in], B float32 [experts, out, r]
 Term = tuple[jax.Array, jax.Array]  # rows [rows, in], matrices [experts, out, in]
@@ -65,6 +65,12 @@ def tile_rows(choices: int, n_experts: int) -> int:
 def most_rows(choices: int, n_experts: int, tile: int) -> int:
     """Rows for which there is room: of whole tiles, however the choices fall on the experts."""
     return (choices + min(n_experts, choices) * (tile - 1)) // tile * tile
+
+
+def rows_of(experts: Experts, tokens: int, ways: int = 1) -> int:
+    """Rows for which a chip with so many tokens has room, where its experts are split over `ways` chips."""
+    choices = ways * experts.num_experts_per_tok * tokens
+    return most_rows(choices, experts.num_experts // ways, tile_rows(choices, experts.num_experts))
 
 
 def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
@@ -295,10 +301,12 @@ _ROWS_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [
 def _ragged_sum(terms, groups, transposed):
     sizes = groups.tiles * _tile(terms[0][0], groups)
     numbers = _ROWS_TRANSPOSED if transposed else _ROWS
-    total: Any = 0
-    for x, w in terms:
-        total += jax.lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=jnp.float32)
-    return total.astype(terms[0][0].dtype)
+    dtype = terms[0][0].dtype  # of each product: in float32 they would take twice the memory
+    ys = [jax.lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype) for x, w in terms]
+    total = ys[0].astype(jnp.float32)
+    for y in ys[1:]:
+        total += y.astype(jnp.float32)
+    return total.astype(dtype)
 
 
 def _loop_sum(terms, groups, transposed):

@@ -29,11 +29,11 @@ class Blocks(NamedTuple):
 
     width: int = 256
     depth: int = 64
-    stages: int = 4
-    stored: int = 32
+    stages: int = 3
+    stored: int = 64
 
 
-BLOCKS = Blocks()
+BLOCKS = Blocks()  # the fastest of those tried at Qwen3-30B-A3B's shapes
 
 
 def supports(terms: Sequence[Term], expert: jax.Array, transposed: bool) -> bool:
@@ -63,8 +63,6 @@ def sum_of_products(
     rows, (n_experts, *sizes) = terms[0][0], terms[0][1].shape
     width = sizes[1 if transposed else 0]
     blocks = blocks._replace(width=blocks.width if width % blocks.width == 0 else 128)
-    if any(x.shape[1] == 32 for x, _ in terms):  # an adapter's matrix takes as much shared memory as a stage
-        blocks = blocks._replace(stages=min(blocks.stages, 3))
     work = partial(
         _kernel, blocks=blocks, n_experts=n_experts, transposed=transposed, n_terms=len(terms), width=width
     )
@@ -130,63 +128,83 @@ def _kernel(expert_ref, *refs, blocks: Blocks, n_experts: int, transposed: bool,
     if thin:
         scratch["thin_ring"] = _ring(blocks, 1, thin_depth, False)
 
-    @partial(pl.run_scoped, **scratch, collective_axes="wg")
-    def _(ring, out, thin_ring=None):
+    def program(ring, out, thin_ring=None):
         wide = _Ring(**ring, stages=blocks.stages, depth=blocks.depth)
         small = None if thin_ring is None else _Ring(**thin_ring, stages=1, depth=thin_depth)
-        wg, across = jax.lax.axis_index("wg"), width // blocks.width
-        n_items = expert_ref.shape[0] * across
-        first, step_size = jax.lax.axis_index("sm"), jax.lax.axis_size("sm")
-        count = jax.lax.div(n_items - first + step_size - 1, step_size)
-
-        def item(i):
-            number = first + i * step_size
-            tile, block = jax.lax.div(number, across), jax.lax.rem(number, across)
-            owner = expert_ref[tile]
-            return tile, block, owner, owner < n_experts
-
+        items = _items(expert_ref, n_experts, width // blocks.width)
+        wg = jax.lax.axis_index("wg")
+        pl.when(wg == 2)(partial(_all_copies, items, wide, small, deep, thin, blocks, transposed))
         steps = sum(x.shape[1] // blocks.depth for x, _ in deep)
+        pl.when(wg != 2)(
+            partial(_all_products, items, wide, small, steps, out, out_ref, wg, blocks, transposed)
+        )
 
-        @pl.when(wg == 2)
-        def _():
-            plgpu.set_max_registers(COPIES_REGISTERS, action="decrease")
+    pl.run_scoped(program, collective_axes="wg", **scratch)
 
-            def one(i, at):
-                tile, block, owner, held = item(i)
-                place = (tile, block, owner, blocks.width)
-                at_wide, at_small = at
-                for x, w in deep:
-                    n = jnp.where(held, x.shape[1] // blocks.depth, 0)
-                    at_wide = jax.lax.fori_loop(0, n, partial(_copy, wide, x, w, place, transposed), at_wide)
-                for x, w in thin:
-                    copy = partial(_copy, small, x, w, place, False)
-                    at_small = jax.lax.fori_loop(0, jnp.where(held, 1, 0), copy, at_small)
-                return at_wide, at_small
 
-            at_wide, at_small = jax.lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
-            _drain(wide, at_wide)
+def _items(expert_ref, n_experts: int, across: int) -> tuple[Any, Any]:
+    """How many blocks of the result this multiprocessor makes, and which the i-th is: its tile, its place in
+    the tile, the tile's expert and whether there is one."""
+    first, step_size = jax.lax.axis_index("sm"), jax.lax.axis_size("sm")
+    count = jax.lax.div(expert_ref.shape[0] * across - first + step_size - 1, step_size)
+
+    def item(i):
+        number = first + i * step_size
+        tile, block = jax.lax.div(number, across), jax.lax.rem(number, across)
+        owner = expert_ref[tile]
+        return tile, block, owner, owner < n_experts
+
+    return count, item
+
+
+def _all_copies(
+    items, wide: _Ring, small: _Ring | None, deep, thin, blocks: Blocks, transposed: bool
+) -> None:
+    """What the warpgroup does that copies."""
+    plgpu.set_max_registers(COPIES_REGISTERS, action="decrease")
+    count, item = items
+
+    def one(i, at):
+        tile, block, owner, held = item(i)
+        place = (tile, block, owner, blocks.width)
+        at_wide, at_small = at
+        for x, w in deep:
+            n = jnp.where(held, x.shape[1] // blocks.depth, 0)
+            at_wide = jax.lax.fori_loop(0, n, partial(_copy, wide, x, w, place, transposed), at_wide)
+        for x, w in thin:
+            assert small is not None
+            copy = partial(_copy, small, x, w, place, False)
+            at_small = jax.lax.fori_loop(0, jnp.where(held, 1, 0), copy, at_small)
+        return at_wide, at_small
+
+    at_wide, at_small = jax.lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
+    _drain(wide, at_wide)
+    if small is not None:
+        _drain(small, at_small)
+
+
+def _all_products(
+    items, wide: _Ring, small: _Ring | None, steps: int, out, out_ref, wg, blocks: Blocks, transposed: bool
+) -> None:
+    """What each of the two warpgroups does that multiply, for its half of a tile's rows."""
+    plgpu.set_max_registers(PRODUCTS_REGISTERS, action="increase")
+    count, item = items
+
+    def one(i, at):
+        tile, block, _, held = item(i)
+        n_wide, n_small = jnp.where(held, steps, 0), jnp.where(held, int(small is not None), 0)
+
+        def summed(total):
+            _multiply(wide, total, n_wide, at[0], wg, transposed)
             if small is not None:
-                _drain(small, at_small)
+                _multiply(small, total, n_small, at[1], wg, False)
+            _store(total[...], out, out_ref, tile, block, wg, blocks)
 
-        @pl.when(wg != 2)
-        def _():
-            plgpu.set_max_registers(PRODUCTS_REGISTERS, action="increase")
+        pl.run_scoped(summed, total=plgpu.ACC((TILE // 2, blocks.width), jnp.float32))
+        return at[0] + n_wide, at[1] + n_small
 
-            def one(i, at):
-                tile, block, _, held = item(i)
-                n_wide, n_small = jnp.where(held, steps, 0), jnp.where(held, len(thin), 0)
-
-                @partial(pl.run_scoped, total=plgpu.ACC((TILE // 2, blocks.width), jnp.float32))
-                def _(total):
-                    _multiply(wide, total, n_wide, at[0], wg, transposed)
-                    if small is not None:
-                        _multiply(small, total, n_small, at[1], wg, False)
-                    _store(total[...], out, out_ref, tile, block, wg, blocks)
-
-                return at[0] + n_wide, at[1] + n_small
-
-            jax.lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    jax.lax.fori_loop(0, count, one, (jnp.int32(0), jnp.int32(0)))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _copy(ring: _Ring, x, w, place, transposed: bool, k, at):

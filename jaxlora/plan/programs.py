@@ -35,7 +35,7 @@ from jaxlora.generate.weights import decode_form
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.grouped import most_rows, tile_rows
+from jaxlora.models.grouped import rows_of, tile_rows
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
@@ -312,10 +312,10 @@ def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
     """The share of the experts' rows on a chip that is used where every expert is chosen equally often."""
     if model.experts is None:
         return 1.0
-    ways = mesh.shape.get("expert", 1)
-    choices = math.ceil(tokens * ways / token_shards(mesh)) * model.experts.num_experts_per_tok
-    tile, own = tile_rows(choices, model.experts.num_experts), model.experts.num_experts // ways
-    return min(1.0, (choices / ways + own * tile / 2) / most_rows(choices, own, tile))
+    ways, own = mesh.shape.get("expert", 1), math.ceil(tokens / token_shards(mesh))
+    choices = own * model.experts.num_experts_per_tok
+    half_tiles = tile_rows(ways * choices, model.experts.num_experts) * model.experts.num_experts / ways / 2
+    return min(1.0, (choices + half_tiles) / rows_of(model.experts, own, ways))
 
 
 def deeper(few: Program, more: Program, share: float, slice_: Slice) -> Program:
