@@ -17,6 +17,7 @@ from rich.console import Console
 from jaxlora.cli import load_config
 from jaxlora.commands import plan as command
 from jaxlora.config import MeshConfig, TrainConfig
+from jaxlora.estimate import REACHED, Roofline
 from jaxlora.generate import decode
 from jaxlora.models.families import published_config
 from jaxlora.plan.hlo import Work
@@ -136,10 +137,9 @@ def test_what_would_fit_takes_fewer_slots_before_more_chips():
 
 
 def fake(name: str, seconds: float, peak: float = GIB) -> Program:
-    best = SimpleNamespace(
-        likely=seconds, seconds=seconds, compute=0, memory=0, interconnect=0, bound="memory"
-    )
-    return Program(name, 1, Memory(int(peak), 0, 0, 0), 0.0, Work(), best, 1.0)  # type: ignore[arg-type]
+    """A program that likely takes so many seconds, and so many bytes."""
+    best = Roofline(0, REACHED * seconds, 0)
+    return Program(name, 1, Memory(int(peak), 0, 0, 0), 0.0, Work(), best, 1.0)
 
 
 def test_the_split_of_a_batchs_time_by_hand():
@@ -192,7 +192,7 @@ def test_a_run_and_the_standard_one_cost_their_batches(monkeypatch):
     assert plan.answer_tokens == pytest.approx(512 / 3, rel=0.01)
     longer = plan_rewards(config, model, slice_named("v5e-8"), Expected(answer_tokens=300), 1.5)
     assert longer.run.hours > 1.3 * plan.run.hours
-    assert json.loads(json.dumps(plan.to_json(), default=vars))["standard"]["dollars"] > 0
+    assert json.loads(json.dumps(plan.to_json()))["standard"]["dollars"] > 0
     console = Console(width=200, file=io.StringIO())
     print_rewards(plan, console)
     text = console.file.getvalue()
@@ -257,9 +257,10 @@ def test_the_command_plans_every_shipped_configuration_of_rewards(monkeypatch, c
     for name in ("rl_gsm8k", "rl_math", "rl_deepmath", "rl_tiny"):
         file = tmp_path / f"{name}.json"
         monkeypatch.setattr(planning, "grading_seconds", lambda rl: 0.0)
-        monkeypatch.setattr(planning.RewardsPlan, "to_json", lambda self: {"slice": self.slice.name})
         assert plan(monkeypatch, name, "--topology", "v5e-8", "--price", "1.2", "--json", str(file)) == 0
-        assert json.loads(file.read_text()) == [{"slice": "v5e-8"}]
+        (told,) = json.loads(file.read_text())
+        assert told["slice"]["name"] == "v5e-8"
+        assert told["programs"][0]["memory"]["total"] == GIB
         assert "for 10,000 problems x 32 answers" in capsys.readouterr().out
 
 
