@@ -1,4 +1,4 @@
-"""SmolLM2-135M learns from rewards, adapters against full fine-tuning; as `--config regret/rl_smollm2`, by path."""
+"""SmolLM2-135M learns from rewards at several ranks; the same as `--config regret/rl_smollm2`, by path."""
 
 from jaxlora.configs.regret.rl_smollm2 import get_config
 

@@ -8,8 +8,10 @@ The TPU compiler comes from PyPI (`pip install libtpu`) and needs no chip.
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +35,7 @@ from jaxlora.generate.weights import decode_form
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.grouped import most_rows, tile_rows
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
@@ -53,6 +56,8 @@ from jaxlora.sharding import (
 )
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
+
+DEPTHS = (2, 4)  # layers of the models that a deep mixture's programs for decoding are worked out from
 
 
 def wire(
@@ -174,6 +179,26 @@ class Programs:
 
     def prefill(self) -> Program:
         """The prefill of a batch of prompts, with the adapter as decoding has it."""
+        return self._beside_base(self._of_depth(Programs._prefill))
+
+    def decode_step(self) -> Program:
+        """One token for each slot, with the adapter as decoding has it and the KV cache half full."""
+        return self._beside_base(self._of_depth(Programs._decode_step))
+
+    def _of_depth(self, compile_one: Callable[[Programs], Program]) -> Program:
+        """A program for decoding, whose layers are not a loop; of a mixture of many layers it is worked out
+        from two of few layers, because each layer takes the compiler half a minute."""
+        if self.model.experts is None or self.model.num_hidden_layers <= max(DEPTHS):
+            return compile_one(self)
+        few, more = (compile_one(self._with_layers(depth)) for depth in DEPTHS)
+        share = (self.model.num_hidden_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        return deeper(few, more, share, self.slice)
+
+    def _with_layers(self, layers: int) -> Programs:
+        model = replace(self.model, num_hidden_layers=layers)
+        return Programs(self.config, model, self.slice, self.workload)
+
+    def _prefill(self) -> Program:
         rows = min(PREFILL_ROWS, self.config.eval.batch_rows)
         state, base = self._decode_arguments()
         whole = replicated(self._decode_mesh)
@@ -182,19 +207,16 @@ class Programs:
         attention = pick_decode_backend("auto", "tpu", self.spec.dtype)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base, tokens, vector, vector, vector)
-        return self._beside_base(self.compiled("prefill", self._decode_mesh, step, arguments, tokens.size, 0))
+        return self.compiled("prefill", self._decode_mesh, step, arguments, tokens.size, 0)
 
-    def decode_step(self) -> Program:
-        """One token for each slot, with the adapter as decoding has it and the KV cache half full."""
+    def _decode_step(self) -> Program:
         state, base = self._decode_arguments()
         step = make_decode(self._decode_spec, self.model.eos_token_ids, steps=1)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
         window = round_up(window, WINDOW_MULTIPLE)
         slots = self.config.eval.batch_rows
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base)
-        return self._beside_base(
-            self.compiled("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
-        )
+        return self.compiled("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
 
     def _beside_base(self, program: Program) -> Program:
         """The program beside the base in its training layout, which a study keeps for its next run."""
@@ -275,7 +297,8 @@ class Programs:
             measured.generated_code_size_in_bytes,
         )
         shards = token_shards(mesh)
-        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-tokens // shards // CHUNK)))
+        trips = max(1, -(-tokens // shards // CHUNK))
+        work = count_work(compiled.as_text(), trips, _rows_used(self.model, mesh, tokens))
         attention = attention_flops(self.model, tokens / shards, keys_seen(tokens, shards), attention_passes)
         chip = self.slice.chip
         flops = (
@@ -283,6 +306,37 @@ class Programs:
         )
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
         return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
+
+
+def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
+    """The share of the experts' rows on a chip that is used where every expert is chosen equally often."""
+    if model.experts is None:
+        return 1.0
+    ways = mesh.shape.get("expert", 1)
+    choices = math.ceil(tokens * ways / token_shards(mesh)) * model.experts.num_experts_per_tok
+    tile, own = tile_rows(choices, model.experts.num_experts), model.experts.num_experts // ways
+    return min(1.0, (choices / ways + own * tile / 2) / most_rows(choices, own, tile))
+
+
+def deeper(few: Program, more: Program, share: float, slice_: Slice) -> Program:
+    """The program of a deeper model, on the line through those of two depths.
+
+    Args:
+      share: of their difference that it has more than the first one.
+    """
+
+    def line(a: Any, b: Any) -> Any:
+        if isinstance(a, dict):
+            return {name: line(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
+        value = a + share * (b - a)
+        return round(value) if isinstance(a, int) and isinstance(b, int) else value
+
+    memory = Memory(**line(asdict(few.memory), asdict(more.memory)))
+    work = Work(**line(asdict(few.work), asdict(more.work)))
+    flops = line(few.flops, more.flops)
+    best = roofline(slice_, flops, work.hbm_bytes, work.ici_bytes)
+    seconds = few.compile_seconds + more.compile_seconds
+    return replace(few, memory=memory, flops=flops, work=work, best=best, compile_seconds=seconds)
 
 
 def topology_devices(slice_: Slice) -> list[jax.Device]:

@@ -29,16 +29,19 @@ def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only
     check(config, only)
     lab: Any = Lab(config) if config.regret.by == "likelihood" else RewardLab(config)
     if dry_run or status:
+        if config.regret.by == "likelihood":
+            for report in dict.fromkeys(lab.first.reports):
+                console.print(report.describe(), markup=False)
         console.print(plan_table(lab))
         return 0
     if only != "report":
         work(lab)
     if config.regret.by == "likelihood":
-        from jaxlora.regret.report import write_report
+        from jaxlora.regret import report
     else:
-        from jaxlora.regret.rewards.report import write_report
+        from jaxlora.regret.rewards import report  # type: ignore[no-redef]
 
-    path = write_report(lab)
+    path = report.write_report(lab)
     console.print(f"the report is {path}", markup=False)
     return 0
 

@@ -43,6 +43,7 @@ class Lab:
     def __init__(self, config: RunConfig):
         self.first = prepare(replace(config, optim=replace(config.optim, schedule="constant")))
         self.config = self.first.config
+        check_split(self.first)
         self.cells = cells_of(self.config, self.first.base.config)
         self.folder = RunFolder(config)
         self.programs = Programs()
@@ -152,6 +153,21 @@ class Lab:
         check_identity(records, self.identity, self.folder.runs)
         known = known_losses(records, self.cells, self.config)
         return next_runs(self.config.regret, self.cells, known, self.config.seed)
+
+
+def check_split(job: Job) -> None:
+    """Refuse held-out rows whose questions are trained on.
+
+    Raises:
+      UserError: names how many there are, and the first one.
+    """
+    trained = {row.prompt_id for row in job.train_rows}
+    if leaked := [row.row_id for row in job.validation_rows if row.prompt_id in trained]:
+        raise UserError(
+            f"config.data.validation_path: the prompts of {len(leaked)} held-out rows are trained on as well,"
+            f" the first is row {leaked[0]}; take them out of one of the two files, or let"
+            " --config.data.validation_fraction=0.05 split one file by its prompts"
+        )
 
 
 def work(lab: Any) -> None:

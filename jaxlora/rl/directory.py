@@ -12,8 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import advantages_of
 from jaxlora.rl.page import PAGE, write_page
-from jaxlora.rl.problems import Problem
+from jaxlora.rl.problems import Problem, problems_hash
 from jaxlora.rl.sampling import Episode, Group
 from jaxlora.runtime import hosts
 from jaxlora.runtime.files import sha256_of, write_json_atomic, write_jsonl_atomic
@@ -158,12 +156,6 @@ class RLDirectory(RunDirectory):
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
         write_json_atomic(self.path / "summary.json", record)
-
-
-def problems_hash(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 over each prompt's tokens and its reference."""
-    pairs = [[list(p), problem.answer] for problem, p in zip(problems, prompts, strict=True)]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def _told(problem: Problem, episode: Episode) -> dict[str, Any]:

@@ -19,11 +19,12 @@ No row is left out in silence: see `ProblemReport`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -127,6 +128,12 @@ def read_problems(
     if not problems:
         raise UserError(f"{report.describe()}; give rows with a question and its answer")
     return problems, report
+
+
+def problems_hash(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 over each prompt's tokens and its reference."""
+    pairs = [[list(p), problem.answer] for problem, p in zip(problems, prompts, strict=True)]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 # --- Rows of files ------------------------------------------------------------------------------------------

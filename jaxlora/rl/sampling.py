@@ -125,7 +125,7 @@ class Sampler:
                 max_new_tokens=job.config.rl.max_new_tokens,
                 slots=job.config.rl.slots,
                 tail_slots=self._tails,
-                backend=decode_backend(spec.dtype),
+                backend=decode_backend(spec.dtype, job.config.model.attention),
                 **options,
             )
 

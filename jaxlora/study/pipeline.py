@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,8 +152,7 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> list[str]:
         if stage.on_every_host or hosts.is_main():
             if stage.on_every_host or "inputs" in vars(session):  # a report alone needs no data
                 session.check_inputs()
-            with nullcontext() if stage.on_every_host else claimed(session.folder, wait=True):
-                _run_stage(session, stage, alone=len(stages) == 1)
+            _run_stage(session, stage, alone=len(stages) == 1)
         hosts.barrier(stage.name)
     for stage in stages if hosts.is_main() else ():
         unfinished += _open_work(stage, stage.check(session))
@@ -221,9 +219,15 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
         console.print(f"[yellow]–[/yellow] {stage.about}: waits for {escape(left[0].state.why)}")
         return
     console.print(f"[bold]▸ {stage.about}[/bold] ({len(todo)} of {len(tasks)} to do)")
-    _do(session, stage, todo)
-    if stage.waits:
-        _wait_for_others(session)
+    if stage.on_every_host:
+        _do(session, stage, todo)
+        if stage.waits:
+            _wait_for_others(session)
+        return
+    with claimed(session.folder, wait=True):  # another process may have done it meanwhile
+        names = [task.name for task in todo]
+        if todo := [task for task in stage.check(session) if task.name in names and not task.state.final]:
+            stage.run(session, todo)
 
 
 def _do(session: Session, stage: Stage, tasks: list[Task]) -> None:

@@ -34,7 +34,15 @@ from jaxlora.models.quantised import described, pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import abstract, base_shardings, place_trained, token_multiple, trained_shardings
+from jaxlora.sharding import (
+    abstract,
+    base_shardings,
+    place_trained,
+    token_multiple,
+    token_shards,
+    trained_shardings,
+)
+from jaxlora.train.rates import rate_warning
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
@@ -281,13 +289,14 @@ def step_memory(job: Prepared, tokens: int) -> dict[str, int]:
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
     ways = max(job.config.mesh.expert, 1)
-    kept = sum(kept_per_token(config, job.config.model.remat, ways)) * config.num_hidden_layers
+    own = -(-tokens // token_shards(job.mesh))
+    kept = sum(kept_per_token(config, job.config.model.remat, own, ways)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
-        kept += sum(kept_per_token(config, False, ways))
+        kept += sum(kept_per_token(config, False, own, ways))
     return {
         "base": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.spec.abstract_base)),
         "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
-        "activations": kept * tokens * width,
+        "activations": round(kept * tokens * width),
         "output head": 2 * 4 * config.vocab_size * min(CHUNK, tokens),
     }
 
@@ -394,4 +403,6 @@ def describe(job: Job) -> Table:
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
+    if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):
+        table.add_row("[bold red]rate[/bold red]", escape(warning))
     return table

@@ -73,5 +73,7 @@ def test_it_is_lowered_for_a_gpu(transposed, width):
     for rank in (16, 32):
         b = shape(3, rank, wide) if transposed else shape(3, wide, rank)
         terms = [(shape(rows, deep), w), (shape(rows, deep), w), (shape(rows, rank), b)]
-        traced = jax.jit(lambda terms, expert: sum_of_products(terms, expert, transposed)).trace(terms, EXPERT)
+        traced = jax.jit(lambda terms, expert: sum_of_products(terms, expert, transposed)).trace(
+            terms, EXPERT
+        )
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
             factor=3.0,
             extend=2,
             repeats=2,
-            lora_rate=6e-4,
+            lora_rate=3e-4,
             full_rate=3e-5,
         ),
     )

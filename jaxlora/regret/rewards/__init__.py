@@ -2,5 +2,6 @@
 
     jaxlora study --config regret/rl_smollm2
 
-`runs` makes one run, `lab` holds what all of them share, `findings` reads the results, `report` writes them down.
+`runs` makes one run, `lab` holds what all of them share, `findings` reads the results, and `report` writes
+them down.
 """

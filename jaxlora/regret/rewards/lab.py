@@ -19,8 +19,8 @@ from jaxlora.models.decoder import Tree
 from jaxlora.regret.design import Cell, RunId, cells_of, next_runs
 from jaxlora.regret.results import RunFolder, check_identity, known_losses
 from jaxlora.regret.rewards.runs import make_run
-from jaxlora.rl.directory import problems_hash
 from jaxlora.rl.job import RLJob, prepare
+from jaxlora.rl.problems import problems_hash
 from jaxlora.rl.rewards import grader_named
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record

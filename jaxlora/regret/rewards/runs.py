@@ -88,8 +88,8 @@ def make_run(
     }
 
 
-def look(sampler: Sampler, job: RLJob, trained: Tree, grader: Grader) -> tuple[float, float]:
-    """Shares of held-out problems that are answered wrongly at temperature 0, and of answers that were cut."""
+def look(sampler: Sampler, job: RLJob, trained: Tree, grader: Grader) -> tuple[float | None, float | None]:
+    """Shares of held-out problems answered wrongly at temperature 0, and of answers that were cut."""
     episodes = grade(job.eval_problems, sampler.greedy(trained, job.eval_prompts), grader)
     wrong = [not one.graded.correct for one in episodes if one.graded]
     return _short(np.mean(wrong)), _short(np.mean([one.truncated for one in episodes]))
@@ -106,7 +106,7 @@ def _share(right: Sequence[bool]) -> float:
 
 
 def _segments(job: RLJob) -> int | None:
-    """Places for rows in a line of a packed buffer: as many for every batch, so that one program serves all."""
+    """Places for rows in a packed line: the same for every batch, so that one program serves all."""
     return MAX_ROWS if job.config.train.layout == "packed" else None
 
 
