@@ -554,18 +554,8 @@ def test_the_tool_leaves_the_machines_own_devices_alone(repository):
 # --- the real compiler
 
 
-@pytest.fixture
-def optimized():
-    """Programs as they are really compiled; other tests spare themselves the optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.slow
-def test_the_real_tpu_compiler_takes_all_four_programs(optimized):
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+def test_the_real_tpu_compiler_takes_all_four_programs(tpu_compiler):
     model = ModelConfig(
         vocab_size=32_768,
         hidden_size=1024,
@@ -611,9 +601,8 @@ def test_the_real_tpu_compiler_takes_all_four_programs(optimized):
         ("v4-8", "attention_only", 20 * GIB),
     ],
 )
-def test_the_studys_training_step_fits_with_room(optimized, name, condition, most):
+def test_the_studys_training_step_fits_with_room(tpu_compiler, name, condition, most):
     """Qwen3-8B as `configs/main.py` trains it. The real compiler: a minute and a half each."""
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
     model, config = published_config("qwen3-8b"), RunConfig(lora=LoraConfig(condition))
     programs = Programs(config, model, slice_named(name), Workload())
     step = programs.train_step()
