@@ -312,7 +312,11 @@ class RegretConfig:
     marks: tuple[Positive, ...] = _doc(
         "steps where the best rate is read beside the last one, and must lie inside the grid", ()
     )
+    by: Literal["likelihood", "reward"] = _doc(
+        "what arms learn from: rows of data, or rewards (rl)", "likelihood"
+    )
     rates: Positive = _doc("rates of each arm, at factors of 2 around the published formula's", 5)
+    factor: Annotated[float, Field(gt=1)] = _doc("between two rates; by likelihood always 2", 2.0)
     extend: Count = _doc("more rates, one by one, while the best one lies on an edge; at most", 4)
     repeats: Count = _doc("more seeds of each arm at its best rate", 1)
     looks: Positive = _doc("held-out evaluations in each doubling of the step", 2)

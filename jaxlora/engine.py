@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jaxlora.checkpoints.adapters import other_base, read_adapter
@@ -70,6 +71,7 @@ MAX_BUFFER_TOKENS = 16_384  # rows are split over several buffers above this
 DENSE_BUFFER_TOKENS = 1024  # the same where attention costs the square of a buffer's length
 MULTIPLE = 128  # buffer lengths are multiples of this, and of powers of two above it: few programs
 MAX_ROWS = 256  # of one line of a buffer
+_norm = jax.jit(optax.global_norm)
 LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
 
@@ -315,7 +317,8 @@ class Trainer:
           `grad_norm` and `update_norm`, global norms.
 
         Raises:
-          UserError: no gradient was computed, or settings other than the rate changed since the last step.
+          UserError: no gradient was computed, it is not finite (nothing is changed then, and the line names
+            the step), or settings other than the rate changed since the last step.
         """
         if self._grads is None:
             raise UserError("optim_step: there is no gradient; call forward_backward first")
@@ -324,8 +327,15 @@ class Trainer:
         same = replace(optim, peak_lr=1.0)
         if self._optim not in (None, same):
             raise UserError("optim_step: only the learning rate may change between steps")
-        self._optim, self._decodes = same, None
         with self.engine.inside():
+            if not np.isfinite(norm := float(hosts.whole(_norm(self._grads)))):
+                done = 0 if self._opt_state is None else int(hosts.whole(self._opt_state[0].count))
+                self._grads = None
+                raise UserError(
+                    f"optim_step {done + 1}: the gradient's norm is {norm:g}, so it was dropped and"
+                    " nothing changed; look at the loss, and at the rows' logprobs and advantages"
+                )
+            self._optim, self._decodes = same, None
             step = make_update_step(self.spec, optim)
             state, norms = step(self.state, self._grads, jnp.float32(learning_rate))
             self._grads, self._trained, self._opt_state = None, state.trained, state.opt_state

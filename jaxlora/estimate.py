@@ -27,6 +27,7 @@ from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime.devices import Slice, memory_of, slice_of
 from jaxlora.runtime.errors import UserError
+from jaxlora.sharding import SHARD_LORA_FROM_RANK
 
 What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
 
@@ -115,6 +116,7 @@ class Choice:
     tokens: int  # length of each buffer
     best: Roofline
     memory: float  # bytes per chip
+    resting: float  # of them what stays between steps: weights and optimizer's state
 
 
 def candidates(
@@ -125,6 +127,8 @@ def candidates(
     multiple: int,
     what: What = "lora",
     scheme: Scheme | None = None,
+    longest: int | None = None,
+    row_tokens: float | None = None,
 ) -> list[Choice]:
     """Every mesh of the slice with every remat setting and 1, 2 or 4 micro-batches, fastest first.
 
@@ -134,15 +138,24 @@ def candidates(
       multiple: buffer lengths are multiples of this as well as of what the mesh requires.
       what: which parameters are trained.
       scheme: of a quantised base.
+      longest: most tokens of a line of a buffer; more micro-batches are taken where a step has more.
+      row_tokens: mean tokens of a row, where every chip has lines of its own (GPUs), whose kernels attend
+        within rows.
     """
     choices = [
-        estimate(model, lora, slice_, mesh, remat, buffers, tokens, multiple, what, scheme)
+        estimate(model, lora, slice_, mesh, remat, buffers, tokens, multiple, what, scheme, row_tokens)
         for mesh in meshes(model, slice_.n_chips)
         if model.num_key_value_heads % mesh.tensor == 0
         for remat in REMATS
-        for buffers in (1, 2, 4)
+        for buffers in _micro_batches(tokens / (1 if row_tokens is None else mesh.data * mesh.fsdp), longest)
     ]
     return _ranked(choices)
+
+
+def _micro_batches(line_tokens: float, longest: int | None) -> list[int]:
+    """Numbers of micro-batches to try for a step with so many tokens in a line."""
+    least = 1 if longest is None else math.ceil(line_tokens / longest)
+    return [least, 2 * least, 4 * least]
 
 
 def _ranked(choices: list[Choice]) -> list[Choice]:
@@ -247,6 +260,7 @@ def estimate(
     multiple: int,
     what: What = "lora",
     scheme: Scheme | None = None,
+    row_tokens: float | None = None,
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
@@ -263,18 +277,19 @@ def estimate(
         requires.
       what: which parameters are trained.
       scheme: of a quantised base.
+      row_tokens: as in `candidates`.
     """
     block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp * (mesh.expert or 1), multiple)
     length = math.ceil(tokens / buffers / block) * block
     rate = slice_.chip.int8_flops / slice_.chip.flops if scheme is not None and scheme.activations else 1.0
-    share = _Share(model, lora, what, mesh, remat, buffers, length, scheme, rate)
+    share = _Share(model, lora, what, mesh, remat, buffers, length, scheme, rate, row_tokens)
     best = roofline(
         slice_,
         buffers * _flops(share),
         buffers * _hbm_bytes(share) + _update_bytes(share),
         buffers * _interconnect_bytes(share),
     )
-    return Choice(mesh, remat, buffers, length, best, _memory(share))
+    return Choice(mesh, remat, buffers, length, best, _memory(share), _resting(share))
 
 
 @dataclass(frozen=True)
@@ -290,6 +305,7 @@ class _Share:
     length: int  # tokens of the buffer
     scheme: Scheme | None  # of a quantised base
     rate: float  # of products with the layers, relative to those in bfloat16
+    row_tokens: float | None = None  # of rows that are attended each by itself; None: over the buffer
 
     @property
     def shards(self) -> int:
@@ -378,19 +394,40 @@ class _Share:
 
     @property
     def own_adapters(self) -> float:
-        """Weights of adapters that one chip holds: all but those of other chips' experts."""
-        return self.adapter_weights - self.expert_adapters * (1 - 1 / self.ways)
+        """Weights of adapters that one chip holds: all but those of other chips' experts, and from
+        `SHARD_LORA_FROM_RANK` on its part over `fsdp` of the others."""
+        dense = self.adapter_weights - self.expert_adapters
+        return dense / (self.mesh.fsdp if self.splits_adapters else 1) + self.expert_adapters / self.ways
+
+    @property
+    def splits_adapters(self) -> bool:
+        return not self.full and self.lora.rank >= SHARD_LORA_FROM_RANK
+
+    @cached_property
+    def active_adapters(self) -> float:
+        """Of the adapters' weights those that one token multiplies with."""
+        if not self.expert_adapters or self.model.experts is None:
+            return self.adapter_weights
+        share = self.model.experts.num_experts_per_tok / self.model.experts.num_experts
+        return self.adapter_weights - self.expert_adapters * (1 - share)
 
     @property
     def gathered_keys(self) -> float:
         """Bytes of keys and values that a layer gathers from the other chips that share the buffer."""
+        if self.row_tokens is not None:
+            return 0.0
         width = 2 * self.model.num_key_value_heads * self.model.head_dim // self.mesh.tensor
         return _gathered(BF16 * self.length * width, self.shards)
 
     def kept(self, remat: Remat) -> float:
         """Bytes that one chip keeps of one token in one layer."""
-        whole, split = kept_per_token(self.model, remat, self.ways)
+        whole, split = kept_per_token(self.model, remat, math.ceil(self.tokens), self.ways)
         return BF16 * (whole + split / self.mesh.tensor)
+
+    @property
+    def one_layer(self) -> float:
+        """Bytes of one layer's weights as a chip multiplies with them, gathered over `fsdp`."""
+        return BF16 * (self.layer_weights - self.elsewhere) / self.model.num_hidden_layers / self.mesh.tensor
 
     @property
     def activations(self) -> float:
@@ -404,16 +441,19 @@ def _gathered(size: float, ways: int) -> float:
 
 
 def _flops(share: _Share) -> float:
-    """Products and attention: 4N FLOPs per token with LoRA, 6N in full fine-tuning.
+    """Products and attention: 4N FLOPs per token with LoRA, and 6 for each weight of adapters; 6N in full
+    fine-tuning.
 
     For N weights of matrices these are 2N forward, 2N for the gradients of activations and, where the weights
     are trained, 2N for theirs. Remat computes the layers' 2N forward once more. Of the experts, N counts
     those that a token goes to.
     """
     products = (2 + share.again + share.full) * 2 * share.active_weights / share.rate
-    products += (2 + share.full) * 2 * share.head_weights
+    products += (2 + share.full) * 2 * share.head_weights + (3 + share.again) * 2 * share.active_adapters
     passes = 1 + share.again + BACKWARD_PASSES
-    attention = attention_flops(share.model, share.tokens, keys_seen(share.length, share.shards), passes)
+    # Of rows of mixed lengths a token sees about as many keys as a mean row has tokens, not half as many.
+    keys = keys_seen(share.length, share.shards) if share.row_tokens is None else share.row_tokens
+    attention = attention_flops(share.model, share.tokens, keys, passes)
     return share.tokens * products / share.mesh.tensor + attention / share.mesh.tensor
 
 
@@ -444,6 +484,8 @@ def _interconnect_bytes(share: _Share) -> float:
         size += _gathered(BF16 * (share.parameters - share.elsewhere) / share.mesh.tensor, share.mesh.fsdp)
         size += 2 * _gathered(BF16 * share.own_parameters, share.mesh.data)
     dense = share.adapter_weights - share.expert_adapters
+    if share.splits_adapters:
+        size += 2 * _gathered(FLOAT32 * dense, share.mesh.fsdp)
     size += 2 * _gathered(BF16 * share.expert_adapters / share.ways, share.mesh.data * share.mesh.fsdp)
     return size + 2 * _gathered(BF16 * dense, share.shards)
 
@@ -471,23 +513,33 @@ def _update_bytes(share: _Share) -> float:
     return (7 * FLOAT32 + BF16) * share.own_parameters if share.full else 0
 
 
+def _resting(share: _Share) -> float:
+    """Bytes on one chip that are there during and between steps.
+
+    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
+    more where gradients are accumulated over several micro-batches.
+    """
+    size = BF16 * share.own_parameters - share.saved / (share.mesh.fsdp * share.mesh.tensor)
+    if share.full:
+        size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
+    return size + 4 * FLOAT32 * share.own_adapters  # weights, gradients and two moments
+
+
 def _memory(share: _Share) -> float:
     """Bytes on one chip at the peak, in the backward pass.
 
-    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
-    more where gradients are accumulated over several micro-batches. The head's gradient is summed in float32
-    over chunks of answers before it is split over `fsdp`.
+    In full fine-tuning the head's gradient is summed in float32 over chunks of answers before it is split
+    over `fsdp`.
     """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
-    size = BF16 * share.own_parameters - share.saved / (mesh.fsdp * mesh.tensor)
+    size = _resting(share) + share.activations
     if share.full:
-        size += (5 if share.buffers > 1 else 4) * FLOAT32 * share.own_parameters
         size += FLOAT32 * share.head_weights / mesh.tensor
-    size += 4 * FLOAT32 * share.own_adapters  # weights, gradients and two moments
-    size += share.activations
     size += 2 * FLOAT32 * min(share.tokens, CHUNK) * model.vocab_size / mesh.tensor  # logits and gradient
     size += head + share.tokens * share.kept(False)  # the head, and all activations of one layer
     # Gathered keys and values are kept for the backward pass.
     size += share.gathered_keys * (1 if share.again else model.num_hidden_layers)
+    if model.experts is not None:  # their kernels take whole matrices: a layer's are cut out, and copied once
+        size += 2 * share.one_layer
     return size + (head if mesh.fsdp > 1 else 0)  # the embedding is gathered as well

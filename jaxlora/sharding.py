@@ -94,13 +94,18 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
     return MeshConfig(**dict(zip(sizes, shape, strict=True)))
 
 
-def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0) -> Mesh:
+def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0, shares: bool = False) -> Mesh:
     """The same devices for decoding.
 
     On GPUs every device decodes with a copy of the weights (so many bytes) where that leaves memory for the
     base and the caches; else, and on TPUs, they are split by key-value heads as far as these allow. Experts
     are split over the same chips as slots, as far as they allow.
+
+    Args:
+      shares: decode on the mesh itself where `fsdp` splits nothing: the weights then stay the same arrays.
     """
+    if shares and mesh.shape["fsdp"] == 1:
+        return mesh
     tensor, device = math.gcd(mesh.size, kv_heads), mesh.devices.flat[0]
     memory = memory_of(device) if device.platform == "gpu" else None
     if memory is not None:
@@ -197,6 +202,21 @@ def array_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...
     """The axes of one array of a weight that has these axes: the arrays of a quantised one lie as it does."""
     turned = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "turned"
     return axes[::-1] if turned else axes
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """What these arrays are and where they lie, without any array."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of `abstract` arrays on one device."""
+
+    def own(x: Any) -> int:
+        shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(own, jax.tree.leaves(tree)))
 
 
 def place_trained(mesh: Mesh, spec: Any, tree: Any) -> Any:

@@ -30,7 +30,7 @@ from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.folders import claimed, new_folder
 from jaxlora.runtime.progress import say
 
-SMALLEST = 8 * 2**20  # bytes of a file: smaller ones are tokenised in a few seconds
+SMALLEST = 2**20  # bytes of a file: smaller ones are tokenised in a few seconds
 ENTRIES = 8  # that are kept
 _DTYPES = {"tokens": np.int32, "weights": np.float32, "ends": np.int64}
 _INDEX = "rows.json"

@@ -8,8 +8,6 @@ only these two, by their hashes. Everything from the data is escaped by jinja2 o
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from jaxlora.data.mathml import text_to_html
+from jaxlora.runtime.pages import content_policy
 
 
 def review_page(
@@ -37,8 +36,7 @@ def review_page(
         seed=seed,
         style=Markup(style),
         script=Markup(script),
-        style_hash=_content_hash(style),
-        script_hash=_content_hash(script),
+        policy=content_policy(style, script),
     )
 
 
@@ -51,8 +49,3 @@ def control_token_marker(special_tokens: Sequence[str]) -> Callable[[str], Marku
     marks = {token: Markup("<b class=control>{}</b>").format(token) for token in special_tokens}
     marks["\n"] = Markup("<i class=newline>↵</i>\n")
     return lambda text: Markup("").join(marks.get(piece) or escape(piece) for piece in splitter.split(text))
-
-
-def _content_hash(text: str) -> str:
-    """The hash by which a content policy names an inline style or script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -27,7 +27,7 @@ from jaxlora.generate.order import PACKED_ROWS, order_of, packed_line, packed_to
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.decoder import Decoder, ModelSpec, Tree
 from jaxlora.runtime.ahead import Ahead, compiles_ahead
-from jaxlora.runtime.devices import decoder_options
+from jaxlora.runtime.devices import decode_options, decoder_options
 from jaxlora.runtime.hosts import whole
 from jaxlora.sharding import by_slot, constrain_decode, decode_shardings, slot_shards
 
@@ -243,11 +243,13 @@ def make_decode(
 
     def decode(state: DecodeState, lora: Tree, weights: Tree, window: int) -> DecodeState:
         def own(state, lora, weights):
+            if not spec.shapes:  # those are scaled first; cast here, not in every step
+                lora = jax.tree.map(lambda x: x.astype(spec.dtype), lora)
             return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
 
         return by_slot(own, state, lora, weights, whole=(1, 2))
 
-    options = decoder_options()
+    options = decode_options()
     return Ahead(jax.jit(decode, static_argnums=3, donate_argnums=0, compiler_options=options), _key, (3,))
 
 

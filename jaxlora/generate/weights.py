@@ -28,7 +28,7 @@ from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
 
 def decode_weights(
-    spec: ModelSpec, trained: Tree, frozen: Tree, *, merge: bool = True
+    spec: ModelSpec, trained: Tree, frozen: Tree, *, merge: bool = True, shares: bool = False
 ) -> tuple[ModelSpec, Tree, Tree, Mesh]:
     """Model, adapter, weights and mesh for decoding; arrays that need no change are shared with the base.
 
@@ -41,6 +41,8 @@ def decode_weights(
         cannot be (`ModelSpec.mergeable`), the adapter is returned and applied at every step. So it is over a
         quantised base: rounding the sum again would lose the update, which is smaller than the steps between
         8-bit numbers.
+      shares: decode on the base's own mesh wherever no weight would have to be gathered there, though
+        another one were faster: arrays that need no change are then never copied.
     """
     lora, base = spec.computing(trained, frozen)
     if spec.scheme is not None:
@@ -48,7 +50,7 @@ def decode_weights(
     home = _mesh_of(base)
     experts = spec.config.experts.num_experts if spec.config.experts else 1
     size = sum(x.nbytes for x in jax.tree.leaves(base))
-    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts, size)
+    mesh = decode_mesh(home, spec.config.num_key_value_heads, experts, size, shares)
     form = decode_form(spec, mesh, merge)
     keep = form.lora is not None
     shardings = base_shardings(mesh, form)

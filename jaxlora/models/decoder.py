@@ -26,6 +26,7 @@ from jaxlora.config import LoraConfig, Remat
 from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
+from jaxlora.models.grouped import most_rows, tile_rows
 from jaxlora.models.quantised import Scheme, abstract, products
 from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.runtime.errors import UserError
@@ -332,30 +333,33 @@ def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name in kernels or params.get("name") == PRODUCT
 
 
-def kept_per_token(config: ModelConfig, remat: Remat, ways: int = 1) -> tuple[int, int]:
+def kept_per_token(config: ModelConfig, remat: Remat, tokens: int, ways: int = 1) -> tuple[float, float]:
     """Numbers that the backward pass of one layer finds kept for one token, counted from the shapes.
 
     The first are whole on every chip of a mesh, the second split over `tensor`. All: the residual stream
     twice, each norm's input in float32, its output and its scaled output; queries, keys, values before and
     after their norms, attention output, the MLP's hidden units. Elementwise: only what products and
     attention made. With full recomputation: the layer's input. A family without norms of queries and keys
-    keeps a little less. Of experts, a row for each of a token's choices: states before and after, and hidden
-    units.
+    keeps a little less. Of experts, states before and after and hidden units, for each row that there is room
+    for: a token's choices, and what fills the tiles of every expert.
 
     Args:
+      tokens: of one chip.
       ways: over how many chips experts are split; each has room for the rows of all of their tokens.
     """
     heads, kv_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     if remat is True:
         return config.hidden_size, 0
     if config.experts is None:
-        rows, ffn = 0, config.intermediate_size
+        rows, ffn, units = 0.0, float(config.intermediate_size), 4
     else:
-        rows = ways * config.experts.num_experts_per_tok
-        ffn = rows * config.experts.moe_intermediate_size
+        choices = ways * config.experts.num_experts_per_tok * tokens
+        tile = tile_rows(choices, config.experts.num_experts)
+        rows = most_rows(choices, config.experts.num_experts // ways, tile) / tokens
+        ffn, units = rows * config.experts.moe_intermediate_size, 6
     if remat == "elementwise":
         return (3 + rows) * config.hidden_size, 2 * heads + 2 * kv_heads + 2 * ffn
-    return (12 + 2 * rows) * config.hidden_size, 4 * heads + 5 * kv_heads + 4 * ffn
+    return (12 + 2 * rows) * config.hidden_size, 4 * heads + 5 * kv_heads + units * ffn
 
 
 def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:

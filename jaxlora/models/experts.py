@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxlora.models.dropout import Noise
-from jaxlora.models.grouped import expert_products, group_tokens, tile_rows, to_rows, to_tokens
+from jaxlora.models.grouped import WEIGHTS, expert_products, group_tokens, tile_rows, to_rows, to_tokens
 from jaxlora.models.spec import PRODUCT, Experts, How, Weight
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import EXPERTS, auto_mesh, spec_for
@@ -196,11 +196,16 @@ def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacke
         mapped = jax.shard_map(partial(run, split), in_specs=specs, out_specs=tokens, check_vma=False)
         return mapped(x, real, router, arrays)
 
-    if mesh.shape["fsdp"] == 1:
-        return on_mesh
-    # As `gather_again`, but the products are kept: what the backward pass computes again is the gathering.
-    policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    return jax.checkpoint(on_mesh, policy=policy, prevent_cse=not stacked)
+    return jax.checkpoint(on_mesh, policy=_keep_all_but_weights, prevent_cse=not stacked)
+
+
+def _keep_all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Whether the backward pass finds this result kept: all but weights, which it takes from where they lie,
+    and gathers again. A loop over layers would keep copies of all of them. (Of JAX's own policies, the one
+    that excludes names excludes nothing.)"""
+    if primitive.name == "name":
+        return params["name"] not in (GATHERED, WEIGHTS)
+    return not (primitive.name.startswith("all_gather") and "fsdp" in str(params["axis_name"]))
 
 
 def _places(mesh: Any, axes: tuple[str | None, ...], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ Rows are sorted by expert, and each expert's are padded to whole tiles, so every
 matrix. Nothing is dropped, however uneven the choices are: the number of rows is the most that there can be.
 Nowhere is there an array of tokens times experts times anything.
 
-Implementations: `triton`, kernels for GPUs (`jaxlora.models.grouped_triton`); `ragged_dot`, that of JAX, for
+Implementations: `triton`, kernels for GPUs (`jaxlora.models.grouped_triton`); `mosaic`, the same with faster
+ones for the large products of Hopper GPUs (`jaxlora.models.grouped_mosaic`); `ragged_dot`, that of JAX, for
 which the TPU compiler has kernels; `loop`, one tile after the other, for CPUs.
 """
 
@@ -22,12 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.models.spec import How
 
 Adapter = tuple[jax.Array, jax.Array]  # A float32 [experts, r, in], B float32 [experts, out, r]
 Term = tuple[jax.Array, jax.Array]  # rows [rows, in], matrices [experts, out, in]
+WEIGHTS = "expert weights"  # the name of frozen matrices that the backward pass multiplies with
 TILES = (16, 128)  # least and most rows of a tile: what tensor cores take, and what keeps them busy
 RANK_MULTIPLE = 16  # the inner dimension of adapters is padded to this for the kernel
 
@@ -59,6 +62,11 @@ def tile_rows(choices: int, n_experts: int) -> int:
     return tile
 
 
+def most_rows(choices: int, n_experts: int, tile: int) -> int:
+    """Rows for which there is room: of whole tiles, however the choices fall on the experts."""
+    return (choices + min(n_experts, choices) * (tile - 1)) // tile * tile
+
+
 def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
     """Sort the choices int32 `[tokens, k]` by expert; any other number than 0 to n_experts - 1 is nowhere."""
     n_tokens, k = choices.shape
@@ -68,8 +76,8 @@ def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
     starts = jnp.cumsum(counts) - counts  # of each expert among the sorted choices
     tiles = (counts[:-1] + tile - 1) // tile
     ends = jnp.cumsum(tiles)
-    n_tiles = (flat.size + min(n_experts, flat.size) * (tile - 1)) // tile
-    n_rows = n_tiles * tile
+    n_rows = most_rows(flat.size, n_experts, tile)
+    n_tiles = n_rows // tile
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sorted_experts = flat[order]
     # The row of each sorted choice, and from there that of each choice.
@@ -214,7 +222,9 @@ def _products_forward(how, scale, rows, weights, adapters, groups):
     own_rows = rows if adapters or any(trained) else None
     # A weight that is not trained has no gradient, and its rows are not kept for one.
     marks = [jnp.zeros((0,)) if one else None for one in trained]
-    return ys, (own_rows, weights, adapters, low, groups, marks)
+    # Under this name a checkpoint's policy can leave them out: they are copies of what the caller holds.
+    own_weights = [checkpoint_name(w, WEIGHTS) for w in weights]
+    return ys, (own_rows, own_weights, adapters, low, groups, marks)
 
 
 def _products_backward(how, scale, saved, d_ys):
@@ -248,7 +258,12 @@ def _is_primal(x: Any) -> bool:
 
 def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = False) -> jax.Array:
     """Sum over terms (x, W) of W x of each row with its tile's matrix, or of W^T x: `[rows, out or in]`."""
-    if how == "triton":
+    if how == "mosaic":
+        from jaxlora.models import grouped_mosaic
+
+        if grouped_mosaic.supports(terms, groups.expert, transposed):
+            return grouped_mosaic.sum_of_products(terms, groups.expert, transposed)
+    if how in ("triton", "mosaic"):
         from jaxlora.models import grouped_triton  # not everywhere: it imports a compiler
 
         return grouped_triton.sum_of_products(terms, groups.expert, transposed)
@@ -259,13 +274,12 @@ def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = Fal
 
 def _outer(how: How, left: jax.Array, right: jax.Array, groups: Groups) -> jax.Array:
     """Sum over an expert's rows of left x right: float32 `[experts, left's width, right's width]`."""
-    if how == "triton":
+    if how in ("triton", "mosaic"):
         from jaxlora.models import grouped_triton
 
         return grouped_triton.outer_products(left, right, groups.tiles, _tile(left, groups))
-    if how == "ragged_dot":
-        sizes = groups.tiles * _tile(left, groups)
-        return jax.lax.ragged_dot_general(left, right, sizes, _OUTER, preferred_element_type=jnp.float32)
+    if how == "ragged_dot" and min(left.shape[1], right.shape[1]) <= _THIN:
+        return _tiles_outer(left, right, groups)
     return _loop_outer(left, right, groups)
 
 
@@ -273,7 +287,7 @@ def _tile(rows: jax.Array, groups: Groups) -> int:
     return rows.shape[0] // groups.expert.shape[0]
 
 
-_OUTER = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+_THIN = 128  # widths of adapters, for which the products of all tiles are small beside the rows
 _ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 _ROWS_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 
@@ -302,6 +316,15 @@ def _loop_sum(terms, groups, transposed):
 
     _, ys = jax.lax.scan(one, None, (groups.expert, tiles))
     return ys.reshape(-1, ys.shape[-1])
+
+
+def _tiles_outer(left, right, groups):
+    """The products of all tiles at once, then their sums. (`ragged_dot` has this product, too, but the TPU
+    compiler makes it a dense one, of every row with every expert.)"""
+    n_tiles = groups.expert.shape[0]
+    own_left, own_right = (x.reshape(n_tiles, -1, x.shape[-1]) for x in (left, right))
+    products = jnp.einsum("tml,tmr->tlr", own_left, own_right, preferred_element_type=jnp.float32)
+    return jax.ops.segment_sum(products, groups.expert, groups.tiles.shape[0], indices_are_sorted=True)
 
 
 def _loop_outer(left, right, groups):

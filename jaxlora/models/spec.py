@@ -92,7 +92,8 @@ def check_positions(config: ModelConfig, longest: int, what: str) -> None:
         raise UserError(f"{what} take {longest:,} tokens, but the model has {most:,} positions")
 
 
-How = Literal["auto", "loop", "ragged_dot", "triton"]  # are experts' products computed, see `models.grouped`
+# How experts' products are computed, see `models.grouped`.
+How = Literal["auto", "loop", "ragged_dot", "triton", "mosaic"]
 PRODUCT = "product"  # the name of results of products, which recomputing can be told to keep
 
 # The groups of weights that each named placement adapts.

@@ -4,7 +4,8 @@
     work.ici["all-gather"]           # bytes that one chip receives through all-gathers in one run
 
 XLA's own cost analysis counts the body of a loop once; here bodies are multiplied by their trip counts.
-A loop whose trip count is decided at run time counts `dynamic_trips` times.
+A loop whose trip count is decided at run time counts `dynamic_trips` times, a product of rows with the matrix
+of their group as if `rows_used` of the rows were used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0}  # others end in their number of bits
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+# Rows `[rows, in]` and matrices `[groups, in, out]`, the last operands of a product by groups.
+_GROUPED = re.compile(r"\w+\[(\d+),(\d+)\]\{[\d,]*\}, \w+\[\d+,\2,(\d+)\]\{[\d,]*\}\}, frontend.*ragged_dot")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_TRAFFIC = {
     "parameter",
@@ -54,7 +57,8 @@ class Instruction:
 class Work:
     """What one chip does in one run of the program."""
 
-    flops: float = 0.0  # of matrix products; custom kernels are not in it
+    flops: float = 0.0  # of matrix products; of custom kernels only `ragged_dot`'s
+    grouped_flops: float = 0.0  # of `ragged_dot`'s kernels over all of their rows
     flops8: float = 0.0  # the part of them whose factors are both 8-bit whole numbers
     hbm_bytes: float = 0.0
     ici: dict[str, float] = field(default_factory=dict)  # bytes received, by collective
@@ -70,11 +74,12 @@ class Work:
 Computation = dict[str, Instruction]
 
 
-def count_work(text: str, dynamic_trips: int = 1) -> Work:
+def count_work(text: str, dynamic_trips: int = 1, rows_used: float = 1.0) -> Work:
     """The work of a compiled program (one chip's part) from `compiled.as_text()`."""
     computations, entry = parse(text)
     work = Work()
     _walk(computations, entry, 1.0, dynamic_trips, work, in_entry=True)
+    work.flops += rows_used * work.grouped_flops
     return work
 
 
@@ -172,6 +177,9 @@ def _count_kernel(instruction: Instruction, times: float, work: Work) -> None:
     if '"tpu_custom_call"' in instruction.text:  # a Pallas kernel; XLA's own helpers have other targets
         name = re.sub(r"\.\d+$", "", instruction.name)
         work.kernels[name] = work.kernels.get(name, 0) + int(times)
+        if match := _GROUPED.search(instruction.text):
+            rows, depth, width = map(int, match.groups())
+            work.grouped_flops += times * 2 * rows * depth * width
 
 
 def _count_collective(computation, instruction, kind: str, times: float, work: Work, in_entry: bool) -> None:

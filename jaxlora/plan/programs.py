@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,7 @@ from jaxlora.generate.weights import decode_form
 from jaxlora.lora import init_lora
 from jaxlora.models.attention import pick_decode_backend
 from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.grouped import most_rows, tile_rows
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
@@ -41,9 +43,11 @@ from jaxlora.plan.hlo import Work, count_work
 from jaxlora.runtime.devices import Slice, out_of_memory
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
+    abstract,
     base_shardings,
     decode_mesh,
     decode_shardings,
+    device_bytes,
     named,
     replicated,
     token_multiple,
@@ -52,6 +56,8 @@ from jaxlora.sharding import (
 )
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
+
+DEPTHS = (2, 4)  # layers of the models that a deep mixture's programs for decoding are worked out from
 
 
 def wire(
@@ -132,7 +138,7 @@ class Programs:
         return max(self.multiple, round_up(int(tokens), self.multiple))
 
     @property
-    def _kernel_passes(self) -> int:
+    def kernel_passes(self) -> int:
         """1 if attention is a kernel, whose products do not appear in the compiled text; else 0."""
         return int(self.compute.backend == "splash")
 
@@ -160,19 +166,39 @@ class Programs:
         mesh, spec, optim = self.mesh, self.spec, self.config.optim
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
         step = make_train_step(spec, optim, self.compute)
-        arguments = (self._state, self._base, self._batch(self.buffers, self.train_tokens), rate)
-        passes = self._kernel_passes * self.buffers * (1 + (self.compute.remat is True) + BACKWARD_PASSES)
-        return self._compile("train step", mesh, step, arguments, self.train_tokens, passes)
+        arguments = (self.state, self.base, self.batch(self.buffers, self.train_tokens), rate)
+        passes = self.kernel_passes * self.buffers * (1 + (self.compute.remat is True) + BACKWARD_PASSES)
+        return self.compiled("train step", mesh, step, arguments, self.train_tokens, passes)
 
     def validation_step(self) -> Program:
         """One validation batch of typical length, in one buffer."""
         step = make_eval_step(self.spec, replace(self.compute, remat=False))
         tokens = self.validation_tokens
-        arguments = (self._state.trained, self._base, self._batch(1, tokens))
-        return self._compile("validation step", self.mesh, step, arguments, tokens, self._kernel_passes)
+        arguments = (self.state.trained, self.base, self.batch(1, tokens))
+        return self.compiled("validation step", self.mesh, step, arguments, tokens, self.kernel_passes)
 
     def prefill(self) -> Program:
         """The prefill of a batch of prompts, with the adapter as decoding has it."""
+        return self._beside_base(self._of_depth(Programs._prefill))
+
+    def decode_step(self) -> Program:
+        """One token for each slot, with the adapter as decoding has it and the KV cache half full."""
+        return self._beside_base(self._of_depth(Programs._decode_step))
+
+    def _of_depth(self, compile_one: Callable[[Programs], Program]) -> Program:
+        """A program for decoding, whose layers are not a loop; of a mixture of many layers it is worked out
+        from two of few layers, because each layer takes the compiler half a minute."""
+        if self.model.experts is None or self.model.num_hidden_layers <= max(DEPTHS):
+            return compile_one(self)
+        few, more = (compile_one(self._with_layers(depth)) for depth in DEPTHS)
+        share = (self.model.num_hidden_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        return deeper(few, more, share, self.slice)
+
+    def _with_layers(self, layers: int) -> Programs:
+        model = replace(self.model, num_hidden_layers=layers)
+        return Programs(self.config, model, self.slice, self.workload)
+
+    def _prefill(self) -> Program:
         rows = min(PREFILL_ROWS, self.config.eval.batch_rows)
         state, base = self._decode_arguments()
         whole = replicated(self._decode_mesh)
@@ -181,38 +207,36 @@ class Programs:
         attention = pick_decode_backend("auto", "tpu", self.spec.dtype)
         step = make_prefill(self._decode_spec, self.model.eos_token_ids, attention)
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base, tokens, vector, vector, vector)
-        return self._beside_base(self._compile("prefill", self._decode_mesh, step, arguments, tokens.size, 0))
+        return self.compiled("prefill", self._decode_mesh, step, arguments, tokens.size, 0)
 
-    def decode_step(self) -> Program:
-        """One token for each slot, with the adapter as decoding has it and the KV cache half full."""
+    def _decode_step(self) -> Program:
         state, base = self._decode_arguments()
         step = make_decode(self._decode_spec, self.model.eos_token_ids, steps=1)
         window = self.workload.prompt_tokens + self.config.eval.max_new_tokens // 2
         window = round_up(window, WINDOW_MULTIPLE)
         slots = self.config.eval.batch_rows
         arguments: tuple[Any, ...] = (state, self._decode_adapter, base)
-        return self._beside_base(
-            self._compile("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
-        )
+        return self.compiled("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
 
     def _beside_base(self, program: Program) -> Program:
         """The program beside the base in its training layout, which a study keeps for its next run."""
-        held = sum(map(_chip_bytes, jax.tree.leaves(self._base)))
+        held = device_bytes(self.base)
         return replace(program, memory=replace(program.memory, held=held))
 
     @cached_property
-    def _state(self) -> TrainState:
+    def state(self) -> TrainState:
         """What is trained, and its optimizer's state."""
         state = jax.eval_shape(lambda: init_state(init_lora(self.spec, 0), self.config.optim))
-        return _abstract(state, trained_shardings(self.mesh, self.spec, state))
+        return abstract(state, trained_shardings(self.mesh, self.spec, state))
 
     @cached_property
-    def _base(self) -> Any:
+    def base(self) -> Any:
         """The frozen weights."""
-        return _abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
+        return abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
 
-    def _batch(self, buffers: int, tokens: int) -> Any:
-        shape = (buffers, 1, tokens)
+    def batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
+        """A batch of buffers, each of so many lines of so many tokens."""
+        shape = (buffers, lines, tokens)
         sharding = named(self.mesh, (None, "batch", "length"), shape)
         names = ("tokens", "targets", "positions", "segment_ids")
         batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
@@ -233,7 +257,7 @@ class Programs:
         if self._decode_spec.lora is None:
             return {}
         lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
-        return _abstract(lora, trained_shardings(self._decode_mesh, self.spec, lora))
+        return abstract(lora, trained_shardings(self._decode_mesh, self.spec, lora))
 
     def _decode_arguments(self) -> tuple[Any, Any]:
         mesh, spec, settings = self._decode_mesh, self._decode_spec, self.config.eval
@@ -242,10 +266,10 @@ class Programs:
         state = jax.eval_shape(
             lambda: init_decode(spec, settings.batch_rows, length, settings.max_new_tokens)
         )
-        state = _abstract(state, decode_shardings(mesh, state))
-        return state, _abstract(spec.abstract_base, base_shardings(mesh, spec))
+        state = abstract(state, decode_shardings(mesh, state))
+        return state, abstract(spec.abstract_base, base_shardings(mesh, spec))
 
-    def _compile(
+    def compiled(
         self, name: str, mesh, step, arguments, tokens: int, attention_passes: float, **static
     ) -> Program:
         """Compile a program and count its work; one that does not fit has its missing bytes alone.
@@ -262,7 +286,7 @@ class Programs:
                 missing = out_of_memory(str(error))
                 if missing is None:
                     raise
-                memory = Memory(sum(map(_chip_bytes, jax.tree.leaves(arguments))), 0, 0, 0, missing)
+                memory = Memory(device_bytes(arguments), 0, 0, 0, missing)
                 took = time.monotonic() - start
                 return Program(name, tokens, memory, 0.0, Work(), Roofline(0, 0, 0), took)
         measured = compiled.memory_analysis()
@@ -273,7 +297,8 @@ class Programs:
             measured.generated_code_size_in_bytes,
         )
         shards = token_shards(mesh)
-        work = count_work(compiled.as_text(), dynamic_trips=max(1, -(-tokens // shards // CHUNK)))
+        trips = max(1, -(-tokens // shards // CHUNK))
+        work = count_work(compiled.as_text(), trips, _rows_used(self.model, mesh, tokens))
         attention = attention_flops(self.model, tokens / shards, keys_seen(tokens, shards), attention_passes)
         chip = self.slice.chip
         flops = (
@@ -281,6 +306,37 @@ class Programs:
         )
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
         return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
+
+
+def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
+    """The share of the experts' rows on a chip that is used where every expert is chosen equally often."""
+    if model.experts is None:
+        return 1.0
+    ways = mesh.shape.get("expert", 1)
+    choices = math.ceil(tokens * ways / token_shards(mesh)) * model.experts.num_experts_per_tok
+    tile, own = tile_rows(choices, model.experts.num_experts), model.experts.num_experts // ways
+    return min(1.0, (choices / ways + own * tile / 2) / most_rows(choices, own, tile))
+
+
+def deeper(few: Program, more: Program, share: float, slice_: Slice) -> Program:
+    """The program of a deeper model, on the line through those of two depths.
+
+    Args:
+      share: of their difference that it has more than the first one.
+    """
+
+    def line(a: Any, b: Any) -> Any:
+        if isinstance(a, dict):
+            return {name: line(a.get(name, 0), b.get(name, 0)) for name in {**a, **b}}
+        value = a + share * (b - a)
+        return round(value) if isinstance(a, int) and isinstance(b, int) else value
+
+    memory = Memory(**line(asdict(few.memory), asdict(more.memory)))
+    work = Work(**line(asdict(few.work), asdict(more.work)))
+    flops = line(few.flops, more.flops)
+    best = roofline(slice_, flops, work.hbm_bytes, work.ici_bytes)
+    seconds = few.compile_seconds + more.compile_seconds
+    return replace(few, memory=memory, flops=flops, work=work, best=best, compile_seconds=seconds)
 
 
 def topology_devices(slice_: Slice) -> list[jax.Device]:
@@ -307,12 +363,3 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
     if slice_.chip.name in ("v4", "v5p"):  # both cores of a chip as one device, as in the cloud
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology, **options).devices
-
-
-def _abstract(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
-    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return math.prod(shape) * x.dtype.itemsize

@@ -19,7 +19,7 @@ from jaxlora.estimate import FULL, Choice, candidates
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Programs, Workload
-from jaxlora.runtime.devices import SLICES, Slice
+from jaxlora.runtime.devices import SLICES, Chip, Slice
 from jaxlora.runtime.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
@@ -86,7 +86,7 @@ def make_plan(
             done.append(make())
             advance(1)
     room = slice_.chip.hbm_bytes * (1 - RESERVED)
-    fits = all(p.memory.missing == 0 and p.memory.total <= room for p in done)
+    fits = all_fit(done, slice_)
     train, validation = done[:2]
     run = sweep = longest = None
     if fits:
@@ -114,6 +114,12 @@ def make_plan(
     )
 
 
+def all_fit(programs: list[Program], slice_: Slice) -> bool:
+    """Whether each of the programs fits a chip."""
+    room = slice_.chip.hbm_bytes * (1 - RESERVED)
+    return all(p.memory.missing == 0 and p.memory.total <= room for p in programs)
+
+
 def run_cost(
     train_seconds: float,
     steps: int,
@@ -123,9 +129,14 @@ def run_cost(
     dollars_per_chip_hour: float | None,
 ) -> RunCost:
     """Hours of `steps` optimizer steps and `validation_batches` validation batches, and their price."""
-    hours = (steps * train_seconds + validation_batches * validation_seconds) / 3600
-    price = None if dollars_per_chip_hour is None else hours * n_chips * dollars_per_chip_hour
-    return RunCost(hours, price)
+    seconds = steps * train_seconds + validation_batches * validation_seconds
+    return cost_of(seconds, n_chips, dollars_per_chip_hour)
+
+
+def cost_of(seconds: float, n_chips: int, dollars_per_chip_hour: float | None) -> RunCost:
+    """Hours of a slice, and their price."""
+    hours = seconds / 3600
+    return RunCost(hours, None if dollars_per_chip_hour is None else hours * n_chips * dollars_per_chip_hour)
 
 
 def longest_buffer(train: Program, room: float, multiple: int, most: int) -> int | None:
@@ -219,16 +230,21 @@ def search(
 
 def print_plan(plan: Plan, console: Console) -> None:
     """A table of the programs, as each runs on one chip, then a line about the run."""
-    chip = plan.slice.chip
     title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, {plan.condition}"
     title += f", remat {str(plan.remat).lower()}" if plan.remat else ""
+    console.print(programs_table(plan.programs, plan.slice.chip, title))
+    console.print(summary_line(plan), soft_wrap=True)
+
+
+def programs_table(programs: list[Program], chip: Chip, title: str) -> Table:
+    """What each program takes of one chip in one run."""
     table = Table(title=title, title_justify="left")
     table.add_column("one run on one chip")
-    for program in plan.programs:
+    for program in programs:
         table.add_column(program.name, justify="right")
 
     def row(name: str, cell) -> None:
-        table.add_row(name, *(cell(p) for p in plan.programs))
+        table.add_row(name, *(cell(p) for p in programs))
 
     row("tokens in a buffer or call", lambda p: f"{p.tokens:,}")
     row("arguments, GiB", lambda p: f"{p.memory.arguments / GIB:.2f}")
@@ -238,7 +254,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     row(f"of {chip.hbm_bytes / GIB:.0f} GiB", _share(chip.hbm_bytes))
     row("TFLOP", lambda p: f"{p.flops / 1e12:.2f}")
     row("HBM, GB", lambda p: f"{p.work.hbm_bytes / 1e9:.1f}")
-    for kind in sorted({kind for p in plan.programs for kind in p.work.ici}):
+    for kind in sorted({kind for p in programs for kind in p.work.ici}):
         row(f"{kind}, GB", lambda p, kind=kind: f"{p.work.ici.get(kind, 0) / 1e9:.2f}")
     row("attention kernels", lambda p: str(sum(p.work.kernels.values())))
     row("compute, ms", lambda p: f"{p.best.compute * 1e3:.1f}")
@@ -248,8 +264,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     row("likely, ms", lambda p: f"{p.best.likely * 1e3:.1f}")
     row("bound by", lambda p: p.best.bound if p.best.seconds else "")
     row("compiled in, s", lambda p: f"{p.compile_seconds:.0f}")
-    console.print(table)
-    console.print(summary_line(plan), soft_wrap=True)
+    return table
 
 
 def _share(capacity: float):

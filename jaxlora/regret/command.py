@@ -5,10 +5,13 @@ code = main(config, dry_run=False, status=False)      # 0: finished
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.table import Table
 
 from jaxlora.config import RunConfig
-from jaxlora.regret.design import places_of, steps_of
+from jaxlora.regret.design import places_of
+from jaxlora.regret.rewards.lab import RewardLab
 from jaxlora.regret.worker import Lab, work
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
@@ -24,15 +27,21 @@ def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only
       UserError: a mistake in the configuration, or results of another one.
     """
     check(config, only)
-    lab = Lab(config)
+    lab: Any = Lab(config) if config.regret.by == "likelihood" else RewardLab(config)
     if dry_run or status:
+        if config.regret.by == "likelihood":
+            for report in dict.fromkeys(lab.first.reports):
+                console.print(report.describe(), markup=False)
         console.print(plan_table(lab))
         return 0
     if only != "report":
         work(lab)
-    from jaxlora.regret.report import write_report
+    if config.regret.by == "likelihood":
+        from jaxlora.regret import report
+    else:
+        from jaxlora.regret.rewards import report  # type: ignore[no-redef]
 
-    path = write_report(lab)
+    path = report.write_report(lab)
     console.print(f"the report is {path}", markup=False)
     return 0
 
@@ -51,11 +60,13 @@ def check(config: RunConfig, only: str | None) -> None:
         raise UserError("config.lora.start: every arm starts from the base; give none")
     if config.lora.dropout:
         raise UserError("config.lora.dropout: arms are trained without; give 0")
+    if config.regret.by == "likelihood" and config.regret.factor != 2:
+        raise UserError("config.regret.factor: by likelihood rates are 2 apart; give 2")
     if config.train.early_stopping is not None:
         raise UserError("config.train.early_stopping: all runs of an arm take the same steps; give none")
 
 
-def plan_table(lab: Lab) -> Table:
+def plan_table(lab: Any) -> Table:
     """Every cell with its rates and how many of its runs are there."""
     records = lab.folder.records()
     table = Table(box=None)
@@ -71,7 +82,7 @@ def plan_table(lab: Lab) -> Table:
         table.add_row(
             cell.arm.label,
             str(cell.batch_rows),
-            f"{steps_of(lab.config, cell.arm, len(lab.first.train_rows)):,}",
+            f"{lab.steps(cell):,}",
             f"{cell.arm.parameters:,}",
             f"{cell.rate(places[0]):.2g} to {cell.rate(places[-1]):.2g}",
             str(done),

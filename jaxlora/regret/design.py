@@ -30,6 +30,7 @@ class Cell:
 
     arm: Arm
     middle: float  # of its rates
+    factor: float = 2.0  # from one rate to the next
 
     @property
     def batch_rows(self) -> int:
@@ -40,13 +41,13 @@ class Cell:
         return f"{self.arm.label}-b{self.batch_rows}"
 
     def rate(self, place: int) -> float:
-        """The rate `place` doublings above the middle."""
-        return self.middle * 2.0**place
+        """The rate `place` steps of the grid above the middle."""
+        return self.middle * self.factor**place
 
 
 @dataclass(frozen=True)
 class RunId:
-    """One run: a cell, how many doublings its rate lies above the cell's middle, and a seed."""
+    """One run: a cell, how many steps of its grid the rate lies above the cell's middle, and a seed."""
 
     cell: Cell
     place: int
@@ -73,7 +74,7 @@ def cells_of(config: RunConfig, model: ModelConfig) -> list[Cell]:
     for what, given in (("lora", regret.lora_rate), ("full", regret.full_rate)):
         if any(arm.what == what for arm in arms):
             middles[what] = _two_digits(given or published_rate(model, what))  # type: ignore[arg-type]
-    return [Cell(arm, middles[arm.what]) for arm in arms]
+    return [Cell(arm, middles[arm.what], regret.factor) for arm in arms]
 
 
 def _two_digits(value: float) -> float:
@@ -87,7 +88,7 @@ def steps_of(config: RunConfig, arm: Arm, train_rows: int) -> int:
 
 
 def places_of(regret: RegretConfig) -> range:
-    """The rates of a grid before it is extended, in doublings above the cell's middle."""
+    """The rates of a grid before it is extended, in steps above the cell's middle."""
     low = -((regret.rates - 1) // 2)
     return range(low, low + regret.rates)
 

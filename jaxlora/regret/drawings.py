@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from jaxlora.regret.findings import batch_gaps, rate_ratio
+from jaxlora.regret.findings import batch_gaps, matched, rate_ratio
 from jaxlora.regret.sweeps import Sweep, find, main_batch, ranks_of
 from jaxlora.study.figures import own_style
 
@@ -44,7 +44,7 @@ def styled(draw: Drawing, sweeps: Sequence[Sweep], scatter: float | None) -> Fig
         return draw(sweeps, scatter)
 
 
-def _looks(sweeps: Sequence[Sweep]) -> dict[str, _Look]:
+def looks_of(sweeps: Sequence[Sweep]) -> dict[str, _Look]:
     """Colour and marker by label: full fine-tuning apart, the others from light to dark in their order."""
     others = [s.label for s in sweeps if not s.full]
     looks: dict[str, _Look] = {"full": _FULL}
@@ -55,21 +55,21 @@ def _looks(sweeps: Sequence[Sweep]) -> dict[str, _Look]:
     return looks
 
 
-def _canvas(title: str, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def canvas(title: str, columns: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(7.6 if columns == 1 else 11.0, 4.6), layout="constrained")
     axes = [figure.add_subplot(1, columns, place + 1) for place in range(columns)]
     axes[0].set_title(title)
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
 
 
 def _curves(axes: Axes, sweeps: Sequence[Sweep]) -> None:
     """Envelopes over a logarithmic axis."""
-    looks = _looks(sweeps)
+    looks = looks_of(sweeps)
     for sweep in sweeps:
         x, y = [p.step for p in sweep.envelope], [p.loss for p in sweep.envelope]
         axes.plot(x, y, **looks[sweep.label], linewidth=1.2, markersize=4, label=sweep.name)
@@ -96,9 +96,9 @@ def draw_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
     own = _ranks_and_full(sweeps)
     if len(own) < 2:
         return None
-    figure, (left, right) = _canvas("Lowest loss over rates, by step", 2)
+    figure, (left, right) = canvas("Lowest loss over rates, by step", 2)
     _curves(left, own)
-    looks = _looks(own)
+    looks = looks_of(own)
     lowest = [min(p.loss for p in points) for points in zip(*(s.envelope for s in own), strict=True)]
     for sweep in own:
         x = [p.step for p in sweep.envelope]
@@ -107,7 +107,7 @@ def draw_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
     _step_axis(right)
     right.set_title("Above the lowest of all, nats a token")
     right.set_ylim(bottom=0)
-    _legend(figure, left)
+    legend(figure, left)
     return figure
 
 
@@ -123,8 +123,9 @@ def draw_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
 
 
 def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figure:
-    figure, (axes,) = _canvas(title)
-    looks, lowest, ends = _looks(own), [], []
+    own = [sweep for sweep in own if sweep.best(scatter) is not None]  # of one that diverged nothing is drawn
+    figure, (axes,) = canvas(title)
+    looks, lowest, ends = looks_of(own), [], []
     for sweep in own:
         losses = {rate: loss for rate, loss in sorted(sweep.losses().items()) if math.isfinite(loss)}
         axes.plot(*zip(*losses.items(), strict=True), **looks[sweep.label], linewidth=1.2, markersize=5)
@@ -134,11 +135,14 @@ def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figu
         if (best := sweep.best(scatter)) and not best.edge:
             axes.plot(best.rate, best.loss, "o", markersize=12, markerfacecolor="none", color="#111111")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     room = max(max(ends) - min(lowest), 0.01)
     axes.set_ylim(min(lowest) - 0.05 * room, max(ends) + 0.6 * room)  # what diverges is above the picture
     axes.set_xlabel("learning rate (logarithmic)")
     axes.set_ylabel(_LOSS)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -148,7 +152,7 @@ def draw_best_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | 
     known = [(s.rank or 0, best) for s in ranks if (best := s.best(scatter)) is not None and not best.edge]
     if len(known) < 2:
         return None
-    figure, (axes,) = _canvas("Best learning rate by rank")
+    figure, (axes,) = canvas("Best learning rate by rank")
     for rank, best in known:
         axes.plot(rank, best.rate, "o", color="#0B4F8A")
         if best.low is not None and best.high is not None:
@@ -175,7 +179,7 @@ def draw_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | Non
     ranks = sorted({s.rank for s in sweeps if s.rank is not None and s.batch_rows != main})
     if not ranks:
         return None
-    figure, (left, right) = _canvas("Last loss at each cell's best rate", 2)
+    figure, (left, right) = canvas("Last loss at each cell's best rate", 2)
     sizes = sorted({s.batch_rows for s in sweeps})
     for place, rank in enumerate([None, *ranks]):
         own = [s for size in sizes if (s := find(sweeps, rank, batch_rows=size)) is not None]
@@ -193,17 +197,19 @@ def draw_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | Non
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.set_ylabel(_LOSS)
     right.axhline(0, color="#666666", linewidth=0.8)
-    right.set_title("LoRA minus full, nats a token (bars: 2 standard errors)")
-    _legend(figure, left)
+    right.set_title("LoRA minus full (bars: 2 standard errors)")
+    legend(figure, left)
     return figure
 
 
 def _placed(sweeps: Sequence[Sweep]) -> list[Sweep]:
-    """Placements other than ranks of one, and all layers at their ranks."""
+    """Placements other than all layers, and all layers at their ranks or with as many parameters."""
     rows = main_batch(sweeps)
     other = [s for s in sweeps if s.batch_rows == rows and not s.full and s.placement != "all_layer"]
     ranks = {s.rank for s in other}
-    return [*[s for s in ranks_of(sweeps) if s.rank in ranks], *other] if other else []
+    equal = {both.label for s in other for _, both in matched(sweeps, s.placement, "all_layer")}
+    every = [s for s in ranks_of(sweeps) if s.rank in ranks or s.label in equal]
+    return [*every, *other] if other else []
 
 
 def draw_placements(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
@@ -211,20 +217,20 @@ def draw_placements(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | 
     own = _placed(sweeps)
     if len(own) < 2:
         return None
-    figure, (left, right) = _canvas("Lowest loss over rates, by step", 2)
+    figure, (left, right) = canvas("Lowest loss over rates, by step", 2)
     late = [s for s in own if len(s.envelope) > 1]
     _curves(left, late)
     middle = max(1, len(late[0].envelope) // 2)
     low, high = (f(p.loss for s in late for p in s.envelope[middle:]) for f in (min, max))
     left.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     left.set_xlim(left=late[0].envelope[middle].step)
-    looks = _looks(own)
+    looks = looks_of(own)
     for y, sweep in enumerate(own):
         right.plot(sweep.repeats, [y] * len(sweep.repeats), looks[sweep.label]["marker"], color="#0B4F8A")
     right.set_yticks(range(len(own)), [f"{s.name}, {s.parameters / 1e6:.1f} M" for s in own])
     right.invert_yaxis()
     right.set_xlabel("last loss at the best rate, every seed\n(axis does not begin at zero)")
-    _legend(figure, left)
+    legend(figure, left)
     return figure
 
 
@@ -236,7 +242,7 @@ def draw_placement_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figu
 
 def draw_ratios(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
     """The ratio of best rates, LoRA over full, as a run goes on: its first steps are a short run."""
-    figure, (axes,) = _canvas("Best rate of LoRA over that of full fine-tuning, by length of the run")
+    figure, (axes,) = canvas("Best rate of LoRA over that of full fine-tuning, by length of the run")
     drawn = False
     for place, rank in enumerate((4, 16, 64, 256)):
         if (sweep := find(sweeps, rank)) is None:

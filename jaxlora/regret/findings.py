@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from jaxlora.regret.arms import WORST_MATCH
 from jaxlora.regret.capacity import code_length, flops_ratio, rank_for
 from jaxlora.regret.fits import Ratio, departure, line_in_log, ratio, slope
 from jaxlora.regret.sweeps import Sweep, find, main_batch, ranks_of, scatter_of
@@ -69,13 +70,16 @@ def _verdict(difference: float, error: float) -> str:
 
 
 def _gap(first: Sweep | None, second: Sweep | None, scatter: float | None) -> tuple[float, float] | None:
-    """Loss of the first minus the second, each at its best rate, and the standard error; None: not both."""
+    """Loss of the first minus the second, each at its best rate, over the seeds that both have, and its
+    standard error; None: not both.
+    """
     if first is None or second is None or scatter is None:
         return None
-    a, b = first.final(scatter), second.final(scatter)
-    if a is None or b is None or a.error is None or b.error is None:
+    seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
+    if not seeds:
         return None
-    return a.mean - b.mean, math.hypot(a.error, b.error)
+    mean = sum(first.by_seed[seed] - second.by_seed[seed] for seed in seeds) / len(seeds)
+    return mean, scatter * math.sqrt(2 / len(seeds))
 
 
 def _shown(gap: tuple[float, float]) -> str:
@@ -378,16 +382,16 @@ def _small_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 # --- Placements ---------------------------------------------------------------------------------------------
 
 
-def _matched_pairs(sweeps: Sequence[Sweep]) -> list[tuple[Sweep, Sweep]]:
-    """Attention and MLP adapters of nearly equal parameters."""
+def matched(sweeps: Sequence[Sweep], first: str, second: str) -> list[tuple[Sweep, Sweep]]:
+    """Pairs of adapters of two placements with nearly equal parameters."""
     rows = main_batch(sweeps)
     own = [s for s in sweeps if s.batch_rows == rows]
     return [
-        (a, m)
+        (a, b)
         for a in own
-        if a.placement == "attention_only"
-        for m in own
-        if m.placement == "mlp_only" and abs(a.parameters / m.parameters - 1) < 0.05
+        if a.placement == first
+        for b in own
+        if b.placement == second and abs(a.parameters / b.parameters - 1) < WORST_MATCH
     ]
 
 
@@ -399,7 +403,11 @@ def _mlp_over_attention(sweeps: Sequence[Sweep], scatter: float | None) -> Findi
     against = (
         "waynehacking8 on GSM8K with Llama 3.1 8B: perplexity 2.42 with attention, 2.37 with all (agrees)"
     )
-    gaps = [(a, m, gap) for a, m in _matched_pairs(sweeps) if (gap := _gap(a, m, scatter)) is not None]
+    gaps = [
+        (a, m, gap)
+        for a, m in matched(sweeps, "attention_only", "mlp_only")
+        if (gap := _gap(a, m, scatter)) is not None
+    ]
     if not gaps:
         return _missing(claim, rule, "no matched pair with repeats", against)
     figure = "; ".join(f"{a.name} minus {m.name}: {_shown(gap)}" for a, m, gap in gaps)
@@ -418,6 +426,10 @@ def _mlp_is_enough(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     if not gaps:
         return _missing(claim, rule, "no common rank with repeats")
     figure = ", ".join(f"r{rank} {_shown(gap)}" for rank, gap in gaps.items())
+    pairs = [(m, a, gap) for m, a in matched(sweeps, "mlp_only", "all_layer") if (gap := _gap(m, a, scatter))]
+    if pairs:
+        shown = (f"r{mlp.rank} minus all r{both.rank} {_shown(gap)}" for mlp, both, gap in pairs)
+        figure += "; at equal parameters " + ", ".join(shown)
     same = all(abs(gap) <= ERRORS * error for gap, error in gaps.values())
     return Finding(claim, rule, figure, AGREES if same else DISAGREES)
 

@@ -12,7 +12,8 @@ Nothing is smoothed. What the data do not carry is None.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,12 +187,29 @@ def departure(points: Sequence[Point], reference: Sequence[Point], by: float) ->
     return left
 
 
-def pooled_scatter(groups: Sequence[Sequence[float]]) -> float | None:
-    """Standard deviation of one run's loss, from repeats of several cells; None without any."""
-    squares = [(np.var(group, ddof=1), len(group) - 1) for group in groups if len(group) > 1]
-    if not squares:
+def pooled_scatter(cells: Sequence[Mapping[Hashable, float]]) -> float | None:
+    """Standard deviation of one run's loss between repeats; None without any.
+
+    What several cells have in common is taken out: an order of rows that is hard on all of them moves no
+    difference between two. It is the residual of a least-squares fit of a number for each cell and one for
+    each common name.
+
+    Args:
+      cells: losses of each cell's repeats, by what they share with those of other cells.
+    """
+    own = [cell for cell in cells if len(cell) > 1]
+    if not own:
         return None
-    return float(np.sqrt(sum(v * n for v, n in squares) / sum(n for _, n in squares)))
+    counts = Counter(name for cell in own for name in cell)
+    common = [name for name, count in counts.items() if count > 1]
+    rows = [(place, name, loss) for place, cell in enumerate(own) for name, loss in cell.items()]
+    parts = [
+        [float(place == i) for i in range(len(own))] + [float(name == one) for one in common]
+        for place, name, _ in rows
+    ]
+    design, losses = np.array(parts), np.array([loss for *_, loss in rows])
+    fitted, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    return float(np.sqrt(np.sum(np.square(losses - design @ fitted)) / (len(rows) - rank)))
 
 
 def slope(x: Sequence[float], y: Sequence[float], noise: float | None) -> tuple[float, float | None]:

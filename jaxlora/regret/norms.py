@@ -4,12 +4,13 @@
     change_norms(spec, masters, start, of_weights)            # of full fine-tuning: W - W0 in place of B A
 
 Spectral norms come from power iteration in float32, which ends below the true norm, by about a hundredth or
-less; the matrices of all layers are one batch of one program.
+less; the matrices of all layers are one batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jaxlora.lora import get_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.spec import Weight
+from jaxlora.runtime.devices import decoder_options
 
 ITERATIONS = 40
 Norms = dict[str, dict[str, list[float]]]  # by weight and by what; a number a layer
@@ -52,8 +54,7 @@ def _matrix_norm(matrix: jax.Array) -> jax.Array:
     )
 
 
-@jax.jit
-def _pair_norms(a: jax.Array, b: jax.Array, scale: jax.Array) -> dict[str, jax.Array]:
+def _pair_norms(a: jax.Array, b: jax.Array, scale: float) -> dict[str, jax.Array]:
     a_t, b_t = jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2)
     product = spectral_norm(
         lambda v: scale * _times(b, _times(a, v)),
@@ -63,20 +64,16 @@ def _pair_norms(a: jax.Array, b: jax.Array, scale: jax.Array) -> dict[str, jax.A
     )
     outer_a = jnp.einsum("...ri,...si->...rs", a, a, precision=_HIGHEST)
     outer_b = jnp.einsum("...or,...os->...rs", b, b, precision=_HIGHEST)
-    squares = jnp.square(scale) * jnp.sum(outer_a * outer_b, axis=(-2, -1))  # of all entries of the product
+    squares = scale**2 * jnp.sum(outer_a * outer_b, axis=(-2, -1))  # of all entries of the product
     stable = squares / jnp.maximum(jnp.square(product), 1e-30)
     return {"a": _matrix_norm(a), "b": _matrix_norm(b), "update": product, "stable_rank": stable}
 
 
-@jax.jit
 def _change_norms(weight: jax.Array, start: jax.Array) -> dict[str, jax.Array]:
     change = weight.astype(jnp.float32) - start.astype(jnp.float32)
     norm = _matrix_norm(change)
     stable = jnp.sum(jnp.square(change), axis=(-2, -1)) / jnp.maximum(jnp.square(norm), 1e-30)
     return {"update": norm, "stable_rank": stable}
-
-
-_norm_of = jax.jit(lambda weight: _matrix_norm(weight.astype(jnp.float32)))
 
 
 def matrices(spec: ModelSpec) -> list[Weight]:
@@ -94,29 +91,52 @@ def weight_of(tree: Tree, weight: Weight, layers: int) -> jax.Array:
 
 def weight_norms(spec: ModelSpec, base: Tree) -> dict[str, list[float]]:
     """Spectral norm of each matrix of the base, by its path: a number a layer."""
-    layers = spec.config.num_hidden_layers
-    return {w.path: _plain(_norm_of(weight_of(base, w, layers))) for w in matrices(spec)}
+    return {path: _plain(norms) for path, norms in _weight_program(spec)(base).items()}
 
 
 def adapter_norms(spec: ModelSpec, trained: Tree, of_weights: dict[str, list[float]]) -> Norms:
     """Norms of A, B and the update of every adapted weight, the update's stable rank and its share of W."""
-    found: Norms = {}
-    for weight in spec.adapted:
-        pair = get_path(trained, weight.path)
-        values = _pair_norms(pair["lora_a"], pair["lora_b"], jnp.float32(spec.scale))
-        found[weight.path] = _with_share(values, of_weights.get(weight.path))
-    return found
+    found = _adapter_program(spec)(trained)
+    return {path: _with_share(values, of_weights.get(path)) for path, values in found.items()}
 
 
 def change_norms(spec: ModelSpec, trained: Tree, start: Tree, of_weights: dict[str, list[float]]) -> Norms:
     """The same of what full fine-tuning has changed in each matrix."""
-    layers = spec.config.num_hidden_layers
-    return {
-        w.path: _with_share(
-            _change_norms(weight_of(trained, w, layers), weight_of(start, w, layers)), of_weights.get(w.path)
-        )
-        for w in matrices(spec)
-    }
+    found = _change_program(spec)(trained, start)
+    return {path: _with_share(values, of_weights.get(path)) for path, values in found.items()}
+
+
+# One program each, for all matrices: compiling one for each shape would take longer than a run.
+
+
+@lru_cache(maxsize=4)
+def _weight_program(spec: ModelSpec) -> Callable[[Tree], dict[str, jax.Array]]:
+    def norms(base: Tree) -> dict[str, jax.Array]:
+        layers = spec.config.num_hidden_layers
+        return {w.path: _matrix_norm(weight_of(base, w, layers).astype(jnp.float32)) for w in matrices(spec)}
+
+    return jax.jit(norms, compiler_options=decoder_options())
+
+
+@lru_cache(maxsize=4)
+def _adapter_program(spec: ModelSpec) -> Callable[[Tree], dict[str, dict[str, jax.Array]]]:
+    def norms(trained: Tree) -> dict[str, dict[str, jax.Array]]:
+        pairs = {weight.path: get_path(trained, weight.path) for weight in spec.adapted}
+        return {path: _pair_norms(pair["lora_a"], pair["lora_b"], spec.scale) for path, pair in pairs.items()}
+
+    return jax.jit(norms, compiler_options=decoder_options())
+
+
+@lru_cache(maxsize=4)
+def _change_program(spec: ModelSpec) -> Callable[[Tree, Tree], dict[str, dict[str, jax.Array]]]:
+    def norms(trained: Tree, start: Tree) -> dict[str, dict[str, jax.Array]]:
+        layers = spec.config.num_hidden_layers
+        return {
+            w.path: _change_norms(weight_of(trained, w, layers), weight_of(start, w, layers))
+            for w in matrices(spec)
+        }
+
+    return jax.jit(norms, compiler_options=decoder_options())
 
 
 def _with_share(values: dict[str, jax.Array], of_weight: list[float] | None) -> dict[str, list[float]]:

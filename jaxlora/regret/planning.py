@@ -19,12 +19,13 @@ from jaxlora.models.spec import ModelConfig
 from jaxlora.regret.arms import Arm, parse_arms
 from jaxlora.regret.design import steps_of
 from jaxlora.regret.runs import look_steps
-from jaxlora.runtime.devices import SLICES, Chip, Slice
+from jaxlora.runtime.devices import CHIPS, SLICES, Chip, Slice
 from jaxlora.runtime.errors import UserError
 
 # NVIDIA's data sheet of the H100 SXM: memory, dense bfloat16, NVLink into one of them, dense int8.
 _H100 = Chip("H100", 80e9, 989e12, 3350e9, 450e9, 1979e12)
 MACHINES = SLICES | {f"h100-{count}": Slice(f"h100-{count}", _H100, (count,)) for count in (2, 4, 8)}
+MULTIPLE = 128  # tokens, of a line: the padding of rows that are packed well is left out
 EXTRA_RATES = 1  # of a grid whose best rate lies on an edge at first
 
 
@@ -71,8 +72,16 @@ def plan_grid(
         runs = regret.rates + EXTRA_RATES + regret.repeats
         steps = steps_of(config, arm, train_rows)
         lora = arm.lora or LoraConfig()
-        tokens = arm.batch_rows * row_tokens
-        choices = candidates(model, lora, machine, tokens, train.buffer_multiple, arm.what)
+        choices = candidates(
+            model,
+            lora,
+            machine,
+            tokens=arm.batch_rows * row_tokens,
+            multiple=MULTIPLE,
+            what=arm.what,
+            longest=train.max_buffer_tokens,
+            row_tokens=None if machine.chip.name in CHIPS else row_tokens,
+        )
         fitting = [choice for choice in choices if choice.memory < FULL * machine.chip.hbm_bytes]
         best = fitting[0] if fitting else None
         least = best or min(choices, key=lambda choice: choice.memory)

@@ -8,6 +8,7 @@ small files and the configuration.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
 from jaxlora.regret.capacity import code_length, flops_ratio
 from jaxlora.regret.drawings import FIGURES, save, styled
-from jaxlora.regret.findings import findings
+from jaxlora.regret.findings import Finding, findings
 from jaxlora.regret.sweeps import Sweep, scatter_of, sweeps_of
 from jaxlora.regret.worker import Lab
 from jaxlora.runtime.errors import UserError
@@ -142,7 +143,7 @@ def page_of(lab: Lab, sweeps: Sequence[Sweep], drawn: Sequence[str]) -> str:
         " `jaxlora/regret/findings.py`.",
         _settings(lab, sweeps, scatter),
         "## Claims",
-        _findings(sweeps),
+        claims_table(findings(sweeps)),
         "## Cells",
         _cell_table(sweeps, scatter, model),
         *(f"![{CAPTIONS[name]}]({name}.png)\n\n{CAPTIONS[name]}" for name in drawn),
@@ -169,8 +170,9 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
         " fine-tuning: all weights, the tied head included)",
         f"{len(records)} runs ({diverged} diverged) on {', '.join(sorted({r['device'] for r in records}))}:"
         f" {seconds / 3600:.2f} hours of processes, {3600 * len(records) / seconds:.0f} runs in an hour"
-        f" of one",
-        "scatter between seeds (order of rows and initialisation): "
+        f" of one{_speed(records)}",
+        "scatter between seeds (order of rows and initialisation), without what one seed does to all cells of"
+        " a batch size: "
         + ("unknown, no repeats" if scatter is None else f"{scatter:.5f} nats, {_repeats(sweeps)}"),
     ]
     theory = job.base.config.hidden_size / (2 * config.lora.alpha)
@@ -185,6 +187,18 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def _speed(records: Sequence[Record]) -> str:
+    """Runs in an hour by the clock, compiling included, of the runs that say when they ended."""
+    own = [(r["ended"] - r["seconds"]["all"], r["ended"]) for r in records if "ended" in r]
+    if not own:
+        return ""
+    wall, until = 0.0, -math.inf  # the time in which any process made a run
+    for start, end in sorted(own):
+        wall += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return f"; by the clock {len(own)} runs in {wall:,.0f} s, {3600 * len(own) / wall:,.0f} in an hour"
+
+
 def _repeats(sweeps: Sequence[Sweep]) -> str:
     """How many repeats the scatter rests on, and what each cell's were."""
     own = [sweep for sweep in sweeps if len(sweep.repeats) > 1]
@@ -197,8 +211,8 @@ def _repeats(sweeps: Sequence[Sweep]) -> str:
     return f"pooled over {count} repeats ({shown}){few}"
 
 
-def _findings(sweeps: Sequence[Sweep]) -> str:
-    found = findings(sweeps)
+def claims_table(found: Sequence[Finding]) -> str:
+    """Claims with figures and verdicts, and the rules below them."""
     table = ["| claim | ours | verdict |", "|---|---|---|"]
     table += [f"| {one.claim} | {_cell(one.figure)} | **{one.verdict}** |" for one in found]
     rules = [

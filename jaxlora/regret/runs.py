@@ -1,6 +1,6 @@
 """One run of an experiment: train at a constant rate, look at the held-out rows at log-spaced steps, measure.
 
-    record = make_run(run, job, state, frozen, held_out, programs, measure, identity)
+    record = make_run(run, job, state, frozen, held_out, programs, measure, identity, time.monotonic())
 
 A record is one file of `jaxlora.regret.results`.
 
@@ -10,6 +10,7 @@ of hundreds of short runs are curves, and one that was stopped is made again.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -69,6 +70,7 @@ class Programs:
         """Drop what was compiled for another model."""
         if spec != self._of:
             self._done.clear()
+            gc.collect()
             self._of = spec
 
     def flops(self, step: Any) -> dict[str, float]:
@@ -148,6 +150,7 @@ def make_run(
     programs: Programs,
     measure: Callable[[Tree], Record],
     identity: Record,
+    started: float,
 ) -> Record:
     """Train one run to its end, or until it diverges, and return its record.
 
@@ -155,13 +158,14 @@ def make_run(
       state: the fresh state; its memory is taken.
       measure: norms of what is trained, for the record.
       identity: what all runs of the experiment share, see `jaxlora.regret.results.identity_of`.
+      started: when the run's preparation began, by `time.monotonic`.
     """
     config, plan = job.config, job.plan
     looks = set(look_steps(plan.total_steps, config.regret.looks, config.regret.marks))
     train_step = make_train_step(job.spec, config.optim, job.compute(job.train_layout))
     batch_of = partial(step_batch, job.train_rows, plan.rows_of_step, job.train_layout)
     look = partial(held_out.look, job.spec, programs)
-    curve, started, looking = Curve(), time.monotonic(), 0.0
+    curve, looking = Curve(), 0.0
     programs.of(job.spec)
     programs.seconds = 0.0
     seen = [[0, *look(state.trained, frozen)]]
@@ -178,6 +182,7 @@ def make_run(
             if not math.isfinite(seen[-1][1]):
                 curve.diverged_at = step
                 break
+    norms = measure(state.trained) if curve.diverged_at is None else {}
     spent = {"all": time.monotonic() - started, "compiling": programs.seconds, "looking": looking}
     return {
         **_facts(run, job),
@@ -185,8 +190,9 @@ def make_run(
         "held_out": [[step, _short(token), _short(row)] for step, token, row in seen if math.isfinite(token)],
         "train": {"nll": [_short(x) for x in curve.nll], "weight": curve.weight},
         "diverged_at": curve.diverged_at,
-        "norms": measure(state.trained) if curve.diverged_at is None else {},
+        "norms": norms,
         "seconds": {name: round(value, 3) for name, value in spent.items()},
+        "ended": round(time.time(), 3),
         "flops": programs.flops(train_step),
     }
 

@@ -78,16 +78,21 @@ class Sweep:
         return best_rate(self.losses(step), scatter)
 
     @cached_property
-    def repeats(self) -> list[float]:
-        """Last losses of all seeds at the best rate that was tried; empty where none finished."""
+    def by_seed(self) -> dict[int, float]:
+        """Last losses at the best rate that was tried, by seed; empty where none finished."""
         best = self.best(None)
         if best is None:
-            return []
-        return [
-            record["held_out"][-1][1]
-            for record in self.records
+            return {}
+        return {
+            record["seed"]: record["held_out"][-1][1]
+            for record in sorted(self.records, key=lambda record: record["seed"])
             if record["rate"] == best.on_grid and record["diverged_at"] is None
-        ]
+        }
+
+    @property
+    def repeats(self) -> list[float]:
+        """The same as a list."""
+        return list(self.by_seed.values())
 
     def final(self, scatter: float | None) -> Final | None:
         """None where no run finished."""
@@ -115,8 +120,11 @@ def sweeps_of(records: Iterable[Record]) -> list[Sweep]:
 
 
 def scatter_of(sweeps: Sequence[Sweep]) -> float | None:
-    """Standard deviation of a run's last loss between seeds, pooled over cells; None without repeats."""
-    return pooled_scatter([sweep.repeats for sweep in sweeps])
+    """Standard deviation of a run's last loss between seeds, pooled over cells, without what all cells of one
+    batch size have in common with one seed; None without repeats."""
+    return pooled_scatter(
+        [{(sweep.batch_rows, seed): loss for seed, loss in sweep.by_seed.items()} for sweep in sweeps]
+    )
 
 
 def find(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from jaxlora.config import RunConfig
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.regret.design import Cell, RunId, cells_of, next_runs
+from jaxlora.regret.design import Cell, RunId, cells_of, next_runs, steps_of
 from jaxlora.regret.norms import adapter_norms, change_norms, weight_norms
 from jaxlora.regret.results import RunFolder, check_identity, identity_of, known_losses
 from jaxlora.regret.runs import HeldOut, Programs, make_run
@@ -43,6 +43,7 @@ class Lab:
     def __init__(self, config: RunConfig):
         self.first = prepare(replace(config, optim=replace(config.optim, schedule="constant")))
         self.config = self.first.config
+        check_split(self.first)
         self.cells = cells_of(self.config, self.first.base.config)
         self.folder = RunFolder(config)
         self.programs = Programs()
@@ -119,7 +120,7 @@ class Lab:
 
     def make(self, run: RunId) -> Record:
         """Make one run and return its record."""
-        job = self.job(run)
+        started, job = time.monotonic(), self.job(run)
         with jax.set_mesh(job.mesh):
             frozen: Tree = {} if job.spec.full else self.base
             return make_run(
@@ -131,7 +132,16 @@ class Lab:
                 self.programs,
                 lambda trained: self.measure(job, trained),
                 self.identity,
+                started,
             )
+
+    def steps(self, cell: Cell) -> int:
+        """Steps of each run of a cell."""
+        return steps_of(self.config, cell.arm, len(self.first.train_rows))
+
+    def found(self, record: Record) -> str:
+        """What a run came to, in a few words."""
+        return f"held-out loss {record['held_out'][-1][1]:.4f}"
 
     def left(self) -> list[RunId]:
         """The runs that are still to be made, as far as can be known now.
@@ -145,7 +155,22 @@ class Lab:
         return next_runs(self.config.regret, self.cells, known, self.config.seed)
 
 
-def work(lab: Lab) -> None:
+def check_split(job: Job) -> None:
+    """Refuse held-out rows whose questions are trained on.
+
+    Raises:
+      UserError: names how many there are, and the first one.
+    """
+    trained = {row.prompt_id for row in job.train_rows}
+    if leaked := [row.row_id for row in job.validation_rows if row.prompt_id in trained]:
+        raise UserError(
+            f"config.data.validation_path: the prompts of {len(leaked)} held-out rows are trained on as well,"
+            f" the first is row {leaked[0]}; take them out of one of the two files, or let"
+            " --config.data.validation_fraction=0.05 split one file by its prompts"
+        )
+
+
+def work(lab: Any) -> None:
     """Make runs until none is left; where others make the last ones, wait for them."""
     last: RunId | None = None
     while left := lab.left():
@@ -170,7 +195,7 @@ def in_order(left: list[RunId], last: RunId | None, in_work: set[str]) -> list[R
     return sorted(left, key=place)
 
 
-def _make_one(lab: Lab, runs: list[RunId]) -> RunId | None:
+def _make_one(lab: Any, runs: list[RunId]) -> RunId | None:
     """Make the first of these runs that can be claimed; None: all are being made by others."""
     for run in runs:
         with lab.folder.claim(run.name) as mine:
@@ -178,17 +203,15 @@ def _make_one(lab: Lab, runs: list[RunId]) -> RunId | None:
                 continue
             record = lab.make(run)
             lab.folder.write(record)
-            _say(record, len(runs))
+            _say(record, lab.found(record), len(runs))
             return run
     return None
 
 
-def _say(record: Record, left: int) -> None:
+def _say(record: Record, found: str, left: int) -> None:
     seconds = record["seconds"]
     if record["diverged_at"] is not None:
         found = f"diverged at step {record['diverged_at']}"
-    else:
-        found = f"held-out loss {record['held_out'][-1][1]:.4f}"
     console.print(
         f"{record['name']}: {found}; {seconds['all']:.1f} s, {seconds['compiling']:.1f} of them compiling;"
         f" {left - 1} more are known of",

@@ -4,6 +4,7 @@
   manifest.json, metrics.jsonl, checkpoints/, tensorboard/, failure.json     as of `jaxlora.train`
   samples/step-000001.jsonl   a batch's answers with their rewards; eval-000010.jsonl: greedy ones
   selected/           what was trained, as the last step left it
+  answers.html        the answers for a person to read, batch by batch
   accuracy.png        accuracy on held-out problems by step, and the mean reward
   summary.json        the outcome; its presence with status "completed" marks a finished run
 """
@@ -11,15 +12,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxlora.rl.job import RLJob
-from jaxlora.rl.problems import Problem
+from jaxlora.rl.learning import advantages_of
+from jaxlora.rl.page import PAGE, write_page
+from jaxlora.rl.problems import Problem, problems_hash
 from jaxlora.rl.sampling import Episode, Group
 from jaxlora.runtime import hosts
 from jaxlora.runtime.files import sha256_of, write_json_atomic, write_jsonl_atomic
@@ -93,9 +94,11 @@ class RLDirectory(RunDirectory):
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """A batch's answers, one a line."""
         records = [
-            {"step": step, "sample": i} | _told(group.problem, one)
+            {"step": step, "sample": i, "advantage": float(advantage)} | _told(group.problem, one)
             for group in groups
-            for i, one in enumerate(group.episodes)
+            for i, (one, advantage) in enumerate(
+                zip(group.episodes, advantages_of(group, self.job.config.rl), strict=True)
+            )
         ]
         self._write(f"step-{step:06}", records)
 
@@ -132,7 +135,9 @@ class RLDirectory(RunDirectory):
         self._draw("accuracy.png", partial(draw, accuracy=validations, rewards=rewards))
         name, value = ("accuracy", validations[step]) if step in validations else ("reward", rewards[step])
         self._end_curves({f"final/{name}": value}, step, last)
-        artifacts = ("manifest.json", "metrics.jsonl", "samples", "selected", "tensorboard", "accuracy.png")
+        write_page(self.path)
+        pages = ("accuracy.png", PAGE)
+        artifacts = ("manifest.json", "metrics.jsonl", "samples", "selected", "tensorboard", *pages)
         record = summary_record(
             **self._names(),
             checkpoint=f"step-{step}",
@@ -151,12 +156,6 @@ class RLDirectory(RunDirectory):
             sha256={name: sha256_of(self.path / name) for name in self._hashed()},
         )
         write_json_atomic(self.path / "summary.json", record)
-
-
-def problems_hash(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 over each prompt's tokens and its reference."""
-    pairs = [[list(p), problem.answer] for problem, p in zip(problems, prompts, strict=True)]
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def _told(problem: Problem, episode: Episode) -> dict[str, Any]:

@@ -43,6 +43,12 @@ def well_formed(text: str, truncated: bool, tagged: bool = False) -> bool:
     return marked and not truncated
 
 
+def marked_answer(text: str, tagged: bool = False) -> str | None:
+    """What a text marks as its answer: with `tagged` the last `<answer>`, else the last box, else None."""
+    tags = _TAG.findall(text) if tagged else []
+    return tags[-1] if tags else extract_boxed(text)
+
+
 # --- Mathematics --------------------------------------------------------------------------------------------
 
 
@@ -111,8 +117,7 @@ def _is_words(gold: str) -> bool:
 
 def reasoning_score(raw: Mapping[str, Any], text: str) -> float:
     """The task's own score, from 0 to 1, of the last `<answer>`, else the last box, else the whole text."""
-    tags = _TAG.findall(text)
-    answer = tags[-1] if tags else extract_boxed(text)
+    answer = marked_answer(text, tagged=True)
     data = dataset(raw["task"], json.dumps(raw["options"], sort_keys=True))
     entry = data[raw["index"]]
     if entry["question"] != raw["question"]:  # a few tasks draw anew each time

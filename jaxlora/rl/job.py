@@ -14,24 +14,34 @@ import jax
 from rich.table import Table
 
 from jaxlora.checkpoints.base import Base, find_base
-from jaxlora.config import RunConfig
+from jaxlora.config import RLConfig, RunConfig
 from jaxlora.data.batches import shuffled
-from jaxlora.data.packing import round_up
 from jaxlora.data.render import Tokenizer, render_chat
-from jaxlora.estimate import mesh_here
-from jaxlora.generate.decode import WINDOW_MULTIPLE
+from jaxlora.generate.decode import abstract_decode
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import check_positions
+from jaxlora.rl.mesh import cache_length, mesh_for_both, moved, sampling_form, sampling_of, slots_of
 from jaxlora.rl.problems import Problem, load_problems
 from jaxlora.rl.rewards import NAMED, check_problems, grader_named, try_import
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
-from jaxlora.train.job import describe_model, step_memory, table_of, trained_spec
+from jaxlora.sharding import abstract, base_shardings, device_bytes, slot_shards
+from jaxlora.train.job import (
+    abstract_frozen,
+    abstract_state,
+    describe_model,
+    room_of,
+    step_memory,
+    table_of,
+    trained_spec,
+)
 from jaxlora.train.objective import Loss
 from jaxlora.train.schedule import RunPlan
 from jaxlora.train.step import Machine, wire
 from jaxlora.train.tracking import check_tracking
 
+COPY = "copy for the sampler"
+SMALLER = "rl.slots or train.max_buffer_tokens smaller, or model.remat=elementwise"
 FEW = 4  # answers of a group below which its mean is a poor baseline
 
 
@@ -56,15 +66,23 @@ class RLJob:
         return self.machine.mesh
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return max(map(len, [*self.prompts, *self.eval_prompts])) + self.config.rl.max_new_tokens
+
+    @property
     def loss(self) -> Loss:
-        """The objective with its settings."""
-        rl = self.config.rl
-        return Loss(rl.loss, rl.clip_low, rl.clip_high, rl.beta, rl.kl, rl.temperature)
+        return loss_of(self.config.rl)
 
     def at(self, position: int) -> int:
         """The problem at a place of the endless stream of problems: each once an epoch, in another order."""
         epoch, place = divmod(position, len(self.problems))
         return int(shuffled(len(self.problems), self.config.seed, epoch + 1)[place])
+
+
+def loss_of(rl: RLConfig) -> Loss:
+    """The objective with its settings."""
+    return Loss(rl.loss, rl.clip_low, rl.clip_high, rl.beta, rl.kl, rl.temperature)
 
 
 def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
@@ -93,7 +111,7 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
     longest = max(map(len, [*prompts, *eval_prompts])) + rl.max_new_tokens
     check_positions(base.config, longest, "config.rl.max_new_tokens: the longest prompt and its answer")
     config, spec = trained_spec(config, base)
-    config = mesh_here(config, base.config)
+    config = mesh_for_both(config, base.config, longest)
     return RLJob(
         config=config,
         base=base,
@@ -176,23 +194,33 @@ def _plan(config: RunConfig, n_problems: int) -> RunPlan:
 
 
 def estimate_memory(job: RLJob) -> dict[str, int]:
-    """Bytes that a run needs on all devices together; an estimate to about a fifth.
+    """Bytes that a run needs on one device; an estimate to about a fifth, of the arrays that stay exact.
 
     Sampling and learning take turns, unless they overlap: of the cache, and of activations with the head,
     only the larger counts.
     """
-    config, rl = job.spec.config, job.config.rl
-    width = 2 if job.spec.dtype == "bfloat16" else 4
-    parts = step_memory(job, job.config.train.max_buffer_tokens)
-    longest = round_up(max(map(len, job.prompts)) + rl.max_new_tokens, WINDOW_MULTIPLE)
-    heads = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    cache = min(rl.slots, rl.prompts * rl.group) * longest * heads * width
-    learning = parts.pop("activations") + parts.pop("output head")
-    found = {"base, once": parts.pop("base"), **parts}
+    rl, parts = job.config.rl, step_memory(job, job.config.train.max_buffer_tokens)
+    state, form, mesh = abstract_state(job), *sampling_form(job.spec, job.mesh)
+    base = abstract_frozen(job)
+    found = {"base": device_bytes(base)} if base else {}
+    found["trained weights, gradients and moments"] = device_bytes((state, state.trained))
+    if copy := device_bytes(moved(base, abstract(form.abstract_base, base_shardings(mesh, form)))):
+        found[COPY] = copy
+    with jax.set_mesh(mesh):
+        slots = slots_of(job.config, slot_shards())
+        length, most = cache_length(job.longest), rl.max_new_tokens
+        cache = device_bytes(abstract_decode(form, slots, length, most, sampling_of(rl)))
+    learning = parts["activations"] // job.mesh.size + parts["output head"]
     if rl.overlap:
         return found | {"cache of the sampler": cache, "activations and head": learning}
     name = "cache of the sampler" if cache > learning else "activations and head"
     return found | {name: max(cache, learning)}
+
+
+def memory_here(job: RLJob) -> int:
+    """Bytes that a run needs on one device; on CPUs, which share their memory, on all of them."""
+    needed = sum(estimate_memory(job).values())
+    return needed * (job.mesh.size if job.mesh.devices.flat[0].platform == "cpu" else 1)
 
 
 def describe(job: RLJob) -> Table:
@@ -202,6 +230,7 @@ def describe(job: RLJob) -> Table:
     episodes = rl.steps * rl.prompts * rl.group
     memory = estimate_memory(job)
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+    shared = "" if COPY in memory else "; the sampler reads the learner's base"
     device = jax.devices()[0]
     loss = f"{rl.loss}, temperature {rl.temperature:g}" + (f", divergence {rl.kl:g}" if rl.kl else "")
     rows = describe_model(job) | {
@@ -218,7 +247,8 @@ def describe(job: RLJob) -> Table:
         f" at most {episodes:,} bits where rewards are 0 or 1",
         "objective": f"{loss}; baseline {rl.baseline}",
         "learning rate": f"{config.optim.peak_lr:g}, {config.optim.schedule}",
-        "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
+        "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB a device: {parts}{shared}",
+        "room": room_of(memory_here(job), device, SMALLER),
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
         f" attention {job.machine.backend}",
     }

@@ -40,6 +40,9 @@ from jaxlora.train.step import (
 )
 
 MAX_ROWS = 256  # of one packed buffer
+# Log-probabilities that can be recorded. Noise in float32 draws no token that is 21 nats less likely than the
+# likeliest one, which no vocabulary makes rarer than 15; above 0 is what rounding leaves.
+LEAST, ROUNDED = -50.0, 0.01
 SIZES = 3  # a packed buffer is whole, half or a quarter: few programs
 
 
@@ -51,18 +54,22 @@ def rows_of(groups: Sequence[Group], rl: RLConfig) -> list[list[RenderedRow]]:
     found = []
     for group in groups:
         valid = counted(group, rl)
-        if is_constant(group.rewards, valid):
-            continue
-        own = advantages(
-            group.rewards,
-            valid,
-            np.array([len(one.tokens) for one in group.episodes]),
-            baseline=rl.baseline,
-            divide_by_std=rl.divide_by_std,
-            divide_by_length=rl.divide_by_length,
-        )
-        found.append([_row(group, i, own[i]) for i in range(len(own)) if valid[i]])
+        if not is_constant(group.rewards, valid):
+            own = advantages_of(group, rl)
+            found.append([_row(group, i, own[i]) for i in range(len(own)) if valid[i]])
     return found
+
+
+def advantages_of(group: Group, rl: RLConfig) -> np.ndarray:
+    """float64 `[answers]`: what each answer's tokens are learned with."""
+    return advantages(
+        group.rewards,
+        counted(group, rl),
+        np.array([len(one.tokens) for one in group.episodes]),
+        baseline=rl.baseline,
+        divide_by_std=rl.divide_by_std,
+        divide_by_length=rl.divide_by_length,
+    )
 
 
 def counted(group: Group, rl: RLConfig) -> np.ndarray:
@@ -145,7 +152,7 @@ class Learned:
     rows: int
     tokens: int  # prompts and answers
     loss: float | None  # the objective per action token
-    grad_norm: float | None  # of the last update
+    grad_norm: float | None  # the largest of the updates
     update_norm: float | None
     ratios: dict[str, float | None]  # of learner and sampler, see `ratio_statistics`
 
@@ -153,8 +160,18 @@ class Learned:
 class Learner:
     """Gradients and updates over groups of answers: the programs of supervised training."""
 
-    def __init__(self, spec: ModelSpec, machine: Machine, config: Any, loss: Loss, frozen: Tree):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        machine: Machine,
+        config: Any,
+        loss: Loss,
+        frozen: Tree,
+        segments: int | None = None,
+    ):
+        """`segments`: places for rows in a line; None: as a batch needs them, a program for each number."""
         self.spec, self.machine, self.config, self.loss, self.frozen = spec, machine, config, loss, frozen
+        self._segments = segments
 
     def learn(self, state: TrainState, groups: Sequence[Group], rate: float) -> tuple[TrainState, Learned]:
         """The optimizer steps of one batch; `state` is donated."""
@@ -162,10 +179,12 @@ class Learner:
         update_step = make_update_step(self.spec, self.config.optim)
         learning = rows_of(groups, rl)
         parts = parts_of(learning, rl.updates_per_batch)
-        found, norms = [], {}
+        found: list[Any] = []
+        norms: list[dict[str, jax.Array]] = []
         for part in parts:
             grads, values = self.gradient(state, [row for group in part for row in group])
-            state, norms = update_step(state, grads, jnp.float32(rate))
+            state, of_part = update_step(state, grads, jnp.float32(rate))
+            norms.append(of_part)
             found += values
         loss = sum(float(hosts.whole(value)) for value, *_ in found)
         ratios = ratio_statistics(
@@ -178,15 +197,15 @@ class Learner:
             rows=len(rows),
             tokens=sum(row.n_tokens for row in rows),
             loss=loss / actions if rows else None,
-            grad_norm=float(hosts.whole(norms["grad_norm"])) if norms else None,
-            update_norm=float(hosts.whole(norms["update_norm"])) if norms else None,
+            grad_norm=_largest([found["grad_norm"] for found in norms]),
+            update_norm=_largest([found["update_norm"] for found in norms]),
             ratios=ratios,
         )
 
     def gradient(self, state: TrainState, rows: Sequence[RenderedRow]) -> tuple[Tree, list[Any]]:
         """The gradient summed over rows; of each buffer its loss, log-probabilities, and what was in it."""
         buffers = self.buffers(rows)
-        compute = self.machine.compute(most_segments(buffers))
+        compute = self.machine.compute(self._segments or most_segments(buffers))
         step = make_gradient_step(self.spec, compute, self.loss, "weighted")
         grads = jax.tree.map(jnp.zeros_like, state.trained)
         found = []
@@ -212,7 +231,33 @@ class Learner:
         return step({}, self.frozen, plain)
 
 
+def _largest(norms: Sequence[jax.Array]) -> float | None:
+    return float(np.max([hosts.whole(norm) for norm in norms])) if norms else None
+
+
 # --- Numbers ------------------------------------------------------------------------------------------------
+
+
+def impossible(groups: Sequence[Group]) -> float | None:
+    """A recorded log-probability that no token can have been drawn with; None: all can."""
+    found = np.concatenate([np.asarray(one.logprobs, float) for group in groups for one in group.episodes])
+    odd = found[~((found >= LEAST) & (found <= ROUNDED))]
+    return float(odd[0]) if odd.size else None
+
+
+def not_finite(learned: Learned) -> str | None:
+    """The numbers of a batch in words, where one of them is more than float32 holds; None: all are sound."""
+    told = {
+        "loss": learned.loss,
+        "gradient norm": learned.grad_norm,
+        "update norm": learned.update_norm,
+        "largest ratio": learned.ratios["ratio/max"],
+        "KL": learned.ratios["optim/kl_sample_train_v2"],
+    }
+    most = float(np.finfo(np.float32).max)
+    if all(value is None or abs(value) <= most for value in told.values()):
+        return None
+    return ", ".join(f"{name} {value:g}" for name, value in told.items() if value is not None)
 
 
 def ratio_statistics(
@@ -230,7 +275,8 @@ def ratio_statistics(
     used = [(np.asarray(lp), batch) for lp, batch in found]
     gaps = [lp[b["weights"] != 0] - b["sampler_logprobs"][b["weights"] != 0] for lp, b in used]
     gap = np.concatenate(gaps).astype(np.float64)
-    ratio = np.exp(gap)
+    with np.errstate(over="ignore"):
+        ratio = np.exp(gap)  # infinite where recorded numbers are absurd: see `not_finite`
     values = (-gap.mean(), 0.5 * np.mean(gap**2), ratio.mean(), ratio.max())
     outside = np.mean((ratio < low) | (ratio > high))
     told: dict[str, float | None] = dict(zip(names, map(float, values), strict=True))

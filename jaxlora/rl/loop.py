@@ -26,7 +26,7 @@ from jaxlora.rl.advantages import is_constant
 from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.display import Display
 from jaxlora.rl.job import RLJob
-from jaxlora.rl.learning import Learned, Learner, batch_statistics, counted
+from jaxlora.rl.learning import Learned, Learner, batch_statistics, counted, impossible, not_finite
 from jaxlora.rl.rewards import Grader, grader_named
 from jaxlora.rl.sampling import Group, Sampler, grade, grade_groups, shared_bytes
 from jaxlora.runtime import hosts
@@ -151,6 +151,11 @@ class Run:
         """Learn from a batch; the next one, sampled beside this or after it."""
         job, rl = self.job, self.job.config.rl
         batch = self._given(ahead)
+        if (odd := impossible(batch.every)) is not None:
+            raise UserError(
+                f"step {step}: the sampler recorded a log-probability of {odd:g}, with which no token is"
+                " drawn; the batch was not learned from: look for NaN or infinities in the weights"
+            )
         self.cursor = batch.cursor
         following = None
         if rl.overlap and step < job.plan.total_steps:
@@ -245,11 +250,8 @@ class Run:
 
     def _check(self, step: int, learned: Learned) -> None:
         """Raises `Diverged` where a number is not finite, `UserError` where the first ratios are not 1."""
-        numbers = (learned.loss, learned.grad_norm, learned.update_norm)
-        if not all(x is None or math.isfinite(x) for x in numbers):
-            raise self.diverged(
-                f"loss {learned.loss:g}, gradient norm {learned.grad_norm:g}, update norm", step
-            )
+        if (numbers := not_finite(learned)) is not None:
+            raise self.diverged(numbers, step)
         squared = learned.ratios["optim/kl_sample_train_v2"]
         limit = APART[self.job.spec.dtype]
         if step == 1 and self.job.config.rl.updates_per_batch == 1 and squared is not None:

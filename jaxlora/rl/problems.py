@@ -3,6 +3,7 @@ r"""Problems with a checkable answer, from files of several schemas and from gen
     problems = load_problems("embedded:data/train.jsonl")
     problems = load_problems("math/train.jsonl", suffix=r" Write your answer in \boxed{} format.")
     problems = load_problems("reasoning_gym:chain_sum?size=1000&seed=0&max_terms=3")
+    problems = load_problems("arithmetic:train?digits=2,1")
 
 | Rows with | Reference |
 |---|---|
@@ -18,11 +19,12 @@ No row is left out in silence: see `ProblemReport`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -31,6 +33,7 @@ from jaxlora.data.boxes import last_box
 from jaxlora.data.containers import Record, is_text, read_rows
 from jaxlora.data.messages import ROLES
 from jaxlora.data.sources import locate
+from jaxlora.rl.arithmetic import SOURCE, arithmetic
 from jaxlora.rl.grading import dataset
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
@@ -77,7 +80,8 @@ def load_problems(
     """The problems of a source, in its order; rows that are left out are counted on the terminal.
 
     Args:
-      path: a local file, `embedded:...`, `hf://OWNER/NAME/PATH`, or `reasoning_gym:TASK?size=1000&seed=0`.
+      path: a local file, `embedded:...`, `hf://OWNER/NAME/PATH`, `reasoning_gym:TASK?size=1000&seed=0`, or
+        `arithmetic:SPLIT?digits=2,1`.
       limit: the first so many; None: all.
       system: the system message; None: that of the row, if it has one; empty: none.
       suffix: text after every question.
@@ -97,7 +101,11 @@ def read_problems(
     """As `load_problems`, with the report instead of a line on the terminal."""
     if limit is not None and limit < 1:
         raise UserError(f"the limit of problems is {limit}; it must be at least 1, or none")
-    records = _generated(path) if path.startswith(GENERATED) else _of_file(path)
+    records: Iterator[tuple[str, Record | ValueError]]
+    if path.startswith(SOURCE):
+        records = arithmetic(path)
+    else:
+        records = _generated(path) if path.startswith(GENERATED) else _of_file(path)
     skipped: Counter[str] = Counter()
     problems: list[Problem] = []
     known: set[str] = set()
@@ -120,6 +128,12 @@ def read_problems(
     if not problems:
         raise UserError(f"{report.describe()}; give rows with a question and its answer")
     return problems, report
+
+
+def problems_hash(problems: Sequence[Problem], prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 over each prompt's tokens and its reference."""
+    pairs = [[list(p), problem.answer] for problem, p in zip(problems, prompts, strict=True)]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 # --- Rows of files ------------------------------------------------------------------------------------------

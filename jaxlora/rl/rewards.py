@@ -23,16 +23,18 @@ from dataclasses import dataclass
 
 from jaxlora.data.boxes import extract_boxed
 from jaxlora.evals.gsm8k import score_text
+from jaxlora.evals.rules import rule_named
 from jaxlora.rl.grading import HOW, quick_match, well_formed
 from jaxlora.rl.pool import Outcome, Pool
 from jaxlora.rl.problems import Problem
 from jaxlora.runtime.errors import UserError
 
-NAMED = ("gsm8k_strict", "gsm8k_numeric", "math", "deepmath", "reasoning_gym")
+NAMED = ("gsm8k_strict", "gsm8k_numeric", "last_number", "math", "deepmath", "reasoning_gym")
 Answer = tuple[
     Problem, str, bool
 ]  # the text without its end token, and whether it was cut at the token limit
 MAX_TIME_LIMIT_S = 600.0
+_QUICK = ("gsm8k_strict", "gsm8k_numeric", "last_number")  # take linear time and cannot fail
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _PACKAGES = {"math": "math_verify", "deepmath": "math_verify", "reasoning_gym": "reasoning_gym"}
 
@@ -53,7 +55,7 @@ class Grader:
     def __init__(self, name: str, format_weight: float, time_limit_s: float):
         self.name, self.format_weight = name, format_weight
         self._pool: Pool | None = None
-        if not name.startswith("gsm8k_"):  # those take linear time and cannot fail
+        if name not in _QUICK:
             self._pool = Pool("math" if name == "deepmath" else name, time_limit_s)
 
     def __enter__(self) -> Grader:
@@ -76,6 +78,8 @@ class Grader:
         return [self._graded(answer, value) for answer, value in zip(texts, values, strict=True)]
 
     def _values(self, texts: Sequence[Answer]) -> list[Outcome]:
+        if self.name == "last_number":
+            return [(_last_number_right(text, problem.answer), None) for problem, text, _ in texts]
         if self._pool is None:
             field = "correct" if self.name == "gsm8k_strict" else "correct_numeric"
             return [(float(score_text(text, problem.answer)[field]), None) for problem, text, _ in texts]
@@ -163,6 +167,12 @@ def check_problems(name: str, problems: Sequence[Problem]) -> None:
 def count_failures(graded: Sequence[Graded]) -> dict[str, int]:
     """How many answers the grader gave no value, by reason; the most frequent first."""
     return dict(Counter(one.failed for one in graded if one.failed is not None).most_common())
+
+
+def _last_number_right(text: str, reference: str) -> float:
+    rule = rule_named("last_number")
+    found = rule.found(text)
+    return float(found is not None and rule.right(found, rule.reference(reference)))
 
 
 def _job(raw: dict, answer: str, text: str) -> dict:

@@ -6,9 +6,9 @@
     texts = sampler.greedy(trained, prompts)
 
 The base is on the device once: the sampler reads the learner's arrays, with the adapter beside them, so that
-nothing of an update is lost in a rounded sum. (Over a mesh of several devices the decoder splits weights in
-another way than the learner, and keeps a second copy, each device its part.) What is drawn follows from the
-seed, the step, the problem's place in the stream of problems, and the answer's number in its group.
+nothing of an update is lost in a rounded sum. (Where `fsdp` splits the learner's base it keeps a copy, split
+by heads, see `jaxlora.rl.mesh`.) What is drawn follows from the seed, the step, the problem's place in the
+stream of problems, and the answer's number in its group.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.generate.decode import GREEDY, Generation, Sampling, generate
+from jaxlora.generate.decode import GREEDY, Generation, generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import Tree
 from jaxlora.rl.job import RLJob
+from jaxlora.rl.mesh import sampling_of
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.rewards import Graded, Grader
 from jaxlora.runtime import hosts
@@ -66,8 +67,9 @@ class Group:
 class Sampler:
     """Answers from what is trained now, over a base that stays where it is."""
 
-    def __init__(self, job: RLJob, frozen: Tree):
-        self._job, self._frozen = job, frozen
+    def __init__(self, job: RLJob, frozen: Tree, tail_slots: Sequence[int] | None = None):
+        """`tail_slots` as of `jaxlora.generate.decode.generate`."""
+        self._job, self._frozen, self._tails = job, frozen, tail_slots
         self._base: tuple[Any, Tree, Any] | None = None  # of an adapter: form, weights, mesh
 
     def groups(
@@ -88,7 +90,7 @@ class Sampler:
         answers = self._generate(
             trained,
             [job.prompts[i] for i in chosen],
-            sampling=Sampling(rl.temperature, logprobs=True),
+            sampling=sampling_of(rl),
             keys=episode_keys(job.config.seed, step, positions, rl.group),
             repeats=rl.group,
             limits=limits,
@@ -122,7 +124,8 @@ class Sampler:
                 stop_ids=job.stop_ids,
                 max_new_tokens=job.config.rl.max_new_tokens,
                 slots=job.config.rl.slots,
-                backend=decode_backend(spec.dtype),
+                tail_slots=self._tails,
+                backend=decode_backend(spec.dtype, job.config.model.attention),
                 **options,
             )
 
@@ -131,10 +134,10 @@ class Sampler:
         spec = self._job.spec
         if spec.full:
             with jax.set_mesh(self._job.mesh):
-                return decode_weights(spec, trained, {}, merge=False)
+                return decode_weights(spec, trained, {}, merge=False, shares=True)
         if self._base is None:
             with jax.set_mesh(self._job.mesh):
-                form, _, weights, mesh = decode_weights(spec, trained, self._frozen, merge=False)
+                form, _, weights, mesh = decode_weights(spec, trained, self._frozen, merge=False, shares=True)
             self._base = form, weights, mesh
         form, weights, mesh = self._base
         return form, trained, weights, mesh

@@ -139,6 +139,21 @@ def claimed(out: Path, wait: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def is_claimed(out: Path) -> bool:
+    """Whether a process holds the claim to write `out` now."""
+    try:
+        handle = os.open(out.with_name(f".{out.name}.lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 @contextmanager
 def enough_room(out: Path) -> Iterator[None]:
     """Turn a full disk into one line (`MachineError`); what is written whole or not at all is unchanged."""

@@ -203,7 +203,7 @@ def read_metrics(run: Path) -> list[Record]:
     file = run / "metrics.jsonl"
     rows = read_numbered_jsonl(file)
     for line, row in rows:
-        _check(f"{file}:{line}", row, _Metric)
+        check_record(f"{file}:{line}", row, _Metric)
         if row["split"] != "test" and row.get("step") is None:
             raise UserError(f"{file}:{line}: has no step")
     return [row for _, row in rows]
@@ -227,7 +227,7 @@ def contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
 def progress_problem(progress: Record) -> str | None:
     """What is wrong with the progress of a run's checkpoint, in words; None if it can be used."""
     try:
-        _check("progress.json", progress, _Progress)
+        check_record("progress.json", progress, _Progress)
     except UserError as error:
         return str(error)
     return None
@@ -236,19 +236,19 @@ def progress_problem(progress: Record) -> str | None:
 def check_predictions(file: Path, records: list[Record]) -> None:
     """Refuse prediction records that cannot be compared with others."""
     for number, record in enumerate(records, start=1):
-        _check(f"{file}: record {number}", record, _Prediction)
+        check_record(f"{file}: record {number}", record, _Prediction)
 
 
 def _object(file: Path, kind: Any) -> Record:
     value = read_object(file)
-    _check(str(file), value, kind)
+    check_record(str(file), value, kind)
     return value
 
 
 _adapter = cache(TypeAdapter)
 
 
-def _check(place: str, value: Record, kind: Any) -> None:
+def check_record(place: str, value: Record, kind: Any) -> None:
     try:
         _adapter(kind).validate_python(value)
     except ValidationError as error:

@@ -31,6 +31,7 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.folders import claimed, is_claimed
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Stop
 from jaxlora.study.grid import study_dir
@@ -39,6 +40,7 @@ from jaxlora.study.state import Inputs, State, check_unchanged, read_inputs
 from jaxlora.train.job import Job, prepare
 from jaxlora.train.step import Machine, wire
 
+WAIT_SECONDS = 2.0  # between two looks while other processes do what is left
 LOOK_SECONDS = 120  # an NFS client may show an old view of a folder for a minute
 
 
@@ -53,13 +55,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `on_every_host`: all processes of a job run it, because it computes; else the main one."""
+    """One stage. `on_every_host`: all processes of a job run it, because it computes; else the main one.
+    `waits`: the next stage needs what other processes of the same study are still doing of it."""
 
     name: str
     about: str
     check: Callable[[Session], list[Task]]
     run: Callable[[Session, list[Task]], None]
     on_every_host: bool = False
+    waits: bool = True
 
 
 class Session:
@@ -73,6 +77,8 @@ class Session:
         self.folder = study_dir(config)
         self.stop = stop
         self.accidents: list[str] = []  # runs that failed for a reason that may not come back
+        self.taken: list[str] = []  # tasks that another process of this study was found at
+        self.others: list[tuple[Stage, str]] = []  # the same, with the stage that waits for them
         self._job: Job | None = None
 
     @cached_property
@@ -96,6 +102,10 @@ class Session:
         spec = ModelSpec(base.config, None, self.config.model.dtype, self.machine.scan, scheme=scheme)
         with jax.set_mesh(mesh):
             return base.load(spec, mesh)
+
+    def left_to_others(self, task: Task) -> None:
+        """Note that another process of this study does this task now."""
+        self.taken.append(task.name)
 
     def job(self, config: RunConfig) -> Job:
         """The prepared run; rows that the previous run has read are not read again."""
@@ -143,9 +153,9 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> list[str]:
             if stage.on_every_host or "inputs" in vars(session):  # a report alone needs no data
                 session.check_inputs()
             _run_stage(session, stage, alone=len(stages) == 1)
-        if hosts.is_main():
-            unfinished += _open_work(stage, stage.check(session))
         hosts.barrier(stage.name)
+    for stage in stages if hosts.is_main() else ():
+        unfinished += _open_work(stage, stage.check(session))
     return hosts.broadcast(unfinished)
 
 
@@ -209,4 +219,34 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
         console.print(f"[yellow]–[/yellow] {stage.about}: waits for {escape(left[0].state.why)}")
         return
     console.print(f"[bold]▸ {stage.about}[/bold] ({len(todo)} of {len(tasks)} to do)")
-    stage.run(session, todo)
+    if stage.on_every_host:
+        _do(session, stage, todo)
+        if stage.waits:
+            _wait_for_others(session)
+        return
+    with claimed(session.folder, wait=True):  # another process may have done it meanwhile
+        names = [task.name for task in todo]
+        if todo := [task for task in stage.check(session) if task.name in names and not task.state.final]:
+            stage.run(session, todo)
+
+
+def _do(session: Session, stage: Stage, tasks: list[Task]) -> None:
+    """Run a stage; note what another process of this study is at."""
+    stage.run(session, tasks)
+    session.others += [(stage, name) for name in session.taken]
+    session.taken = []
+
+
+def _wait_for_others(session: Session) -> None:
+    """Wait until other processes of this study have done what they were at; take over what they leave."""
+    while session.others:
+        time.sleep(WAIT_SECONDS)
+        others, session.others = session.others, []
+        for stage, name in others:
+            for task in stage.check(session):
+                if task.name != name or task.state.final:
+                    continue
+                if is_claimed(task.item.run_dir if isinstance(task.item, RunConfig) else task.item.out):
+                    session.others.append((stage, name))
+                else:
+                    _do(session, stage, [task])

@@ -26,6 +26,7 @@ from jaxlora import __version__
 from jaxlora.evals.answers import strict_match
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record, read_object, sha256_of, write_json_atomic
+from jaxlora.runtime.pages import content_policy, page_style, script_json
 from jaxlora.study import findings
 from jaxlora.study.comparison import compare_evaluations
 from jaxlora.study.figures import plan_figures
@@ -155,12 +156,8 @@ def _links(study: Study, folder: Path) -> list[tuple[str, list[tuple[str, str]]]
 
 
 def _html(study: Study, content: dict[str, Any], figures: Path) -> str:
-    style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    style = page_style()
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    policy = (
-        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"style-src 'sha256-{_digest(style)}'; script-src 'sha256-{_digest(script)}'"
-    )
     pictures = {
         table.name: "data:image/png;base64,"
         + base64.b64encode((figures / f"{table.name}.png").read_bytes()).decode("ascii")
@@ -173,15 +170,11 @@ def _html(study: Study, content: dict[str, Any], figures: Path) -> str:
             content,
             style=Markup(style),
             script=Markup(script),
-            policy=policy,
+            policy=content_policy(style, script),
             pictures=pictures,
             predictions=script_json(predictions(study)),
         )
     )
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def predictions(study: Study) -> dict[str, Any]:
@@ -215,12 +208,6 @@ def predictions(study: Study) -> dict[str, Any]:
             for row, first in enumerate(study.evaluations[0].records)
         ],
     }
-
-
-def script_json(value: Any) -> Markup:
-    """JSON for a script element: nothing in it can end the element or begin a comment."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 # --- Templates ----------------------------------------------------------------------------------------------

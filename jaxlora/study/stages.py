@@ -24,6 +24,7 @@ from jaxlora.evals.subjects import Target, base_target, evaluate_target, run_tar
 from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.files import read_json, write_json_atomic, write_text_atomic
+from jaxlora.runtime.folders import Taken
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.signals import Interrupted
 from jaxlora.study import STAGE_NAMES, grid
@@ -80,6 +81,11 @@ def _run_gates(session: Session, tasks: list[Task]) -> None:
     require_gates(data.train_path, session.config.validation_file, str(place), data.allow_ungated)
 
 
+def made_meanwhile(task: Task, now: Task) -> bool:
+    """Whether another process has done what was left when this one looked."""
+    return hosts.n_processes() == 1 and not task.state.final and now.state.final
+
+
 # --- Evaluations --------------------------------------------------------------------------------------------
 
 
@@ -108,9 +114,15 @@ def _check_evaluations(session: Session) -> list[Task]:
 def _evaluate(session: Session, tasks: list[Task]) -> None:
     summaries = []
     for task in tasks:
+        if made_meanwhile(task, _evaluation_task(session, task.item)):
+            continue
         target = replace(task.item, spec=replace(task.item.spec, scan=session.machine.scan))
-        summaries.append(evaluate_target(target, overwrite=True, frozen=session.base))
-    show(summaries)
+        try:
+            summaries.append(evaluate_target(target, overwrite=True, frozen=session.base))
+        except Taken:
+            session.left_to_others(task)
+    if summaries:
+        show(summaries)
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -164,7 +176,11 @@ def _finished(session: Session) -> list[RunConfig]:
 def _train_all(session: Session, tasks: list[Task]) -> None:
     # Another host may not see the last trial's files yet; it must train with the same rates nevertheless.
     rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
+    notes = read_derived(session.folder / "selection.json").get("runs", {})
     for task, peak in zip(tasks, rates, strict=True):
+        note = notes.get(task.name)
+        if made_meanwhile(task, replace(task, state=run_state(task.item, session.inputs, note))):
+            continue
         if task.state.kind == "redo":
             console.print(f"{task.name}: {task.state.why}; going back to its last checkpoint", markup=False)
             _reopen(task.item.run_dir)
@@ -189,6 +205,8 @@ def _train_run(session: Session, config: RunConfig) -> None:
         (session.folder / "selection.json").unlink(missing_ok=True)
     try:
         result = train(session.job(config), session.base, session.stop)
+    except Taken:
+        session.left_to_others(Task(name, State("unfinished"), config))
     except Diverged as error:
         text = f"{name} failed: {error}; the study goes on without it"
         console.print(text, style="red", markup=False)
@@ -368,6 +386,12 @@ _WORK = {
     "report": (_check_report, _run_report),
 }
 STAGES = tuple(
-    Stage(name, about, *_WORK[name], on_every_host=_WORK[name][1] in (_train_all, _evaluate))
+    Stage(
+        name,
+        about,
+        *_WORK[name],
+        on_every_host=_WORK[name][1] in (_train_all, _evaluate),
+        waits=name != "baseline",  # nothing is trained from its scores
+    )
     for name, about in STAGE_NAMES.items()
 )

@@ -35,7 +35,15 @@ from jaxlora.models.spec import check_positions
 from jaxlora.runtime.ahead import compiles_ahead
 from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import base_shardings, place_trained, token_multiple, trained_shardings
+from jaxlora.sharding import (
+    abstract,
+    base_shardings,
+    place_trained,
+    token_multiple,
+    token_shards,
+    trained_shardings,
+)
+from jaxlora.train.rates import rate_warning
 from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
@@ -215,19 +223,14 @@ def abstract_state(job: Prepared) -> TrainState:
         return init_state(zeros, job.config.optim)
 
     state = jax.eval_shape(make)
-    shardings = trained_shardings(job.mesh, job.spec, state)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return abstract(state, trained_shardings(job.mesh, job.spec, state))
 
 
 def abstract_frozen(job: Prepared) -> Tree:
     """Shapes, dtypes and shardings of what `load_frozen` gives, without any array."""
     if job.spec.full:
         return {}
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        job.spec.abstract_base,
-        base_shardings(job.mesh, job.spec),
-    )
+    return abstract(job.spec.abstract_base, base_shardings(job.mesh, job.spec))
 
 
 def load_frozen(job: Prepared) -> Tree:
@@ -308,13 +311,14 @@ def step_memory(job: Prepared, tokens: int) -> dict[str, int]:
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
     ways = max(job.config.mesh.expert, 1)
-    kept = sum(kept_per_token(config, job.config.model.remat, ways)) * config.num_hidden_layers
+    own = -(-tokens // token_shards(job.mesh))
+    kept = sum(kept_per_token(config, job.config.model.remat, own, ways)) * config.num_hidden_layers
     if job.config.model.remat is True:  # one layer at a time is whole
-        kept += sum(kept_per_token(config, False, ways))
+        kept += sum(kept_per_token(config, False, own, ways))
     return {
         "base": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.spec.abstract_base)),
         "trained weights, gradients and moments": count_trainable(job.spec) * 4 * 4,
-        "activations": kept * tokens * width,
+        "activations": round(kept * tokens * width),
         "output head": 2 * 4 * config.vocab_size * min(CHUNK, tokens),
     }
 
@@ -332,26 +336,23 @@ def memory_per_device(job: Job) -> int:
     return round(one * (job.mesh.size if on_cpu else 1))
 
 
-def fits(job: Job) -> bool | None:
-    """Whether the run's memory fits the devices that are here: None where it is too close to say, or nothing
-    says how much there is."""
-    room, needed = memory_of(job.mesh.devices.flat[0]), memory_per_device(job)
+def fits(needed: int, device: jax.Device) -> bool | None:
+    """Whether so many bytes fit a device: None where it is too close to say, or nothing says what it has."""
+    room = memory_of(device)
     if room is None or SURE * room < needed <= room / SURE:
         return None
     return needed <= SURE * room
 
 
-def _room(job: Job) -> str:
-    """The same in words."""
-    device = job.mesh.devices.flat[0]
-    room, needed = memory_of(device), memory_per_device(job)
+def room_of(needed: int, device: jax.Device, smaller: str) -> str:
+    """The same in words; `smaller` is what takes less."""
+    room = memory_of(device)
     if room is None:
         return f"about {needed / 2**30:.2f} GiB a device, which does not say what it has"
     owner = "this machine" if device.platform == "cpu" else "a device"
     text = f"about {needed / 2**30:.2f} of the {room / 2**30:.2f} GiB that {owner} has: "
-    if verdict := fits(job):
+    if verdict := fits(needed, device):
         return text + "fits"
-    smaller = "train.max_buffer_tokens or train.batch_rows smaller, or model.remat=elementwise"
     return text + ("may not fit" if verdict is None else "does not fit") + f"; {smaller}, takes less"
 
 
@@ -412,7 +413,11 @@ def describe(job: Job) -> Table:
         "buffers": f"{config.train.layout}, {', '.join(map(str, job.train_layout.sizes))} tokens, "
         f"{padding_efficiency(job.train_rows, epoch, job.train_layout):.1%} of them real",
         "memory": f"about {sum(memory.values()) / 2**30:.2f} GiB: {parts}",
-        "room": _room(job),
+        "room": room_of(
+            memory_per_device(job),
+            job.mesh.devices.flat[0],
+            "train.max_buffer_tokens or train.batch_rows smaller, or model.remat=elementwise",
+        ),
         "devices": f"{job.mesh.size} x {device.device_kind}, mesh {dict(job.mesh.shape)},"
         f" attention {job.machine.backend}, layers {'scanned' if job.spec.scan else 'unrolled'}",
     }
@@ -420,4 +425,6 @@ def describe(job: Job) -> Table:
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
+    if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):
+        table.add_row("[bold red]rate[/bold red]", escape(warning))
     return table

@@ -47,6 +47,7 @@ from jaxlora.runtime.files import (
     write_json_atomic,
     write_text_atomic,
 )
+from jaxlora.runtime.folders import Taken
 from jaxlora.runtime.progress import console
 from jaxlora.runtime.records import (
     metric_record,
@@ -417,7 +418,8 @@ def _lock(file: Path, run: Path) -> Iterator[None]:
     """An exclusive lock that the system releases when this process ends, however it ends.
 
     Raises:
-      UserError: another process of this host has it, or the lock's name is a link: its target stays as it is.
+      Taken: another process of this host has it.
+      UserError: the lock's name is a link: its target stays as it is.
       MachineError: a process of another host has it.
     """
     with _exclusive(file, run) as handle:
@@ -463,7 +465,7 @@ def _is_written(run: Path, note: bytes) -> Exception:
         owner = "another process"
     text = f"{run}: {owner} is writing this run; wait for it or stop it"
     if owner == "another process" or f" on {socket.gethostname()} " in owner:
-        return UserError(text)
+        return Taken(text)
     # A host that has died may hold its lock on a shared folder a while longer: worth another try.
     return MachineError(text)
 

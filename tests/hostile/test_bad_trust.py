@@ -28,8 +28,8 @@ from jaxlora.data.review import review_page
 from jaxlora.data.rows import load_rendered_rows
 from jaxlora.parity.backend import Pass
 from jaxlora.parity.recording import Settings, record
+from jaxlora.runtime.pages import script_json
 from jaxlora.runtime.text import holds_secret, without_secrets
-from jaxlora.study import report
 from jaxlora.train.run_directory import RunDirectory
 
 # --- Code ---------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_formulas_add_only_mathml_and_carry_no_code(text):
 @given(st.recursive(TEXTS, lambda inner: st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5))
 def test_json_in_a_page_never_ends_its_element(value):
     TRIED["page of hostile texts"] += 1
-    text = str(report.script_json(value))
+    text = str(script_json(value))
     assert not set(text) & set("<>&\u2028\u2029")
     assert json.loads(text) == value
 

@@ -407,6 +407,24 @@ def test_only_the_rate_may_change_between_steps(engine):
         trainer.optim_step(1e-3, b2=0.999)
 
 
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "dro"])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_the_line_names_the_step(engine, loss):
+    """Recorded log-probabilities that are finite, and absurd."""
+    trainer = engine.lora(rank=2)
+    row = {"tokens": [5, 6, 7, 8], "weights": [0, 0, 1, 1], "advantages": [0, 0, 0.5, -0.5]}
+    trainer.forward_backward([row | {"logprobs": [0, 0, -1.2, -0.7]}], loss=loss)
+    trainer.optim_step(1e-3)
+    before = jax.tree.map(np.asarray, trainer.state)
+    trainer.forward_backward([row | {"logprobs": [0, 0, -1e30, -1e30]}], loss=loss)
+    with pytest.raises(UserError, match=r"^optim_step 2: the gradient's norm is (nan|inf), so .*changed"):
+        trainer.optim_step(1e-3)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, trainer.state))
+    with pytest.raises(UserError, match="there is no gradient"):
+        trainer.optim_step(1e-3)
+    trainer.forward_backward([row | {"logprobs": [0, 0, -1.2, -0.7]}], loss=loss)
+    assert np.isfinite(trainer.optim_step(1e-3)["update_norm"])
+
+
 def test_the_readmes_lines_run(repository, tmp_path, monkeypatch):
     text = (repository / "README.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "jaxlora.load" in block]

@@ -355,6 +355,33 @@ def test_a_mesh_computes_what_one_device_computes(shape):
     assert [a.tokens for a in answers] == [a.tokens for a in alone]
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 4, 1, 1), (1, 2, 1, 2)], ids=str)
+def test_a_loop_over_layers_keeps_no_copies_of_the_experts_weights(shape):
+    """Split over chips, gathered or not: the backward pass reads them where they lie."""
+    spec = ModelSpec(model_config_from_dict(SHAPE), LoraConfig(rank=8), "bfloat16")
+    state = jax.eval_shape(lambda: init_state(init_lora(spec, 0), OptimConfig()))
+    batch = pack(random_rows(8), (512,), 512)
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[:4])
+    step = make_train_step(spec, OptimConfig(), Compute())
+    with jax.set_mesh(mesh):
+        traced = step.trace(state, spec.abstract_base, batch, jnp.float32(1e-3))
+    hidden, ffn = spec.config.hidden_size, spec.config.experts.moe_intermediate_size
+    kept = list(loop_results(traced.jaxpr.jaxpr))
+    assert any(len(shape) == 3 and shape[2] == ffn for shape in kept)  # rows of experts
+    assert not [shape for shape in kept if len(shape) == 4 and {hidden, ffn} == set(shape[2:])]
+
+
+def loop_results(jaxpr):
+    """Shapes of what loops hand on, of all depths."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield from (tuple(x.aval.shape) for x in equation.outvars[equation.params["num_carry"] :])
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from loop_results(inner)
+
+
 def test_an_axis_that_does_not_divide_the_experts_is_refused():
     spec = ModelSpec(model_config_from_dict(SHAPE | {"num_experts": 6}), None, "float32")
     mesh = make_mesh(MeshConfig(1, 1, 1, 4), jax.devices()[:4])

@@ -16,13 +16,14 @@ from helpers.hf_models import FAMILY_SHAPES, OTHERS, make_checkpoint, torch_gree
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from jaxlora.checkpoints.adapters import read_adapter
 from jaxlora.checkpoints.base import Base, find_base, random_base, save_model
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource
 from jaxlora.data.render import load_tokenizer, render_batch, render_chat, render_prompts
+from jaxlora.evals.gsm8k import load_problems
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import merge_lora
@@ -436,6 +437,26 @@ class TestSmolLM2:
             ours = generate(form, {}, weights, prompts, stop_ids=(), max_new_tokens=32, slots=len(prompts))
         for prompt, answer in zip(prompts, ours, strict=True):
             assert answer.tokens == torch_greedy(reference, prompt, 32)
+
+    @pytest.mark.slow
+    def test_whole_answers_to_fifty_questions_of_gsm8k_equal_transformers(self, smollm2, reference, shared):
+        tokenizer = load_tokenizer(smollm2)
+        (stop,) = stops = find_base(ModelSource(path=str(smollm2))).stop_ids(tokenizer)
+        problems = load_problems(str(shared / "data" / "gsm8k" / "test.jsonl"), 50)
+        prompts = render_prompts(tokenizer, [problem.question for problem in problems])
+        spec, frozen = load(smollm2, scan=False)
+        form, _, weights, mesh = decode_weights(spec, {}, frozen)
+        with jax.set_mesh(mesh):
+            ours = generate(form, {}, weights, prompts, stop_ids=stops, max_new_tokens=256, slots=50)
+        length = max(map(len, prompts))
+        padded = torch.tensor([[stop] * (length - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        greedy = GenerationConfig(max_new_tokens=256, do_sample=False, eos_token_id=stop, pad_token_id=stop)
+        with torch.no_grad():
+            found = reference.generate(input_ids=padded, attention_mask=mask, generation_config=greedy)
+        for answer, theirs in zip(ours, found[:, length:].tolist(), strict=True):
+            end = theirs.index(stop) + 1 if stop in theirs else None
+            assert answer.tokens == theirs[:end]
 
     def test_pad_is_the_token_that_ends_an_answer_and_carries_loss(self, smollm2):
         tokenizer = load_tokenizer(smollm2)

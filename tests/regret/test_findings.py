@@ -13,7 +13,7 @@ import pytest
 
 from jaxlora.regret.drawings import FIGURES, save, styled
 from jaxlora.regret.findings import AGREES, CANNOT, DISAGREES, departures, findings, rate_ratio
-from jaxlora.regret.report import cells_csv, curves_csv, runs_csv
+from jaxlora.regret.report import _speed, cells_csv, curves_csv, runs_csv
 from jaxlora.regret.sweeps import find, main_batch, ranks_of, scatter_of, sweeps_of
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 200)
@@ -198,3 +198,13 @@ def test_the_tables_hold_what_the_sweeps_say():
     assert len(runs_csv([r for s in sweeps for r in s.records]).splitlines()) == 1 + sum(
         len(s.records) for s in sweeps
     )
+
+
+def test_sweep_speed_counts_the_time_in_which_any_process_made_a_run():
+    """Two processes side by side for 20 s, a pause, and 10 s of one: three runs in 30 s."""
+    made = [record("full", "full", None, 32, 1e-4, seed, []) for seed in range(4)]
+    for one, ended in zip(made, (120.0, 115.0, 500.0), strict=False):
+        one["ended"] = ended
+    made[0]["seconds"] = {"all": 20.0}
+    assert _speed(made) == "; by the clock 3 runs in 30 s, 360 in an hour"
+    assert _speed(made[3:]) == ""

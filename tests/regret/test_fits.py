@@ -106,8 +106,18 @@ def test_a_line_in_log_step_and_where_a_curve_leaves_it():
 
 
 def test_scatter_is_pooled_over_cells_of_repeats():
-    assert pooled_scatter([[1.0, 3.0], [5.0, 5.0, 5.0]]) == pytest.approx(math.sqrt(2 / 3))
-    assert pooled_scatter([[1.0], []]) is None
+    cells = [{"a": 1.0, "b": 3.0}, {"c": 5.0, "d": 5.0, "e": 5.0}]
+    assert pooled_scatter(cells) == pytest.approx(math.sqrt(2 / 3))
+    assert pooled_scatter([{"a": 1.0}, {}]) is None
+
+
+def test_what_a_seed_does_to_all_cells_is_no_scatter():
+    rng = np.random.default_rng(0)
+    noise, seeds = rng.normal(0, 0.01, (40, 3)), (0.0, 1.0, -2.0)
+    cells = [{s: place + seeds[s] + noise[place, s] for s in range(3)} for place in range(40)]
+    assert pooled_scatter(cells) == pytest.approx(0.01, rel=0.2)
+    assert pooled_scatter([dict(list(cells[0].items())[:2]), cells[1]]) < 0.05
+    assert pooled_scatter(cells[:1]) == pytest.approx(np.std(list(cells[0].values()), ddof=1))
 
 
 def test_a_slope_and_its_error_are_those_of_least_squares():

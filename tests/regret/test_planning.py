@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from jaxlora.regret.planning import grid_table, machine_named, plan_grid
 from jaxlora.regret.runs import look_steps
 from jaxlora.runtime.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 ARMS = {"regret.arms": "full,all_layer:16,all_layer:256"}
 
 
@@ -51,6 +54,40 @@ def test_hours_are_those_of_all_runs_and_an_adapter_takes_fewer():
     assert full.choice.best.seconds > 0.9 * bound
     table = grid_table(list(rows.values()), machine_named("h100-8"), price=2.0)
     assert table.row_count == 4
+
+
+def test_the_work_of_an_adapter_is_counted():
+    """6 FLOPs a token and weight beside the base's 4: 1.34 billion weights of rank 512 are a quarter more."""
+    config = load_config("regret/rank", {"regret.arms": "all_layer:1,all_layer:512"})
+    rows = plan_grid(config, published_config("llama-3.1-8b"), machine_named("h100-8"), 100_000, 600)
+    low, high = (row.choice.best.compute for row in rows)
+    head = 128_256 * 4096
+    weights, adapter = 8.03e9 - 2 * head, 512 * 2_621_440
+    expected = 6 * adapter / (4 * (weights + head))
+    assert high / low - 1 == pytest.approx(expected, rel=0.1)
+    # From rank 256 on an adapter is split over fsdp: whole on each chip it would take 21 GB.
+    assert rows[1].choice.mesh.fsdp == 8
+    assert rows[1].gigabytes - rows[0].gigabytes == pytest.approx(16 * adapter / 8e9, rel=0.1)
+
+
+def test_steps_are_cut_into_lines_that_a_buffer_holds():
+    config = load_config("regret/rank", ARMS | {"train.max_buffer_tokens": "8192"})
+    for machine, longest in (("v6e-8", 8192), ("h100-8", 8 * 8192)):  # a GPU has a line of its own
+        rows = plan_grid(config, published_config("llama-3.1-8b"), machine_named(machine), 100_000, 600)
+        for row in rows:
+            assert row.choice.tokens <= longest + 8 * 128
+            assert row.choice.buffers * row.choice.tokens >= 128 * 600
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B-Instruct", "Qwen/Qwen3-8B-Base"])
+def test_base_and_instruct_models_have_one_shape(name):
+    plain = name.removesuffix("-Instruct").removesuffix("-Base")
+    assert published_config(name) == published_config(plain)
+
+
+def test_the_page_of_full_size_is_the_one_that_its_tool_writes():
+    tool = runpy.run_path(str(ROOT / "tools" / "full_size.py"))
+    assert tool["PAGE"].read_text() == tool["page"]()
 
 
 def test_a_machine_that_is_not_known_is_named():

@@ -181,6 +181,10 @@ def test_a_damaged_result_is_named(done, tmp_path):
         ({"lora.dropout": "0.1"}, "config.lora.dropout: arms are trained without"),
         ({"train.early_stopping": "2"}, "config.train.early_stopping: all runs of an arm take the same"),
         ({"regret.arms": "full@1000"}, "config.train.batch_rows: 1000 rows, but"),
+        (
+            {"data.validation_path": "embedded:data/train.jsonl"},
+            "the prompts of 12 held-out rows are trained on",
+        ),
     ],
 )
 def test_what_an_experiment_cannot_do_is_one_line(tmp_path, fields, message):
@@ -188,6 +192,21 @@ def test_what_an_experiment_cannot_do_is_one_line(tmp_path, fields, message):
         command.main(config_of(tmp_path, **fields), dry_run=True)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_plan_counts_rows_that_are_skipped_by_reason(tmp_path, capsys):
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"messages": [{"role": "user", "content": f"{i} + 1?"}, turns[1]]} for i in range(16)]
+    rows += [{"messages": turns[:1]}, {"messages": [*turns, turns[0]]}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {
+        **{"data.train_path": str(file), "data.validation_path": "none", "data.on_bad_row": "skip"},
+        **{"data.train_rows": "none", "data.validation_fraction": "0.2"},
+    }
+    assert command.main(config_of(tmp_path, **fields), dry_run=True) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "skipped 2: line 17: no assistant turn at the end; line 18: no assistant turn" in shown
 
 
 def test_the_plan_shows_the_steps_and_rates_that_the_runs_take(tmp_path):

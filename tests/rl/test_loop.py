@@ -18,9 +18,10 @@ from jaxlora.rl import loop
 from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.job import estimate_memory, prepare
 from jaxlora.rl.learning import Learner
-from jaxlora.rl.sampling import Sampler
+from jaxlora.rl.sampling import Sampler, shared_bytes
 from jaxlora.runtime.errors import UserError
 from jaxlora.train.job import fresh_state, load_frozen
+from jaxlora.train.loop import Diverged
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,9 @@ def test_overlap_is_one_step_off_policy_says_so_and_survives_a_kill(
     assert outcome(stopped.run_dir) == outcome(whole.run_dir)
 
 
-def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_path):
-    config = rl_config(model, tmp_path, slots=8)
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 8}, {"data": 4, "tensor": 2}], ids=str)
+def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_path, mesh):
+    config = rl_config(model, tmp_path, slots=8, mesh=mesh)
     run(config, devices=8)
     for ours, theirs in zip(records(config), records(undisturbed), strict=True):
         for name in ("sampled_tokens", "reward/mean", "episode/truncated", "optim/rows"):
@@ -216,6 +218,71 @@ def test_options_learn_and_begin_on_policy(model, tmp_path, options):
         assert record["optim/kl_sample_train_v2"] > 0
 
 
+# What q does to exp(lp - q), the squares of the gradient, and a clipped ratio in float32.
+@pytest.mark.parametrize("value", [-1e30, 1e30, -60.0, float("nan"), 1.0], ids=str)
+@pytest.mark.parametrize("loss", ["ppo", "cispo"])
+def test_absurd_recorded_numbers_end_in_a_line_before_anything_is_learned_or_saved(
+    model, tmp_path, monkeypatch, recwarn, loss, value
+):
+    config = rl_config(model, tmp_path, loss=loss, updates_per_batch=2)
+    original = Sampler.groups
+
+    def absurd(self, trained, step, *rest):
+        groups = original(self, trained, step, *rest)
+        if step < 2:
+            return groups
+        first, *others = groups[0].episodes
+        first = replace(first, logprobs=[value, *first.logprobs[1:]])
+        return [replace(groups[0], episodes=(first, *others)), *groups[1:]]
+
+    monkeypatch.setattr(Sampler, "groups", absurd)
+    monkeypatch.setattr(Learner, "learn", once(Learner.learn))
+    with pytest.raises(UserError, match=r"step 2: the sampler recorded a log-probability of") as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert [record["step"] for record in records(config)] == [1]
+    assert json.loads((config.run_dir / "failure.json").read_text())["step"] == 1
+    assert not [warning for warning in recwarn if "overflow" in str(warning.message)]
+
+
+def once(function):
+    """The function, which must not be called twice."""
+    calls = []
+
+    def counted(*arguments):
+        assert not calls
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counted
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "cispo"])
+def test_a_batch_whose_numbers_are_not_finite_ends_in_a_line_before_a_checkpoint(
+    model, tmp_path, monkeypatch, loss
+):
+    """Ratios of e^95 are more than float32 holds; clipped ones give a loss and a gradient all the same."""
+    config = rl_config(model, tmp_path, loss=loss, eval_problems=None)
+    monkeypatch.setattr("jaxlora.rl.learning.LEAST", -1e3)
+    original = Sampler.groups
+
+    def absurd(self, *arguments):
+        groups = original(self, *arguments)
+        return [
+            replace(
+                group,
+                episodes=tuple(replace(one, logprobs=[-100.0] * len(one.tokens)) for one in group.episodes),
+            )
+            for group in groups
+        ]
+
+    monkeypatch.setattr(Sampler, "groups", absurd)
+    with pytest.raises(Diverged, match=r"step 1: loss .*, gradient norm .*, largest ratio .*e\+4\d, KL"):
+        run(config)
+    assert not list((config.run_dir / "checkpoints").glob("step-*"))
+    assert records(config) == []
+
+
 def test_a_run_is_not_resumed_with_another_reward(undisturbed, model, tmp_path, monkeypatch):
     config = rl_config(model, tmp_path)
     with monkeypatch.context() as patch:
@@ -265,11 +332,27 @@ def test_a_system_message_may_be_none_at_all_and_texts_may_have_lines(model, tmp
 def test_the_plan_counts_a_rounded_base_as_it_is_held(tmp_path, kind):
     model = {"path": "embedded:base", "dtype": "float32", "base_dtype": kind}
     job = prepare(from_dict({"model": model, "results_dir": str(tmp_path), "rl": {"problem_rows": 4}}))
-    held = sum(x.nbytes for x in jax.tree.leaves(load_frozen(job)))
-    assert estimate_memory(job)["base, once"] == held
+    shards = [x.addressable_shards[0] for x in jax.tree.leaves(load_frozen(job))]
+    assert estimate_memory(job)["base"] == sum(shard.data.nbytes for shard in shards)
 
 
 def test_an_empty_file_of_problems_is_one_line(model, tmp_path):
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(UserError, match=r"none.jsonl: holds no problems"):
         run(rl_config(model, tmp_path, problems=str(tmp_path / "none.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "copies"),
+    [({"data": 8}, 0), ({"data": 4, "tensor": 2}, 0), ({"tensor": 8}, 0), ({"data": 2, "fsdp": 4}, 1)],
+    ids=str,
+)
+def test_the_base_is_on_the_devices_once_unless_fsdp_splits_it(model, tmp_path, mesh, copies):
+    job = job_of(rl_config(model, tmp_path, mesh=mesh), devices=8)
+    frozen, trained = load_frozen(job), fresh_state(job).trained
+    _, _, weights, _ = Sampler(job, frozen).decoding(trained)
+    held, again = shared_bytes(frozen, weights)
+    assert (again > 0) == copies
+    told = estimate_memory(job)
+    assert 8 * told["base"] == held
+    assert 8 * told.get("copy for the sampler", 0) == again

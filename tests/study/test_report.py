@@ -16,9 +16,10 @@ import pytest
 from helpers.study_fixtures import FORMAT, HOSTILE, NO_BOX, RIGHT, WRONG, build_study, evaluation, make_report
 
 from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic
+from jaxlora.runtime.pages import script_json
 from jaxlora.study import findings
 from jaxlora.study.comparison import compare_evaluations
-from jaxlora.study.report import escape_markdown, script_json
+from jaxlora.study.report import escape_markdown
 
 
 @pytest.fixture(autouse=True)

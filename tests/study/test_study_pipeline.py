@@ -30,10 +30,11 @@ from jaxlora.cli import load_config
 from jaxlora.config import RunConfig, from_dict, to_dict
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json, read_jsonl, write_json_atomic, write_jsonl_atomic
+from jaxlora.runtime.folders import is_claimed
 from jaxlora.study import STAGE_NAMES, grid
 from jaxlora.study.command import _work
 from jaxlora.study.grid import Setting
-from jaxlora.study.pipeline import Session, Stage, Task, run_stages
+from jaxlora.study.pipeline import Session, Stage, Task, _wait_for_others, run_stages
 from jaxlora.study.planning import (
     H100_DECODE,
     H100_TRAIN,
@@ -48,6 +49,7 @@ from jaxlora.study.state import State
 from jaxlora.train.display import TrainingDisplay
 from jaxlora.train.job import prepare
 from jaxlora.train.manifest import identity
+from jaxlora.train.run_directory import _lock
 from jaxlora.train.schedule import learning_rate, plan_run
 
 STAGE = {stage.name: stage for stage in STAGES}
@@ -955,3 +957,43 @@ def test_a_run_of_the_study_has_the_identity_of_a_lone_run(finished, session):
         assert stored["optim.peak_lr"] == rates[run.lora.condition]
         assert stored["name"] is None
         json.dumps(stored)
+
+
+# --- Several processes --------------------------------------------------------------------------------------
+
+
+def test_what_another_process_is_at_is_waited_for_and_taken_over_where_it_leaves_it(session, monkeypatch):
+    """A run is missing; another process holds it at first, and then ends before it is done."""
+    run = Path("results") / RUN
+    shutil.rmtree(run)
+    trained, looks = [], []
+    monkeypatch.setattr("jaxlora.study.stages._train_run", lambda _, config: trained.append(config.run_id))
+    with _lock(run.with_name(f".{RUN}.lock"), run):
+        assert is_claimed(run)
+    assert not is_claimed(run)
+    monkeypatch.setattr("jaxlora.study.pipeline.is_claimed", lambda out: looks.append(out) or len(looks) < 3)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    (task, _) = STAGE["sweep"].check(session)
+    assert (task.name, task.state.kind) == (RUN, "missing")
+    session.others = [(STAGE["sweep"], RUN)]
+    _wait_for_others(session)
+    assert (looks, trained) == (3 * [run], [RUN])
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_study(repository, tmp_path):
+    """Each run and each evaluation is made once, both processes end well, and the report is whole."""
+    words = ["--config", "tiny", f"--config.results_dir={tmp_path}", "--config.sweep.seeds=0"]
+    words += ["--config.data.train_rows=16", "--config.data.validation_rows=8", "--config.train.epochs=1"]
+    words += ["--config.eval.problems=4", "--config.eval.max_new_tokens=8", "--config.selection.train_rows=8"]
+    both = [
+        subprocess.Popen([sys.executable, "-m", "jaxlora", "study", *words], cwd=repository) for _ in range(2)
+    ]
+    assert [process.wait() for process in both] == [0, 0]
+    report = (tmp_path / "tiny-report" / "report.html").read_text()
+    for condition in CONDITIONS:
+        folder = tmp_path / f"tiny-{condition}-seed-0"
+        steps = [row["step"] for row in read_jsonl(folder / "metrics.jsonl") if row["split"] == "train"]
+        assert steps == [1, 2]
+        assert (folder / "evaluation" / "summary.json").is_file()
+        assert condition in report

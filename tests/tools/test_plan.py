@@ -110,17 +110,19 @@ def test_attention_flops_by_hand():
 
 def test_the_estimate_of_a_step_by_hand():
     model, lora = published_config("qwen3-8b"), LoraConfig()
-    layer_weights, head = 6_945_767_424, 622_329_856
+    layer_weights, head, adapters = 6_945_767_424, 622_329_856, 21_823_488
     one = estimate(model, lora, slice_named("v5e-8"), MeshConfig(1, 8, 1), False, 1, 4096, 128)
     assert one.tokens == 4096
-    # 512 tokens a chip, 4 FLOPs a weight; attention: 4 x 4096 x keys x 36 layers x (1 + 3.5) passes
+    # 512 tokens a chip, 4 FLOPs a weight, 6 one of adapters
+    # attention: 4 x 4096 x keys x 36 layers x (1 + 3.5) passes
     attention = 512 * 4 * 4096 * 4096 * (1 - 0.5 / 8) * 36 * 4.5
-    assert one.best.compute * 197e12 == pytest.approx(512 * 4 * (layer_weights + head) + attention)
+    products = 512 * (4 * (layer_weights + head) + 6 * adapters)
+    assert one.best.compute * 197e12 == pytest.approx(products + attention)
     # seven eighths of: layers twice and the head once in bfloat16; keys and values three times; twice the
     # gradients of 21.8 million adapter weights
     gathers = 2 * (2 * layer_weights + head) * 7 / 8
     key_values = 3 * 36 * 2 * 4096 * 2 * 1024 * 7 / 8
-    gradients = 2 * 2 * 21_823_488 * 7 / 8
+    gradients = 2 * 2 * adapters * 7 / 8
     assert one.best.interconnect * 100e9 == pytest.approx(gathers + key_values + gradients)
 
     # without fsdp no weight moves: activations are summed 7 times a layer over 8 chips, both ways
@@ -140,7 +142,7 @@ def test_the_estimate_of_full_fine_tuning_by_hand():
     mesh, adapters = MeshConfig(1, 32, 1), 21_823_488
     lora, full = of("lora", mesh), of("full", mesh)
     tokens = 4096 / 32
-    more = tokens * 2 * (layer_weights + head)
+    more = tokens * (2 * (layer_weights + head) - 6 * adapters)
     assert full.best.compute * 197e12 == pytest.approx(lora.best.compute * 197e12 + more)
     attention = tokens * 4 * 4096 * 4096 * (1 - 0.5 / 32) * 36 * 4.5
     assert full.best.compute * 197e12 == pytest.approx(tokens * 6 * (layer_weights + head) + attention)
@@ -683,12 +685,21 @@ class TestHere:
     def test_it_says_whether_the_memory_fits(self, job, monkeypatch, share, verdict, words):
         needed = memory_per_device(job)
         monkeypatch.setattr("jaxlora.train.job.memory_of", lambda device: int(needed / share))
-        assert fits(job) is verdict
+        assert fits(needed, jax.devices()[0]) is verdict
         table = Console(width=400, file=io.StringIO())
         table.print(describe(job))
         (line,) = [line for line in table.file.getvalue().splitlines() if line.strip().startswith("room")]
         assert words in line
         assert f"about {needed / 2**30:.2f} of the {needed / share / 2**30:.2f} GiB" in line
+
+    @pytest.mark.parametrize(
+        ("rate", "what", "warned"), [(1e-6, "lora", True), (1e-6, "full", False), (1e-3, "lora", False)]
+    )
+    def test_it_warns_of_a_rate_of_full_fine_tuning_on_an_adapter(self, job, rate, what, warned):
+        optim, train = replace(job.config.optim, peak_lr=rate), replace(job.config.train, what=what)
+        table = Console(width=400, file=io.StringIO())
+        table.print(describe(replace(job, config=replace(job.config, optim=optim, train=train))))
+        assert ("times below the published rule for adapters" in table.file.getvalue()) == warned
 
     def test_the_base_is_split_over_fsdp_and_an_adapter_is_not(self, job):
         parts = estimate_memory(job)

@@ -11,17 +11,21 @@ from jaxlora.config import DataConfig, ModelSource, OptimConfig, RegretConfig, R
 
 # In the order of what is asked first: a sweep that is stopped has answered the questions above.
 RANKS = tuple(f"all_layer:{rank}" for rank in (16, 256, 1, 4, 64))
-PLACES = ("mlp_only:64", "attention_only~mlp_only:64", "mlp_only:256")
-BATCHES = tuple(
-    f"{arm}@{rows}" for rows in (128, 8, 512) for arm in ("full", "all_layer:16", "all_layer:256")
-)
-MORE_RANKS = tuple(f"all_layer:{rank}" for rank in (2, 8, 32, 128, 512))
+PLACES = ("mlp_only:64", "attention_only:64", "attention_only~mlp_only:64", "all_layer~mlp_only:64")
+BATCHED = ("full", "all_layer:16", "all_layer:256")
+BATCHES = tuple(f"{arm}@{rows}" for rows in (8, 512) for arm in BATCHED)
+MORE_RANKS = tuple(f"all_layer:{rank}" for rank in (512, 2, 8, 32, 128))
 MORE_PLACES = (
+    "mlp_only:256",
     "attention_only:256",
     "mlp_only:128",
     "attention_only+lm_head:256",
     "mlp_only+lm_head:128",
     "all_layer+lm_head:256",
+)
+ARMS = (
+    *("full", *RANKS, *(f"{arm}@128" for arm in BATCHED)),
+    *(*PLACES, *BATCHES, *MORE_RANKS, *MORE_PLACES),
 )
 
 
@@ -42,10 +46,10 @@ def get_config() -> RunConfig:
             validation_batch_rows=64,
         ),
         regret=RegretConfig(
-            arms=("full", *RANKS, *PLACES, *BATCHES, *MORE_RANKS, *MORE_PLACES),
+            arms=ARMS,
             marks=(50, 100),
-            rates=4,
-            repeats=1,
+            rates=3,
+            repeats=2,
             looks=1,
         ),
     )

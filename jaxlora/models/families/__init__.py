@@ -71,13 +71,13 @@ def _unsupported(kind: Any, wraps_text: bool) -> str:
 
 
 def published_config(name: str) -> ModelConfig:
-    """The shape of a published model, such as `qwen3-8b`; nothing is downloaded.
+    """The shape of a published model, such as `qwen3-8b`, base or instruct; nothing is downloaded.
 
     Raises:
       UserError: the name is not that of a published shape.
     """
     shapes = {key: shape for family in FAMILIES.values() for key, shape in family.PUBLISHED.items()}
-    key = name.lower().rpartition("/")[2]
+    key = name.lower().rpartition("/")[2].removesuffix("-instruct").removesuffix("-base")
     if key not in shapes:
         raise UserError(f"no published shape named {name!r}; known are {', '.join(shapes)}")
     return shapes[key]

@@ -1,0 +1,398 @@
+"""A plan of learning from rewards on a slice that is not there: memory, the split of a batch's time, dollars.
+
+    plan = plan_rewards(config, published_config("qwen3-8b"), slice_named("v5e-8"), Expected())
+    plan.fits, plan.seconds, plan.run.hours, print_rewards(plan, console)
+
+Sampler and learner are compiled for the slice; how often each runs follows from the lengths of a batch, see
+`jaxlora.rl.workload`. Scoring is measured on the machine that plans: it is work of the host.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from jaxlora.config import RLConfig, RunConfig
+from jaxlora.data.packing import round_up
+from jaxlora.estimate import BACKWARD_PASSES, FULL
+from jaxlora.generate.decode import (
+    PROMPT_MULTIPLE,
+    SHARED_PROMPTS,
+    SHARED_ROWS,
+    DecodeState,
+    abstract_decode,
+    make_decode,
+    make_prefill,
+)
+from jaxlora.models.attention import pick_decode_backend
+from jaxlora.models.spec import ModelConfig
+from jaxlora.plan.programs import Program, Programs, Workload
+from jaxlora.plan.report import GIB, RunCost, all_fit, cost_of, programs_table
+from jaxlora.rl.job import check_settings, loss_of
+from jaxlora.rl.mesh import (
+    cache_length,
+    choices,
+    mesh_on_slice,
+    moved,
+    sampling_form,
+    sampling_of,
+    slots_of,
+)
+from jaxlora.rl.problems import Problem
+from jaxlora.rl.rewards import grader_named
+from jaxlora.rl.workload import Lengths, drawn_lengths, learning_buffers, sampling_calls
+from jaxlora.runtime.devices import SLICES, Slice
+from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import progress_bar
+from jaxlora.sharding import (
+    abstract,
+    base_shardings,
+    device_bytes,
+    replicated,
+    slot_shards,
+    token_multiple,
+    trained_shardings,
+)
+from jaxlora.train.objective import extras_of
+from jaxlora.train.step import make_gradient_step, make_logprob_step, make_update_step
+
+USUAL_SHARE = 1 / 3  # of the longest answer: the mean one, where nothing else is said
+STANDARD = 10_000, 32  # problems, and answers to each, of the run that every plan is asked for
+GRADED = 64  # answers whose grading is timed
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Mean lengths of a run's prompts and answers in tokens; of answers None: a third of the longest."""
+
+    prompt_tokens: float = 120
+    answer_tokens: float | None = None
+
+    def lengths(self, rl: RLConfig, group: int) -> Lengths:
+        """Those of a batch with so many answers to each prompt."""
+        mean = self.answer_tokens or USUAL_SHARE * rl.max_new_tokens
+        return drawn_lengths(rl.prompts, group, self.prompt_tokens, mean, rl.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class RewardsPlan:
+    """A configuration on a slice. Seconds are at the likely rates of `jaxlora.estimate.Roofline`."""
+
+    slice: Slice
+    mesh: dict[str, int]
+    shared: bool  # sampler and learner read the same base
+    programs: list[Program]
+    fits: bool
+    answer_tokens: float  # mean
+    seconds: dict[str, float | None] | None  # of a batch, by part; None: not known, or it does not fit
+    tokens_per_second: float | None  # sampled, end to end
+    run: RunCost | None  # of the configuration
+    standard: RunCost | None  # of `STANDARD`
+    advice: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as of `jaxlora.plan.report.Plan`."""
+        values = asdict(self)
+        values["slice"] = self.slice.to_json()
+        values["capacity_bytes"] = self.slice.chip.hbm_bytes
+        values["programs"] = [program.to_json() for program in self.programs]
+        return values
+
+
+# --- Programs -----------------------------------------------------------------------------------------------
+
+
+class RewardPrograms:
+    """Sampler and learner of one configuration on one slice, and what else is on a chip beside each."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, slice_: Slice, lengths: Lengths):
+        rl = config.rl
+        self.longest = int(lengths.prompts.max()) + rl.max_new_tokens
+        self.prompt = round_up(int(lengths.prompts.max()), PROMPT_MULTIPLE)
+        config = mesh_on_slice(config, model, slice_, self.longest)
+        config = replace(config, model=replace(config.model, layers="unroll"))  # layers are shared one by one
+        self.of = Programs(config, model, slice_, Workload())
+        self.rl, self.loss = rl, loss_of(rl)
+        self.form, self.mesh = sampling_form(self.of.spec, self.of.mesh)
+        with jax.set_mesh(self.mesh):
+            self.shards = slot_shards()
+        self.slots = slots_of(config, self.shards)
+        self.attention = pick_decode_backend("auto", "tpu", self.form.dtype)
+        self.calls = sampling_calls(lengths, self.slots, self.shards)
+        self.shape, _ = learning_buffers(lengths, config.train, token_multiple(self.of.mesh))
+
+    # What is on a chip, in bytes.
+
+    @property
+    def base(self) -> Any:
+        """The learner's frozen weights, abstract."""
+        return {} if self.of.spec.full else self.of.base
+
+    @cached_property
+    def weights(self) -> Any:
+        """The sampler's, abstract."""
+        return abstract(self.form.abstract_base, base_shardings(self.mesh, self.form))
+
+    @cached_property
+    def copied(self) -> int:
+        """Of the sampler's weights what is not the learner's base."""
+        return device_bytes(moved(self.base, self.weights))
+
+    # Programs.
+
+    def prefill(self) -> Program:
+        """Prompts of a few groups, and the first token of each answer."""
+        rows, prompts = (
+            min(SHARED_ROWS, self.slots // self.shards) * self.shards,
+            SHARED_PROMPTS * self.shards,
+        )
+        array = self._array(self.mesh)
+        step = make_prefill(self.form, self._stops, self.attention, sampling_of(self.rl))
+        arguments = (
+            *self._sampler,
+            array(prompts, self.prompt),
+            array(prompts),
+            array(rows),
+            array(rows),
+            array(rows, 2, dtype=jnp.uint32),
+            array(rows),
+        )
+        return self._sampling(
+            self.of.compiled("prefill", self.mesh, step, arguments, prompts * self.prompt, 0)
+        )
+
+    def decode_step(self) -> Program:
+        """A token in every slot, with as much of the cache read as steps read on average."""
+        step = make_decode(self.form, self._stops, self.attention, 1, sampling_of(self.rl))
+        made = self.of.compiled(
+            "decode step", self.mesh, step, self._sampler, self.slots, 0, window=self.calls.window
+        )
+        return self._sampling(made)
+
+    def gradient(self) -> Program:
+        """The gradient of one full buffer."""
+        of, trained = self.of, self.of.state.trained
+        step = make_gradient_step(of.spec, of.compute, self.loss, "weighted")
+        passes = of.kernel_passes * (1 + (of.compute.remat is True) + BACKWARD_PASSES)
+        arguments = trained, trained, self.base, self._buffer(extras_of(self.loss))
+        made = of.compiled("gradient", of.mesh, step, arguments, math.prod(self.shape), passes)
+        return self._learning(made, device_bytes(of.state.opt_state))
+
+    def reference(self) -> Program:
+        """Log-probabilities of one full buffer under the base alone, for `rl.kl`."""
+        of, base = self.of, replace(self.of.spec, lora=None, shapes=())
+        step = make_logprob_step(base, of.compute, self.loss, "weighted")
+        arguments: tuple[Any, ...] = {}, self.base, self._buffer(())
+        made = of.compiled("reference", of.mesh, step, arguments, math.prod(self.shape), of.kernel_passes)
+        return self._learning(made, device_bytes((of.state, of.state.trained)))
+
+    def update(self) -> Program:
+        """An optimizer step."""
+        of, rate = self.of, self._array(self.of.mesh)(dtype=jnp.float32)
+        step = make_update_step(of.spec, of.config.optim)
+        made = of.compiled("update", of.mesh, step, (of.state, of.state.trained, rate), 0, 0)
+        return self._learning(made, device_bytes(self.base))
+
+    @property
+    def _stops(self) -> tuple[int, ...]:
+        return self.of.model.eos_token_ids
+
+    @property
+    def _sampler(self) -> tuple[DecodeState, Any, Any]:
+        """State, adapter and weights, abstract."""
+        adapter: Any = {}
+        if self.form.lora is not None:
+            trained = self.of.state.trained
+            adapter = abstract(trained, trained_shardings(self.mesh, self.of.spec, trained))
+        length, most = cache_length(self.longest), self.rl.max_new_tokens
+        with jax.set_mesh(self.mesh):
+            state = abstract_decode(self.form, self.slots, length, most, sampling_of(self.rl))
+        return state, adapter, self.weights
+
+    def _sampling(self, program: Program) -> Program:
+        """Beside the optimizer's state, masters that are no argument, and the copy of `rl.overlap`."""
+        state, held = self.of.state, device_bytes(self.of.state.opt_state)
+        held += device_bytes(state.trained) * (self.of.spec.full + self.rl.overlap)
+        held += device_bytes(self.base) + self.copied - device_bytes(self.weights)
+        return replace(program, memory=replace(program.memory, held=held))
+
+    def _learning(self, program: Program, held: int) -> Program:
+        """Beside what else is held, and the sampler's copy of a base."""
+        held += 0 if self.of.spec.full else self.copied
+        return replace(program, memory=replace(program.memory, held=held))
+
+    def _buffer(self, extras: tuple[str, ...]) -> Any:
+        lines, length = self.shape
+        batch = self.of.batch(1, length, lines)
+        return batch | dict.fromkeys(extras, batch["weights"])
+
+    @staticmethod
+    def _array(mesh: Any) -> Callable[..., jax.ShapeDtypeStruct]:
+        whole = replicated(mesh)
+        return lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+
+# --- The plan -----------------------------------------------------------------------------------------------
+
+
+def plan_rewards(
+    config: RunConfig, model: ModelConfig, slice_: Slice, expected: Expected, price: float | None = None
+) -> RewardsPlan:
+    """Compile a run's programs for the slice, and work out its time and cost.
+
+    Args:
+      price: dollars of one chip for one hour.
+
+    Raises:
+      UserError: settings that `jaxlora rl` refuses.
+    """
+    check_settings(config)
+    rl = config.rl
+    lengths = expected.lengths(rl, rl.group)
+    programs = RewardPrograms(config, model, slice_, lengths)
+    makers = [programs.prefill, programs.decode_step, programs.gradient, programs.update]
+    makers += [programs.reference] if rl.kl else []
+    done = []
+    with progress_bar(f"compiling for {slice_.name}", len(makers), "programs") as advance:
+        for make in makers:
+            done.append(make())
+            advance(1)
+    fits = all_fit(done, slice_)
+    seconds = run = standard = rate = None
+    if fits:
+        one = grading_seconds(rl)
+        seconds = batch_seconds(programs, done, lengths, one)
+        whole = sum(value or 0 for value in seconds.values())
+        rate = float(lengths.answers.sum()) / whole
+        run = cost_of(whole * rl.steps, slice_.n_chips, price)
+        problems, group = STANDARD
+        other = batch_seconds(programs, done, expected.lengths(rl, group), one)
+        batches = problems / rl.prompts
+        standard = cost_of(sum(value or 0 for value in other.values()) * batches, slice_.n_chips, price)
+    return RewardsPlan(
+        slice=slice_,
+        mesh=dict(programs.of.mesh.shape),
+        shared=programs.copied == 0,
+        programs=done,
+        fits=fits,
+        answer_tokens=float(lengths.answers.mean()),
+        seconds=seconds,
+        tokens_per_second=rate,
+        run=run,
+        standard=standard,
+        advice=None if fits else what_would_fit(config, model, slice_, programs.longest),
+    )
+
+
+def batch_seconds(
+    programs: RewardPrograms, done: list[Program], lengths: Lengths, one: float | None
+) -> dict[str, float | None]:
+    """The parts of a batch's time; every group is taken to teach something.
+
+    Args:
+      done: compiled programs, in the order of `plan_rewards`.
+      one: seconds of grading an answer.
+    """
+    prefill, decode, gradient, update, *reference = (program.best.likely for program in done)
+    calls = sampling_calls(lengths, programs.slots, programs.shards)
+    multiple = token_multiple(programs.of.mesh)
+    shape, buffers = learning_buffers(lengths, programs.of.config.train, multiple)
+    buffers *= math.prod(shape) / math.prod(programs.shape)
+    return {
+        "sampling": calls.prefills * prefill + calls.steps * decode,
+        "scoring": None if one is None else one * len(lengths.answers),
+        "learning": buffers * (gradient + sum(reference)) + programs.rl.updates_per_batch * update,
+    }
+
+
+_BOXES = (("42", "42"), ("42", "41"), (r"\frac{3}{4}", "0.75"), ("x^2-1", "(x-1)(x+1)"))
+
+
+def grading_seconds(rl: RLConfig) -> float | None:
+    """Seconds that an answer's grading takes on this machine, of answers of which a quarter needs algebra.
+
+    None where it takes the run's own problems, or a package that is not installed.
+    """
+    if rl.reward == "reasoning_gym" or ":" in rl.reward:
+        return None
+    answers = [
+        (Problem(str(i), [], gold, {}), f"So it is {i}: \\boxed{{{box}}}", False)
+        for i in range(GRADED)
+        for gold, box in [_BOXES[i % len(_BOXES)]]
+    ]
+    try:
+        with grader_named(rl.reward, format_weight=rl.format_weight, time_limit_s=rl.time_limit_s) as grader:
+            grader.grade(answers[: len(_BOXES)])
+            start = time.perf_counter()
+            grader.grade(answers)
+            return (time.perf_counter() - start) / GRADED
+    except UserError:
+        return None
+
+
+def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, longest: int) -> str:
+    """Fewer slots or less that is kept, on this slice or on the next larger one of its kind; by estimate."""
+    larger = [s for s in SLICES.values() if s.chip == slice_.chip and s.n_chips > slice_.n_chips]
+    for place in [slice_, *sorted(larger, key=lambda s: s.n_chips)]:
+        for remat in dict.fromkeys((config.model.remat, "elementwise", True)):
+            for slots in (config.rl.slots // part for part in (1, 2, 4, 8)):
+                if slots < 1:
+                    continue
+                tried = replace(
+                    config,
+                    model=replace(config.model, remat=remat),
+                    rl=replace(config.rl, slots=slots),
+                )
+                for choice, memory in choices(tried, model, place, longest):
+                    if memory < FULL * place.chip.hbm_bytes:
+                        where = "" if place is slice_ else f"on {place.name}, "
+                        words = f"--config.mesh.data={choice.mesh.data} --config.mesh.fsdp=1"
+                        words += f" --config.mesh.tensor={choice.mesh.tensor}"
+                        words += f" --config.model.remat={str(remat).lower()} --config.rl.slots={slots}"
+                        return f"{where}{words} should fit ({memory / GIB:.1f} GiB per chip, estimated)"
+    return f"no {slice_.chip.name} slice in the table is large enough"
+
+
+# --- What a person sees -------------------------------------------------------------------------------------
+
+
+def print_rewards(plan: RewardsPlan, console: Console) -> None:
+    """A table of the programs, as each runs on one chip, then what a batch and a run take."""
+    title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, learning from rewards"
+    console.print(programs_table(plan.programs, plan.slice.chip, title))
+    base = "the base is on the chips once: the sampler reads the learner's arrays"
+    if not plan.shared:
+        base = "the sampler keeps weights of its own: fsdp splits the learner's, or all are trained"
+    console.print(base)
+    for line in summary_lines(plan):
+        console.print(line, soft_wrap=True)
+
+
+def summary_lines(plan: RewardsPlan) -> list[str]:
+    """Whether it fits, and likely seconds, hours and dollars."""
+    if plan.seconds is None or plan.run is None or plan.standard is None:
+        return [f"{plan.slice.name}: does not fit; {plan.advice}"]
+    whole = sum(value or 0 for value in plan.seconds.values())
+    parts = ", ".join(
+        f"{name} not known beforehand" if value is None else f"{name} {value:.3g} s ({value / whole:.0%})"
+        for name, value in plan.seconds.items()
+    )
+    problems, group = STANDARD
+    return [
+        f"a batch: likely {whole:.3g} s: {parts}; answers of {plan.answer_tokens:,.0f} tokens on average",
+        f"{plan.slice.name}: fits; likely {plan.tokens_per_second:,.0f} sampled tokens/s,"
+        f" {_told(plan.run)} for this configuration without its evaluations,"
+        f" {_told(plan.standard)} for {problems:,} problems x {group} answers",
+    ]
+
+
+def _told(cost: RunCost) -> str:
+    return f"{cost.hours:.2f} h" + ("" if cost.dollars is None else f" (${cost.dollars:,.2f})")

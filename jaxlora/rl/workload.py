@@ -1,0 +1,115 @@
+"""What a batch asks of sampler and learner, from lengths alone: calls of programs, and tokens in buffers.
+
+    lengths = drawn_lengths(prompts=64, group=16, prompt_tokens=120, answer_tokens=170, most=512)
+    sampling = sampling_calls(lengths, slots=384, shards=1)         # 30 prefills, 1,300 steps
+    learning_buffers(lengths, config.train, multiple=128)           # (1, 4096), 73.0
+
+The rules are those of `jaxlora.generate.decode` and `jaxlora.rl.learning`, without any tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxlora.config import TrainConfig
+from jaxlora.data.packing import round_up
+from jaxlora.data.render import RenderedRow
+from jaxlora.generate.decode import SHARED_PROMPTS, SHARED_ROWS, SHARED_WORTH, STEPS_PER_CALL, WINDOW_MULTIPLE
+from jaxlora.generate.order import order_of
+from jaxlora.rl.learning import buffers_of
+
+SPREAD = 0.5  # of the logarithms of answers' lengths: about that of grade-school problems
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of each prompt of a batch, and of each answer, those to one prompt side by side."""
+
+    prompts: np.ndarray  # int [prompts]
+    answers: np.ndarray  # int [prompts * group]
+
+    @property
+    def group(self) -> int:
+        return len(self.answers) // len(self.prompts)
+
+    @property
+    def of_answers(self) -> np.ndarray:
+        """int `[prompts * group]`: tokens of each answer's prompt."""
+        return np.repeat(self.prompts, self.group)
+
+
+@dataclass(frozen=True)
+class SamplingCalls:
+    """How often the sampler's programs run for a batch."""
+
+    prefills: int
+    steps: int  # of decoding
+    window: int  # positions of the cache that a step reads, on average
+    busy: float  # share of the slots that hold an unfinished answer, on average
+
+
+def drawn_lengths(prompts: int, group: int, prompt_tokens: float, answer_tokens: float, most: int) -> Lengths:
+    """A batch with these mean lengths; always the same one. Prompts vary by half their mean, answers as the
+    logarithms of grade-school answers do, cut at `most` tokens."""
+    rng = np.random.default_rng(0)
+    asked = np.linspace(0.5, 1.5, prompts) * prompt_tokens
+    drawn = rng.lognormal(0, SPREAD, prompts * group)
+    low, high = 0.0, 100.0 * most  # cutting lowers the mean: look for the scale that reaches it
+    for _ in range(60):
+        scale = (low + high) / 2
+        low, high = (scale, high) if np.minimum(scale * drawn, most).mean() < answer_tokens else (low, scale)
+    answers = np.clip(np.round(np.minimum(high * drawn, most)), 1, most)
+    return Lengths(np.maximum(1, np.round(asked)).astype(int), answers.astype(int))
+
+
+def sampling_calls(lengths: Lengths, slots: int, shards: int = 1) -> SamplingCalls:
+    """The calls that sample a batch; the smaller programs of its last answers are counted as whole ones.
+
+    Args:
+      slots: on all devices together.
+      shards: devices with slots of their own.
+    """
+    each, begun = slots // shards, lengths.of_answers
+    left, capacity = order_of(begun.tolist()), begun.max() + lengths.answers.max()
+    new, limit, held = (np.zeros(slots, int) for _ in range(3))
+    prefills, windows, busy = 0, [], []
+    while left or (new < limit).any():
+        while left:
+            free = np.flatnonzero(new >= limit)
+            worth = min(SHARED_ROWS, each, SHARED_WORTH) * shards
+            if len(free) < min(worth, len(left)) and len(free) < slots:
+                break
+            prefills += 1
+            for shard in range(shards):
+                own = free[free // each == shard][: min(SHARED_ROWS, each)]
+                prompts: set[int] = set()
+                for slot in own:
+                    if not left or len(prompts | {left[-1] // lengths.group}) > SHARED_PROMPTS:
+                        break
+                    index = left.pop()
+                    prompts.add(index // lengths.group)
+                    new[slot], limit[slot], held[slot] = 1, lengths.answers[index], begun[index]
+        active = new < limit
+        longest = int((held + new)[active].max(initial=0)) + STEPS_PER_CALL
+        windows.append(min(round_up(longest, WINDOW_MULTIPLE), round_up(int(capacity), WINDOW_MULTIPLE)))
+        busy.append(np.minimum(limit - new, STEPS_PER_CALL)[active].sum() / (slots * STEPS_PER_CALL))
+        new = np.minimum(new + STEPS_PER_CALL, limit)
+    mean = round_up(int(np.mean(windows)), WINDOW_MULTIPLE)
+    return SamplingCalls(prefills, len(windows) * STEPS_PER_CALL, mean, float(np.mean(busy)))
+
+
+def learning_buffers(lengths: Lengths, train: TrainConfig, multiple: int) -> tuple[tuple[int, int], float]:
+    """Lines and length of the largest buffer that answers of a batch lie in, and as many tokens as all of
+    their buffers have, in buffers like this one.
+
+    Args:
+      multiple: of the buffers' lengths, as the mesh needs it.
+    """
+    totals = lengths.of_answers + lengths.answers
+    rows = [RenderedRow("", np.zeros(n, np.int32), np.ones(n, np.float32)) for n in totals]
+    shapes = [batch["tokens"].shape[1:] for batch in buffers_of(rows, train, multiple)]
+    lines, length = max(shapes, key=math.prod)
+    return (lines, length), sum(map(math.prod, shapes)) / (lines * length)
