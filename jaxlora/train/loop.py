@@ -84,6 +84,8 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
     with opened(Run, RunDirectory, job, stop) as run, closing(run.programs), closing(run.eval_programs):
+        if compiles_ahead() and not run.store.has_any:
+            run.compile_ahead()  # before anything else: nothing takes longer
         run.resume()
         if compiles_ahead():
             run.compile_ahead()
