@@ -83,6 +83,8 @@ class Ahead:
         """Compile nothing that was not begun."""
         for made in self._made.values():
             made.cancel()
+        if Ahead._alone in self._made.values():
+            Ahead._alone = None  # or its program would stay
 
 
 def _abstract(tree: Any) -> Any:
