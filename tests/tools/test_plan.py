@@ -350,6 +350,47 @@ def test_products_of_two_factors_in_8_bits_are_counted_apart():
     assert (work.flops, work.flops8) == (2 * 2 * 4 * 8 * 2, 2 * 4 * 8 * 2)
 
 
+STACKED = """
+%view (p: s8[6,4,8]) -> s8[6,4,8] {
+  %p = s8[6,4,8]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[6,4,8]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%slice (q: s8[6,4,8], i: s32[]) -> s8[4,8] {
+  %q = s8[6,4,8]{2,1,0} parameter(0)
+  %v = s8[6,4,8]{2,1,0} fusion(%q), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%view
+  %i = s32[] parameter(1)
+  %o = s8[1,4,8]{2,1,0} dynamic-slice(%v, %i, %i, %i), dynamic_slice_sizes={1,4,8}
+  ROOT %b = s8[4,8]{1,0} bitcast(%o)
+}
+
+%turn (t: s8[8,2]) -> s8[8,2] {
+  %t = s8[8,2]{1,0} parameter(0)
+  ROOT %b2 = s8[8,2]{0,1} bitcast(%t)
+}
+
+%fused (r: s8[6,4,8], j: s32[], u: s8[8,2]) -> s32[4,2] {
+  %r = s8[6,4,8]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %own = s8[4,8]{1,0} fusion(%r, %j), kind=kLoop, calls=%slice
+  %u = s8[8,2]{1,0} parameter(2)
+  %same = s8[8,2]{1,0} fusion(%u), kind=kLoop, calls=%turn
+  ROOT %product = s32[4,2]{1,0} dot(%own, %same), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: s8[6,4,8], n: s32[], x: s8[8,2]) -> s32[4,2] {
+  %a = s8[6,4,8]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = s8[8,2]{1,0} parameter(2)
+  ROOT %y = s32[4,2]{1,0} fusion(%a, %n, %x), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_of_stacked_weights_seen_through_a_view_one_layer_is_read_and_of_others_all():
+    assert count_work(STACKED).hbm_bytes == 4 * 8 + 4 + 8 * 2 + 4 * 4 * 2
+
+
 GATHER = 'channel_id=1, replica_groups=[1,8]<=[8], dimensions={1}, frontend_attributes={chain_id="0"}'
 ASYNC_GATHER = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,32]) {
