@@ -32,7 +32,7 @@ from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import generate
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import check_targets, count_trainable, init_lora, lora_shapes
-from jaxlora.models.attention import decode_backend, line_tokens
+from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.experts import own_experts
 from jaxlora.models.families import count_matrix_parameters
@@ -44,6 +44,7 @@ from jaxlora.runtime.devices import memory_in_use, peak_flops
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import place_batch, place_trained, token_lines, token_multiple
+from jaxlora.train.job import buffer_lengths
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
@@ -139,6 +140,16 @@ def utilisation(tokens_per_second: float, flops: int, facts: dict[str, Any]) -> 
     }
 
 
+def waits(seconds: list[float]) -> dict[str, Any]:
+    """What steps after the first waited for, beyond what most of them take: a program that was not there."""
+    extra = np.array(seconds[1:]) - np.median(seconds)
+    return {
+        "longest_wait_seconds": float(extra.max()),
+        "waits_above_1s": int((extra > 1).sum()),
+        "waited_seconds": float(extra[extra > 0.1].sum()),
+    }
+
+
 class Timing(NamedTuple):
     """Steps of an epoch, timed after every buffer length has been compiled."""
 
@@ -157,13 +168,13 @@ def bench_train(
     max_steps: int | None,
     validation: bool,
     products: How = "auto",
+    cold: bool = False,
 ) -> dict[str, Any]:
-    """Time training steps over rows of these lengths, then a validation pass over the first 512 of them.
+    """Time training steps over rows of these (prompt, total) lengths, then validating the first 512 of them.
 
     Args:
-      lengths: prompt and total tokens of each row.
       max_steps: time only this many steps of the epoch; None: all.
-      products: how the products of experts are computed.
+      cold: time them from the first on, while their programs are compiled as in a run.
 
     Raises:
       UserError: the configuration asks for a mesh or an attention that this machine does not have.
@@ -179,7 +190,7 @@ def bench_train(
     with jax.set_mesh(mesh):
         state = init_state(trained, config.optim)
         del trained  # the first step takes its memory
-        lora, timing = _time_training(config, spec, mesh, compute, rows, state, frozen, max_steps)
+        lora, timing = _time_training(config, spec, mesh, compute, rows, state, frozen, max_steps, cold)
         train_rate = timing.tokens / sum(timing.seconds)
         if validation:
             eval_rate = _time_validation(config, spec, mesh, compute, rows[:512], lora, frozen)
@@ -205,6 +216,7 @@ def bench_train(
         "compilations": timing.compilations,
         "compile_seconds": timing.compile_seconds,
         "first_step_seconds": timing.first_step_seconds,
+        **(waits(timing.seconds) if cold else {}),
         "weights_seconds": weights_seconds,
         "peak_memory_gib": memory / 2**30 if memory else None,
         **measured,
@@ -235,18 +247,21 @@ def _time_training(
     state: TrainState,
     frozen: Tree,
     max_steps: int | None,
+    cold: bool,
 ) -> tuple[Tree, Timing]:
     """Compile the step for each buffer length, then time the first steps of an epoch.
 
-    Batches are made ahead and metrics are read late, as in training.
+    Batches are made ahead and metrics are read late, as in training; compiling goes on beside a cold start.
 
     Returns:
       what is trained, after these steps, and their times.
     """
     plan = plan_run(config.optim, config.train, len(rows))
     parts = [plan.rows_of_step(step) for step in range(1, plan.steps_per_epoch + 1)]
-    split = token_multiple(mesh), token_lines(mesh), line_tokens(compute.backend)
-    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, *split)
+    split = token_multiple(mesh), token_lines(mesh)
+    tokens = float(sum(row.n_tokens for row in rows))
+    _, stages = buffer_lengths(config.train, spec, mesh, tokens, len(parts)) if cold else (None, ())
+    layout = choose_layout(rows, parts, config.train.batch_rows, config.train, *split, stages)
     compute = replace(compute, max_segments=layout.rows_a_line)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
@@ -255,27 +270,22 @@ def _time_training(
     seed = 0 if config.lora.dropout else None
     batch_of = partial(step_batch, rows, plan.rows_of_step, layout, dropout_seed=seed)
     shapes = _one_of_each_shape(batch_of, last)
-    first_step_seconds = 0.0
     with CompileCounter() as compiled:
-        start = time.perf_counter()
+        start, first_step_seconds = time.perf_counter(), None
         programs = Ahead(step_fn, lambda *arguments: arguments[2]["tokens"].shape)
-        for batch in shapes.values():
-            programs.start(state, frozen, place_batch(mesh, batch), jnp.float32(0))
-        for shape, batch in shapes.items():
-            console.print(f"compiling for {shape[-1]} tokens")
-            for _ in range(warm_up_runs()):
-                state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate(1)))
-                float(metrics["nll"])
-                first_step_seconds = first_step_seconds or time.perf_counter() - start
+        for i, batch in enumerate(shapes.values()):
+            programs.start(state, frozen, place_batch(mesh, batch), jnp.float32(0), alone=i == 0)
+        if not cold:
+            state, first_step_seconds = _run_each(programs, shapes, mesh, state, frozen, rate(1))
 
-    tokens = buffer_tokens = 0
+    real_tokens = buffer_tokens = 0
     seconds: list[float] = []
     waiting: list[jax.Array] = []
     with CompileCounter() as compiled_again, progress_bar("training", last, "steps") as advance:
-        clock = time.perf_counter()
+        clock = start if cold else time.perf_counter()
         for step, batch in ahead(batch_of, range(1, last + 1)):
             state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate(step)))
-            tokens += sum(rows[i].n_tokens for i in plan.rows_of_step(step))
+            real_tokens += sum(rows[i].n_tokens for i in plan.rows_of_step(step))
             buffer_tokens += batch["tokens"].size
             waiting.append(metrics["nll"])
             while len(waiting) > (LATE if step < last else 0):
@@ -283,16 +293,30 @@ def _time_training(
                 seconds.append(time.perf_counter() - clock)
                 clock += seconds[-1]
                 advance(1)
-    compilations = len(shapes) + len(compiled_again.events)
-    timing = Timing(tokens, buffer_tokens, seconds, first_step_seconds, compilations, sum(compiled.events))
+    events = compiled.events + compiled_again.events
+    compilations = len(events) if cold else len(shapes) + len(compiled_again.events)
+    first_step_seconds = first_step_seconds or seconds[0]
+    timing = Timing(real_tokens, buffer_tokens, seconds, first_step_seconds, compilations, sum(events))
     return state.trained, timing
+
+
+def _run_each(programs, shapes, mesh, state, frozen, rate) -> tuple[TrainState, float]:
+    """Run the program of each shape until it is warm; the state, and seconds until the first has run."""
+    start, first = time.perf_counter(), None
+    for shape, batch in shapes.items():
+        console.print(f"compiling for {shape[-1]} tokens")
+        for _ in range(warm_up_runs()):
+            state, metrics = programs(state, frozen, place_batch(mesh, batch), jnp.float32(rate))
+            float(metrics["nll"])
+            first = first or time.perf_counter() - start
+    return state, first or 0.0
 
 
 def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
     """Real tokens per second of a validation pass that has been compiled and warmed up."""
     rows_a_time = config.train.validation_batch_rows
     batches = ranges(len(rows), rows_a_time)
-    split = token_multiple(mesh), token_lines(mesh), line_tokens(compute.backend)
+    split = token_multiple(mesh), token_lines(mesh)
     layout = choose_layout(rows, batches, rows_a_time, config.train, *split)
     compute = replace(compute, remat=False, max_segments=layout.rows_a_line)
     step = make_eval_step(spec, compute)

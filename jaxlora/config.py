@@ -172,7 +172,11 @@ class TrainConfig:
         "end after so many validations in a row without a lower NLL; none: never", None
     )
     layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
-    buffer_sizes: Positive = _doc("at most this many buffer lengths, each compiled once", 6)
+    buffer_sizes: Count = _doc(
+        "at most this many buffer lengths, each compiled once; 0: 6, on GPUs as many as the run is worth, up"
+        " to 16",
+        0,
+    )
     buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
     max_buffer_tokens: Length = _doc("a step's rows are split over several buffers above this", 16384)
     validation_every: Positive = _doc("validate and checkpoint each this many steps, and at epoch ends", 1000)

@@ -73,3 +73,17 @@ def compiled(tmp_path_factory) -> Path:
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """The compiler for TPU slices that are not there, with the optimizations that other tests spare."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+    import jax
+
+    jax.devices()  # this machine's own have read their flags; the TPU compiler stops at those of CPUs
+    monkeypatch.delenv("XLA_FLAGS")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

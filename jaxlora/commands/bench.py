@@ -74,6 +74,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     _add_step_options(train)
     add_number(train, "--steps", help="only the first steps")
     train.add_argument("--no-validation", action="store_true", help="leave out the validation pass")
+    train.add_argument(
+        "--cold", action="store_true", help="time the steps from the first on, beside compiling, as in a run"
+    )
     _add_decode_options(decode)
     add_number(scaling, "--steps", default=16, help="training steps of each measurement")
     add_number(scaling, "--buffer-sizes", default=2, help="buffer lengths, each compiled once")
@@ -220,7 +223,8 @@ def run_train(options: argparse.Namespace, config: RunConfig, shape: ModelConfig
     from jaxlora.bench import bench_train
 
     lengths = read_rows(options.rows) if options.rows else default_rows()
-    return bench_train(config, shape, lengths, options.steps, not options.no_validation, options.products)
+    validation = not options.no_validation
+    return bench_train(config, shape, lengths, options.steps, validation, options.products, options.cold)
 
 
 def run_experts(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -> dict[str, Any]:

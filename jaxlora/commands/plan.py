@@ -169,11 +169,13 @@ def plan_here(config: RunConfig) -> int:
 
     setup(config.results_dir, config.model.dtype)
     from jaxlora.rl import job as rewards
+    from jaxlora.rl.workload import told_time
     from jaxlora.train import job as rows
 
     if learns_from_rewards(config):
         rl_job = rewards.prepare(config, with_weights=False)
         table, needed, mesh = rewards.describe(rl_job), rewards.memory_here(rl_job), rl_job.mesh
+        table.add_row("[bold]time[/bold]", told_time(rl_job))
     else:
         job = rows.prepare(config, with_weights=False)
         table, needed, mesh = rows.describe(job), rows.memory_per_device(job), job.mesh

@@ -54,7 +54,12 @@ def run(stop: Stop) -> int:
             told = f"problem {problem.id}, answer {problem.answer}, as the model sees it:"
             console.print(harmless(told), markup=False)
             console.print(harmless(str(job.tokenizer.decode(prompt))), markup=False, highlight=False)
-    console.print(describe(job))
+    table = describe(job)
+    if options.dry_run:
+        from jaxlora.rl.workload import told_time
+
+        table.add_row("[bold]time[/bold]", told_time(job))
+    console.print(table)
     if options.dry_run:
         return 0
 

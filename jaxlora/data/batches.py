@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import grain.python as grain
@@ -32,6 +32,10 @@ from jaxlora.data.packing import (
 )
 from jaxlora.data.render import RenderedRow
 from jaxlora.runtime.errors import UserError
+
+ROWS_MULTIPLE = 32  # of the rows that a line of a buffer has places for
+FEW_SIZES = 6  # buffer lengths, where the configuration leaves their number open
+Stages = tuple[tuple[int, int], ...]  # a step, and how many of the lengths the steps up to it use
 
 
 def row_words(seed: int, step: int, rows: Sequence[int]) -> np.ndarray:
@@ -121,6 +125,12 @@ class Layout:
     max_buffer_tokens: int
     lines: int = 1  # of a packed buffer
     rows_a_line: int = 1  # at most
+    early: tuple[tuple[int, tuple[int, ...]], ...] = ()  # a step, and the few lengths of those up to it
+
+    def at(self, step: int) -> Layout:
+        """The layout of a training step."""
+        sizes = next((few for last, few in self.early if step <= last), self.sizes)
+        return replace(self, sizes=sizes, early=())
 
     def build(self, rows: Sequence[RenderedRow]) -> Batch:
         if self.packed:
@@ -140,7 +150,8 @@ class Layout:
         self, rows: Sequence[RenderedRow], rows_of_step: Callable[[int], Sequence[int]], steps: range
     ) -> list[tuple[int, int, int]]:
         """The shapes of the batches of these steps, each once, in the order in which they come."""
-        return list(dict.fromkeys(self.shape([rows[i] for i in rows_of_step(step)]) for step in steps))
+        found = (self.at(step).shape([rows[i] for i in rows_of_step(step)]) for step in steps)
+        return list(dict.fromkeys(found))
 
     def order(self, rows: Sequence[RenderedRow]) -> list[int]:
         """The numbers of these rows in the order in which they lie in the batch, line after line."""
@@ -157,7 +168,7 @@ def choose_layout(
     train: TrainConfig,
     multiple: int,
     lines: int = 1,
-    line_tokens: int | None = None,
+    stages: Stages = (),
 ) -> Layout:
     """The layout for these batches of rows; buffer lengths are multiples of `multiple`.
 
@@ -165,30 +176,26 @@ def choose_layout(
       batches: row numbers of each batch.
       multiple: what the device mesh asks of a buffer's length; `buffer_multiple` is rounded up to it.
       lines: of a packed buffer, as the device mesh asks for.
-      line_tokens: what a line should have about; where a device's rows are longer together, it gets several
-        lines. None: one line a device.
+      stages: in these the first batches use few of the lengths, while programs for the others are compiled.
+        Which step has which length never depends on how far that is.
     """
+    multiple, most_sizes = round_up(train.buffer_multiple, multiple), train.buffer_sizes or FEW_SIZES
     lengths = [[rows[i].n_tokens for i in batch] for batch in batches]
     if train.layout == "padded":
-        multiple = round_up(train.buffer_multiple, multiple)
-        sizes = choose_sizes([max(part) for part in lengths], train.buffer_sizes, multiple)
+        sizes = choose_sizes([max(part) for part in lengths], most_sizes, multiple)
         return Layout(False, sizes, batch_rows, train.max_buffer_tokens)
-    most, mean = train.max_buffer_tokens, sum(map(sum, lengths)) / max(1, len(lengths))
-    more = 1 if line_tokens is None else max(1, round(min(mean / lines, most) / line_tokens))
-    lines, most = lines * more, most // more
-    # Of several lines each is rounded up, so to less.
-    multiple = round_up(min(train.buffer_multiple, 64) if more > 1 else train.buffer_multiple, multiple)
+    most = train.max_buffer_tokens
     totals, rows_a_line = [], 0
     for part in lengths:
         buffers = cut_into_lines(part, most, lines)
         totals.append(fullest(buffers, part))
         rows_a_line = max(rows_a_line, *(len(line) for buffer in buffers for line in buffer))
-    if lines == 1:  # the bound is a batch's rows: what a program is compiled for then knows no data
-        rows_a_line = batch_rows
-    elif more > 1:  # runs over other orders of the rows should share a program
-        rows_a_line = min(batch_rows, round_up(rows_a_line, 4))
-    sizes = choose_sizes(totals, train.buffer_sizes, multiple)
-    return Layout(True, sizes, batch_rows, most, lines, rows_a_line)
+    if lines == 1:  # rounded, so that programs of other data serve these; kernels' memory grows with it
+        rows_a_line = min(batch_rows, round_up(rows_a_line, ROWS_MULTIPLE))
+    sizes = choose_sizes(totals, most_sizes, multiple)
+    own = [min(size for size in sizes if size >= total) for total in totals]
+    early = tuple((last, choose_sizes(own[:last], n, 1)) for last, n in stages if n < len(sizes))
+    return Layout(True, sizes, batch_rows, most, lines, rows_a_line, early)
 
 
 def step_batch(
@@ -205,7 +212,7 @@ def step_batch(
         int32 like its tokens, from which each token's mask follows (`jaxlora.models.dropout`).
     """
     chosen = rows_of_step(step)
-    batch = layout.build([rows[i] for i in chosen])
+    batch = layout.at(step).build([rows[i] for i in chosen])
     if dropout_seed is None:
         return batch
     words = row_words(dropout_seed, step, chosen)

@@ -17,15 +17,6 @@ from jaxlora.models.splash import splash_attention
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import auto_mesh, spec_for
 
-# cuDNN's backward pass goes over the length of a line once for each of its rows: with 32 rows in one line of
-# 12,032 tokens this took an H200 0.96 ms, half of the time of attention.
-CUDNN_LINE = 4096
-
-
-def line_tokens(backend: str) -> int | None:
-    """About how many tokens a line of packed rows should have for a backend; None: as many as there are."""
-    return CUDNN_LINE if backend == "cudnn" else None
-
 
 def pick_backend(backend: str, platform: str, dtype: str = "bfloat16") -> str:
     """Resolve `auto` for a platform (`cpu`, `gpu`, `tpu`) and refuse what cannot run there.

@@ -309,6 +309,7 @@ class Decoder(nnx.Module):
             x, cache = jax.lax.scan(lambda x, inputs: call(definition, x, *inputs), x, (state, cache, layers))
         else:
             entries = []
+            call = jax.jit(call, static_argnums=0)  # traced once for all layers, which differ in numbers only
             for i, module in enumerate(self.layers):
                 definition, state = nnx.split(module)
                 own = None if cache is None else cache[i], None if noise is None else i

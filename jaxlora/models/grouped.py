@@ -50,10 +50,8 @@ def resolve(how: How) -> How:
     """The implementation that `auto` means on this machine."""
     if how != "auto":
         return how
-    if jax.default_backend() == "gpu":
-        hopper = str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
-        return "mosaic" if hopper else "triton"
-    return "ragged_dot" if jax.default_backend() == "tpu" else "loop"
+    by_platform: dict[str, How] = {"tpu": "ragged_dot", "gpu": "triton"}
+    return by_platform.get(jax.default_backend(), "loop")
 
 
 def tile_rows(choices: int, n_experts: int) -> int:
@@ -305,7 +303,10 @@ def _ragged_sum(terms, groups, transposed):
     numbers = _ROWS_TRANSPOSED if transposed else _ROWS
     dtype = terms[0][0].dtype  # of each product: in float32 they would take twice the memory
     ys = [jax.lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype) for x, w in terms]
-    return sum((y.astype(jnp.float32) for y in ys), jnp.float32(0)).astype(dtype)
+    total = ys[0].astype(jnp.float32)
+    for y in ys[1:]:
+        total += y.astype(jnp.float32)
+    return total.astype(dtype)
 
 
 def _loop_sum(terms, groups, transposed):

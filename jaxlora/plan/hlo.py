@@ -270,6 +270,8 @@ def _bytes_used(computations, fused: Computation, parameter: Instruction) -> flo
             continue
         elif user.op == "gather" and user.operands[0] == parameter.name:
             used = max(used, sum(a.bytes for a in user.result))
+        elif _is_view(user):
+            used = max(used, _bytes_used(computations, fused, user))
         elif user.op == "fusion":
             inner = computations[_called(user, "calls")]
             for number, name in enumerate(user.operands):
@@ -277,12 +279,27 @@ def _bytes_used(computations, fused: Computation, parameter: Instruction) -> flo
                     matches = (
                         i for i in inner.values() if i.op == "parameter" and i.text.startswith(f"({number})")
                     )
-                    used = max(used, _bytes_used(computations, inner, next(matches)))
-        elif user.op == "bitcast":
-            used = max(used, _bytes_used(computations, fused, user))
+                    within = next(matches)
+                    used = max(used, _bytes_used(computations, inner, within))
+                    if _passes_on(inner, within):
+                        used = max(used, _bytes_used(computations, fused, user))
         else:
             return whole
     return min(used, whole)
+
+
+def _is_view(instruction: Instruction) -> bool:
+    """Whether the result is the operand in another shape or order, where it lies."""
+    aliased = "output_to_operand_aliasing={{}: (0, {})}" in instruction.text
+    return instruction.op == "bitcast" or (instruction.op == "fusion" and aliased)
+
+
+def _passes_on(fused: Computation, value: Instruction) -> bool:
+    """Whether a fused computation gives on this value itself, seen through views."""
+    if value.is_root:
+        return True
+    views = (i for i in fused.values() if value.name in i.operands and _is_view(i))
+    return any(_passes_on(fused, view) for view in views)
 
 
 def _trip_count(computations, loop: Instruction) -> int | None:

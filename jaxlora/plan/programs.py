@@ -310,7 +310,7 @@ class Programs:
 
 def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
     """The share of the experts' rows on a chip that is used where every expert is chosen equally often."""
-    if model.experts is None:
+    if model.experts is None or not tokens:  # an optimizer's step has none
         return 1.0
     ways, own = mesh.shape.get("expert", 1), math.ceil(tokens / token_shards(mesh))
     choices = own * model.experts.num_experts_per_tok

@@ -67,12 +67,17 @@ def legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
 
 
+def _name(sweep: Sweep) -> str:
+    """For a legend; says where the best rate is not known, so that the loss is an upper bound."""
+    return f"{sweep.name} (edge)" if sweep.on_edge else sweep.name
+
+
 def _curves(axes: Axes, sweeps: Sequence[Sweep]) -> None:
     """Envelopes over a logarithmic axis."""
     looks = looks_of(sweeps)
     for sweep in sweeps:
         x, y = [p.step for p in sweep.envelope], [p.loss for p in sweep.envelope]
-        axes.plot(x, y, **looks[sweep.label], linewidth=1.2, markersize=4, label=sweep.name)
+        axes.plot(x, y, **looks[sweep.label], linewidth=1.2, markersize=4, label=_name(sweep))
     _step_axis(axes)
     axes.set_ylabel(_LOSS)
 
@@ -129,7 +134,7 @@ def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figu
     for sweep in own:
         losses = {rate: loss for rate, loss in sorted(sweep.losses().items()) if math.isfinite(loss)}
         axes.plot(*zip(*losses.items(), strict=True), **looks[sweep.label], linewidth=1.2, markersize=5)
-        axes.plot([], [], **looks[sweep.label], label=sweep.name)
+        axes.plot([], [], **looks[sweep.label], label=_name(sweep))
         lowest += [min(losses.values())]
         ends += [sorted(losses.values())[min(2, len(losses) - 1)]]
         if (best := sweep.best(scatter)) and not best.edge:
@@ -183,7 +188,13 @@ def draw_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | Non
     sizes = sorted({s.batch_rows for s in sweeps})
     for place, rank in enumerate([None, *ranks]):
         own = [s for size in sizes if (s := find(sweeps, rank, batch_rows=size)) is not None]
-        finals = [(s.batch_rows, final.mean) for s in own if (final := s.final(scatter)) is not None]
+        finals = [
+            (s.batch_rows, final.mean)
+            for s in own
+            if not s.on_edge and (final := s.final(scatter)) is not None
+        ]
+        if not finals:
+            continue
         look: _Look = _FULL if rank is None else {"color": f"C{place}", "marker": _MARKERS[place]}
         name = "full" if rank is None else f"r{rank}"
         left.plot(*zip(*finals, strict=True), **look, label=name)
@@ -227,7 +238,7 @@ def draw_placements(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | 
     looks = looks_of(own)
     for y, sweep in enumerate(own):
         right.plot(sweep.repeats, [y] * len(sweep.repeats), looks[sweep.label]["marker"], color="#0B4F8A")
-    right.set_yticks(range(len(own)), [f"{s.name}, {s.parameters / 1e6:.1f} M" for s in own])
+    right.set_yticks(range(len(own)), [f"{_name(s)}, {s.parameters / 1e6:.1f} M" for s in own])
     right.invert_yaxis()
     right.set_xlabel("last loss at the best rate, every seed\n(axis does not begin at zero)")
     legend(figure, left)

@@ -71,9 +71,9 @@ def _verdict(difference: float, error: float) -> str:
 
 def _gap(first: Sweep | None, second: Sweep | None, scatter: float | None) -> tuple[float, float] | None:
     """Loss of the first minus the second, each at its best rate, over the seeds that both have, and its
-    standard error; None: not both.
+    standard error; None: not both, or one lies on an edge, where its loss is not that of its best rate.
     """
-    if first is None or second is None or scatter is None:
+    if first is None or second is None or scatter is None or first.on_edge or second.on_edge:
         return None
     seeds = sorted(first.by_seed.keys() & second.by_seed.keys())
     if not seeds:
@@ -300,9 +300,7 @@ def batch_gaps(sweeps: Sequence[Sweep], rank: int, scatter: float | None) -> dic
     found = {}
     for rows in sorted({sweep.batch_rows for sweep in sweeps}):
         lora, full = find(sweeps, rank, batch_rows=rows), find(sweeps, None, batch_rows=rows)
-        best = [sweep.best(None) if sweep else None for sweep in (lora, full)]
-        gap = _gap(lora, full, scatter)
-        if gap is not None and all(one is not None and not one.edge for one in best):
+        if (gap := _gap(lora, full, scatter)) is not None:
             found[rows] = gap
     return found
 

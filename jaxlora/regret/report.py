@@ -32,8 +32,8 @@ CAPTIONS = {
     "ranks": "Held-out loss of every rank and of full fine-tuning, the lowest over rates at each step.",
     "rates": "Held-out loss at the last step over the rate. Rings: minima of the parabolas.",
     "best-rates": "Best rates by rank, beside ten times that of full fine-tuning.",
-    "batches": "Batch sizes, each cell at its own best rate, one epoch.",
-    "placements": "Where adapters sit.",
+    "batches": "Batch sizes, each cell at its own best rate, one epoch; cells on an edge are left out.",
+    "placements": "Where adapters sit; of a cell on an edge the lowest loss so far.",
     "placement-rates": "The same over the rate.",
     "ratios": "The ratio of best rates as runs grow longer.",
 }

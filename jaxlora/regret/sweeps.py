@@ -78,6 +78,12 @@ class Sweep:
         return best_rate(self.losses(step), scatter)
 
     @cached_property
+    def on_edge(self) -> bool:
+        """Whether the best rate is the lowest or the highest of the grid, or none."""
+        best = self.best(None)
+        return best is None or best.edge is not None
+
+    @cached_property
     def by_seed(self) -> dict[int, float]:
         """Last losses at the best rate that was tried, by seed; empty where none finished."""
         best = self.best(None)

@@ -15,6 +15,7 @@ class Display(ProgressLine):
     def __init__(self, job: RLJob, done: int):
         super().__init__(job, job.plan.total_steps, done)
         self._numbers = ""
+        self._reasons: set[str] = set()  # of failures that were told
         self.put("compiling")
 
     def say(self, what: str) -> None:
@@ -29,6 +30,15 @@ class Display(ProgressLine):
         parts.append(f"{found['tokens_per_second']:,.0f} sampled tokens/s")
         self._numbers = " · ".join(parts)
         self.put(self._numbers, step)
+
+    def failed(self, step: int, failures: dict[str, int], answers: int) -> None:
+        """Print, once for each reason, that a grader gave no value."""
+        for reason in failures.keys() - self._reasons:
+            say(
+                f"step {step}: the grader gave no value for {failures[reason]:,} of {answers:,} answers"
+                f" ({reason}); they count as 0"
+            )
+        self._reasons |= failures.keys()
 
     def evaluated(self, step: int, accuracy: float) -> None:
         """Print the result of an evaluation."""

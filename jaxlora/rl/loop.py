@@ -27,7 +27,7 @@ from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.display import Display
 from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import Learned, Learner, batch_statistics, counted, impossible, not_finite
-from jaxlora.rl.rewards import Grader, grader_named
+from jaxlora.rl.rewards import Grader, count_failures, grader_named
 from jaxlora.rl.sampling import Group, Sampler, grade, grade_groups, shared_bytes
 from jaxlora.runtime import hosts
 from jaxlora.runtime.devices import memory_in_use
@@ -281,6 +281,8 @@ class Run:
             "tokens_per_second": found["sampled_tokens"] / times["seconds"],
             "peak_memory_bytes": memory,
         }
+        graded = [one.graded for group in batch.every for one in group.episodes if one.graded]
+        self.display.failed(step, count_failures(graded), len(graded))
         self.directory.write_samples(step, batch.every)
         self.directory.record(self.directory.batch_record(step, rate, fields))
         self.display.show_batch(step, fields)

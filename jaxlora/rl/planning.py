@@ -48,7 +48,7 @@ from jaxlora.rl.mesh import (
 )
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.rewards import grader_named
-from jaxlora.rl.workload import Lengths, drawn_lengths, learning_buffers, sampling_calls
+from jaxlora.rl.workload import USUAL_SHARE, Lengths, drawn_lengths, learning_buffers, sampling_calls
 from jaxlora.runtime.devices import SLICES, Slice
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import progress_bar
@@ -64,7 +64,6 @@ from jaxlora.sharding import (
 from jaxlora.train.objective import extras_of
 from jaxlora.train.step import make_gradient_step, make_logprob_step, make_update_step
 
-USUAL_SHARE = 1 / 3  # of the longest answer: the mean one, where nothing else is said
 STANDARD = 10_000, 32  # problems, and answers to each, of the run that every plan is asked for
 GRADED = 64  # answers whose grading is timed
 

@@ -12,15 +12,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlora.config import TrainConfig
 from jaxlora.data.packing import round_up
 from jaxlora.data.render import RenderedRow
+from jaxlora.estimate import BF16, REACHED
 from jaxlora.generate.decode import SHARED_PROMPTS, SHARED_ROWS, SHARED_WORTH, STEPS_PER_CALL, WINDOW_MULTIPLE
 from jaxlora.generate.order import order_of
+from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.families import count_matrix_parameters
+from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import buffers_of
+from jaxlora.rl.mesh import slots_of
+from jaxlora.runtime.devices import memory_rate_of, peak_flops
 
+USUAL_SHARE = 1 / 3  # of the longest answer: the mean one, where nothing else is said
 SPREAD = 0.5  # of the logarithms of answers' lengths: about that of grade-school problems
 
 
@@ -99,6 +108,47 @@ def sampling_calls(lengths: Lengths, slots: int, shards: int = 1) -> SamplingCal
         new = np.minimum(new + STEPS_PER_CALL, limit)
     mean = round_up(int(np.mean(windows)), WINDOW_MULTIPLE)
     return SamplingCalls(prefills, len(windows) * STEPS_PER_CALL, mean, float(np.mean(busy)))
+
+
+def least_seconds(
+    spec: ModelSpec, lengths: Lengths, slots: int, mesh: Mesh, flops: float, memory_rate: float
+) -> dict[str, float]:
+    """Sampling and learning of a batch at `REACHED` of the peak rates, without grading and collectives.
+
+    Args:
+      slots: on all devices together.
+      flops, memory_rate: peaks of one device, of bfloat16 products and of its memory in bytes/s.
+    """
+    model, devices = spec.config, mesh.size
+    weights = count_matrix_parameters(model)
+    token = 2 * BF16 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
+    filled = float(lengths.prompts.mean() + lengths.answers.mean() / 2)
+    calls = sampling_calls(lengths, slots)
+    read = BF16 * weights / mesh.shape["tensor"] + slots * calls.busy * filled * token / devices
+    step = max(read / memory_rate, 2 * weights * slots / devices / flops)
+    totals = lengths.of_answers + lengths.answers
+    prefill = 2 * weights * lengths.prompts.sum() / devices / flops
+    learning = (6 if spec.full else 4) * weights * totals.sum() / devices / flops
+    return {"sampling": (calls.steps * step + prefill) / REACHED, "learning": learning / REACHED}
+
+
+def told_time(job: RLJob) -> str:
+    """How long a run takes at least on the devices that are here, in words; answers are taken to be a third
+    as long as they may be."""
+    device, rl = jax.devices()[0], job.config.rl
+    flops, memory_rate = peak_flops(device), memory_rate_of(device)
+    if flops is None or memory_rate is None:
+        return f"not known for {device.device_kind} devices: the first batches tell; TPU slices: jaxlora plan"
+    mean = sum(map(len, job.prompts)) / len(job.prompts)
+    lengths = drawn_lengths(rl.prompts, rl.group, mean, USUAL_SHARE * rl.max_new_tokens, rl.max_new_tokens)
+    shards = job.mesh.size if job.mesh.shape["tensor"] == 1 else 1
+    parts = least_seconds(job.spec, lengths, slots_of(job.config, shards), job.mesh, flops, memory_rate)
+    whole = sum(parts.values())
+    told = ", ".join(f"{name} {value:.3g} s" for name, value in parts.items())
+    return (
+        f"at least {rl.steps * whole / 3600:.2f} h without evaluations, {whole:.3g} s a batch ({told}, and"
+        f" grading), where answers have {lengths.answers.mean():,.0f} tokens on average"
+    )
 
 
 def learning_buffers(lengths: Lengths, train: TrainConfig, multiple: int) -> tuple[tuple[int, int], float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,30 +24,45 @@ COMPILES_AHEAD = ("gpu",)  # where compiling takes long and the host has cores t
 MOST = 32  # programs compiled ahead: those of further shapes are compiled when they come
 
 
-def compiles_ahead() -> bool:
-    """Whether it is worth the threads on this machine's devices."""
-    return jax.default_backend() in COMPILES_AHEAD
+def compiles_ahead(platform: str | None = None) -> bool:
+    """Whether it is worth the threads on devices of this platform; None: on this machine's."""
+    return (platform or jax.default_backend()) in COMPILES_AHEAD
 
 
 class Ahead:
-    """A jitted function that may have been compiled already; one a function, for all threads."""
+    """A jitted function that may have been compiled already; one a function, for all threads.
+
+    All share the threads: programs are compiled in the order in which they are asked for.
+    """
+
+    _pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "compiling")
+    _tracing = threading.Lock()  # Python traces one at a time; what is asked for first comes first
+    _alone: Future | None = None  # what programs that are asked for now wait for
 
     def __init__(self, function: Any, key: Callable[..., Hashable], static: tuple[int, ...] = ()):
         """`key` tells from the arguments which program they need; `static` are the jitted function's own."""
         self._function, self._key, self._static = function, key, static
         self._made: dict[Hashable, Future[Callable]] = {}
-        self._pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "compiling")
-        self._tracing = threading.Lock()  # Python traces one at a time; what is asked for first comes first
 
-    def start(self, *arguments: Any) -> None:
-        """Compile for arguments like these, in a thread, unless that was begun before."""
+    def start(self, *arguments: Any, alone: bool = False) -> None:
+        """Compile for arguments like these, in a thread, unless that was begun before.
+
+        Args:
+          alone: programs that are asked for later, of any function, wait until this one is there, which
+            comes the sooner.
+        """
         key = self._key(*arguments)
         if key not in self._made and len(self._made) < MOST:
             like = [x if i in self._static else _abstract(x) for i, x in enumerate(arguments)]
             mesh = jax.sharding.get_mesh()
-            self._made[key] = self._pool.submit(self._compile, None if mesh.empty else mesh, like)
+            context = None if mesh.empty else mesh
+            self._made[key] = self._pool.submit(self._compile, context, like, Ahead._alone)
+            if alone:
+                Ahead._alone = self._made[key]
 
-    def _compile(self, mesh: Any, arguments: list) -> Callable:
+    def _compile(self, mesh: Any, arguments: list, after: Future | None) -> Callable:
+        if after is not None:
+            wait([after])
         with nullcontext() if mesh is None else jax.set_mesh(mesh):  # the context of a thread is its own
             with self._tracing:
                 lowered = self._function.lower(*arguments)
@@ -66,7 +81,10 @@ class Ahead:
 
     def close(self) -> None:
         """Compile nothing that was not begun."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for made in self._made.values():
+            made.cancel()
+        if Ahead._alone in self._made.values():
+            Ahead._alone = None  # or its program would stay
 
 
 def _abstract(tree: Any) -> Any:

@@ -170,8 +170,10 @@ def slice_named(name: str) -> Slice:
 
 # --- Rates and memory ---------------------------------------------------------------------------------------
 
-# Dense bf16 peak of GPUs in FLOP/s by a part of `device_kind`, from the maker's data sheets.
+# Dense bf16 peak of GPUs in FLOP/s, and bytes/s of their memory, by a part of `device_kind`, from the maker's
+# data sheets (H100 SXM, A100 80 GB).
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+_MEMORY_RATES = {"H200": 4800e9, "H100": 3350e9, "A100": 2039e9}
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -179,6 +181,13 @@ def peak_flops(device: jax.Device) -> float | None:
     if (chip := chip_of(device.device_kind)) is not None:
         return chip.flops
     return next((rate for name, rate in _PEAK_FLOPS.items() if name in device.device_kind), None)
+
+
+def memory_rate_of(device: jax.Device) -> float | None:
+    """Peak bytes/s of one device's memory, or None where it is not known (a CPU)."""
+    if (chip := chip_of(device.device_kind)) is not None:
+        return chip.hbm_rate
+    return next((rate for name, rate in _MEMORY_RATES.items() if name in device.device_kind), None)
 
 
 def memory_in_use(device: jax.Device) -> int | None:

@@ -19,20 +19,20 @@ from rich.table import Table
 
 from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base, tokenizer_sha256
-from jaxlora.config import DataConfig, RunConfig
-from jaxlora.data.batches import Layout, choose_layout, ranges, split_validation
+from jaxlora.config import DataConfig, RunConfig, TrainConfig
+from jaxlora.data.batches import Layout, Stages, choose_layout, ranges, split_validation
 from jaxlora.data.cache import RowCache, default_folder
 from jaxlora.data.gates import GateStatus, require_gates
 from jaxlora.data.render import RenderedRow, Tokenizer
 from jaxlora.data.rows import RowOptions, RowReport, load_rendered_rows
 from jaxlora.estimate import mesh_here
 from jaxlora.lora import check_lora, check_targets, count_trainable, init_lora
-from jaxlora.models.attention import line_tokens
 from jaxlora.models.decoder import ModelSpec, Tree, kept_per_token
-from jaxlora.models.families import count_parameters
+from jaxlora.models.families import count_matrix_parameters, count_parameters
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import described, pick_scheme
 from jaxlora.models.spec import check_positions
+from jaxlora.runtime.ahead import compiles_ahead
 from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
@@ -49,6 +49,9 @@ from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
 
 SURE = 0.8  # of a memory: the estimate is good to about a fifth
+MOST_LENGTHS = 16  # of buffers: more leave 2% of padding where these leave 2.6%
+FLOPS_A_LENGTH = 2.5e16  # a minute of an H100, of which the next length saves about what compiling takes
+EARLY = (1e16, 1), (2.5e16, 8)  # FLOPs of a device until programs of more lengths than so many are compiled
 
 
 class Prepared(Protocol):
@@ -133,7 +136,9 @@ def prepare(
     steps = [plan.rows_of_step(step) for step in range(1, distinct + 1)]
     rows_a_time = min(train.validation_batch_rows, len(validation_rows))
     checks = ranges(len(validation_rows), rows_a_time)
-    split = token_multiple(machine.mesh), machine.lines, line_tokens(machine.backend)
+    split = token_multiple(machine.mesh), machine.lines
+    tokens = token_count(train_rows) * plan.total_steps / plan.steps_per_epoch
+    lengths, stages = buffer_lengths(train, spec, machine.mesh, tokens, plan.total_steps)
     return Job(
         config=config,
         base=base,
@@ -145,9 +150,25 @@ def prepare(
         reports=reports,
         gates=gates,
         plan=plan,
-        train_layout=choose_layout(train_rows, steps, train.batch_rows, train, *split),
+        train_layout=choose_layout(train_rows, steps, train.batch_rows, lengths, *split, stages),
         validation_layout=choose_layout(validation_rows, checks, rows_a_time, train, *split),
     )
+
+
+def buffer_lengths(
+    train: TrainConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, tokens: float, steps: int
+) -> tuple[TrainConfig, Stages]:
+    """The settings with how many buffer lengths a run over so many tokens has, and in what stages.
+
+    A length costs a program. Where programs are compiled in threads beside the first steps, there are as many
+    as the padding that they save is worth, and those steps do with few.
+    """
+    if not compiles_ahead(mesh.devices.flat[0].platform):
+        return train, ()
+    flops = (6 if spec.full else 4) * count_matrix_parameters(spec.config) * tokens / mesh.size
+    if train.buffer_sizes == 0:
+        train = replace(train, buffer_sizes=min(MOST_LENGTHS, 1 + int(flops / FLOPS_A_LENGTH)))
+    return train, tuple((math.ceil(steps * early / flops), n) for early, n in EARLY)
 
 
 def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:

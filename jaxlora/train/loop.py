@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.data.batches import ahead, step_batch, validation_batches
+from jaxlora.data.batches import ahead, ranges, step_batch, validation_batches
 from jaxlora.data.packing import Batch
 from jaxlora.models.decoder import Tree
 from jaxlora.runtime import hosts
@@ -83,7 +83,9 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
         checkpoints hold, or the disk is full.
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
-    with opened(Run, RunDirectory, job, stop) as run, closing(run.programs):
+    with opened(Run, RunDirectory, job, stop) as run, closing(run.programs), closing(run.eval_programs):
+        if compiles_ahead() and not run.store.has_any:
+            run.compile_ahead()  # before anything else: nothing takes longer
         run.resume()
         if compiles_ahead():
             run.compile_ahead()
@@ -152,7 +154,8 @@ class Run:
         self.validations: dict[int, float] = {}
         self._like = abstract_state(job)
         self.train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
-        self.programs = Ahead(self.train_step, lambda *arguments: arguments[2]["tokens"].shape)
+        eval_step = make_eval_step(job.spec, job.compute(job.validation_layout))
+        self.programs, self.eval_programs = (Ahead(step, _shape) for step in (self.train_step, eval_step))
         self._again = False  # it went back once, because its selected checkpoint was damaged
 
     def resume(self, before: int | None = None) -> None:
@@ -213,16 +216,24 @@ class Run:
         return self._finish()
 
     def compile_ahead(self) -> None:
-        """Begin to compile the step for every shape of the batches to come, the next one's first."""
+        """Begin to compile the steps for every shape of the batches to come: the next one's first and alone,
+        so that training begins, and those of validations last."""
         job = self.job
         steps = range(self.step + 1, job.plan.total_steps + 1)
         if not steps:
             return
-        rate, kinds = jax.ShapeDtypeStruct((), np.float32), self._batch_of()(steps[0])
-        for shape in job.train_layout.shapes(job.train_rows, job.plan.rows_of_step, steps):
-            sharding = named(job.mesh, (None, "batch", "length"), shape)
-            batch = {k: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding) for k, x in kinds.items()}
-            self.programs.start(self._like, abstract_frozen(job), batch, rate)
+        rate, like = jax.ShapeDtypeStruct((), np.float32), self._batch_of()(steps[0])
+        shapes = job.train_layout.shapes(job.train_rows, job.plan.rows_of_step, steps)
+        for i, shape in enumerate(shapes):
+            batch = _abstract_batch(job, like, shape)
+            self.programs.start(self._like, abstract_frozen(job), batch, rate, alone=i == 0)
+        checks = ranges(len(job.validation_rows), job.validation_layout.batch_rows)
+        like = job.validation_layout.build(job.validation_rows[:1])
+        for shape in job.validation_layout.shapes(
+            job.validation_rows, checks.__getitem__, range(len(checks))
+        ):
+            batch = _abstract_batch(job, like, shape)
+            self.eval_programs.start(self._like.trained, abstract_frozen(job), batch)
 
     def _batch_of(self) -> Callable[[int], Batch]:
         """What builds the batch of a step."""
@@ -339,6 +350,17 @@ class Run:
             ) from None
 
 
+def _shape(*arguments: Any) -> tuple[int, ...]:
+    """What tells the programs of a step apart: the shape of its batch."""
+    return next(x["tokens"].shape for x in arguments if isinstance(x, dict) and "tokens" in x)
+
+
+def _abstract_batch(job: Job, like: Batch, shape: tuple[int, ...]) -> Tree:
+    """The shapes and shardings of a batch of this shape, with the arrays of another."""
+    sharding = named(job.mesh, (None, "batch", "length"), shape)
+    return {name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding) for name, x in like.items()}
+
+
 class StepLog:
     """The numbers of the steps, read late, checked and recorded."""
 
@@ -383,13 +405,12 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
       Diverged: it is not finite.
     """
     job, sums = run.job, []
-    eval_step = make_eval_step(job.spec, job.compute(job.validation_layout))
     for batch in validation_batches(job.validation_rows, job.validation_layout):
         if hosts.agree(run.stop.signum is not None):
             return None
         placed = place_batch(job.mesh, batch)
         with display.compiling("validation step", batch["tokens"].shape):
-            sums.append(eval_step(run.state.trained, run.frozen, placed))
+            sums.append(run.eval_programs(run.state.trained, run.frozen, placed))
         display.validating(len(sums))
     totals = np.asarray(jax.device_get(sums), np.float64)
     nll, weight = totals.sum(axis=0)

@@ -11,9 +11,8 @@ import pytest
 
 import jaxlora
 from jaxlora import sharding
-from jaxlora.checkpoints.base import find_base, random_base
+from jaxlora.checkpoints.base import random_base
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig, from_dict
-from jaxlora.data.batches import choose_layout
 from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
 from jaxlora.estimate import mesh_here, mesh_of_gpus
@@ -26,7 +25,7 @@ from jaxlora.sharding import make_mesh, place_batch, place_trained
 from jaxlora.train import step as train_step
 from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
-from jaxlora.train.step import Compute, gradients, make_gradient_step
+from jaxlora.train.step import Compute, make_gradient_step
 
 GIB = 2**30
 
@@ -75,37 +74,6 @@ def test_a_run_in_lines_ends_where_one_on_one_device_does(as_on_gpus, tmp_path):
             assert job.train_layout.lines == data
             nll.append(train(job).mean_nll)
     assert nll[1] == pytest.approx(nll[0], rel=1e-4)
-
-
-def test_rows_of_one_device_lie_in_several_lines_where_a_backend_asks_for_short_ones():
-    """The layout holds all rows, no line is longer than asked, and the gradients are those of one line."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(20, 90, 24)
-    rows = [
-        RenderedRow(str(i), rng.integers(5, 150, n).astype(np.int32), np.ones(n, np.float32))
-        for i, n in enumerate(lengths)
-    ]
-    batches, config = [range(12), range(12, 24)], TrainConfig(batch_rows=12, buffer_multiple=16)
-    one = choose_layout(rows, batches, 12, config, 1)
-    several = choose_layout(rows, batches, 12, config, 1, line_tokens=200)
-    assert (one.lines, several.lines, several.rows_a_line) == (1, 3, 4)
-    assert max(several.sizes) < max(one.sizes) / 2
-    spec = ModelSpec(find_base(ModelSource(path="embedded:base")).config, LoraConfig(rank=2), "float32")
-    base = random_base(spec, 0, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
-    lora = init_lora(spec, 0)
-    found = []
-    for layout in (one, several):
-        batch = layout.build(rows[:12])
-        assert batch["tokens"].shape[:2] == (1, layout.lines)
-        assert batch["weights"].sum() == sum(lengths[:12] - 1)
-        compute = Compute(max_segments=layout.rows_a_line)
-        found.append(
-            jax.jit(gradients, static_argnums=(0, 4, 5, 6))(
-                spec, lora, base, batch, compute, "cross_entropy", False
-            )[:2]
-        )
-    for ours, expected in zip(*map(jax.tree.leaves, found), strict=True):
-        assert np.linalg.norm(ours - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1)], ids=str)

@@ -13,8 +13,8 @@ from helpers.rows import random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.config import LoraConfig, OptimConfig
-from jaxlora.data.batches import Layout
+from jaxlora.config import LoraConfig, OptimConfig, TrainConfig
+from jaxlora.data.batches import Layout, choose_layout
 from jaxlora.data.packing import (
     choose_sizes,
     cut_into_buffers,
@@ -105,6 +105,18 @@ def test_a_batch_in_lines_holds_the_rows_and_gives_them_back():
     spread_words = spread(batch, words[layout.order(rows)])
     for word, found in zip(words, rows_of(spread_words, lengths, 72, lines=2), strict=True):
         assert (found == word).all()
+
+
+@pytest.mark.parametrize(("batch_rows", "most", "places"), [(200, 512, 32), (200, 4096, 128), (8, 512, 8)])
+def test_a_line_has_places_for_the_rows_that_it_can_hold_not_for_all_of_a_batch(batch_rows, most, places):
+    """A kernel's memory and launches grow with them."""
+    rows = random_rows(200)
+    steps = [range(start, start + batch_rows) for start in range(0, 200, batch_rows)]
+    train = TrainConfig(layout="packed", batch_rows=batch_rows, max_buffer_tokens=most)
+    layout = choose_layout(rows, steps, batch_rows, train, 1)
+    held = max(layout.build([rows[i] for i in step])["segment_ids"].max() for step in steps)
+    assert layout.rows_a_line == places
+    assert held <= places < held + 32
 
 
 def test_words_of_a_step_with_fewer_rows_than_its_batch_reach_their_rows():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,14 @@ from jaxlora.data.packing import pack
 from jaxlora.data.render import RenderedRow
 from jaxlora.generate.decode import GREEDY, PACKED_STEPS, generate, make_decode
 from jaxlora.lora import init_lora
-from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.decoder import DecoderLayer, ModelSpec
 from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime import ahead
 from jaxlora.runtime.ahead import Ahead
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import make_mesh, place_batch, place_trained
 from jaxlora.train.job import padding_efficiency
-from jaxlora.train.step import Compute, init_state, make_train_step
+from jaxlora.train.step import Compute, buffer_loss, init_state, make_train_step
 
 MODEL = ModelConfig(
     vocab_size=64,
@@ -92,6 +93,21 @@ def test_decoding_compiled_ahead_gives_the_same_answers(devices, monkeypatch):
     assert len(decode._made) == 3
     assert decode._function._cache_size() == 0  # every call had its program
     make_decode.cache_clear()
+
+
+def test_unrolled_layers_are_traced_once(monkeypatch):
+    spec = ModelSpec(replace(MODEL, num_hidden_layers=3), LoraConfig(rank=2), scan=False)
+    calls, layer = [], DecoderLayer.__call__
+    monkeypatch.setattr(DecoderLayer, "__call__", lambda *arguments: calls.append(1) or layer(*arguments))
+    buffer = {name: jax.ShapeDtypeStruct((1, 8), jnp.int32) for name in ("tokens", "targets", "positions")}
+    buffer |= {name: jax.ShapeDtypeStruct((1, 8), jnp.float32) for name in ("segment_ids", "weights")}
+
+    def loss(lora, frozen, buffer):
+        return buffer_loss(spec, lora, frozen, buffer, Compute(), "cross_entropy", False)[0]
+
+    adapter = jax.eval_shape(lambda: init_lora(spec, 0))
+    jax.eval_shape(jax.grad(loss), adapter, spec.abstract_base, buffer)
+    assert len(calls) == 1
 
 
 def test_what_goes_wrong_in_a_thread_is_raised_where_the_program_is_needed():

@@ -134,6 +134,13 @@ def test_a_best_rate_on_an_edge_gives_no_ratio_and_no_batch_gap():
     assert about(sweeps, "ten times").verdict == CANNOT
 
 
+def test_a_placement_whose_best_rate_lies_on_an_edge_is_not_compared():
+    made = [r for s in world() for r in s.records if s.placement != "mlp_only" or r["rate"] <= 1e-3]
+    for words in ("equal parameters", "same rank"):
+        assert about(world(), words).verdict == AGREES
+        assert about(sweeps_of(made), words).verdict == CANNOT
+
+
 def test_sweeps_know_their_place():
     sweeps = world()
     assert main_batch(sweeps) == 32

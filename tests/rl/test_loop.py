@@ -18,7 +18,8 @@ from jaxlora.rl import loop
 from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.job import estimate_memory, prepare
 from jaxlora.rl.learning import Learner
-from jaxlora.rl.sampling import Sampler, shared_bytes
+from jaxlora.rl.rewards import Graded
+from jaxlora.rl.sampling import Sampler, grade_groups, shared_bytes
 from jaxlora.runtime.errors import UserError
 from jaxlora.train.job import fresh_state, load_frozen
 from jaxlora.train.loop import Diverged
@@ -216,6 +217,24 @@ def test_options_learn_and_begin_on_policy(model, tmp_path, options):
         assert record["ratio/min"] == pytest.approx(1, abs=2e-3)
     else:  # later parts are off policy
         assert record["optim/kl_sample_train_v2"] > 0
+
+
+def test_a_grader_that_gives_no_value_is_told_once_a_reason(model, tmp_path, monkeypatch, capsys):
+    original = Sampler.groups
+    monkeypatch.setattr(loop, "grade_groups", lambda groups, grader: [failed(group) for group in groups])
+
+    def failed(group):
+        one = Graded(0.0, False, True, "returned NaN")
+        first, *others = group.episodes
+        return replace(group, episodes=(replace(first, graded=one), *others))
+
+    def groups(*arguments):
+        return grade_groups(original(*arguments), loop.grader_named())
+
+    monkeypatch.setattr(Sampler, "groups", groups)
+    run(rl_config(model, tmp_path, steps=2))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "grader gave no value" in x]
+    assert "step 1: the grader gave no value for 4 of 16 answers (returned NaN); they count as 0" in line
 
 
 # What q does to exp(lp - q), the squares of the gradient, and a clipped ratio in float32.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from helpers.bad_input import assert_exit_2
 
+from jaxlora.bench import waits
 from jaxlora.runtime.devices import step_options
 from jaxlora.runtime.errors import UserError
 
@@ -43,6 +44,24 @@ def test_training_counts_real_tokens_and_compilations(bench, tmp_path):
     assert result["padding_efficiency"] == pytest.approx(130 / 256)  # 60 and 70 tokens in buffers of 128
     assert result["real_tokens_per_second"] > 0
     assert (result["device"], result["peak_tflops"]) == ("cpu", None)
+
+
+def test_a_cold_start_is_timed_with_what_it_waits_for(bench, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"rows": [[5, 101], [7, 141], [3, 211], [9, 161]] * 3}))
+    words = ["train", *SMALL, "--rows", str(rows), "--batch-rows", "2", "--no-validation"]
+    result = bench(*words, "--cold", "--config.train.buffer_multiple=32")
+    assert result["steps"] == 6
+    assert result["longest_wait_seconds"] < result["waited_seconds"] + 0.1
+    assert result["first_step_seconds"] > result["longest_wait_seconds"]
+    assert "waits_above_1s" not in bench(*words)
+
+
+def test_waits_are_what_steps_take_beyond_most_of_them():
+    found = waits([20.0, 0.2, 0.2, 0.2, 0.2, 3.2, 0.2, 0.5])
+    assert found["longest_wait_seconds"] == pytest.approx(3.0)
+    assert found["waits_above_1s"] == 1
+    assert found["waited_seconds"] == pytest.approx(3.3)
 
 
 def test_decoding_gives_each_prompt_its_forced_length(bench, tmp_path):

@@ -350,6 +350,47 @@ def test_products_of_two_factors_in_8_bits_are_counted_apart():
     assert (work.flops, work.flops8) == (2 * 2 * 4 * 8 * 2, 2 * 4 * 8 * 2)
 
 
+STACKED = """
+%view (p: s8[6,4,8]) -> s8[6,4,8] {
+  %p = s8[6,4,8]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[6,4,8]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%slice (q: s8[6,4,8], i: s32[]) -> s8[4,8] {
+  %q = s8[6,4,8]{2,1,0} parameter(0)
+  %v = s8[6,4,8]{2,1,0} fusion(%q), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%view
+  %i = s32[] parameter(1)
+  %o = s8[1,4,8]{2,1,0} dynamic-slice(%v, %i, %i, %i), dynamic_slice_sizes={1,4,8}
+  ROOT %b = s8[4,8]{1,0} bitcast(%o)
+}
+
+%turn (t: s8[8,2]) -> s8[8,2] {
+  %t = s8[8,2]{1,0} parameter(0)
+  ROOT %b2 = s8[8,2]{0,1} bitcast(%t)
+}
+
+%fused (r: s8[6,4,8], j: s32[], u: s8[8,2]) -> s32[4,2] {
+  %r = s8[6,4,8]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %own = s8[4,8]{1,0} fusion(%r, %j), kind=kLoop, calls=%slice
+  %u = s8[8,2]{1,0} parameter(2)
+  %same = s8[8,2]{1,0} fusion(%u), kind=kLoop, calls=%turn
+  ROOT %product = s32[4,2]{1,0} dot(%own, %same), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: s8[6,4,8], n: s32[], x: s8[8,2]) -> s32[4,2] {
+  %a = s8[6,4,8]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = s8[8,2]{1,0} parameter(2)
+  ROOT %y = s32[4,2]{1,0} fusion(%a, %n, %x), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_of_stacked_weights_seen_through_a_view_one_layer_is_read_and_of_others_all():
+    assert count_work(STACKED).hbm_bytes == 4 * 8 + 4 + 8 * 2 + 4 * 4 * 2
+
+
 GATHER = 'channel_id=1, replica_groups=[1,8]<=[8], dimensions={1}, frontend_attributes={chain_id="0"}'
 ASYNC_GATHER = """
 %start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,32]) {
@@ -554,18 +595,8 @@ def test_the_tool_leaves_the_machines_own_devices_alone(repository):
 # --- the real compiler
 
 
-@pytest.fixture
-def optimized():
-    """Programs as they are really compiled; other tests spare themselves the optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.slow
-def test_the_real_tpu_compiler_takes_all_four_programs(optimized):
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+def test_the_real_tpu_compiler_takes_all_four_programs(tpu_compiler):
     model = ModelConfig(
         vocab_size=32_768,
         hidden_size=1024,
@@ -611,9 +642,8 @@ def test_the_real_tpu_compiler_takes_all_four_programs(optimized):
         ("v4-8", "attention_only", 20 * GIB),
     ],
 )
-def test_the_studys_training_step_fits_with_room(optimized, name, condition, most):
+def test_the_studys_training_step_fits_with_room(tpu_compiler, name, condition, most):
     """Qwen3-8B as `configs/main.py` trains it. The real compiler: a minute and a half each."""
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
     model, config = published_config("qwen3-8b"), RunConfig(lora=LoraConfig(condition))
     programs = Programs(config, model, slice_named(name), Workload())
     step = programs.train_step()

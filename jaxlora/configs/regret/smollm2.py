@@ -42,7 +42,7 @@ def get_config() -> RunConfig:
             batch_rows=32,
             buffer_sizes=1,
             buffer_multiple=1024,
-            max_buffer_tokens=16384,
+            max_buffer_tokens=8192,
             validation_batch_rows=64,
         ),
         regret=RegretConfig(

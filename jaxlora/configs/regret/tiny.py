@@ -11,7 +11,7 @@ from jaxlora.config import OptimConfig, RegretConfig, RunConfig
 from jaxlora.configs import tiny
 
 RANKS = [f"all_layer:{rank}" for rank in (1, 4, 16)]
-PLACES = ["mlp_only:8", "attention_only~mlp_only:8"]
+PLACES = ["mlp_only:16", "attention_only~mlp_only:16"]
 SMALL = [f"{arm}@4" for arm in ("full", "all_layer:16")]
 
 
