@@ -164,10 +164,10 @@ def _ranked(choices: list[Choice]) -> list[Choice]:
     """Fastest first. Of choices too close to the fastest one left to tell apart, the simplest comes first,
     then the one that needs the least memory.
     """
-    left = sorted(choices, key=lambda choice: choice.best.seconds)
+    left = sorted(choices, key=lambda choice: choice.best.likely)
     ranked: list[Choice] = []
     while left:
-        equal = [c for c in left if c.best.seconds <= EQUAL * left[0].best.seconds]
+        equal = [c for c in left if c.best.likely <= EQUAL * left[0].best.likely]
         ranked += sorted(equal, key=lambda c: (c.buffers, REMATS.index(c.remat), c.memory))
         left = left[len(equal) :]
     return ranked
@@ -469,14 +469,16 @@ def _interconnect_bytes(share: _Share) -> float:
     """Bytes that one chip receives.
 
     FSDP gathers weights in the forward and in the backward pass. Tensor parallelism sums activations after
-    o_proj and down_proj, and in the backward pass for each of the five projections that read the residual
-    stream. Keys and values are gathered from all chips that share a buffer, and the adapters' gradients are
-    summed over them. The gradients of whole weights are summed in bfloat16, the dtype of their products: a
-    reduce-scatter over `fsdp`, and an all-reduce of what is then left on a chip over `data`. Chips that split
-    the experts gather their tokens and scatter the sums, in both passes.
+    o_proj and down_proj, and in the backward pass the gradients of what q, k and v read and of what gate and
+    up read, each added up first (with products of 8-bit factors, of each of the five). Keys and values are
+    gathered from all chips that share a buffer, and the adapters' gradients are summed over them. The
+    gradients of whole weights are summed in bfloat16, the dtype of their products: a reduce-scatter over
+    `fsdp`, and an all-reduce of what is then left on a chip over `data`. Chips that split the experts gather
+    their tokens and scatter the sums, in both passes.
     """
     stream = BF16 * share.tokens * share.model.hidden_size
-    sums = (2 + 2 * share.again + 5) * share.model.num_hidden_layers
+    each = share.scheme is not None and share.scheme.activations
+    sums = (2 + 2 * share.again + (5 if each else 2)) * share.model.num_hidden_layers
     size = _gathered(_read_weights(share), share.mesh.fsdp)
     size += sums * 2 * _gathered(stream, share.mesh.tensor)
     size += (3 + share.again) * share.model.num_hidden_layers * share.gathered_keys

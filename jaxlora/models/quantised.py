@@ -29,6 +29,7 @@ import numpy as np
 
 from jaxlora.config import ModelSource
 from jaxlora.runtime.errors import UserError
+from jaxlora.sharding import auto_mesh
 
 Kind = Literal["float8", "int8", "nf4"]  # those of `BaseDtype` that are quantised
 BLOCK = 64  # inputs that share a scale in nf4
@@ -237,11 +238,22 @@ def dynamic_code() -> np.ndarray:
 
 def products(x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
     """W x of each weight `[out, in]`, an array or quantised, with one input x `[..., in]`, in its dtype."""
-    if not isinstance(weights[0], Quantised):
-        return [jnp.einsum("...i,oi->...o", x, w) for w in weights]
-    if weights[0].scheme.activations:
+    if isinstance(weights[0], Quantised) and weights[0].scheme.activations:
         return _both_rounded(x, list(weights))
-    return [_turned_back(x, w) for w in weights]
+    mesh = auto_mesh()
+    alone = mesh is None or mesh.shape["tensor"] == 1 or len(weights) == 1
+    return (_each if alone else _each_together)(x, list(weights))
+
+
+def _each(x: jax.Array, weights: list[Any]) -> list[jax.Array]:
+    if isinstance(weights[0], Quantised):
+        return [_turned_back(x, w) for w in weights]
+    return [jnp.einsum("...i,oi->...o", x, w) for w in weights]
+
+
+# A function of its own, so that its gradients for x are added up before any other is added: the compiler then
+# sums one array over the chips that split the products, not one for each product.
+_each_together = jax.jit(_each)
 
 
 @jax.custom_vjp

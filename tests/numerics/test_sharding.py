@@ -18,6 +18,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.generate.decode import Sampling, generate, init_decode, make_decode
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
+from jaxlora.models.quantised import products
 from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
@@ -313,6 +314,25 @@ def test_a_step_keeps_no_second_copy_of_the_base():
 def test_no_device_ever_holds_the_whole_base_with_remat():
     _, _, step = train(mesh_of(1, 8, 1), model_spec(), remat=True)
     assert whole_stacks_in(step.as_text(), model_spec()) == []
+
+
+@pytest.mark.parametrize(("tensor", "together"), [(1, False), (2, True)])
+def test_gradients_that_chips_sum_are_added_up_before_anything_else_is(tensor, together):
+    """So the compiler sums one array over the chips that split the products, not one for each product."""
+    x, *weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 16), (8, 16), (4, 16), (4, 16)))
+
+    def gradient(x, weights):
+        ys, pull = jax.vjp(lambda x: products(x, weights), x)
+        return pull(ys)[0]
+
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=tensor), jax.devices()[:tensor])):
+        traced = jax.make_jaxpr(gradient)(x, weights)
+    inner = [
+        Counter(e.primitive.name for e in eqn.params["jaxpr"].eqns)
+        for eqn in traced.eqns
+        if "jaxpr" in eqn.params
+    ]
+    assert any(found["add_any"] == 2 and found["dot_general"] == 3 for found in inner) == together
 
 
 def test_a_large_adapter_is_split_and_a_small_one_is_not():

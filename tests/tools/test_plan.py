@@ -125,9 +125,9 @@ def test_the_estimate_of_a_step_by_hand():
     gradients = 2 * 2 * adapters * 7 / 8
     assert one.best.interconnect * 100e9 == pytest.approx(gathers + key_values + gradients)
 
-    # without fsdp no weight moves: activations are summed 7 times a layer over 8 chips, both ways
+    # without fsdp no weight moves: activations are summed 4 times a layer over 8 chips, both ways
     tensor = estimate(model, lora, slice_named("v5e-8"), MeshConfig(1, 1, 8), False, 1, 4096, 128)
-    assert tensor.best.interconnect * 100e9 == pytest.approx(36 * 7 * 2 * (2 * 4096 * 4096) * 7 / 8)
+    assert tensor.best.interconnect * 100e9 == pytest.approx(36 * 4 * 2 * (2 * 4096 * 4096) * 7 / 8)
 
 
 def test_the_estimate_of_full_fine_tuning_by_hand():
@@ -195,11 +195,11 @@ def _setting(choice):
 def test_the_search_tries_every_mesh_and_prefers_speed():
     assert sorted(factors(4)) == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]
     choices = candidates(published_config("qwen3-8b"), LoraConfig(), slice_named("v5e-16"), 2720, 128)
-    assert choices[0].best.seconds <= 1.05 * min(c.best.seconds for c in choices)
+    assert choices[0].best.likely <= 1.05 * min(c.best.likely for c in choices)
     for a, b in pairwise(choices):
-        alike = max(a.best.seconds, b.best.seconds) <= 1.05 * min(a.best.seconds, b.best.seconds)
+        alike = max(a.best.likely, b.best.likely) <= 1.05 * min(a.best.likely, b.best.likely)
         simpler = (a.buffers, REMATS.index(a.remat), a.memory) <= (b.buffers, REMATS.index(b.remat), b.memory)
-        assert a.best.seconds < b.best.seconds or (alike and simpler)
+        assert a.best.likely < b.best.likely or (alike and simpler)
     assert {c.mesh.tensor for c in choices} == {1, 2, 4, 8}  # 16 does not divide 8 key-value heads
     assert all(c.tokens % (128 * c.mesh.data * c.mesh.fsdp) == 0 for c in choices)
     whole = next(c for c in choices if (c.mesh.fsdp, c.mesh.tensor, c.remat) == (1, 1, False))
@@ -211,7 +211,7 @@ def test_the_search_tries_every_mesh_and_prefers_speed():
     [
         ("v5e-8", False, MeshConfig(2, 1, 4)),
         ("v5e-4", False, MeshConfig(1, 2, 2)),  # fully split by heads, activations would not fit
-        ("v5e-4", True, MeshConfig(1, 1, 4)),
+        ("v5e-4", True, MeshConfig(2, 1, 2)),
     ],
 )
 def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest(name, remat, expected):
@@ -222,8 +222,8 @@ def test_the_mesh_chosen_for_a_slice_fits_and_is_the_fastest(name, remat, expect
     assert replace(chosen, mesh=config.mesh) == config
     whole = [c for c in candidates(model, LoraConfig(), slice_, 2720, 128) if c.buffers == 1]
     fitting = [c for c in whole if c.remat == remat and c.memory < 0.9 * slice_.chip.hbm_bytes]
-    best = min(c.best.seconds for c in fitting)
-    assert next(c for c in fitting if c.mesh == expected).best.seconds <= 1.05 * best
+    best = min(c.best.likely for c in fitting)
+    assert next(c for c in fitting if c.mesh == expected).best.likely <= 1.05 * best
 
 
 def test_the_mesh_of_a_run_that_trains_all_weights_is_chosen_for_that():
