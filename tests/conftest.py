@@ -78,7 +78,7 @@ def repository() -> Path:
 @pytest.fixture
 def tpu_compiler(monkeypatch):
     """The compiler for TPU slices that are not there, with the optimizations that other tests spare."""
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install 'jax[tpu]')")
     import jax
 
     jax.devices()  # this machine's own have read their flags; the TPU compiler stops at those of CPUs

@@ -3,7 +3,7 @@
     programs = Programs(config, published_config("qwen3-8b"), slice_named("v5e-8"), Workload())
     programs.train_step().memory.total     # bytes per chip
 
-The TPU compiler comes from PyPI (`pip install libtpu`) and needs no chip.
+The TPU compiler comes from PyPI (`pip install 'jax[tpu]'` takes the one for this JAX) and needs no chip.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from jaxlora.sharding import (
 from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
 
+INSTALL = "`pip install 'jax[tpu]'`"  # the compiler in the version for this JAX
 DEPTHS = (2, 4)  # layers of the models that a deep mixture's programs for decoding are worked out from
 
 
@@ -298,7 +299,7 @@ class Programs:
         )
         shards = token_shards(mesh)
         trips = max(1, -(-tokens // shards // CHUNK))
-        work = count_work(compiled.as_text(), trips, _rows_used(self.model, mesh, tokens))
+        work = count_work(_text_of(compiled), trips, _rows_used(self.model, mesh, tokens))
         attention = attention_flops(self.model, tokens / shards, keys_seen(tokens, shards), attention_passes)
         chip = self.slice.chip
         flops = (
@@ -306,6 +307,16 @@ class Programs:
         )
         best = roofline(self.slice, flops, work.hbm_bytes, work.ici_bytes)
         return Program(name, tokens, memory, flops, work, best, time.monotonic() - start)
+
+
+def _text_of(compiled: Any) -> str:
+    """The compiled program; raises `UserError` where this JAX cannot read what the compiler wrote."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        raise UserError(
+            f"the TPU compiler that is installed is not the one for this JAX; run {INSTALL}"
+        ) from None
 
 
 def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
@@ -355,7 +366,7 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise UserError("the TPU compiler is not installed; run `pip install libtpu`") from None
+        raise UserError(f"the TPU compiler is not installed; run {INSTALL}") from None
     from jax.experimental import topologies
 
     bounds = (2, 2, 1) if slice_.n_chips > 1 else (1, 1, 1)

@@ -199,7 +199,8 @@ def estimate_memory(job: RLJob) -> dict[str, int]:
     Sampling and learning take turns, unless they overlap: of the cache, and of activations with the head,
     only the larger counts.
     """
-    rl, parts = job.config.rl, step_memory(job, job.config.train.max_buffer_tokens)
+    rl = job.config.rl
+    parts = step_memory(job, job.config.train.max_buffer_tokens * job.machine.lines)
     state, form, mesh = abstract_state(job), *sampling_form(job.spec, job.mesh)
     base = abstract_frozen(job)
     found = {"base": device_bytes(base)} if base else {}

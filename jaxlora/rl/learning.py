@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.config import RLConfig, TrainConfig
-from jaxlora.data.packing import Batch, pack, pad, round_up
+from jaxlora.data.packing import Batch, empty, pad, place, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
@@ -94,13 +94,14 @@ def parts_of(groups: Sequence[Any], n: int) -> list[list[Any]]:
 
 
 def buffers_of(
-    rows: Sequence[RenderedRow], train: TrainConfig, multiple: int, shares: bool = False
+    rows: Sequence[RenderedRow], train: TrainConfig, multiple: int, shares: bool = False, lines: int = 1
 ) -> list[Batch]:
     """The rows in buffers `[1, lines, length]` of few shapes, and little padding: longest rows first, each in
-    the first buffer with room (packed), or rows of like length together (padded).
+    the first line with room (packed), or rows of like length together (padded).
 
     Args:
       shares: packed rows of one prompt share it.
+      lines: of a packed buffer.
     """
     multiple = round_up(train.buffer_multiple, multiple)
     ordered = sorted(rows, key=lambda row: -row.n_tokens)
@@ -109,7 +110,8 @@ def buffers_of(
         sizes = sorted({max(multiple, round_up(whole >> i, multiple)) for i in range(SIZES)})
         if shares:
             return shared_buffers(rows, sizes, MAX_ROWS, multiple)
-        return [pack(part, sizes, whole) for part in _fitted(ordered, whole)]
+        parts = _fitted(ordered, whole)
+        return [_packed(parts[i : i + lines], sizes, lines) for i in range(0, len(parts), lines)]
     found, rest = [], ordered
     while rest:
         length = round_up(rest[0].n_tokens, multiple)
@@ -117,6 +119,18 @@ def buffers_of(
         found.append(pad(rest[:lines], (length,), lines))
         rest = rest[lines:]
     return found
+
+
+def _packed(parts: Sequence[Sequence[RenderedRow]], sizes: Sequence[int], lines: int) -> Batch:
+    """A buffer with each part in a line of its own; the last one of a batch may have empty lines."""
+    fullest = max(sum(row.n_tokens for row in part) for part in parts)
+    batch = empty(parts[0], 1, lines, next(size for size in sizes if size >= fullest))
+    for line, part in enumerate(parts):
+        start = 0
+        for segment, row in enumerate(part, 1):
+            place(batch, (0, line), start, row, segment)
+            start += row.n_tokens
+    return batch
 
 
 def _fitted(ordered: Sequence[RenderedRow], size: int) -> list[list[RenderedRow]]:
@@ -221,7 +235,7 @@ class Learner:
         """The rows in buffers; where it is asked for, and there is one device, those of a prompt share it."""
         mesh = self.machine.mesh
         shares = self.config.rl.share_prompts and mesh.size == 1
-        return buffers_of(rows, self.config.train, token_multiple(mesh), shares)
+        return buffers_of(rows, self.config.train, token_multiple(mesh), shares, self.machine.lines)
 
     def _reference(self, placed: Tree, compute: Compute) -> jax.Array:
         """log p under the base alone."""

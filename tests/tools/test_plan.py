@@ -26,7 +26,7 @@ from jaxlora.models.families import count_parameters, published_config
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
-from jaxlora.plan.programs import Memory, Program, Programs, Workload
+from jaxlora.plan.programs import Memory, Program, Programs, Workload, _text_of
 from jaxlora.plan.report import run_cost
 from jaxlora.runtime.devices import CHIPS, SLICES, memory_of, out_of_memory, peak_flops, slice_named, slice_of
 from jaxlora.runtime.errors import UserError
@@ -713,3 +713,14 @@ class TestHere:
         monkeypatch.setattr(sys, "argv", [*words, "--search"])
         with pytest.raises(UserError, match="--search is for a slice: give --topology as well"):
             command.main()
+
+
+def test_a_program_that_this_jax_cannot_read_is_one_line():
+    def unreadable():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nasync-update instruction")
+
+    with pytest.raises(
+        UserError, match=r"^the TPU compiler .* is not the one for this JAX; run `pip"
+    ) as caught:
+        _text_of(SimpleNamespace(as_text=unreadable))
+    assert "\n" not in str(caught.value)
