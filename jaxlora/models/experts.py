@@ -82,12 +82,13 @@ class ExpertMLP(nnx.Module):
             spec.products,
             bool(stack),
         )
-        self.axes = {name: table[EXPERTS + name].axes for name in NAMES}
+        self.axes = tuple(table[EXPERTS + name].axes for name in NAMES)  # hashable: layers are traced once
 
     def __call__(self, x: jax.Array, noise: Noise | None = None, real: jax.Array | None = None) -> jax.Array:
         real = jnp.ones(x.shape[:-1], bool) if real is None else real
         run = partial(_experts, self.config, self.scale, self.how)
-        return _over_mesh(run, self.axes, self.stacked)(x, real, self.gate.weight[...], self.experts.arrays())
+        axes = dict(zip(NAMES, self.axes, strict=True))
+        return _over_mesh(run, axes, self.stacked)(x, real, self.gate.weight[...], self.experts.arrays())
 
 
 def route(x: jax.Array, weight: jax.Array, experts: Experts, real: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -21,12 +21,23 @@ from rich.console import Console
 from jaxlora.cli import load_config
 from jaxlora.commands import plan as command
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig
-from jaxlora.estimate import REMATS, attention_flops, candidates, estimate, factors, roofline, with_mesh
+from jaxlora.estimate import (
+    REMATS,
+    Roofline,
+    attention_flops,
+    candidates,
+    estimate,
+    factors,
+    roofline,
+    with_mesh,
+)
+from jaxlora.models.decoder import kept_per_token
 from jaxlora.models.families import count_parameters, published_config
+from jaxlora.models.grouped import group_tokens, rows_of
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan import report
 from jaxlora.plan.hlo import Work, count_work, group_size
-from jaxlora.plan.programs import Memory, Program, Programs, Workload, _text_of
+from jaxlora.plan.programs import Memory, Program, Programs, Workload, _text_of, deeper
 from jaxlora.plan.report import run_cost
 from jaxlora.runtime.devices import CHIPS, SLICES, memory_of, out_of_memory, peak_flops, slice_named, slice_of
 from jaxlora.runtime.errors import UserError
@@ -724,3 +735,30 @@ def test_a_program_that_this_jax_cannot_read_is_one_line():
     ) as caught:
         _text_of(SimpleNamespace(as_text=unreadable))
     assert "\n" not in str(caught.value)
+
+
+# --- Mixtures of experts ------------------------------------------------------------------------------------
+
+
+def test_a_deep_program_lies_on_the_line_through_two_shallow_ones():
+    def program(layers: int) -> Program:
+        memory = Memory(100 + 10 * layers, 7 * layers, 3, 5)
+        work = Work(
+            2.0 + layers, 0.0, 0.0, 50.0 * layers, {"all-gather": 4.0 * layers}, {"kernel": 3 * layers}
+        )
+        return Program("prefill", 64, memory, 2.0 + layers, work, Roofline(0, 0, 0), 1.5)
+
+    slice_ = slice_named("v6e-8")
+    found = deeper(program(2), program(4), (48 - 2) / (4 - 2), slice_)
+    expected = program(48)
+    best = roofline(slice_, expected.flops, expected.work.hbm_bytes, expected.work.ici_bytes)
+    assert found == replace(expected, best=best, compile_seconds=3.0)
+
+
+def test_a_chip_has_room_for_the_rows_of_all_tokens_that_share_its_experts():
+    experts = published_config("qwen3-30b-a3b").experts
+    assert rows_of(experts, 1408, 2) == 1408 * 2 * 8 + 64 * 127 // 128 * 128  # 22,528 choices, 64 experts
+    groups = group_tokens(jnp.zeros((2816, 8), jnp.int32), 64, 128)
+    assert groups.token.shape == (rows_of(experts, 1408, 2),)
+    whole, _ = kept_per_token(published_config("qwen3-30b-a3b"), "elementwise", 1408, 2)
+    assert whole == (3 + rows_of(experts, 1408, 2) / 1408) * 2048
