@@ -54,7 +54,8 @@ from jaxlora.sharding import (
     token_shards,
     trained_shardings,
 )
-from jaxlora.train.step import Compute, TrainState, init_state, make_eval_step, make_train_step
+from jaxlora.train.job import state_on
+from jaxlora.train.step import Compute, TrainState, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
 
 INSTALL = "`pip install 'jax[tpu]'`"  # the compiler in the version for this JAX
@@ -227,13 +228,14 @@ class Programs:
     @cached_property
     def state(self) -> TrainState:
         """What is trained, and its optimizer's state."""
-        state = jax.eval_shape(lambda: init_state(init_lora(self.spec, 0), self.config.optim))
-        return abstract(state, trained_shardings(self.mesh, self.spec, state))
+        return state_on(self.mesh, self.spec, self.config.optim)
 
     @cached_property
     def base(self) -> Any:
-        """The frozen weights."""
-        return abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
+        """The frozen weights; none where all are trained."""
+        return (
+            {} if self.spec.full else abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
+        )
 
     def batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
         """A batch of buffers, each of so many lines of so many tokens."""

@@ -130,11 +130,6 @@ class RewardPrograms:
 
     # What is on a chip, in bytes.
 
-    @property
-    def base(self) -> Any:
-        """The learner's frozen weights, abstract."""
-        return {} if self.of.spec.full else self.of.base
-
     @cached_property
     def weights(self) -> Any:
         """The sampler's, abstract."""
@@ -143,7 +138,7 @@ class RewardPrograms:
     @cached_property
     def copied(self) -> int:
         """Of the sampler's weights what is not the learner's base."""
-        return device_bytes(moved(self.base, self.weights))
+        return device_bytes(moved(self.of.base, self.weights))
 
     # Programs.
 
@@ -181,7 +176,7 @@ class RewardPrograms:
         of, trained = self.of, self.of.state.trained
         step = make_gradient_step(of.spec, of.compute, self.loss, "weighted")
         passes = of.kernel_passes * (1 + (of.compute.remat is True) + BACKWARD_PASSES)
-        arguments = trained, trained, self.base, self._buffer(extras_of(self.loss))
+        arguments = trained, trained, self.of.base, self._buffer(extras_of(self.loss))
         made = of.compiled("gradient", of.mesh, step, arguments, math.prod(self.shape), passes)
         return self._learning(made, device_bytes(of.state.opt_state))
 
@@ -189,7 +184,7 @@ class RewardPrograms:
         """Log-probabilities of one full buffer under the base alone, for `rl.kl`."""
         of, base = self.of, replace(self.of.spec, lora=None, shapes=())
         step = make_logprob_step(base, of.compute, self.loss, "weighted")
-        arguments: tuple[Any, ...] = {}, self.base, self._buffer(())
+        arguments: tuple[Any, ...] = {}, self.of.base, self._buffer(())
         made = of.compiled("reference", of.mesh, step, arguments, math.prod(self.shape), of.kernel_passes)
         return self._learning(made, device_bytes((of.state, of.state.trained)))
 
@@ -198,7 +193,7 @@ class RewardPrograms:
         of, rate = self.of, self._array(self.of.mesh)(dtype=jnp.float32)
         step = make_update_step(of.spec, of.config.optim)
         made = of.compiled("update", of.mesh, step, (of.state, of.state.trained, rate), 0, 0)
-        return self._learning(made, device_bytes(self.base))
+        return self._learning(made, device_bytes(self.of.base))
 
     @property
     def _stops(self) -> tuple[int, ...]:
@@ -220,7 +215,7 @@ class RewardPrograms:
         """Beside the optimizer's state, masters that are no argument, and the copy of `rl.overlap`."""
         state, held = self.of.state, device_bytes(self.of.state.opt_state)
         held += device_bytes(state.trained) * (self.of.spec.full + self.rl.overlap)
-        held += device_bytes(self.base) + self.copied - device_bytes(self.weights)
+        held += device_bytes(self.of.base) + self.copied - device_bytes(self.weights)
         return replace(program, memory=replace(program.memory, held=held))
 
     def _learning(self, program: Program, held: int) -> Program:

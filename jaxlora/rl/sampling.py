@@ -187,9 +187,9 @@ def _keys(seed: jax.Array, step: jax.Array, positions: jax.Array, group: int) ->
 def shared_bytes(base: Tree, others: Tree) -> tuple[int, int]:
     """Bytes of a base on this process' devices, and how many of them another tree holds a second time."""
 
-    def buffers(tree: Tree) -> dict[int, int]:
+    def buffers(tree: Tree) -> dict[tuple[int, int], int]:
         shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards]
-        return {shard.data.unsafe_buffer_pointer(): shard.data.nbytes for shard in shards}
+        return {(one.device.id, one.data.unsafe_buffer_pointer()): one.data.nbytes for one in shards}
 
     own, theirs = buffers(base), buffers(others)
     return sum(own.values()), sum(size for place, size in theirs.items() if place not in own)

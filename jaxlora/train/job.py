@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxlora.checkpoints.adapters import other_base, read_adapter
 from jaxlora.checkpoints.base import Base, find_base, tokenizer_sha256
-from jaxlora.config import DataConfig, RunConfig, TrainConfig
+from jaxlora.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from jaxlora.data.batches import Layout, Stages, choose_layout, ranges, split_validation
 from jaxlora.data.cache import RowCache, default_folder
 from jaxlora.data.gates import GateStatus, require_gates
@@ -215,15 +215,19 @@ def fresh_state(job: Prepared) -> TrainState:
 
 def abstract_state(job: Prepared) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
+    return state_on(job.mesh, job.spec, job.config.optim)
+
+
+def state_on(mesh: jax.sharding.Mesh, spec: ModelSpec, optim: OptimConfig) -> TrainState:
+    """The same, of a model on a mesh."""
 
     def make() -> TrainState:
-        if not job.spec.full:
-            return init_state(init_lora(job.spec, 0), job.config.optim)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), job.spec.abstract_base)
-        return init_state(zeros, job.config.optim)
+        if not spec.full:
+            return init_state(init_lora(spec, 0), optim)
+        return init_state(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), spec.abstract_base), optim)
 
     state = jax.eval_shape(make)
-    return abstract(state, trained_shardings(job.mesh, job.spec, state))
+    return abstract(state, trained_shardings(mesh, spec, state))
 
 
 def abstract_frozen(job: Prepared) -> Tree:

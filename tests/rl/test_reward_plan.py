@@ -20,7 +20,7 @@ from jaxlora.config import LoraConfig, MeshConfig, TrainConfig
 from jaxlora.estimate import REACHED, Roofline
 from jaxlora.generate import decode
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.families import published_config
+from jaxlora.models.families import count_parameters, published_config
 from jaxlora.plan.hlo import Work
 from jaxlora.plan.programs import Memory, Program
 from jaxlora.rl import planning, workload
@@ -319,3 +319,20 @@ def test_the_real_compiler_takes_sampler_and_learner_of_a_tiny_model(tpu_compile
     assert prefill.tokens == 4 * 192
     assert found.run.dollars > 0
     assert json.dumps(found.to_json())
+
+
+@pytest.mark.slow
+def test_a_plan_that_trains_all_weights_counts_masters_and_the_samplers_copy(tpu_compiler):
+    """Parameters, gradients and two moments in float32, and a copy in bfloat16; split in four."""
+    model = replace(published_config("qwen3-0.6b"), num_hidden_layers=1, vocab_size=4096)
+    words = {"rl.prompts": "4", "rl.group": "4", "rl.slots": "8", "rl.max_new_tokens": "32"}
+    config = load_config("rl_gsm8k", words | {"train.max_buffer_tokens": "512", "train.what": "full"})
+    config = replace(config, mesh=MeshConfig(1, 4, 1))
+    found = plan_rewards(config, model, slice_named("v5e-4"), Expected(), None)
+    prefill, decoding, gradient, update = found.programs
+    count = count_parameters(model)
+    assert not found.shared
+    assert update.memory.arguments == pytest.approx(4 * 4 * count / 4, rel=0.02)
+    assert gradient.memory.arguments == pytest.approx(2 * 4 * count / 4, rel=0.02)
+    assert gradient.memory.held == pytest.approx(2 * 4 * count / 4, rel=0.02)
+    assert decoding.memory.held == prefill.memory.held == pytest.approx(3 * 4 * count / 4, rel=0.02)
