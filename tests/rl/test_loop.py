@@ -398,5 +398,6 @@ def test_the_base_is_on_the_devices_once_unless_fsdp_splits_it(model, tmp_path, 
     assert (again > 0) == copies
     told = estimate_memory(job)
     assert 8 * told["base"] == held
-    # Simulated devices may share a buffer of what all of them hold.
-    assert 8 * told.get("copy for the sampler", 0) == pytest.approx(again, rel=0.05)
+    # Simulated devices may share a buffer of what all of them hold: the less is held.
+    copy = 8 * told.get("copy for the sampler", 0)
+    assert 0.8 * copy <= again <= copy
