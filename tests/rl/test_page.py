@@ -88,7 +88,11 @@ def test_hostile_answers_are_text_and_nothing_of_them_runs(copy):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", text)
     assert "unsafe" not in text
     group = data(copy)["steps"][2]["shown"][0]
-    assert [answer["text"] for answer in group["answers"]][:3] == list(ATTACKS[:3])
+    told = [answer["text"] for answer in group["answers"]]
+    assert told == [*ATTACKS[:3], r"\x1b]0;taken\x07\x1b[31m"]
+    assert group["question"] == ATTACKS[0]
+    (second, *_) = data(copy)["steps"][2]["shown"][1]["answers"]
+    assert second["text"] == r"\u202eevil\u2066"
     script = (page.TEMPLATES / "answers.js").read_text()
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
 
