@@ -53,12 +53,16 @@ def made_up(rank, place, seed, end, steps=6):
 
 
 def experiment(ends, noise=0.004):
-    """Sweeps of made-up runs: accuracies at the end by rank and place; two more seeds at the best rate."""
+    """Sweeps of made-up runs: accuracies at the end by rank and place; two more seeds at the best rate, which
+    move every other arm the other way."""
     records = []
-    for rank, by_place in ends.items():
+    for i, (rank, by_place) in enumerate(ends.items()):
         records += [made_up(rank, place, 0, end) for place, end in by_place.items()]
         best = max(by_place, key=by_place.get)
-        records += [made_up(rank, best, s, by_place[best] + d) for s, d in ((1, noise), (2, -noise))]
+        records += [
+            made_up(rank, best, s, by_place[best] + d)
+            for s, d in ((1, noise * (-1) ** i), (2, -noise * (-1) ** i))
+        ]
     return records
 
 
