@@ -39,7 +39,9 @@ ROW_TOKENS = 340  # mean of the study's rows
 EQUAL = 1.05  # the estimate cannot tell step times apart whose ratio is no greater
 FULL = 0.9  # usable share of a chip's memory: the estimate is good to about a tenth
 REACHED = 0.75  # of the peak rates of products and of memory: what well-tuned programs sustain
-EXPERT_PASSES = 18  # over all rows of a layer's experts, forward, as counted in compiled programs
+# Of a layer's experts, as counted in programs compiled for four meshes: how often a forward pass goes over
+# all rows, and a step over the weights on a chip, beside the products: it cuts them out of the stacked ones.
+EXPERT_PASSES, CUTS = 12, 6
 HIDDEN = 0.5  # of the time of collectives lies behind products
 
 # The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
@@ -509,6 +511,7 @@ def _hbm_bytes(share: _Share) -> float:
         rows = rows_of(experts, math.ceil(share.tokens), share.ways)
         width = share.model.hidden_size + experts.moe_intermediate_size / share.mesh.tensor
         kept += EXPERT_PASSES * (3 + share.again) / 2 * BF16 * share.model.num_hidden_layers * rows * width
+        weights += CUTS * share.one_layer * share.model.num_hidden_layers / share.mesh.fsdp
     if share.scheme is not None and not share.scheme.activations:
         weights += 2 * 2 * BF16 * share.layer_weights / share.mesh.tensor
     return weights + 2 * share.activations + 2 * kept + 7 * FLOAT32 * share.own_adapters

@@ -141,6 +141,24 @@ def test_the_estimate_of_a_step_by_hand():
     assert tensor.best.interconnect * 100e9 == pytest.approx(36 * 4 * 2 * (2 * 4096 * 4096) * 7 / 8)
 
 
+# What the TPU compiler says of Qwen3-30B-A3B's training step at rank 32 (launch/README.md): GiB a chip,
+# seconds at best.
+COMPILED_30B = [
+    ("v5p-8", MeshConfig(1, 1, 2, 2), 40.9, 0.170),
+    ("v5p-8", MeshConfig(4, 1, 1), 77.7, 0.253),
+    ("v6e-8", MeshConfig(1, 2, 2, 2), 25.1, 0.199),
+    ("v5e-16", MeshConfig(1, 4, 2, 2), 14.4, 0.252),
+]
+
+
+@pytest.mark.parametrize(("name", "mesh", "memory", "seconds"), COMPILED_30B)
+def test_the_estimate_of_a_mixture_is_what_the_compiler_says(name, mesh, memory, seconds):
+    model, lora = published_config("qwen3-30b-a3b"), LoraConfig(rank=32)
+    one = estimate(model, lora, slice_named(name), mesh, False, 1, 8 * 340, 128)
+    assert one.memory / GIB == pytest.approx(memory, rel=0.03)
+    assert one.best.seconds == pytest.approx(seconds, rel=0.06)
+
+
 def test_the_estimate_of_full_fine_tuning_by_hand():
     """Six FLOPs per weight and token, 18 bytes per parameter, and the gradients of all weights summed."""
     model, slice_ = published_config("qwen3-8b"), slice_named("v5e-32")
