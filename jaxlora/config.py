@@ -288,7 +288,7 @@ class RLConfig:
     mask_truncated: bool = _doc("leave out answers that were cut at the token limit", False)
     share_prompts: bool = _doc(
         "on one device with train.layout=packed, learn from a prompt's answers with the prompt computed once",
-        False,
+        True,
     )
     updates_per_batch: Positive = _doc("optimizer steps of a batch, each on its part of the prompts", 1)
     refill: Count = _doc("sample other prompts for constant groups, so many times a batch", 0)

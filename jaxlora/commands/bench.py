@@ -93,8 +93,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
     rl.add_argument(
         "--share-prompts",
-        action="store_true",
-        help="compute a prompt once a group in learning, not once an answer",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute a prompt once a group in learning, or once an answer [once a group]",
     )
     options, rest = parser.parse_known_args()
     if odd := [word for word in rest if not (word.startswith("--config.") and "=" in word)]:

@@ -38,8 +38,6 @@ from jaxlora.sharding import place_batch, place_trained
 from jaxlora.train.schedule import RunPlan
 from jaxlora.train.step import Machine, init_state, make_gradient_step, make_update_step
 
-SHORT = 24  # tokens of the answers that warm the sampler up
-
 
 class _Words:
     """A tokenizer's place: text of as many words as tokens, which ends in a box."""
@@ -132,15 +130,12 @@ def _job(config: RunConfig, spec: ModelSpec, machine: Machine, lengths: Sequence
 
 
 def _warm_up(job: RLJob, sampler: Sampler, learner: Learner, state: Any, answers: Sequence[int]) -> Any:
-    """Run every program that the timed batches need, without all of their work."""
+    """Run every program that the timed batches need."""
     rl, mesh = job.config.rl, job.mesh
     console.print("compiling")
-    # The cache is as long as the longest prompt and answer together ask for.
-    totals = [len(job.prompts[i // rl.group]) + n for i, n in enumerate(_by_position(job, answers))]
-    longest = int(np.argmax(totals))
-    limits = [n if i == longest else min(n, SHORT) for i, n in enumerate(_by_position(job, answers))]
+    # Whole answers: as they end, the decoder goes on with fewer and fewer slots, each number its own program.
     for _ in range(warm_up_runs()):
-        sampler.groups(state.trained, 0, range(rl.prompts), limits=limits)
+        sampler.groups(state.trained, 0, range(rl.prompts), limits=_by_position(job, answers))
     rows = [row for group in rows_of(_made_up(job, answers), rl) for row in group]
     buffers = learner.buffers(rows)
     compute = job.machine.compute(most_segments(buffers))

@@ -130,7 +130,9 @@ class Study:
         if all("gsm8k" in name.lower() for name in names):
             return "GSM8K"
         own = all(name.startswith(EMBEDDED) for name in names)
-        return "the embedded word problems" if own else ", ".join(names)
+        if own:
+            return "the embedded word problems"
+        return ", ".join(Path(name).name if Path(name).suffix else name for name in names)
 
     def evaluation_files(self) -> list[Path]:
         return [

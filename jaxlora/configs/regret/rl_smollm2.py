@@ -26,6 +26,7 @@ def get_config() -> RunConfig:
             max_new_tokens=17,
             slots=512,
             eval_every=10,
+            share_prompts=False,  # as the runs of the committed report
         ),
         regret=RegretConfig(
             by="reward",
