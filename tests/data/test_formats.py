@@ -30,6 +30,7 @@ RECORDS = {
     "Alpaca without input": {"instruction": ASKED, "input": "", "output": ANSWER},
     "prompt/completion": {"prompt": ASKED, "completion": ANSWER},
     "prompt/completion of messages": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    "question/answer": {"question": ASKED, "answer": ANSWER},
     "text": {"text": "Once upon a time, é.\nThe end."},
 }
 CONTAINERS = ["x.jsonl", "x.json", "x.csv", "x.parquet"]
@@ -131,8 +132,9 @@ class TestFormats:
         ("record", "reason"),
         [
             (
-                {"question": "q", "answer": "a"},
-                "keys 'answer', 'question'; the nearest format is prompt/",
+                {"query": "q", "response": "a"},
+                "keys 'query', 'response'; the nearest format is prompt/completion (prompt, completion): name"
+                " its columns with --config.data.columns=prompt=COLUMN,completion=COLUMN",
             ),
             ({"instructions": "q", "outputs": "a"}, "the nearest format is Alpaca (instruction, output)"),
             ({"conversation": []}, "the nearest format is ShareGPT (conversations)"),
@@ -143,7 +145,7 @@ class TestFormats:
     def test_what_fits_none_names_the_keys_and_the_nearest(self, tokenizer, tmp_path, record, reason):
         message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer)
         assert reason in message
-        assert "data.columns" in message
+        assert "--config.data.columns=" in message
 
     def test_a_row_with_many_keys_is_one_short_line(self, tokenizer, tmp_path):
         record = {f"key {i}" * 30: i for i in range(20_000)}
