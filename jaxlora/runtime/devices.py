@@ -11,8 +11,9 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +55,36 @@ def setup(results_dir: str, dtype: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@cache
+def warn_of_cpu(platform: str) -> None:
+    """Say so, once, where JAX uses the CPU although a GPU was to be expected."""
+    has_card = any(Path("/dev").glob("nvidia[0-9]*"))
+    if warning := cpu_warning(platform, jax.config.read("jax_platforms"), os.environ, has_card):
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
+
+
+def cpu_warning(
+    platform: str, asked: str | None, environment: Mapping[str, str], has_card: bool
+) -> str | None:
+    """What is to be said of a CPU that is used; None: nothing.
+
+    Args:
+      asked: JAX_PLATFORMS.
+      has_card: an NVIDIA card is in this machine.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if platform != "cpu" or (asked or "").startswith("cpu") or (visible is None and not has_card):
+        return None
+    if visible is not None:
+        reason = f"CUDA_VISIBLE_DEVICES={visible:.80} names no GPU that JAX can use"
+    else:
+        reason = "JAX cannot use the NVIDIA card that is here"
+    return (
+        f"the CPU is used: {reason}. Correct that, or see that jaxlora[cuda] is installed; JAX_PLATFORMS=cpu"
+        " says that the CPU is meant"
+    )
 
 
 # --- TPU chips and slices -----------------------------------------------------------------------------------
