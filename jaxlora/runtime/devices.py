@@ -61,7 +61,7 @@ def setup(results_dir: str, dtype: str) -> None:
 def warn_of_cpu(platform: str) -> None:
     """Say so, once, where JAX uses the CPU although a GPU was to be expected."""
     has_card = any(Path("/dev").glob("nvidia[0-9]*"))
-    if warning := cpu_warning(platform, jax.config.read("jax_platforms"), os.environ, has_card):
+    if warning := cpu_warning(platform, getattr(jax.config, "jax_platforms", None), os.environ, has_card):
         console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
