@@ -76,7 +76,8 @@ def check_messages(example: Example, guard: Guard, enable_thinking: bool = False
         turns.append(turn)
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("no assistant turn at the end")
-    if not turns[-1].message["content"].strip() and "tool_calls" not in turns[-1].message:
+    after_thoughts = turns[-1].message["content"].rpartition(THOUGHTS[1])[2]
+    if not after_thoughts.strip() and "tool_calls" not in turns[-1].message:
         raise UserError("empty answer")
     if all(message["role"] != "user" for message in messages):
         raise UserError("no user turn before the answer")

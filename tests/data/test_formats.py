@@ -268,6 +268,15 @@ class TestKeysThatChangeTheComputation:
         message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer, enable_thinking=True)
         assert "must be one <think>...</think> at the beginning" in message
 
+    def test_thoughts_alone_are_no_answer(self, tokenizer, tmp_path):
+        for answer in (
+            {"content": "<think>\nhm\n</think>\n\n"},
+            {"content": "", "reasoning_content": "hm"},
+        ):
+            record = {"messages": [MESSAGES[0], {"role": "assistant"} | answer]}
+            message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer, enable_thinking=True)
+            assert "empty answer" in message
+
 
 class TestContainers:
     @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
