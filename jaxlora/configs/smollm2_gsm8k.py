@@ -6,10 +6,9 @@
 `train.jsonl` is GSM8K's own file, or `hf://openai/gsm8k/main/train-00000-of-00001.parquet`. Without the Hub,
 name the model and the test problems, too: `--config.model.path=DIR --config.eval.benchmark=test.jsonl`.
 
-With GSM8K's 7,473 training rows, a tenth of them for
-validation, these are six runs of 842 steps and seven evaluations of 1,319 problems: seven minutes of one H200
-with three processes. Start the command several times: the processes share the runs, each on the GPU of its
-CUDA_VISIBLE_DEVICES.
+With a tenth of the 7,473 rows for validation, these are six runs of 842 steps and seven evaluations of 1,319
+problems: seven minutes of one H200 with three processes. Start the command several times: the processes share
+the runs, each on the GPU of its CUDA_VISIBLE_DEVICES.
 """
 
 from jaxlora.config import (
