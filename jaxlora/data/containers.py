@@ -156,7 +156,8 @@ def parse_object(line: bytes) -> Record:
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
-        raise ValueError("empty line" if not line.strip() else f"broken JSON: {error}") from None
+        reason = f"broken JSON: {error}; JSONL has one whole object on each line"
+        raise ValueError(reason if line.strip() else "empty line") from None
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
     except ValueError:

@@ -433,5 +433,6 @@ def test_a_book_is_refused_before_it_is_tokenised(tokenizer, tmp_path):
     message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer)
     longest = max(map(len, tokenizer.get_vocab()))
     assert (
-        f":1: at least {(2_000_000 + len(ANSWER)) // longest} tokens, longer than the limit of 500" in message
+        f":1: at least {(2_000_000 + len(ANSWER)) // longest} tokens, longer than data.max_length, 500"
+        in message
     )
