@@ -429,6 +429,12 @@ def describe(job: Job) -> Table:
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
+    prompts = {row.prompt_id for row in job.train_rows}
+    if shared := sum(row.prompt_id in prompts for row in job.validation_rows):
+        text = (
+            f"{shared:,} of the validation rows have a prompt that is trained on, too: their loss is too low"
+        )
+        table.add_row("[bold red]overlap[/bold red]", text)
     if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):
         table.add_row("[bold red]rate[/bold red]", escape(warning))
     return table

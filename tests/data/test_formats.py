@@ -268,6 +268,15 @@ class TestKeysThatChangeTheComputation:
         message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer, enable_thinking=True)
         assert "must be one <think>...</think> at the beginning" in message
 
+    def test_where_all_answers_carry_loss_none_of_them_is_empty(self, tokenizer, tmp_path):
+        messages = [MESSAGES[0], {"role": "assistant", "content": " "}, *MESSAGES]
+        path = write(tmp_path / "x.jsonl", [{"messages": messages}])
+        assert ":1: message 2: empty answer" in refusal(path, tokenizer, loss_on="all")
+        assert len(load(path, tokenizer)[0]) == 1  # no loss on it, where only the last answer has any
+        messages[1]["weight"] = 0
+        path = write(tmp_path / "x.jsonl", [{"messages": messages}])
+        assert len(load(path, tokenizer, loss_on="all")[0]) == 1
+
     def test_thoughts_alone_are_no_answer(self, tokenizer, tmp_path):
         for answer in (
             {"content": "<think>\nhm\n</think>\n\n"},
