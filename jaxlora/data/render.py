@@ -150,8 +150,13 @@ def chat_text(
     """The chat template's own text, thinking off unless `enable_thinking`; see also `template`.
 
     Raises:
-      UserError: the template refuses these messages.
+      UserError: there is no template, or it refuses these messages.
     """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, which messages need; name that of a chat model with"
+            " model.tokenizer, or give rows of text"
+        )
     with template_errors():
         text = tokenizer.apply_chat_template(
             list(messages),

@@ -115,7 +115,7 @@ def prepare(
     base = find_base(config.model, config.seed, with_weights)
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
-    tokenizer = like.tokenizer if like else base.tokenizer()
+    tokenizer = like.tokenizer if like else base.tokenizer(chat=False)  # rows of text need no chat
     if like is not None:
         train_rows, validation_rows, reports = like.train_rows, like.validation_rows, like.reports
     else:
