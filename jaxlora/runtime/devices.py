@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import jax
 
 from jaxlora.runtime import hosts
-from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.progress import console
 
 # --- Settings -----------------------------------------------------------------------------------------------
@@ -57,8 +57,25 @@ def setup(results_dir: str, dtype: str) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def devices_here() -> list[jax.Device]:
+    """All devices; a CPU that stands in for a GPU is named, once.
+
+    Raises:
+      MachineError: JAX has none, such as with JAX_PLATFORMS=cuda where there is no GPU.
+    """
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        reason = str(error) or "this platform is not here, or its plugin is not installed"
+        raise MachineError(f"JAX finds no device ({given or 'nothing is set'}): {reason}") from None
+    _warn_of_cpu(devices[0].platform)
+    return devices
+
+
 @cache
-def warn_of_cpu(platform: str) -> None:
+def _warn_of_cpu(platform: str) -> None:
     """Say so, once, where JAX uses the CPU although a GPU was to be expected."""
     has_card = any(Path("/dev").glob("nvidia[0-9]*"))
     if warning := cpu_warning(platform, getattr(jax.config, "jax_platforms", None), os.environ, has_card):

@@ -122,8 +122,8 @@ def prepare(
         train_rows, validation_rows, reports = _load_rows(data, tokenizer, config.seed)
     if train.batch_rows > len(train_rows):
         raise UserError(
-            f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
-            f" give at most {len(train_rows)}"
+            f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} leaves"
+            f" {len(train_rows)} to train on; give at most {len(train_rows)}"
         )
     longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
     check_positions(base.config, longest, "config.data.max_length: the longest rows")

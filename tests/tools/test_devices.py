@@ -29,6 +29,16 @@ def test_a_cpu_that_stands_in_for_a_gpu_is_named(platform, asked, visible, has_c
     assert warning is None or "JAX_PLATFORMS=cpu" in warning
 
 
+def test_a_platform_that_is_not_here_is_one_line(repository):
+    environment = os.environ | {"JAX_PLATFORMS": "nowhere", "CUDA_VISIBLE_DEVICES": "7"}
+    command = [sys.executable, "-m", "jaxlora", "train", "--config", "tiny", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=repository)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert lines[0].startswith("error: JAX finds no device (JAX_PLATFORMS=nowhere, CUDA_VISIBLE_DEVICES=7): ")
+
+
 def test_a_mesh_of_such_a_cpu_says_so_once(repository):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "7"}
     environment.pop("JAX_PLATFORMS", None)
