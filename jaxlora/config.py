@@ -619,7 +619,8 @@ def _check_combinations(config: RunConfig) -> None:
     data = config.data
     if data.validation_path is not None and data.validation_fraction is not None:
         raise UserError(
-            "config.data.validation_fraction: data.validation_path is given, too; give one of them"
+            "config.data.validation_fraction: data.validation_path is given, too; give one of them (the"
+            " other as none)"
         )
     if config.lora.dropout and config.train.what == "full":
         raise UserError("config.lora.dropout: with train.what=full no adapter is trained; give 0")

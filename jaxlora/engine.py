@@ -52,6 +52,7 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import pick_scheme
 from jaxlora.models.spec import check_positions
 from jaxlora.runtime import hosts
+from jaxlora.runtime.devices import devices_here
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.records import read_manifest
 from jaxlora.sharding import place_batch, place_trained, token_multiple, trained_shardings
@@ -106,7 +107,7 @@ def load(
 
 def default_dtype() -> Literal["bfloat16", "float32"]:
     """The dtype that suits this machine: CPUs only imitate bfloat16."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if devices_here()[0].platform == "cpu" else "bfloat16"
 
 
 def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:

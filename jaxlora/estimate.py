@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-import jax
-
 from jaxlora.config import LoraConfig, MeshConfig, Remat, RunConfig
 from jaxlora.models.decoder import ModelSpec, kept_per_token
 from jaxlora.models.families import active_size, count_parameters, parameter_table
@@ -26,7 +24,7 @@ from jaxlora.models.grouped import rows_of
 from jaxlora.models.head import CHUNK
 from jaxlora.models.quantised import Scheme, bits_of, pick_scheme
 from jaxlora.models.spec import ModelConfig, Weight
-from jaxlora.runtime.devices import Slice, memory_of, slice_of
+from jaxlora.runtime.devices import Slice, devices_here, memory_of, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import SHARD_LORA_FROM_RANK
 
@@ -209,7 +207,7 @@ def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
         raise UserError(
             f"config.mesh.expert: {config.mesh.expert}, but this model has no experts; give mesh.data instead"
         )
-    devices = jax.devices()
+    devices = devices_here()
     if devices[0].platform != "gpu":
         return with_mesh(config, model, slice_of(devices))
     if len(devices) == 1 or config.mesh != MeshConfig():

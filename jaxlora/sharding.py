@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey
 
 from jaxlora.config import MeshConfig
-from jaxlora.runtime.devices import memory_of
+from jaxlora.runtime.devices import devices_here, memory_of
 from jaxlora.runtime.errors import UserError
 
 # logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = devices_here() if devices is None else devices
     whole = whole_mesh(config, len(devices))
     sizes = {"data": whole.data, "fsdp": whole.fsdp, "expert": whole.expert, "tensor": whole.tensor}
     if whole.expert in (0, 1):

@@ -95,7 +95,10 @@ def load_selected(
     folder = Path(run)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory")
-    manifest, summary = read_manifest(folder), read_summary(folder)
+    manifest = read_manifest(folder)
+    if not (folder / "summary.json").exists():
+        raise UserError(f"{folder}: is not finished (no summary.json); its own command resumes it")
+    summary = read_summary(folder)
     if manifest.get("config") is None:
         raise UserError(f"{folder / 'manifest.json'}: has no config; this is not a run directory")
     status = summary.get("status")

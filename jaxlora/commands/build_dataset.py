@@ -6,7 +6,8 @@
     jaxlora data build --out DIR --verify-study                    # DIR exists: compare, build nothing
 
 DIR gets raw/{train,val}.jsonl, rendered/{train,val}.jsonl and manifest.json. The source has the fields
-problem, generated_solution, expected_answer and problem_source. Next: jaxlora data check DIR.
+problem, generated_solution, expected_answer and problem_source; GSM8K's own rows (question, and answer with
+its `#### 72`) are taken, too: marks <<...>> go, and the answer ends in a box. Next: jaxlora data check DIR.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def main() -> int:
     setup("results", default_dtype())
     base = find_base(ModelSource(path=options.model), with_weights=False)
     rows, report = load_rendered_rows(
-        options.rows, base.tokenizer(), max_length=options.max_length, on_bad_row="skip"
+        options.rows, base.tokenizer(chat=False), max_length=options.max_length, on_bad_row="skip"
     )
     print(report.describe())
     for reason, count in Counter(bad.reason for bad in report.skipped).most_common():

@@ -1,12 +1,13 @@
 """Answer a file of prompts with a run's selected weights, an adapter on its base, or an untouched base.
 
-    jaxlora generate PROMPTS.jsonl --out ANSWERS.jsonl --run results/tiny-all_layer-seed-0
-    jaxlora generate PROMPTS.jsonl --out ANSWERS.jsonl --base --model Qwen/Qwen3-8B --temperature 0
+    jaxlora generate PROMPTS --out ANSWERS.jsonl --run results/tiny-all_layer-seed-0
+    jaxlora generate PROMPTS --out ANSWERS.jsonl --base --model Qwen/Qwen3-8B --temperature 0
 
-Each row has `prompt` or `question`, a text that becomes a user's turn, or `messages`, which end with one. A
-base without a chat template continues the text as it is. An answer is a row with `prompt` (as it was given),
-`text`, `tokens`, `stop_reason` (stop or length), `logprob` (the sum over the tokens, of the distribution that
-they were drawn from) and the row's `id` or `row_id`. The same seed gives the same answers.
+PROMPTS is JSONL, a JSON list, CSV or Parquet, plain, .gz or .zst. Each row has `prompt` or `question`, a text
+that becomes a user's turn, or `messages`, which end with one. A base without a chat template continues the
+text as it is. An answer is a row with `prompt` (as it was given), `text`, `tokens`, `stop_reason` (stop or
+length), `logprob` (the sum over the tokens, of the distribution that they were drawn from) and the row's `id`
+or `row_id`. The same seed gives the same answers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Row = dict[str, Any]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="one JSON object a line")
+    parser.add_argument("prompts", metavar="PROMPTS", help="JSONL, a JSON list, CSV or Parquet, or hf://...")
     parser.add_argument("--out", type=Path, required=True, metavar="ANSWERS.jsonl", help="a new file")
     subject.add_options(parser)
     add_number(parser, "--batch", default=64, metavar="N", help="answers decoded at once [%(default)s]")
@@ -58,17 +59,22 @@ def main() -> int:
     return 0
 
 
-def read_prompts(path: Path) -> list[tuple[int, Row]]:
+def read_prompts(path: str) -> list[tuple[int, Row]]:
     """The rows with their line numbers.
 
     Raises:
       UserError: the file cannot be read, holds no row, or a row has no prompt.
     """
-    from jaxlora.runtime.files import read_numbered_jsonl
+    from jaxlora.data.containers import is_text, read_rows, strings_of
+    from jaxlora.data.sources import locate
 
-    rows = read_numbered_jsonl(path, torn_last_line="refuse")
+    rows: list[tuple[int, Row]] = []
+    for line, _, given in read_rows(locate(path)):
+        if isinstance(given, ValueError):
+            raise UserError(f"{path}:{line}: {given}")
+        rows.append((line, given))
     if not rows:
-        raise UserError(f"{path}: holds no row; give one JSON object a line")
+        raise UserError(f"{path}: holds no row; give one prompt a row")
     for line, row in rows:
         found = [key for key in KEYS if key in row]
         if len(found) != 1:
@@ -76,6 +82,8 @@ def read_prompts(path: Path) -> list[tuple[int, Row]]:
             raise UserError(f"{path}:{line}: give one of {', '.join(KEYS)}; the row has {has:.200}")
         if odd := [name for name in NAMES if type(row.get(name)) not in (str, int, type(None))]:
             raise UserError(f"{path}:{line}: {odd[0]} must be a text or a whole number")
+        if not all(map(is_text, strings_of([row.get(name) for name in (*found, *NAMES)]))):
+            raise UserError(f"{path}:{line}: holds half a surrogate pair, which is not text")
         value, kind = row[found[0]], list if found == ["messages"] else str
         if not isinstance(value, kind) or not value:
             raise UserError(f"{path}:{line}: {found[0]} must be {'a list' if kind is list else 'a text'}")
@@ -83,7 +91,7 @@ def read_prompts(path: Path) -> list[tuple[int, Row]]:
 
 
 def answer(
-    trainer: Trainer, path: Path, rows: list[tuple[int, Row]], options: argparse.Namespace
+    trainer: Trainer, path: str, rows: list[tuple[int, Row]], options: argparse.Namespace
 ) -> list[Sample]:
     """Answers in the order of the rows, with progress on standard error.
 

@@ -37,7 +37,7 @@ def main() -> None:
     path = data.validation_path if options.validation else data.train_path
     if path is None:
         raise UserError("config.data.validation_path: none is given; leave out --validation")
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, chat=False)
     rows, report = load_rendered_rows(
         path,
         tokenizer,

@@ -1,13 +1,14 @@
 """The study in small, on a real model: SmolLM2-135M-Instruct, attention only against all layers, on GSM8K.
 
-    jaxlora data check --train train.jsonl --validation val.jsonl --benchmark openai/gsm8k --report gates.json
-    jaxlora study --config smollm2_gsm8k --config.data.train_path=train.jsonl \\
-        --config.data.validation_path=val.jsonl --config.data.gate_report=gates.json
+    jaxlora data build --source train.jsonl --out gsm8k
+    jaxlora study --config smollm2_gsm8k
 
-Rows are `messages` whose answers end in `\\boxed{}`. With GSM8K's 7,473 training rows, a tenth of them for
-validation, these are six runs of 842 steps and seven evaluations of 1,319 problems: seven minutes of one H200
-with three processes. Start the command several times: the processes share the runs, each on the GPU of its
-CUDA_VISIBLE_DEVICES.
+`train.jsonl` is GSM8K's own file, or `hf://openai/gsm8k/main/train-00000-of-00001.parquet`. Without the Hub,
+name the model and the test problems, too: `--config.model.path=DIR --config.eval.benchmark=test.jsonl`.
+
+With a tenth of the 7,473 rows for validation, these are six runs of 842 steps and seven evaluations of 1,319
+problems: seven minutes of one H200 with three processes. Start the command several times: the processes share
+the runs, each on the GPU of its CUDA_VISIBLE_DEVICES.
 """
 
 from jaxlora.config import (
@@ -27,7 +28,9 @@ def get_config() -> RunConfig:
         # Scanned layers compile in seconds, and of a model so small they cost little.
         model=ModelSource(path="HuggingFaceTB/SmolLM2-135M-Instruct", layers="scan"),
         data=DataConfig(
-            train_path="train.jsonl", validation_path="val.jsonl", gate_report="gates.json", max_length=1024
+            train_path="gsm8k/rendered/train.jsonl",
+            validation_path="gsm8k/rendered/val.jsonl",
+            max_length=1024,
         ),
         optim=OptimConfig(peak_lr=1e-3),
         train=TrainConfig(

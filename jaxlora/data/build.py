@@ -27,6 +27,8 @@ from typing_extensions import TypedDict
 
 from jaxlora.data import curation
 from jaxlora.data.containers import container_of, parquet_bytes
+from jaxlora.data.gsm8k_source import FIELDS as GSM8K_FIELDS
+from jaxlora.data.gsm8k_source import convert
 from jaxlora.data.render import SYSTEM_PROMPT
 from jaxlora.data.sources import count_records, hub_revision, is_file_source, locate, read_records
 from jaxlora.runtime.errors import UserError
@@ -190,14 +192,13 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
     rejected: Counter[tuple[str, str]] = Counter()
     others: Counter[str] = Counter()
     read = 0
-    records = read_records(plan.source, plan.split, list(curation.FIELDS), revision)
+    fields = [*curation.FIELDS, *GSM8K_FIELDS]
+    records = read_records(plan.source, plan.split, fields, revision)
     with progress_bar("reading the source", count_records(plan.source) or 0, "rows") as advance:
         for read, (place, record) in enumerate(records, start=1):
             if read % PROGRESS_EVERY == 0:
                 advance(PROGRESS_EVERY)
-            for name in curation.FIELDS:
-                if not isinstance(record.get(name), str):
-                    raise UserError(f"{place}: {_wrong_field(name, record)}")
+            record = _source_row(place, record)
             source = record["problem_source"]
             if source not in spool.rows:
                 others[source] += 1
@@ -236,6 +237,19 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
     }
 
 
+def _source_row(place: str, record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the source's fields; GSM8K's own rows are converted to them."""
+    try:
+        if "problem" not in record and all(name in record for name in GSM8K_FIELDS):
+            record = convert(record)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+    for name in curation.FIELDS:
+        if not isinstance(record.get(name), str):
+            raise UserError(f"{place}: {_wrong_field(name, record)}")
+    return record
+
+
 def _write_part(folder: Path, part: str, spool: _Spool, rows: Sequence[int]) -> dict[str, int]:
     """Write both files of a part with these rows in this order; returns rows by source."""
     counts: Counter[str] = Counter()
@@ -258,7 +272,8 @@ def _write_part(folder: Path, part: str, spool: _Spool, rows: Sequence[int]) -> 
 
 def _wrong_field(name: str, record: dict[str, Any]) -> str:
     if name not in record:
-        return f"field {name!r} is missing; rows need {', '.join(curation.FIELDS)}"
+        needed = f"{', '.join(curation.FIELDS)}, or GSM8K's {' and '.join(GSM8K_FIELDS)}"
+        return f"field {name!r} is missing; rows need {needed}"
     return f"field {name!r} is {type(record[name]).__name__}, not text"
 
 

@@ -156,7 +156,8 @@ def parse_object(line: bytes) -> Record:
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
-        raise ValueError("empty line" if not line.strip() else f"broken JSON: {error}") from None
+        reason = f"broken JSON: {error}; JSONL has one whole object on each line"
+        raise ValueError(reason if line.strip() else "empty line") from None
     except RecursionError:
         raise ValueError("broken JSON: nested too deeply") from None
     except ValueError:
@@ -235,15 +236,17 @@ def _after(text: str, at: int) -> int:
 def _read_csv(path: Path) -> Iterator[Row]:
     """Rows of a CSV file with a header; separated by commas, semicolons or tabs, whichever the header has."""
     csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit is 128 KiB
-    number = 0
-    with _errors(path, lambda: number + 1), _open_text(path) as file:
+    number = -1  # lines read after the header
+    with _errors(path, lambda: number + 2), _open_text(path) as file:
         header = file.readline(MAX_LINE_BYTES)
         separator = max(",\t;", key=lambda mark: header.count(mark.encode()))
         (names,) = csv.reader([header.decode("utf-8")], delimiter=separator) if header.strip() else [[]]
         if not all(names) or len(set(names)) < len(names) or not names:
             raise UserError(
-                f"{path}:1: the first line of a CSV file must name each column, none of them twice"
+                f"{path}:1: the first line of a CSV file must name each column, none of them twice (pandas"
+                " does with index=False)"
             )
+        number = 0
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         reader = csv.reader(text, delimiter=separator, strict=True)
         for cells in reader:

@@ -150,6 +150,10 @@ def _of_prompt(record: Record) -> list[Message]:
     return _with_system(record, [*map(_without_loss, asked), *answer])
 
 
+def _of_question(record: Record) -> list[Message]:
+    return _with_system(record, _pair(record["question"], record["answer"]))
+
+
 def _without_loss(message: Any) -> Any:
     if not isinstance(message, dict) or message.get("role") != "assistant":
         return message
@@ -196,6 +200,7 @@ FORMATS = (
     Format("ShareGPT", ("conversations",), ("system", *_TEMPLATE_KEYS), _of_sharegpt),
     Format("Alpaca", ("instruction", "output"), ("input", "system", "text"), _of_alpaca),  # text: all as one
     Format("prompt/completion", ("prompt", "completion"), ("system", *_TEMPLATE_KEYS), _of_prompt),
+    Format("question/answer", ("question", "answer"), ("system",), _of_question),
     TEXT,
 )
 
@@ -219,10 +224,10 @@ def _no_format(keys: set[str]) -> str:
     likeness, nearest = max(candidates, key=lambda pair: pair[0])
     if not likeness:
         nearest = next(row_format for row_format in FORMATS if row_format.name == "prompt/completion")
-    example = ", ".join(f"{key}=..." for key in nearest.needs)
+    example = ",".join(f"{key}=COLUMN" for key in nearest.needs)
     return (
         f"no field 'messages', and no other format fits; the row has {_listed(keys)}; the nearest format is"
-        f" {nearest.name} ({', '.join(nearest.needs)}): name its columns with data.columns ({example})"
+        f" {nearest.name} ({', '.join(nearest.needs)}): name its columns with --config.data.columns={example}"
     )
 
 

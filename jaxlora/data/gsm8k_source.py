@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+FIELDS = ("question", "answer")
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -22,7 +23,7 @@ def convert(row: dict[str, Any]) -> dict[str, str]:
     Raises:
       ValueError: a field is missing or not text, or the answer has no value after its last `####`.
     """
-    for name in ("question", "answer"):
+    for name in FIELDS:
         if not isinstance(row.get(name), str):
             raise ValueError(f"field {name!r} is missing or not text")
     steps, mark, answer = row["answer"].rpartition("####")

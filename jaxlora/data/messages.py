@@ -50,6 +50,12 @@ class Turn:
     learns: bool  # an assistant turn that no `weight` or `train` takes out of the loss
     thinks: bool  # holds thoughts, as `reasoning_content` or in <think>
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it neither says anything, but for thoughts, nor calls a tool."""
+        said = self.message["content"].rpartition(THOUGHTS[1])[2]
+        return not said.strip() and "tool_calls" not in self.message
+
 
 def check_messages(example: Example, guard: Guard, enable_thinking: bool = False) -> list[Turn]:
     """The turns of a conversation that can be trained on: it ends with an answer after a user turn.
@@ -76,7 +82,7 @@ def check_messages(example: Example, guard: Guard, enable_thinking: bool = False
         turns.append(turn)
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError("no assistant turn at the end")
-    if not turns[-1].message["content"].strip() and "tool_calls" not in turns[-1].message:
+    if turns[-1].is_empty:
         raise UserError("empty answer")
     if all(message["role"] != "user" for message in messages):
         raise UserError("no user turn before the answer")

@@ -150,8 +150,13 @@ def chat_text(
     """The chat template's own text, thinking off unless `enable_thinking`; see also `template`.
 
     Raises:
-      UserError: the template refuses these messages.
+      UserError: there is no template, or it refuses these messages.
     """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template, which messages need; name that of a chat model with"
+            " model.tokenizer, or give rows of text"
+        )
     with template_errors():
         text = tokenizer.apply_chat_template(
             list(messages),
@@ -279,6 +284,8 @@ def _render(tokenizer: Tokenizer, example: Example, loss_on: LossOn, enable_thin
         prefix = write(last, True, turns[last].thinks)
         write.check_that_thoughts_are_rendered(last, full)
         return _Rendered(*known, prefix=prefix)
+    if empty := [number for number, turn in enumerate(turns, start=1) if turn.learns and turn.is_empty]:
+        raise UserError(f"message {empty[0]}: empty answer; remove it, or give it weight 0")
     if marks_answers(tokenizer, example.tools):
         with template_errors():
             spans = spans_of_template(tokenizer, turns, example.tools, full)

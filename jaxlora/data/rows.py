@@ -172,7 +172,7 @@ def iter_rendered(
         )
         for (number, _), result in zip(good, rendered, strict=True):
             if max_length is not None and isinstance(result, RenderedRow) and len(result.tokens) > max_length:
-                result = UserError(f"{len(result.tokens)} tokens, longer than the limit of {max_length}")
+                result = UserError(f"{len(result.tokens)} tokens, longer than data.max_length, {max_length}")
             results[number] = result
             used += isinstance(result, RenderedRow)
         yield from ((number, results[number]) for number, _ in batch)
@@ -195,7 +195,7 @@ def _check_size(example: Example, longest_token: int, max_length: int | None) ->
     characters = sum(map(len, strings_of([example.text, *contents])))
     at_least = characters // longest_token
     if max_length is not None and at_least > max_length:
-        raise UserError(f"at least {at_least} tokens, longer than the limit of {max_length}")
+        raise UserError(f"at least {at_least} tokens, longer than data.max_length, {max_length}")
 
 
 def load_rendered_rows(

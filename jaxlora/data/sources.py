@@ -37,9 +37,9 @@ def locate(path: str | Path) -> Path:
         return _fetch_from_hub(text)
     local = resolve(text)
     if os.path.isdir(local):  # unlike pathlib's, it answers False where the name cannot be a path
-        raise UserError(f"{text}: is a directory; give one JSONL file")
+        raise UserError(f"{text}: is a directory; give one file of rows")
     if not os.path.isfile(local):
-        raise UserError(f"{text}: no such file; give a JSONL file or hf://OWNER/NAME/PATH")
+        raise UserError(f"{text}: no such file; give a file of rows or hf://OWNER/NAME/PATH")
     return local
 
 

@@ -15,9 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxlora.data.boxes import extract_boxed
+from jaxlora.data.limits import bounded
 from jaxlora.evals.answers import numeric_match, read_number, strict_match
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.progress import say
 
+SECONDS, MEMORY = 1.0, 2**30  # of processor time, and bytes, that a search in one answer may take
 NAMES = ("boxed", "last_number", "exact", "regex:PATTERN")
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?"
@@ -66,8 +69,17 @@ def last_number(text: str) -> str | None:
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match that holds something: its first group, where the pattern has one."""
-    found = [match.group(1 if pattern.groups else 0) for match in pattern.finditer(text)]
+    """The last match that holds something: its first group, where the pattern has one.
+
+    A pattern such as `(a+)+$` may search for years: an answer on which it takes too long has none, and that
+    is said.
+    """
+    try:
+        with bounded(SECONDS, MEMORY):
+            found = [match.group(1 if pattern.groups else 0) for match in pattern.finditer(text)]
+    except (TimeoutError, MemoryError):
+        say(f"regex:{pattern.pattern:.80} took more than {SECONDS:g} s: no answer is found in {text!r:.60}")
+        return None
     return next((text for text in reversed(found) if text), None)
 
 

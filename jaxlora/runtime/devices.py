@@ -11,15 +11,16 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 
 from jaxlora.runtime import hosts
-from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.errors import MachineError, UserError
 from jaxlora.runtime.progress import console
 
 # --- Settings -----------------------------------------------------------------------------------------------
@@ -54,6 +55,53 @@ def setup(results_dir: str, dtype: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
         jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def devices_here() -> list[jax.Device]:
+    """All devices; a CPU that stands in for a GPU is named, once.
+
+    Raises:
+      MachineError: JAX has none, such as with JAX_PLATFORMS=cuda where there is no GPU.
+    """
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        reason = str(error) or "this platform is not here, or its plugin is not installed"
+        raise MachineError(f"JAX finds no device ({given or 'nothing is set'}): {reason}") from None
+    _warn_of_cpu(devices[0].platform)
+    return devices
+
+
+@cache
+def _warn_of_cpu(platform: str) -> None:
+    """Say so, once, where JAX uses the CPU although a GPU was to be expected."""
+    has_card = any(Path("/dev").glob("nvidia[0-9]*"))
+    if warning := cpu_warning(platform, getattr(jax.config, "jax_platforms", None), os.environ, has_card):
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
+
+
+def cpu_warning(
+    platform: str, asked: str | None, environment: Mapping[str, str], has_card: bool
+) -> str | None:
+    """What is to be said of a CPU that is used; None: nothing.
+
+    Args:
+      asked: JAX_PLATFORMS.
+      has_card: an NVIDIA card is in this machine.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if platform != "cpu" or (asked or "").startswith("cpu") or (visible is None and not has_card):
+        return None
+    if visible is not None:
+        reason = f"CUDA_VISIBLE_DEVICES={visible:.80} names no GPU that JAX can use"
+    else:
+        reason = "JAX cannot use the NVIDIA card that is here"
+    return (
+        f"the CPU is used: {reason}. Correct that, or see that jaxlora[cuda] is installed; JAX_PLATFORMS=cpu"
+        " says that the CPU is meant"
+    )
 
 
 # --- TPU chips and slices -----------------------------------------------------------------------------------

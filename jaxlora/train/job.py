@@ -115,15 +115,15 @@ def prepare(
     base = find_base(config.model, config.seed, with_weights)
     if like is not None and (like.config.model, like.config.data) != (config.model, config.data):
         like = None
-    tokenizer = like.tokenizer if like else base.tokenizer()
+    tokenizer = like.tokenizer if like else base.tokenizer(chat=False)  # rows of text need no chat
     if like is not None:
         train_rows, validation_rows, reports = like.train_rows, like.validation_rows, like.reports
     else:
         train_rows, validation_rows, reports = _load_rows(data, tokenizer, config.seed)
     if train.batch_rows > len(train_rows):
         raise UserError(
-            f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} has {len(train_rows)};"
-            f" give at most {len(train_rows)}"
+            f"config.train.batch_rows: {train.batch_rows} rows, but {data.train_path} leaves"
+            f" {len(train_rows)} to train on; give at most {len(train_rows)}"
         )
     longest = max(row.n_tokens for row in (*train_rows, *validation_rows))
     check_positions(base.config, longest, "config.data.max_length: the longest rows")
@@ -429,6 +429,12 @@ def describe(job: Job) -> Table:
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
+    prompts = {row.prompt_id for row in job.train_rows}
+    if shared := sum(row.prompt_id in prompts for row in job.validation_rows):
+        text = (
+            f"{shared:,} of the validation rows have a prompt that is trained on, too: their loss is too low"
+        )
+        table.add_row("[bold red]overlap[/bold red]", text)
     if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):
         table.add_row("[bold red]rate[/bold red]", escape(warning))
     return table

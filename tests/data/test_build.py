@@ -130,10 +130,26 @@ class TestContent:
             with pytest.raises(ValueError, match=r"field|no value"):
                 convert(bad)
 
+    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+    def test_gsm8ks_own_rows_are_a_source(self, tmp_path, name):
+        answers = [f"{i} = <<{i}={i}>>{i}\n#### {i}" for i in range(20)]
+        rows = [{"question": f"How many, {i}?", "answer": answer} for i, answer in enumerate(answers)]
+        converted = make(tmp_path, [convert(row) for row in rows])
+        source = tmp_path / name
+        if name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+        else:
+            write_jsonl(source, rows)
+        assert build(BuildPlan(str(source), None, tmp_path / "own"))["files"] == converted["files"]
+
+    def test_a_gsm8k_row_without_a_value_is_named(self, tmp_path):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: the answer has no value after '####'"):
+            make(tmp_path, [{"question": "Q?", "answer": "6"}])
+
     def test_every_real_row_is_accepted(self, shared, tmp_path):
-        lines = (shared / "data/gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
-        manifest = make(tmp_path, [convert(json.loads(line)) for line in lines])
-        assert manifest["accepted"]["gsm8k"] == len(lines) == 7473
+        source = shared / "data/gsm8k/train.jsonl"
+        manifest = build(BuildPlan(str(source), None, tmp_path / "out"))
+        assert manifest["accepted"]["gsm8k"] == manifest["rows_read"] == 7473
         assert manifest["split_rows"]["val"]["total"] == round(0.1 * 7473)
 
 
@@ -314,22 +330,3 @@ class TestCommand:
         assert done.returncode == 2
         assert done.stderr.strip().startswith("error: ")
         assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
-def test_the_converter_writes_both_formats_alike_and_needs_a_folder_that_is_there(repository, tmp_path, name):
-    answer = "2 + 3 = <<2+3=5>>5 apples.\n#### 5"
-    source = write_jsonl(tmp_path / "gsm8k.jsonl", [{"question": "How many?", "answer": answer}])
-
-    def run(out):
-        command = [sys.executable, "tools/gsm8k_to_openmath.py", source, "--out", str(out)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=repository)
-
-    refused = run(tmp_path / "nowhere" / name)
-    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
-    assert run(tmp_path / name).returncode == 0
-    if name.endswith(".parquet"):
-        rows = pyarrow.parquet.read_table(tmp_path / name).to_pylist()
-    else:
-        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-    assert rows == [convert({"question": "How many?", "answer": answer})]

@@ -30,6 +30,7 @@ RECORDS = {
     "Alpaca without input": {"instruction": ASKED, "input": "", "output": ANSWER},
     "prompt/completion": {"prompt": ASKED, "completion": ANSWER},
     "prompt/completion of messages": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    "question/answer": {"question": ASKED, "answer": ANSWER},
     "text": {"text": "Once upon a time, é.\nThe end."},
 }
 CONTAINERS = ["x.jsonl", "x.json", "x.csv", "x.parquet"]
@@ -131,8 +132,9 @@ class TestFormats:
         ("record", "reason"),
         [
             (
-                {"question": "q", "answer": "a"},
-                "keys 'answer', 'question'; the nearest format is prompt/",
+                {"query": "q", "response": "a"},
+                "keys 'query', 'response'; the nearest format is prompt/completion (prompt, completion): name"
+                " its columns with --config.data.columns=prompt=COLUMN,completion=COLUMN",
             ),
             ({"instructions": "q", "outputs": "a"}, "the nearest format is Alpaca (instruction, output)"),
             ({"conversation": []}, "the nearest format is ShareGPT (conversations)"),
@@ -143,7 +145,7 @@ class TestFormats:
     def test_what_fits_none_names_the_keys_and_the_nearest(self, tokenizer, tmp_path, record, reason):
         message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer)
         assert reason in message
-        assert "data.columns" in message
+        assert "--config.data.columns=" in message
 
     def test_a_row_with_many_keys_is_one_short_line(self, tokenizer, tmp_path):
         record = {f"key {i}" * 30: i for i in range(20_000)}
@@ -266,6 +268,24 @@ class TestKeysThatChangeTheComputation:
         message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer, enable_thinking=True)
         assert "must be one <think>...</think> at the beginning" in message
 
+    def test_where_all_answers_carry_loss_none_of_them_is_empty(self, tokenizer, tmp_path):
+        messages = [MESSAGES[0], {"role": "assistant", "content": " "}, *MESSAGES]
+        path = write(tmp_path / "x.jsonl", [{"messages": messages}])
+        assert ":1: message 2: empty answer" in refusal(path, tokenizer, loss_on="all")
+        assert len(load(path, tokenizer)[0]) == 1  # no loss on it, where only the last answer has any
+        messages[1]["weight"] = 0
+        path = write(tmp_path / "x.jsonl", [{"messages": messages}])
+        assert len(load(path, tokenizer, loss_on="all")[0]) == 1
+
+    def test_thoughts_alone_are_no_answer(self, tokenizer, tmp_path):
+        for answer in (
+            {"content": "<think>\nhm\n</think>\n\n"},
+            {"content": "", "reasoning_content": "hm"},
+        ):
+            record = {"messages": [MESSAGES[0], {"role": "assistant"} | answer]}
+            message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer, enable_thinking=True)
+            assert "empty answer" in message
+
 
 class TestContainers:
     @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv"])
@@ -316,7 +336,9 @@ class TestContainers:
             (b"", ":1: the first line of a CSV file must name"),
             (b"prompt,prompt\na,b\n", ":1: the first line"),
             (b"prompt,completion\nq,a,b\n", ":2: 3 cells, but the header names 2"),
+            (b",prompt,completion\n0,q,a\n", "index=False"),
             (b'prompt,completion\nq,"a\n', "cannot be read"),
+            (b'prompt,completion\nq,a\n"x "y" z",b\n', ":3: cannot be read"),
             (b"prompt,completion\nq,\xff\n", "not UTF-8"),
             (b"prompt,completion\n", "no usable row"),
         ],
@@ -422,5 +444,6 @@ def test_a_book_is_refused_before_it_is_tokenised(tokenizer, tmp_path):
     message = refusal(write(tmp_path / "x.jsonl", [record]), tokenizer)
     longest = max(map(len, tokenizer.get_vocab()))
     assert (
-        f":1: at least {(2_000_000 + len(ANSWER)) // longest} tokens, longer than the limit of 500" in message
+        f":1: at least {(2_000_000 + len(ANSWER)) // longest} tokens, longer than data.max_length, 500"
+        in message
     )

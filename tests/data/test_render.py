@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 
+from jaxlora.data.messages import Example
 from jaxlora.data.render import (
     SYSTEM_PROMPT,
     chat_text,
@@ -211,6 +212,14 @@ class TestTokenizerLoading:
         bare.save_pretrained(tmp_path)
         with pytest.raises(UserError, match="no chat template"):
             load_tokenizer(tmp_path)
+
+    def test_without_a_chat_template_plain_text_is_trained_on_and_messages_are_refused(self, tokenizer):
+        bare = copy.deepcopy(tokenizer)
+        bare.chat_template = None
+        examples = [Example("a", [], text="Once upon a time."), ("b", conversation())]
+        text, chat = render_batch(bare, examples)
+        assert bare.decode(text.tokens) == "Once upon a time."
+        assert "has no chat template, which messages need" in str(chat)
 
 
 def test_the_time_limit_leaves_the_signals_of_others_alone(tokenizer):

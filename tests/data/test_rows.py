@@ -35,7 +35,7 @@ def load(path, tokenizer, **options):
 
 
 BAD = [
-    (b'{"messages": [', "broken JSON"),
+    (b'{"messages": [', "JSONL has one whole object on each line"),
     (b"", "empty line"),
     (b"[1]", "not an object"),
     (b'{"row_id": "\xff"}', "invalid UTF-8 at byte 13"),
@@ -47,7 +47,7 @@ BAD = [
     (row(messages="hi"), "not a list"),
     (row(messages=prompt_messages("only a question")), "no assistant turn"),
     (row(""), "empty answer"),
-    (row("long " * 600), "longer than the limit of 500"),
+    (row("long " * 600), "longer than data.max_length, 500"),
 ]
 
 
@@ -123,7 +123,7 @@ class TestBadRows:
         (rendered,) = render_batch(tokenizer, [("x", row()["messages"])])
         length = len(rendered.tokens)
         assert len(load(path, tokenizer, max_length=length)[0]) == 1
-        with pytest.raises(UserError, match=f"{length} tokens, longer than the limit of {length - 1}"):
+        with pytest.raises(UserError, match=f"{length} tokens, longer than data.max_length, {length - 1}"):
             load(path, tokenizer, max_length=length - 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import itertools
 import json
@@ -9,11 +10,14 @@ import sys
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 import jaxlora.engine
 from jaxlora import commands
 from jaxlora.cli import load_config
+from jaxlora.commands.generate import read_prompts
 from jaxlora.generate import decode
 from jaxlora.runtime.errors import UserError
 from jaxlora.train.job import prepare
@@ -200,6 +204,21 @@ def test_a_file_of_prompts_is_answered_in_its_order(engine, call, tmp_path):
         call("generate", tmp_path / "p.jsonl", "--out", out, *words)
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet", "p.json", "p.jsonl.gz"])
+def test_prompts_are_read_from_every_kind_of_file_that_trains(tmp_path, name):
+    rows = [{"id": "a", "prompt": "One,\ntwo?"}, {"id": "b", "prompt": "Três?"}]
+    path = tmp_path / name
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        csv = 'id,prompt\r\na,"One,\ntwo?"\r\nb,Três?\r\n'
+        path.write_bytes({"p.jsonl": lines, "p.csv": csv, "p.json": json.dumps(rows)}[name].encode())
+    assert [row for _, row in read_prompts(str(path))] == rows
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -213,9 +232,9 @@ def test_a_file_of_prompts_is_answered_in_its_order(engine, call, tmp_path):
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "end with role 'assistant'"),
         ('{"prompt": "a <|im_end|>"}', "control token"),
         ('{"prompt": "a", "id": [1]}', "id must be a text or a whole number"),
-        ('{"prompt": "a", "id": "\\ud800"}', "surrogates not allowed"),
+        ('{"prompt": "a", "id": "\\ud800"}', "half a surrogate pair"),
         (json.dumps({"prompt": "apples " * 2100}), "shorten it"),
-        ("{", "not a JSON line"),
+        ("{", "broken JSON"),
     ],
 )
 def test_a_row_without_a_prompt_is_one_line_that_names_it(call, tmp_path, line, message):

@@ -40,6 +40,13 @@ def test_what_is_found(name, text, found):
     assert rule_named(name).found(text) == found
 
 
+def test_a_pattern_that_never_ends_finds_nothing_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("jaxlora.evals.rules.SECONDS", 0.2)
+    assert rule_named(r"regex:^(a|a)+$").found("a" * 60 + "b") is None
+    assert "regex:^(a|a)+$ took more than 0.2 s" in capsys.readouterr().err
+    assert rule_named(r"regex:^(a|a)+$").found("aaa") == "a"
+
+
 @pytest.mark.parametrize(
     ("name", "given", "right", "expected"),
     [

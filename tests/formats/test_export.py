@@ -133,6 +133,14 @@ class TestAdapter:
         assert errors.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
+    def test_an_unfinished_run_is_named_as_such(self, base, tmp_path, export):
+        run = tmp_path / "run"
+        make_run(run, base, PLACEMENTS["attention_only"])
+        (run / "summary.json").unlink()
+        code, _, errors = export("--run", run, "--out", tmp_path / "out")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert "is not finished (no summary.json); its own command resumes it" in errors
+
     def test_another_placement_than_the_manifests_is_refused(self, base, tmp_path, export):
         make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
         make_run(tmp_path / "other", base, PLACEMENTS["mlp_only"])

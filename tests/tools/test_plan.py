@@ -719,6 +719,17 @@ class TestHere:
         table.print(describe(replace(job, config=replace(job.config, optim=optim, train=train))))
         assert ("times below the published rule for adapters" in table.file.getvalue()) == warned
 
+    def test_it_warns_of_validation_rows_whose_prompts_are_trained_on(self, job):
+        def printed(rows):
+            table = Console(width=400, file=io.StringIO())
+            table.print(describe(replace(job, validation_rows=rows)))
+            return table.file.getvalue()
+
+        assert "trained on, too" not in printed(job.validation_rows)
+        rows = [*job.validation_rows[2:], *job.train_rows[:2]]
+        assert "overlap" in printed(rows)
+        assert "2 of the validation rows have a prompt that is trained on, too" in printed(rows)
+
     def test_the_base_is_split_over_fsdp_and_an_adapter_is_not(self, job):
         parts = estimate_memory(job)
         devices = job.mesh.size  # simulated ones, which share this machine's memory
