@@ -108,6 +108,27 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes(undisturbed, model, tmp_pa
     assert outcome(config.run_dir) == outcome(undisturbed.run_dir)
 
 
+@pytest.mark.parametrize("recorded", [False, None], ids=["off", "not recorded"])
+def test_a_run_from_before_prompts_were_shared_goes_on_and_says_what_changed(
+    model, tmp_path, monkeypatch, recorded
+):
+    config = rl_config(model, tmp_path, train={"layout": "packed", "max_buffer_tokens": 256})
+    with monkeypatch.context() as patch:
+        killed_at(patch, "before a step")
+        with pytest.raises(Killed):
+            run(config)
+    file = config.run_dir / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["rl"].pop("share_prompts")
+    if recorded is not None:
+        manifest["config"]["rl"]["share_prompts"] = recorded
+    file.write_text(json.dumps(manifest))
+    run(config)
+    (changes,) = json.loads(file.read_text())["resumed_with"]
+    assert "rl.share_prompts: False then, True now" in changes
+    assert [record["step"] for record in records(config)] == [1, 2, 3]
+
+
 def test_overlap_is_one_step_off_policy_says_so_and_survives_a_kill(
     model, tmp_path, monkeypatch, undisturbed
 ):
