@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxlora.checkpoints.base import tokenizer_sha256
 from jaxlora.checkpoints.peft import WEIGHTS
-from jaxlora.checkpoints.run_state import differences
+from jaxlora.checkpoints.run_state import REWARD_FILE, differences
 from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.render import RenderedRow
 from jaxlora.lora import count_trainable
@@ -215,6 +215,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     base = manifest.get("base") or {}
     start = (manifest.get("trained") or {}).get("start_sha256")
     flat["tokenizer"] = (manifest.get("tokenizer") or {}).get("sha256")
+    flat[REWARD_FILE] = (manifest.get("reward") or {}).get("sha256")
     flat["base.products"] = base.get("products")  # over a quantised base, what is rounded in them
     return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 

@@ -358,6 +358,25 @@ def test_a_run_is_not_resumed_with_another_reward(undisturbed, model, tmp_path, 
         run(other)
 
 
+def test_a_run_is_not_resumed_with_a_function_that_was_changed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "own_reward.py"
+    begun = "def reward(row, text): return len(text) % 2"
+    file.write_text(begun)
+    config = rl_config(model, tmp_path, reward="own_reward:reward")
+    with monkeypatch.context() as patch:
+        killed_at(patch, "before a step")
+        with pytest.raises(Killed):
+            run(config)
+    file.write_text("def reward(row, text): return 1")
+    with pytest.raises(UserError, match=r"it differs in rl\.reward's file: '\w{64}' then, '\w{64}' now"):
+        run(config)
+    file.write_text(begun)
+    manifest = config.run_dir / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"reward": None}))  # of an older run
+    run(config)
+
+
 @pytest.mark.parametrize(
     ("rl", "message"),
     [
