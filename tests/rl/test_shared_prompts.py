@@ -120,6 +120,26 @@ def test_odd_lengths_are_learned_from_alike(learners, lengths):
         assert_same(*(gradient(learner, state, given) for learner in both))
 
 
+def test_so_are_rows_in_the_longer_buffers_that_kernels_are_given(learners):
+    job, (sharing, whole), state = learners
+
+    class ForKernels(Learner):
+        def buffers(self, rows):
+            return buffers_of(rows, self.config.train, 1, shares=True)
+
+    likelihood = replace(sharing.loss, kl=0.0)
+    both = [
+        kind(job.spec, job.machine, one.config, likelihood, one.frozen)
+        for kind, one in ((ForKernels, sharing), (Learner, whole))
+    ]
+    given = rows_of_lengths([(30, [2] * 64), (200, [3, 30] * 8)])
+    shapes = {(b["wide"].shape[2], b["shared"].shape[2]) for b in both[0].buffers(given)}
+    assert len({shared for _, shared in shapes}) > 1  # too many copies for one shape
+    assert max(wide for wide, _ in shapes) == 512
+    with jax.set_mesh(job.mesh):
+        assert_same(*(gradient(learner, state, given) for learner in both))
+
+
 @pytest.mark.parametrize(
     ("family", "objective", "full", "scheme"),
     [
