@@ -230,6 +230,7 @@ def test_a_functions_value_is_the_reward_and_the_format_term_is_added():
         ("NaN", "returned NaN"),
         ("infinity", "returned an infinite number"),
         ("huge", "returned an infinite number"),
+        ("absurd", "returned a number beyond 1e+09"),
         ("text", "returned str"),
         ("None", "returned None"),
         ("list", "returned list"),
