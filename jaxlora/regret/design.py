@@ -10,7 +10,7 @@ any number of processes, on one machine after another, come to the same runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jaxlora.config import RegretConfig, RunConfig
@@ -22,6 +22,8 @@ from jaxlora.train.schedule import plan_run
 
 # Final held-out loss by (cell, rate, seed) at each mark; infinite where a run diverged.
 Losses = Mapping["RunId", Mapping[int, float]]
+# At which ends a finished grid wants more rates, `low` or `high`, beside those where a best rate lies.
+Ends = Callable[[Sequence["RunId"]], set[str]]
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,16 @@ def places_of(regret: RegretConfig) -> range:
     return range(low, low + regret.rates)
 
 
-def next_runs(regret: RegretConfig, cells: Sequence[Cell], losses: Losses, seed: int = 0) -> list[RunId]:
+def next_runs(
+    regret: RegretConfig, cells: Sequence[Cell], losses: Losses, seed: int = 0, ends: Ends | None = None
+) -> list[RunId]:
     """The runs that are still to be made, as far as can be known now; none: the experiment is complete."""
-    return [run for cell in cells for run in wanted(regret, cell, losses, seed) if run not in losses]
+    return [run for cell in cells for run in wanted(regret, cell, losses, seed, ends) if run not in losses]
 
 
-def wanted(regret: RegretConfig, cell: Cell, losses: Losses, seed: int = 0) -> list[RunId]:
+def wanted(
+    regret: RegretConfig, cell: Cell, losses: Losses, seed: int = 0, ends: Ends | None = None
+) -> list[RunId]:
     """All runs of a cell that are known to be needed: its grid, the rates added at its edges, the repeats.
 
     Rates are added while the best one, at the end or at a mark, is the lowest or the highest of the grid, up
@@ -110,7 +116,7 @@ def wanted(regret: RegretConfig, cell: Cell, losses: Losses, seed: int = 0) -> l
         grid = [RunId(cell, place, seed) for place in range(low, high + 1)]
         if any(run not in losses for run in grid):
             return grid
-        edges = edges_of(grid, losses)
+        edges = edges_of(grid, losses) | (ends(grid) if ends is not None else set())
         if not edges or high - low + 1 - regret.rates >= regret.extend:
             break
         if "high" in edges:

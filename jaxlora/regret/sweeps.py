@@ -28,7 +28,11 @@ class Final:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs of one cell."""
+    """All runs of one cell.
+
+    `fresh`: where there are other seeds, the first is left out of a cell's final loss. It chose the rate, so
+    its run there is one of those that went well by chance.
+    """
 
     label: str
     placement: str
@@ -36,6 +40,7 @@ class Sweep:
     parameters: int
     batch_rows: int
     records: tuple[Record, ...]
+    fresh: bool = False
 
     @property
     def full(self) -> bool:
@@ -86,14 +91,19 @@ class Sweep:
     @cached_property
     def by_seed(self) -> dict[int, float]:
         """Last losses at the best rate that was tried, by seed; empty where none finished."""
+        return {record["seed"]: record["held_out"][-1][1] for record in self.at_best}
+
+    @cached_property
+    def at_best(self) -> list[Record]:
+        """The finished runs at the best rate that was tried, by seed; see `fresh`."""
         best = self.best(None)
         if best is None:
-            return {}
-        return {
-            record["seed"]: record["held_out"][-1][1]
-            for record in sorted(self.records, key=lambda record: record["seed"])
-            if record["rate"] == best.on_grid and record["diverged_at"] is None
-        }
+            return []
+        found = sorted(
+            (r for r in self.records if r["rate"] == best.on_grid and r["diverged_at"] is None),
+            key=lambda record: record["seed"],
+        )
+        return found[1:] if self.fresh and len(found) > 1 else found
 
     @property
     def repeats(self) -> list[float]:
@@ -113,13 +123,16 @@ class Sweep:
         return None if best is None else self.grid[best.on_grid]
 
 
-def sweeps_of(records: Iterable[Record]) -> list[Sweep]:
-    """The cells that have results: full fine-tuning first, then by placement, rank and batch size."""
+def sweeps_of(records: Iterable[Record], fresh: bool = False) -> list[Sweep]:
+    """The cells that have results: full fine-tuning first, then by placement, rank and batch size.
+
+    `fresh` as in `Sweep`.
+    """
     cells: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         cells.setdefault((record["arm"], record["batch_rows"]), []).append(record)
     found = [
-        Sweep(arm, own[0]["placement"], own[0]["rank"], own[0]["parameters"], rows, tuple(own))
+        Sweep(arm, own[0]["placement"], own[0]["rank"], own[0]["parameters"], rows, tuple(own), fresh)
         for (arm, rows), own in cells.items()
     ]
     return sorted(found, key=lambda s: (s.batch_rows, not s.full, s.placement, s.rank or 0))

@@ -165,6 +165,20 @@ def test_a_grid_is_not_extended_for_ever_and_divergence_asks_for_lower_rates():
     assert [run.place for run in made] == [-1, 0, 1, -2, -3]
 
 
+def test_a_grid_goes_on_where_its_ends_ask_for_it():
+    regret, cells = cell_of(rates=3, extend=4, repeats=1)
+
+    def ends(grid):  # as where a range of good rates is open at the low end, until the fifth rate
+        assert [run.seed for run in grid] == [0] * len(grid)
+        return {"low"} if grid[0].place > -3 else set()
+
+    known, made = {}, []
+    while left := next_runs(regret, cells, known, ends=ends):
+        known.update(losses_of(left[:1], best=0))
+        made += left[:1]
+    assert [run.place for run in made] == [-1, 0, 1, -2, -3, 0]
+
+
 def test_of_equal_losses_the_lower_rate_is_the_best():
     _, (cell,) = cell_of()
     grid = [RunId(cell, place, 0) for place in (-1, 0, 1)]

@@ -18,10 +18,10 @@ from jaxlora.regret.rewards.findings import (
     plateau,
     start_of,
 )
-from jaxlora.regret.rewards.lab import RewardLab
+from jaxlora.regret.rewards.lab import RewardLab, open_ends
 from jaxlora.regret.rewards.report import arms, write_report
 from jaxlora.regret.rewards.runs import right_bits
-from jaxlora.regret.sweeps import sweeps_of
+from jaxlora.regret.sweeps import scatter_of, sweeps_of
 from jaxlora.regret.worker import work
 from jaxlora.runtime.errors import UserError
 
@@ -111,6 +111,28 @@ def test_a_plateau_ends_where_the_gain_falls_below_its_share():
     assert near.high == pytest.approx(10 ** (-1 + 2 / 3))  # the first rate below the bar counts, not the next
     assert plateau({1e-4: 0.5, 1e-3: 0.6, 1e-2: 0.1}, 0.1).open_low
     assert plateau({1e-4: 0.1, 1e-3: 0.05}, 0.1) is None
+
+
+def test_the_seed_that_chose_a_rate_is_no_evidence_for_it():
+    records = [made_up(1, place, 0, end) for place, end in {-1: 0.5, 0: 0.8, 1: 0.4}.items()]
+    (alone,) = sweeps_of(records, fresh=True)
+    assert 1 - alone.final(None).mean == pytest.approx(0.8)
+    (sweep,) = sweeps_of([*records, made_up(1, 0, 1, 0.6), made_up(1, 0, 2, 0.7)], fresh=True)
+    assert (1 - sweep.final(None).mean, sweep.final(None).seeds) == (pytest.approx(0.65), 2)
+    assert arms([sweep])[0]["seeds"] == 2
+    assert scatter_of([sweep]) is not None
+
+
+def test_rates_are_added_where_the_range_of_good_ones_is_open():
+    def ends(by_place):
+        records = [made_up(1, place, 0, end) for place, end in by_place.items()]
+        grid = [SimpleNamespace(name=record["name"]) for record in records]
+        return open_ends({record["name"]: record for record in records}, grid)
+
+    assert ends({-1: 0.75, 0: 0.8, 1: 0.3}) == {"low"}
+    assert ends({-1: 0.3, 0: 0.8, 1: 0.78}) == {"high"}
+    assert ends({-1: 0.3, 0: 0.8, 1: 0.3}) == set()
+    assert ends({-1: 0.1, 0: 0.15, 1: 0.1}) == set()  # nothing was gained
 
 
 def test_bits_of_a_run():

@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
             rates=5,
             factor=3.0,
             extend=2,
-            repeats=2,
+            repeats=4,
             lora_rate=3e-4,
             full_rate=3e-5,
         ),

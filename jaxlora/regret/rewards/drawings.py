@@ -16,7 +16,6 @@ from jaxlora.regret.drawings import canvas, legend, looks_of
 from jaxlora.regret.rewards.findings import (
     KEPT_GAIN,
     accuracies,
-    at_best,
     bits_available,
     bits_learned,
     mean_curve,
@@ -33,7 +32,7 @@ def draw_accuracy(sweeps: Sequence[Sweep]) -> Figure:
     figure, (left, right) = canvas("Held-out accuracy at the best rate", 2)
     looks = looks_of(sweeps)
     for sweep in sweeps:
-        runs, curve = at_best(sweep), mean_curve(sweep)
+        runs, curve = sweep.at_best, mean_curve(sweep)
         if not curve:
             continue
         look = looks[sweep.label]
@@ -48,7 +47,7 @@ def draw_accuracy(sweeps: Sequence[Sweep]) -> Figure:
         right.plot(
             [i + SMOOTH / 2 for i, _ in chunks], [y for _, y in chunks], **look, linewidth=1.2, markersize=3
         )
-    left.set_ylabel("accuracy (temperature 0); bands: all seeds")
+    left.set_ylabel("accuracy (temperature 0); bands: these seeds")
     right.set_title(f"Right answers of the batches, means of {SMOOTH} steps")
     for axes in (left, right):
         axes.set_xlabel("step")
@@ -96,7 +95,7 @@ def draw_bits(sweeps: Sequence[Sweep]) -> Figure:
     """What the adapter may hold, what the rewards of a run could teach, and what was learned, by arm."""
     figure, (axes,) = canvas("Bits at the best rate")
     for x, sweep in enumerate(sweeps):
-        runs = at_best(sweep)
+        runs = sweep.at_best
         axes.plot(x, BITS_PER_PARAMETER * sweep.parameters, "_", markersize=22, color="#111111")
         axes.plot([x] * len(runs), [bits_available(run) for run in runs], "o", color="#0B4F8A")
         axes.plot([x] * len(runs), [max(1.0, bits_learned(run)) for run in runs], "^", color="#B5541C")

@@ -4,7 +4,7 @@
 
 Sweeps are those of `jaxlora.regret.sweeps`, whose loss is here the share of held-out problems that are
 answered wrongly at temperature 0. An arm's accuracy is at the rate that was best with the first seed, as a
-mean over seeds; errors are from the scatter between seeds, pooled over arms.
+mean over the other seeds; errors are from the scatter between those, pooled over arms.
 """
 
 from __future__ import annotations
@@ -52,17 +52,9 @@ def start_of(sweeps: Sequence[Sweep]) -> float:
     return float(np.mean([1 - record["held_out"][0][1] for sweep in sweeps for record in sweep.records]))
 
 
-def at_best(sweep: Sweep) -> list[Record]:
-    """The runs at the rate that was best with the first seed, of all seeds."""
-    best = sweep.best(None)
-    if best is None:
-        return []
-    return [r for r in sweep.records if r["rate"] == best.on_grid and r["diverged_at"] is None]
-
-
 def mean_curve(sweep: Sweep) -> dict[int, float]:
     """Held-out accuracy at each look, a mean over the seeds at the best rate."""
-    curves = [{step: 1 - wrong for step, wrong, _ in record["held_out"]} for record in at_best(sweep)]
+    curves = [{step: 1 - wrong for step, wrong, _ in record["held_out"]} for record in sweep.at_best]
     if not curves:
         return {}
     steps = sorted(set.intersection(*map(set, curves)))
@@ -209,7 +201,7 @@ def _one_curve(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     theirs, found = mean_curve(full), {}
     for sweep in ranks_of(sweeps):
         ours = mean_curve(sweep)
-        error = scatter * math.sqrt(1 / max(1, len(at_best(sweep))) + 1 / max(1, len(at_best(full))))
+        error = scatter * math.sqrt(1 / max(1, len(sweep.at_best)) + 1 / max(1, len(full.at_best)))
         if gaps := {step: ours[step] - theirs[step] for step in ours if step in theirs}:
             step = max(gaps, key=lambda step: abs(gaps[step]))
             found[sweep.rank] = gaps[step], step, error
@@ -250,7 +242,7 @@ def _room(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
         " it has room"
     )
     one, gaps = find(sweeps, 1), _gaps(sweeps, scatter)
-    if one is None or not (runs := at_best(one)):
+    if one is None or not (runs := one.at_best):
         return Finding(claim, rule, "no run of rank 1", CANNOT)
     available = float(np.mean([bits_available(record) for record in runs]))
     learned = float(np.mean([bits_learned(record) for record in runs]))

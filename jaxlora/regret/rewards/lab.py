@@ -7,8 +7,9 @@ work(lab)                          # of `jaxlora.regret.worker`; other processes
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from jaxlora.config import RunConfig
 from jaxlora.models.decoder import Tree
 from jaxlora.regret.design import Cell, RunId, cells_of, next_runs
 from jaxlora.regret.results import RunFolder, check_identity, known_losses
+from jaxlora.regret.rewards.findings import accuracies, plateau, start_of
 from jaxlora.regret.rewards.runs import make_run
+from jaxlora.regret.sweeps import sweeps_of
 from jaxlora.rl.job import RLJob, prepare
 from jaxlora.rl.problems import problems_hash
 from jaxlora.rl.rewards import grader_named
@@ -106,7 +109,16 @@ class RewardLab:
         records = self.folder.records()
         check_identity(records, self.identity, self.folder.runs)
         known = known_losses(records, self.cells, self.config)
-        return next_runs(self.config.regret, self.cells, known, self.config.seed)
+        return next_runs(self.config.regret, self.cells, known, self.config.seed, partial(open_ends, records))
+
+
+def open_ends(records: Mapping[str, Record], grid: Sequence[RunId]) -> set[str]:
+    """At which ends of a grid the range of good rates may go on."""
+    (sweep,) = sweeps_of(records[run.name] for run in grid)
+    found = plateau(accuracies(sweep), start_of([sweep]))
+    if found is None:
+        return set()
+    return {end for end, is_open in (("low", found.open_low), ("high", found.open_high)) if is_open}
 
 
 def identity_of(job: RLJob) -> Record:

@@ -19,7 +19,6 @@ from jaxlora.regret.rewards.drawings import FIGURES
 from jaxlora.regret.rewards.findings import (
     KEPT_GAIN,
     accuracies,
-    at_best,
     bits_available,
     bits_learned,
     findings,
@@ -35,7 +34,7 @@ from jaxlora.runtime.folders import claimed
 from jaxlora.study.figures import csv_text, own_style
 
 CAPTIONS = {
-    "accuracy": "Held-out accuracy by step, each arm at its best rate, a mean over seeds.",
+    "accuracy": "Held-out accuracy by step at each arm's best rate, a mean over seeds but the first.",
     "rates": "Held-out accuracy at the end over the rate.",
     "bits": "What an adapter may hold, what the rewards could teach, and what was learned.",
 }
@@ -52,7 +51,7 @@ def write_report(lab: RewardLab) -> Path:
         raise UserError(f"{lab.folder.runs}: no run is there; run the experiment first")
     page = lab.folder.path / PAGE
     with claimed(page, wait=True):
-        sweeps = sweeps_of(records)
+        sweeps = sweeps_of(records, fresh=True)
         for name, draw in FIGURES.items():
             with own_style():
                 figure = draw(sweeps)
@@ -113,7 +112,7 @@ def arms(sweeps: Sequence[Sweep]) -> list[Record]:
             "diverged": sum(record["diverged_at"] is not None for record in sweep.records),
             "seconds": float(np.median([record["seconds"]["all"] for record in sweep.records])),
         }
-        best, final, runs = sweep.best(scatter), sweep.final(scatter), at_best(sweep)
+        best, final, runs = sweep.best(scatter), sweep.final(scatter), sweep.at_best
         if best is not None and final is not None:
             row |= {"best_rate": best.on_grid, "edge": best.edge, "end": 1 - final.mean}
             row |= {"error": final.error, "seeds": final.seeds, "highest": max(mean_curve(sweep).values())}
@@ -145,8 +144,9 @@ def page_of(lab: RewardLab, sweeps: Sequence[Sweep]) -> str:
     parts = [
         f"# LoRA Without Regret, from rewards: {lab.config.prefix}",
         f"Every condition at its own best learning rate, found on a grid of factors of"
-        f" {lab.config.regret.factor:g} that is extended while the best one lies on an edge. Written by"
-        " `jaxlora study`; the rules are those of `jaxlora/regret/rewards/findings.py`.",
+        f" {lab.config.regret.factor:g} that is extended while the best one, or the range of good ones, lies"
+        " on an edge. Written by `jaxlora study`; the rules are those of"
+        " `jaxlora/regret/rewards/findings.py`.",
         _settings(lab, sweeps),
         "## Claims",
         claims_table(findings(sweeps)),
@@ -208,11 +208,11 @@ def _arm_table(sweeps: Sequence[Sweep]) -> str:
     for row in arms(sweeps):
         lines.append("| " + " | ".join(_arm_texts(row)) + " |")
     note = (
-        "Accuracy: at the end, a mean over seeds at the rate that was best with the first one, ± its standard"
-        " error from the pooled scatter. Room: 2 bits a parameter. Available: the entropy of the rewards of"
-        " each group, summed over the run. Learned: by how much the right answers to all problems to learn"
-        " from became shorter to write down (mean log2 of the share of right answers, last batches minus"
-        " first)."
+        "Accuracy: at the end, at the rate that was best with the first seed, a mean over the other seeds, as"
+        " that one is there because it went well; ± its standard error from the pooled scatter. Room: 2 bits"
+        " a parameter. Available: the entropy of the rewards of each group, summed over the run. Learned: by"
+        " how much the right answers to all problems to learn from became shorter to write down (mean log2"
+        " of the share of right answers, last batches minus first)."
     )
     return "\n".join([*lines, "", note])
 
