@@ -56,6 +56,7 @@ def _without_closed_loops(found: Any) -> None:
 
 
 sys.unraisablehook = _without_closed_loops
+REWARD_FILE = "rl.reward's file"  # of an identity; None: there is none, or an older run did not record it
 KEPT = 2  # newest checkpoints that are kept, beside the best
 STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
 READ_BACK = 2**20  # bytes; larger arrays are opened before a checkpoint is published, but not read whole
@@ -313,7 +314,10 @@ class RunState:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Where two identities differ, in words."""
-    return [f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in new if old.get(key) != new[key]]
+    known = [key for key in new if key != REWARD_FILE or old.get(key) is not None]
+    return [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now" for key in known if old.get(key) != new[key]
+    ]
 
 
 def hashes(folder: Path) -> dict[str, Any]:

@@ -3,9 +3,11 @@
     result = bench_rl(config, model, prompt_lengths, answer_lengths, steps=1)
 
 A batch is sampled, turned into text and graded, and learned from, by the programs and the classes of a run;
-only the end of an answer is forced, the tokenizer is a stand-in, and rewards follow from the drawn tokens.
-Sampled tokens are counted end to end; prompt tokens, which are read once a group in sampling and once an
-answer in learning, are told apart.
+only the end of an answer is forced, the tokenizer is a stand-in, and whatever the grader says, every other
+answer of a group is learned from as a right one, so that each batch teaches all of its answers and needs no
+program that the first one did not. Sampled tokens are counted end to end; prompt tokens, which are read once
+a group in sampling and once an answer in learning, are told apart. Where prompts are shared in learning,
+`tokens_computed` says for how many of the tokens learned from everything but attention is computed.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.bench import CompileCounter, device_facts, utilisation, warm_up_runs
@@ -24,19 +26,19 @@ from jaxlora.bench import wire as wire_bench
 from jaxlora.checkpoints.base import Base, random_base
 from jaxlora.config import RunConfig
 from jaxlora.lora import count_trainable, init_lora
-from jaxlora.models.decoder import ModelSpec, Tree
+from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.models.spec import ModelConfig
 from jaxlora.rl.job import RLJob
-from jaxlora.rl.learning import Learner, most_segments, rows_of
+from jaxlora.rl.learning import Learned, Learner
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.rewards import Graded, Grader, grader_named
 from jaxlora.rl.sampling import Episode, Group, Sampler, grade_groups, shared_bytes
 from jaxlora.runtime.devices import memory_in_use
 from jaxlora.runtime.progress import console, progress_bar
-from jaxlora.sharding import place_batch, place_trained
+from jaxlora.sharding import place_trained
 from jaxlora.train.schedule import RunPlan
-from jaxlora.train.step import Machine, init_state, make_gradient_step, make_update_step
+from jaxlora.train.step import Machine, init_state
 
 
 class _Words:
@@ -73,7 +75,7 @@ def bench_rl(
             times = np.zeros(3)
             start = time.perf_counter()
             for step in range(1, steps + 1):
-                state, own, rows = _step(job, sampler, learner, grader, state, step, answers)
+                state, own, done = _step(job, sampler, learner, grader, state, step, answers)
                 times += own
             seconds = time.perf_counter() - start
         again = len(compiled.events) - before
@@ -81,7 +83,8 @@ def bench_rl(
     memory = memory_in_use(jax.devices()[0])
     sampled, read = steps * sum(answers), steps * sum(prompts)
     learned = steps * (sum(answers) + config.rl.group * sum(prompts))
-    flops = 2 * count_matrix_parameters(model)
+    flops = 4 * count_matrix_parameters(model)
+    used = utilisation(steps * done.computed / times[2], flops, facts)
     return facts | {
         "benchmark": "rl",
         "trainable_parameters": count_trainable(spec),
@@ -90,12 +93,13 @@ def bench_rl(
         "group": config.rl.group,
         "slots": config.rl.slots,
         "batches": steps,
-        "answers_learned_from": rows,
+        "answers_learned_from": done.rows,
         "sampled_tokens": sampled,
         "prompt_tokens_read": read,
         "tokens_learned_from": learned,
+        "tokens_computed": steps * done.computed,
         **_rates(sampled, learned, times, seconds),
-        "learning_utilisation": utilisation(learned / times[2], 2 * flops, facts)["model_flops_utilisation"],
+        "learning_utilisation": used["model_flops_utilisation"],
         "compilations": before,
         "compilations_while_timed": again,
         "compile_seconds": sum(compiled.events),
@@ -130,22 +134,14 @@ def _job(config: RunConfig, spec: ModelSpec, machine: Machine, lengths: Sequence
 
 
 def _warm_up(job: RLJob, sampler: Sampler, learner: Learner, state: Any, answers: Sequence[int]) -> Any:
-    """Run every program that the timed batches need."""
-    rl, mesh = job.config.rl, job.mesh
+    """Run every program that the timed batches need, at a learning rate of 0."""
     console.print("compiling")
-    # Whole answers: as they end, the decoder goes on with fewer and fewer slots, each number its own program.
+    groups = _made_up(job, answers)
     for _ in range(warm_up_runs()):
-        sampler.groups(state.trained, 0, range(rl.prompts), limits=_by_position(job, answers))
-    rows = [row for group in rows_of(_made_up(job, answers), rl) for row in group]
-    buffers = learner.buffers(rows)
-    compute = job.machine.compute(most_segments(buffers))
-    step = make_gradient_step(job.spec, compute, job.loss, "weighted")
-    grads: Tree = jax.tree.map(jnp.zeros_like, state.trained)
-    for batch in {tuple(x.shape for x in batch.values()): batch for batch in buffers}.values():
-        for _ in range(warm_up_runs()):
-            grads, *_ = step(state.trained, grads, learner.frozen, place_batch(mesh, batch))
-    update = make_update_step(job.spec, job.config.optim)
-    state, _ = update(state, jax.tree.map(jnp.zeros_like, grads), jnp.float32(0))
+        # Whole answers: as they end, the decoder goes on with fewer and fewer slots, each number a program.
+        limits = _by_position(job, answers)
+        sampler.groups(state.trained, 0, range(job.config.rl.prompts), limits=limits)
+        state, _ = learner.learn(state, groups, 0.0)
     return jax.block_until_ready(state)
 
 
@@ -156,16 +152,20 @@ def _by_position(job: RLJob, answers: Sequence[int]) -> list[int]:
 
 
 def _made_up(job: RLJob, answers: Sequence[int]) -> list[Group]:
-    """Groups of answers of these lengths, half of them right."""
-    group = job.config.rl.group
-    episodes = [
-        Episode([0] * n, [-1.0] * n, True, "", Graded(float(i % 2), bool(i % 2), True))
-        for i, n in enumerate(answers)
-    ]
+    """Groups of answers of these lengths, in the order in which a batch has them."""
+    episodes = iter([Episode([0] * n, [-1.0] * n, True, "") for n in _by_position(job, answers)])
     return [
-        Group(i, job.problems[i], job.prompts[i], tuple(episodes[i * group :][:group]))
-        for i in range(job.config.rl.prompts)
+        _halved(Group(p, job.problems[i], job.prompts[i], tuple(islice(episodes, job.config.rl.group))))
+        for p in range(job.config.rl.prompts)
+        for i in [job.at(p)]
     ]
+
+
+def _halved(group: Group) -> Group:
+    """The group with every other answer right."""
+    graded = (Graded(float(i % 2), bool(i % 2), True) for i in range(len(group.episodes)))
+    pairs = zip(group.episodes, graded, strict=True)
+    return replace(group, episodes=tuple(replace(one, graded=own) for one, own in pairs))
 
 
 def _step(
@@ -176,17 +176,17 @@ def _step(
     state: Any,
     step: int,
     answers: Sequence[int],
-) -> tuple[Any, list[float], int]:
-    """One batch: the state after it, the seconds of its three parts, and the answers learned from."""
+) -> tuple[Any, list[float], Learned]:
+    """One batch: the state after it, the seconds of its three parts, and what was learned from."""
     rl = job.config.rl
     clock = [time.perf_counter()]
     limits = _by_position(job, answers)
     with progress_bar("sampling", len(answers), "answers") as advance:
         groups = sampler.groups(state.trained, step, range(rl.prompts), advance, limits)
     clock.append(time.perf_counter())
-    groups = grade_groups(groups, grader)
+    groups = [_halved(group) for group in grade_groups(groups, grader)]
     clock.append(time.perf_counter())
     state, learned = learner.learn(state, groups, job.config.optim.peak_lr)
     jax.block_until_ready(state)
     clock.append(time.perf_counter())
-    return state, np.diff(clock).tolist(), learned.rows
+    return state, np.diff(clock).tolist(), learned

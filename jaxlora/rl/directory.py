@@ -21,6 +21,7 @@ from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import advantages_of
 from jaxlora.rl.page import PAGE, write_page
 from jaxlora.rl.problems import Problem, problems_hash
+from jaxlora.rl.rewards import source_sha256
 from jaxlora.rl.sampling import Episode, Group
 from jaxlora.runtime import hosts
 from jaxlora.runtime.files import sha256_of, write_json_atomic, write_jsonl_atomic
@@ -44,6 +45,7 @@ class RLDirectory(RunDirectory):
         return common_manifest(job) | {
             "kind": "rl",
             "loss": dataclasses.asdict(job.loss),
+            "reward": {"name": rl.reward, "sha256": source_sha256(rl.reward)},
             "stop_token_ids": list(job.stop_ids),
             "schedule": {
                 "total_steps": plan.total_steps,

@@ -24,6 +24,7 @@ from jaxlora.runtime.errors import UserError
 Job = Mapping[str, Any]  # what a worker is given: `raw` of the problem, its `answer`, and the `text`
 MAX_SYMBOLS = 1000  # letters of an answer that is read as an expression; longer ones are compared as text
 CLOSE = Fraction(1, 1000)  # two numbers that differ by less may be one, rounded
+MOST = 1e9  # of a value, either way: gradients with advantages far above this are no numbers of float32
 HOW = "pip install 'jaxlora[rl]'"
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -206,4 +207,6 @@ def as_number(value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError("returned NaN" if math.isnan(number) else "returned an infinite number")
+    if abs(number) > MOST:
+        raise ValueError(f"returned a number beyond {MOST:g}")
     return number

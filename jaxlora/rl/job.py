@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 from rich.table import Table
 
 from jaxlora.checkpoints.base import Base, find_base
@@ -20,9 +21,18 @@ from jaxlora.data.render import Tokenizer, render_chat
 from jaxlora.generate.decode import abstract_decode
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import check_positions
-from jaxlora.rl.mesh import cache_length, mesh_for_both, moved, sampling_form, sampling_of, slots_of
+from jaxlora.rl.mesh import (
+    cache_length,
+    mesh_for_both,
+    moved,
+    sampling_form,
+    sampling_of,
+    shares_prompts,
+    slots_of,
+)
 from jaxlora.rl.problems import Problem, load_problems
 from jaxlora.rl.rewards import NAMED, check_problems, grader_named, try_import
+from jaxlora.rl.shared_buffers import WIDER
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 from jaxlora.sharding import abstract, base_shardings, device_bytes, slot_shards
@@ -211,11 +221,25 @@ def estimate_memory(job: RLJob) -> dict[str, int]:
         slots = slots_of(job.config, slot_shards())
         length, most = cache_length(job.longest), rl.max_new_tokens
         cache = device_bytes(abstract_decode(form, slots, length, most, sampling_of(rl)))
-    learning = parts["activations"] // job.mesh.size + parts["output head"]
+    learning = (parts["activations"] + copies_memory(job)) // job.mesh.size + parts["output head"]
     if rl.overlap:
         return found | {"cache of the sampler": cache, "activations and head": learning}
     name = "cache of the sampler" if cache > learning else "activations and head"
     return found | {name: max(cache, learning)}
+
+
+def copies_memory(job: RLJob) -> int:
+    """Bytes that the backward pass of one buffer keeps of attention over the copies of shared prompts."""
+    if not shares_prompts(job.config, job.mesh):
+        return 0
+    model, remat = job.spec.config, job.config.model.remat
+    copies = job.config.train.max_buffer_tokens * (1 if job.machine.backend == "xla" else WIDER[-1])
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    kept = (
+        heads if remat == "elementwise" else 2 * heads + 2 * kv_heads
+    )  # outputs; queries, keys, values, too
+    layers = 1 if remat is True else model.num_hidden_layers
+    return round(copies * kept * model.head_dim * layers * jnp.dtype(job.spec.dtype).itemsize)
 
 
 def memory_here(job: RLJob) -> int:

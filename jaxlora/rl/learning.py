@@ -11,6 +11,7 @@ in buffers never changes a result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,6 +26,7 @@ from jaxlora.data.packing import Batch, empty, pad, place, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
+from jaxlora.rl.mesh import shares_prompts
 from jaxlora.rl.sampling import Group
 from jaxlora.rl.shared_buffers import power_of_two, shared_buffers
 from jaxlora.runtime import hosts
@@ -43,7 +45,8 @@ MAX_ROWS = 256  # of one packed buffer
 # Log-probabilities that can be recorded. Noise in float32 draws no token that is 21 nats less likely than the
 # likeliest one, which no vocabulary makes rarer than 15; above 0 is what rounding leaves.
 LEAST, ROUNDED = -50.0, 0.01
-SIZES = 3  # a packed buffer is whole, half or a quarter: few programs
+SIZES = 1, 1 / 2, 1 / 4  # of a packed buffer, as parts of a whole one: few programs
+QUARTERS = 1, 3 / 4, 1 / 2, 1 / 4  # the same where it has copies of prompts as long as a whole one
 
 
 # --- Rows and buffers ---------------------------------------------------------------------------------------
@@ -94,7 +97,12 @@ def parts_of(groups: Sequence[Any], n: int) -> list[list[Any]]:
 
 
 def buffers_of(
-    rows: Sequence[RenderedRow], train: TrainConfig, multiple: int, shares: bool = False, lines: int = 1
+    rows: Sequence[RenderedRow],
+    train: TrainConfig,
+    multiple: int,
+    shares: bool = False,
+    lines: int = 1,
+    dense: bool = False,
 ) -> list[Batch]:
     """The rows in buffers `[1, lines, length]` of few shapes, and little padding: longest rows first, each in
     the first line with room (packed), or rows of like length together (padded).
@@ -102,14 +110,16 @@ def buffers_of(
     Args:
       shares: packed rows of one prompt share it.
       lines: of a packed buffer.
+      dense: as of `shared_buffers`.
     """
     multiple = round_up(train.buffer_multiple, multiple)
     ordered = sorted(rows, key=lambda row: -row.n_tokens)
     whole = round_up(max(train.max_buffer_tokens, ordered[0].n_tokens), multiple)
     if train.layout == "packed":
-        sizes = sorted({max(multiple, round_up(whole >> i, multiple)) for i in range(SIZES)})
+        parts_of_whole = QUARTERS if shares and dense else SIZES
+        sizes = sorted({round_up(math.ceil(whole * part), multiple) for part in parts_of_whole})
         if shares:
-            return shared_buffers(rows, sizes, MAX_ROWS, multiple)
+            return shared_buffers(rows, sizes, MAX_ROWS, multiple, dense)
         parts = _fitted(ordered, whole)
         return [_packed(parts[i : i + lines], sizes, lines) for i in range(0, len(parts), lines)]
     found, rest = [], ordered
@@ -165,6 +175,7 @@ class Learned:
     updates: int  # optimizer steps
     rows: int
     tokens: int  # prompts and answers
+    computed: int  # the same where answers share their prompt: with what they share once
     loss: float | None  # the objective per action token
     grad_norm: float | None  # the largest of the updates
     update_norm: float | None
@@ -210,6 +221,7 @@ class Learner:
             updates=len(parts),
             rows=len(rows),
             tokens=sum(row.n_tokens for row in rows),
+            computed=sum(int(np.count_nonzero(batch["segment_ids"])) for *_, batch in found),
             loss=loss / actions if rows else None,
             grad_norm=_largest([found["grad_norm"] for found in norms]),
             update_norm=_largest([found["update_norm"] for found in norms]),
@@ -234,8 +246,8 @@ class Learner:
     def buffers(self, rows: Sequence[RenderedRow]) -> list[Batch]:
         """The rows in buffers; where it is asked for, and there is one device, those of a prompt share it."""
         mesh = self.machine.mesh
-        shares = self.config.rl.share_prompts and mesh.size == 1
-        return buffers_of(rows, self.config.train, token_multiple(mesh), shares, self.machine.lines)
+        shares, dense = shares_prompts(self.config, mesh), self.machine.backend == "xla"
+        return buffers_of(rows, self.config.train, token_multiple(mesh), shares, self.machine.lines, dense)
 
     def _reference(self, placed: Tree, compute: Compute) -> jax.Array:
         """log p under the base alone."""

@@ -88,6 +88,11 @@ def moved(base: Tree, weights: Tree) -> list[Any]:
     ]
 
 
+def shares_prompts(config: RunConfig, mesh: jax.sharding.Mesh) -> bool:
+    """Whether the learner computes a prompt once for its answers: in packed rows on one device."""
+    return config.rl.share_prompts and config.train.layout == "packed" and mesh.size == 1
+
+
 def sampling_of(rl: RLConfig) -> Sampling:
     """How answers are sampled."""
     return Sampling(rl.temperature, logprobs=True)

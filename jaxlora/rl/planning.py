@@ -33,6 +33,7 @@ from jaxlora.generate.decode import (
     make_prefill,
 )
 from jaxlora.models.attention import pick_decode_backend
+from jaxlora.models.shared import Places
 from jaxlora.models.spec import ModelConfig
 from jaxlora.plan.programs import Program, Programs, Workload
 from jaxlora.plan.report import GIB, RunCost, all_fit, cost_of, programs_table
@@ -44,6 +45,7 @@ from jaxlora.rl.mesh import (
     moved,
     sampling_form,
     sampling_of,
+    shares_prompts,
     slots_of,
 )
 from jaxlora.rl.problems import Problem
@@ -126,7 +128,10 @@ class RewardPrograms:
         self.slots = slots_of(config, self.shards)
         self.attention = pick_decode_backend("auto", "tpu", self.form.dtype)
         self.calls = sampling_calls(lengths, self.slots, self.shards)
-        self.shape, _ = learning_buffers(lengths, config.train, token_multiple(self.of.mesh))
+        self.shares = shares_prompts(config, self.of.mesh)
+        buffer, _ = learning_buffers(lengths, config.train, token_multiple(self.of.mesh), self.shares)
+        self.shape = buffer["tokens"].shape[1:]
+        self._places = {name: buffer[name].shape for name in Places._fields if name in buffer}
 
     # What is on a chip, in bytes.
 
@@ -175,7 +180,7 @@ class RewardPrograms:
         """The gradient of one full buffer."""
         of, trained = self.of, self.of.state.trained
         step = make_gradient_step(of.spec, of.compute, self.loss, "weighted")
-        passes = of.kernel_passes * (1 + (of.compute.remat is True) + BACKWARD_PASSES)
+        passes = self._kernel_passes * (1 + (of.compute.remat is True) + BACKWARD_PASSES)
         arguments = trained, trained, self.of.base, self._buffer(extras_of(self.loss))
         made = of.compiled("gradient", of.mesh, step, arguments, math.prod(self.shape), passes)
         return self._learning(made, device_bytes(of.state.opt_state))
@@ -185,7 +190,8 @@ class RewardPrograms:
         of, base = self.of, replace(self.of.spec, lora=None, shapes=())
         step = make_logprob_step(base, of.compute, self.loss, "weighted")
         arguments: tuple[Any, ...] = {}, self.of.base, self._buffer(())
-        made = of.compiled("reference", of.mesh, step, arguments, math.prod(self.shape), of.kernel_passes)
+        passes = self._kernel_passes
+        made = of.compiled("reference", of.mesh, step, arguments, math.prod(self.shape), passes)
         return self._learning(made, device_bytes((of.state, of.state.trained)))
 
     def update(self) -> Program:
@@ -226,7 +232,15 @@ class RewardPrograms:
     def _buffer(self, extras: tuple[str, ...]) -> Any:
         lines, length = self.shape
         batch = self.of.batch(1, length, lines)
-        return batch | dict.fromkeys(extras, batch["weights"])
+        places = {name: self._array(self.of.mesh)(*shape) for name, shape in self._places.items()}
+        return batch | places | dict.fromkeys(extras, batch["weights"])
+
+    @property
+    def _kernel_passes(self) -> float:
+        """As often as attention's kernel goes over a buffer, in passes over one of its own length: with
+        shared prompts it goes over their copies."""
+        wide = self._places["wide"][-1] / self.shape[-1] if self.shares else 1.0
+        return self.of.kernel_passes * wide**2
 
     @staticmethod
     def _array(mesh: Any) -> Callable[..., jax.ShapeDtypeStruct]:
@@ -298,8 +312,8 @@ def batch_seconds(
     prefill, decode, gradient, update, *reference = (program.best.likely for program in done)
     calls = sampling_calls(lengths, programs.slots, programs.shards)
     multiple = token_multiple(programs.of.mesh)
-    shape, buffers = learning_buffers(lengths, programs.of.config.train, multiple)
-    buffers *= math.prod(shape) / math.prod(programs.shape)
+    buffer, buffers = learning_buffers(lengths, programs.of.config.train, multiple, programs.shares)
+    buffers *= buffer["tokens"].size / math.prod(programs.shape)
     return {
         "sampling": calls.prefills * prefill + calls.steps * decode,
         "scoring": None if one is None else one * len(lengths.answers),

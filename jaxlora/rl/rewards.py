@@ -20,6 +20,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from jaxlora.data.boxes import extract_boxed
 from jaxlora.evals.gsm8k import score_text
@@ -28,6 +30,7 @@ from jaxlora.rl.grading import HOW, quick_match, well_formed
 from jaxlora.rl.pool import Outcome, Pool
 from jaxlora.rl.problems import Problem
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import sha256_of
 
 NAMED = ("gsm8k_strict", "gsm8k_numeric", "last_number", "math", "deepmath", "reasoning_gym")
 Answer = tuple[
@@ -146,6 +149,20 @@ def try_import(grader: Grader) -> None:
             pass
     except UserError as error:
         raise UserError(f"rl.reward: {error}") from None
+
+
+def source_sha256(name: str) -> str | None:
+    """SHA-256 of the file that the function of a reward `module:function` is imported from, without running
+    it; None where it is not a file, and of the named rewards."""
+    if name in NAMED:
+        return None
+    path: Sequence[str] | None = [os.getcwd(), *sys.path]  # as of workers
+    module, spec = name.partition(":")[0], None
+    for end in [match.start() for match in re.finditer(r"\.|$", module)]:
+        spec = None if path is None else PathFinder.find_spec(module[:end], path)
+        path = None if spec is None else spec.submodule_search_locations
+    file = Path(spec.origin) if spec is not None and spec.origin else None
+    return sha256_of(file) if file is not None and file.is_file() else None
 
 
 def check_problems(name: str, problems: Sequence[Problem]) -> None:

@@ -2,14 +2,13 @@
 
     lengths = drawn_lengths(prompts=64, group=16, prompt_tokens=120, answer_tokens=170, most=512)
     sampling = sampling_calls(lengths, slots=384, shards=1)         # 30 prefills, 1,300 steps
-    learning_buffers(lengths, config.train, multiple=128)           # (1, 4096), 73.0
+    learning_buffers(lengths, config.train, multiple=128)           # a buffer of 4,096 tokens, 73.0
 
 The rules are those of `jaxlora.generate.decode` and `jaxlora.rl.learning`, without any tokens.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlora.config import TrainConfig
-from jaxlora.data.packing import round_up
+from jaxlora.data.packing import Batch, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.estimate import BF16, REACHED
 from jaxlora.generate.decode import SHARED_PROMPTS, SHARED_ROWS, SHARED_WORTH, STEPS_PER_CALL, WINDOW_MULTIPLE
@@ -26,7 +25,7 @@ from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import count_matrix_parameters
 from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import buffers_of
-from jaxlora.rl.mesh import slots_of
+from jaxlora.rl.mesh import shares_prompts, slots_of
 from jaxlora.runtime.devices import memory_rate_of, peak_flops
 
 USUAL_SHARE = 1 / 3  # of the longest answer: the mean one, where nothing else is said
@@ -111,24 +110,32 @@ def sampling_calls(lengths: Lengths, slots: int, shards: int = 1) -> SamplingCal
 
 
 def least_seconds(
-    spec: ModelSpec, lengths: Lengths, slots: int, mesh: Mesh, flops: float, memory_rate: float
+    spec: ModelSpec,
+    lengths: Lengths,
+    slots: int,
+    mesh: Mesh,
+    flops: float,
+    memory_rate: float,
+    shares: bool = False,
 ) -> dict[str, float]:
     """Sampling and learning of a batch at `REACHED` of the peak rates, without grading and collectives.
 
     Args:
       slots: on all devices together.
       flops, memory_rate: peaks of one device, of bfloat16 products and of its memory in bytes/s.
+      shares: the learner computes a prompt once.
     """
     model, devices = spec.config, mesh.size
     weights = count_matrix_parameters(model)
     token = 2 * BF16 * model.num_key_value_heads * model.head_dim * model.num_hidden_layers
     filled = float(lengths.prompts.mean() + lengths.answers.mean() / 2)
     calls = sampling_calls(lengths, slots)
-    read = BF16 * weights / mesh.shape["tensor"] + slots * calls.busy * filled * token / devices
-    step = max(read / memory_rate, 2 * weights * slots / devices / flops)
-    totals = lengths.of_answers + lengths.answers
+    moved = BF16 * weights / mesh.shape["tensor"] + slots * calls.busy * filled * token / devices
+    step = max(moved / memory_rate, 2 * weights * slots / devices / flops)
+    read = lengths.prompts if shares else lengths.of_answers
+    tokens = read.sum() + lengths.answers.sum()
     prefill = 2 * weights * lengths.prompts.sum() / devices / flops
-    learning = (6 if spec.full else 4) * weights * totals.sum() / devices / flops
+    learning = (6 if spec.full else 4) * weights * tokens / devices / flops
     return {"sampling": (calls.steps * step + prefill) / REACHED, "learning": learning / REACHED}
 
 
@@ -142,7 +149,8 @@ def told_time(job: RLJob) -> str:
     mean = sum(map(len, job.prompts)) / len(job.prompts)
     lengths = drawn_lengths(rl.prompts, rl.group, mean, USUAL_SHARE * rl.max_new_tokens, rl.max_new_tokens)
     shards = job.mesh.size if job.mesh.shape["tensor"] == 1 else 1
-    parts = least_seconds(job.spec, lengths, slots_of(job.config, shards), job.mesh, flops, memory_rate)
+    slots, shares = slots_of(job.config, shards), shares_prompts(job.config, job.mesh)
+    parts = least_seconds(job.spec, lengths, slots, job.mesh, flops, memory_rate, shares)
     whole = sum(parts.values())
     told = ", ".join(f"{name} {value:.3g} s" for name, value in parts.items())
     return (
@@ -151,15 +159,23 @@ def told_time(job: RLJob) -> str:
     )
 
 
-def learning_buffers(lengths: Lengths, train: TrainConfig, multiple: int) -> tuple[tuple[int, int], float]:
-    """Lines and length of the largest buffer that answers of a batch lie in, and as many tokens as all of
-    their buffers have, in buffers like this one.
+def learning_buffers(
+    lengths: Lengths, train: TrainConfig, multiple: int, shares: bool = False
+) -> tuple[Batch, float]:
+    """The largest buffer that answers of a batch lie in, and as many tokens as all of their buffers have, in
+    buffers like this one.
 
     Args:
       multiple: of the buffers' lengths, as the mesh needs it.
+      shares: answers to a prompt share it.
     """
-    totals = lengths.of_answers + lengths.answers
-    rows = [RenderedRow("", np.zeros(n, np.int32), np.ones(n, np.float32)) for n in totals]
-    shapes = [batch["tokens"].shape[1:] for batch in buffers_of(rows, train, multiple)]
-    lines, length = max(shapes, key=math.prod)
-    return (lines, length), sum(map(math.prod, shapes)) / (lines * length)
+    rows = [
+        RenderedRow(
+            "", np.zeros(asked + n, np.int32), (np.arange(asked + n) >= asked).astype(np.float32), str(i)
+        )
+        for i, asked in enumerate(lengths.prompts)
+        for n in lengths.answers[i * lengths.group :][: lengths.group]
+    ]
+    buffers = buffers_of(rows, train, multiple, shares)
+    largest = max(buffers, key=lambda batch: batch["tokens"].size)
+    return largest, sum(batch["tokens"].size for batch in buffers) / largest["tokens"].size

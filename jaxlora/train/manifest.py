@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxlora.checkpoints.base import tokenizer_sha256
 from jaxlora.checkpoints.peft import WEIGHTS
-from jaxlora.checkpoints.run_state import differences
+from jaxlora.checkpoints.run_state import REWARD_FILE, differences
 from jaxlora.config import RunConfig, to_dict
 from jaxlora.data.render import RenderedRow
 from jaxlora.lora import count_trainable
@@ -73,6 +73,8 @@ _ROUNDING = {
     "train.buffer_multiple",
     "train.max_buffer_tokens",
 }
+# The same of runs that learn from rewards, with the values that say what those did whose manifests lack them.
+_ROUNDING_OF_REWARDS = {"rl.share_prompts": False}
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -202,7 +204,9 @@ def _start_hash(config: RunConfig) -> str | None:
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     """What two manifests must share for one to resume the other, flat."""
     config = _flat(manifest.get("config", {}), "")
-    of_rewards = _OF_ROWS | _FREE_OF_REWARDS if manifest.get("kind") == "rl" else _OF_REWARDS
+    of_rewards = _OF_REWARDS
+    if manifest.get("kind") == "rl":
+        of_rewards = _OF_ROWS | _FREE_OF_REWARDS | set(_ROUNDING_OF_REWARDS)
     flat = _ADDED | {name: value for name, value in config if not _in(name, _FREE | _ROUNDING | of_rewards)}
     for name in ("train", "validation"):
         data = (manifest.get("dataset") or {}).get(name) or {}
@@ -211,6 +215,7 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     base = manifest.get("base") or {}
     start = (manifest.get("trained") or {}).get("start_sha256")
     flat["tokenizer"] = (manifest.get("tokenizer") or {}).get("sha256")
+    flat[REWARD_FILE] = (manifest.get("reward") or {}).get("sha256")
     flat["base.products"] = base.get("products")  # over a quantised base, what is rounded in them
     return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 
@@ -220,7 +225,8 @@ def rounding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
     def parts(manifest: dict[str, Any]) -> dict[str, Any]:
         config = _flat(manifest.get("config", {}), "")
-        flat = {name: value for name, value in config if _in(name, _ROUNDING)}
+        added = _ROUNDING_OF_REWARDS if manifest.get("kind") == "rl" else {}
+        flat = added | {name: value for name, value in config if _in(name, _ROUNDING | set(added))}
         own = {key: manifest.get(key) or {} for key in ("mesh", "device", "packages", "code")}
         return flat | {name: value for name, value in _flat(own, "") if name != "code.dirty"}
 

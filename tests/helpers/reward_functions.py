@@ -59,6 +59,7 @@ def misbehaves(row: dict, text: str):
         "NaN": float("nan"),
         "infinity": float("-inf"),
         "huge": 10**400,
+        "absurd": -1e30,
         "text": "1.0",
         "None": None,
         "list": [1],

@@ -108,6 +108,27 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes(undisturbed, model, tmp_pa
     assert outcome(config.run_dir) == outcome(undisturbed.run_dir)
 
 
+@pytest.mark.parametrize("recorded", [False, None], ids=["off", "not recorded"])
+def test_a_run_from_before_prompts_were_shared_goes_on_and_says_what_changed(
+    model, tmp_path, monkeypatch, recorded
+):
+    config = rl_config(model, tmp_path, train={"layout": "packed", "max_buffer_tokens": 256})
+    with monkeypatch.context() as patch:
+        killed_at(patch, "before a step")
+        with pytest.raises(Killed):
+            run(config)
+    file = config.run_dir / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["rl"].pop("share_prompts")
+    if recorded is not None:
+        manifest["config"]["rl"]["share_prompts"] = recorded
+    file.write_text(json.dumps(manifest))
+    run(config)
+    (changes,) = json.loads(file.read_text())["resumed_with"]
+    assert "rl.share_prompts: False then, True now" in changes
+    assert [record["step"] for record in records(config)] == [1, 2, 3]
+
+
 def test_overlap_is_one_step_off_policy_says_so_and_survives_a_kill(
     model, tmp_path, monkeypatch, undisturbed
 ):
@@ -335,6 +356,25 @@ def test_a_run_is_not_resumed_with_another_reward(undisturbed, model, tmp_path, 
     other = rl_config(model, tmp_path, reward="gsm8k_numeric")
     with pytest.raises(UserError, match=r"differs in rl\.reward: 'gsm8k_strict' then, 'gsm8k_numeric' now"):
         run(other)
+
+
+def test_a_run_is_not_resumed_with_a_function_that_was_changed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "own_reward.py"
+    begun = "def reward(row, text): return len(text) % 2"
+    file.write_text(begun)
+    config = rl_config(model, tmp_path, reward="own_reward:reward")
+    with monkeypatch.context() as patch:
+        killed_at(patch, "before a step")
+        with pytest.raises(Killed):
+            run(config)
+    file.write_text("def reward(row, text): return 1")
+    with pytest.raises(UserError, match=r"it differs in rl\.reward's file: '\w{64}' then, '\w{64}' now"):
+        run(config)
+    file.write_text(begun)
+    manifest = config.run_dir / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"reward": None}))  # of an older run
+    run(config)
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,15 @@ def test_the_sampler_makes_as_many_calls_as_are_planned(tmp_path, monkeypatch, d
 def test_buffers_are_counted_in_the_largest_of_them():
     """Sixteen rows of 60 tokens in packed buffers of 512: eight each (9 make 540); padded, 4 lines of 64."""
     lengths = Lengths(np.full(2, 20), np.full(16, 40))
-    assert learning_buffers(lengths, TrainConfig(max_buffer_tokens=512), 128) == ((1, 512), 2)
+    packed = TrainConfig(max_buffer_tokens=512)
+    largest, n = learning_buffers(lengths, packed, 128)
+    assert (largest["tokens"].shape, n) == ((1, 1, 512), 2)
     padded = TrainConfig(layout="padded", max_buffer_tokens=256, buffer_multiple=64)
-    assert learning_buffers(lengths, padded, 1) == ((4, 64), 4)
+    largest, n = learning_buffers(lengths, padded, 1)
+    assert (largest["tokens"].shape, n) == ((1, 4, 64), 4)
+    # prompts once: 19 + 12 x 40 positions, in a wider buffer 12 x 59; the other 4 rows 19 + 4 x 40 of 256
+    largest, n = learning_buffers(lengths, packed, 128, shares=True)
+    assert (largest["tokens"].shape, largest["wide"].shape, n) == ((1, 1, 512), (1, 1, 768), 1.5)
 
 
 def test_the_least_time_of_a_batch_is_below_what_one_h100_took_and_not_far_below():
@@ -118,6 +124,9 @@ def test_the_least_time_of_a_batch_is_below_what_one_h100_took_and_not_far_below
     # learning: 4 FLOPs for each of 7.568e9 weights and each token, at three quarters of the peak
     tokens = lengths.answers.sum() + lengths.of_answers.sum()
     assert found["learning"] == pytest.approx(4 * 7.568e9 * tokens / 989e12 / 0.75, rel=1e-3)
+    once = workload.least_seconds(spec, lengths, 384, mesh, 989e12, 3350e9, shares=True)
+    shared = (lengths.answers.sum() + lengths.prompts.sum()) / tokens
+    assert once["learning"] == pytest.approx(shared * found["learning"])
     full = workload.least_seconds(replace(spec, lora=None, full=True), lengths, 384, mesh, 989e12, 3350e9)
     assert full["learning"] == pytest.approx(1.5 * found["learning"])
 
@@ -164,7 +173,7 @@ def test_the_split_of_a_batchs_time_by_hand():
     config = SimpleNamespace(train=TrainConfig(max_buffer_tokens=64, buffer_multiple=32))
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
     programs = SimpleNamespace(
-        slots=4, shards=1, shape=(1, 64), of=SimpleNamespace(mesh=mesh, config=config),
+        slots=4, shards=1, shape=(1, 64), shares=False, of=SimpleNamespace(mesh=mesh, config=config),
         rl=SimpleNamespace(updates_per_batch=3),
     )  # fmt: skip
     done = [fake(name, s) for name, s in (("prefill", 2), ("decode", 0.5), ("gradient", 7), ("update", 0.1))]
@@ -185,7 +194,7 @@ class Fake:
         mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
         self.of = SimpleNamespace(mesh=mesh, config=config)
         self.rl, self.slots, self.shards, self.shape = config.rl, 384, 1, (1, 4096)
-        self.copied, self.longest = 0, 692
+        self.copied, self.longest, self.shares = 0, 692, False
 
     def prefill(self):
         return fake("prefill", 0.01, self.peak)

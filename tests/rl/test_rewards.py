@@ -19,8 +19,9 @@ from jaxlora.evals.gsm8k import score_text
 from jaxlora.rl import rewards
 from jaxlora.rl.grading import math_correct, well_formed
 from jaxlora.rl.problems import Problem, load_problems
-from jaxlora.rl.rewards import Graded, check_problems, count_failures, grader_named
+from jaxlora.rl.rewards import Graded, check_problems, count_failures, grader_named, source_sha256
 from jaxlora.runtime.errors import UserError
+from jaxlora.runtime.files import sha256_of
 
 FUNCTIONS = "helpers.reward_functions"
 
@@ -229,6 +230,7 @@ def test_a_functions_value_is_the_reward_and_the_format_term_is_added():
         ("NaN", "returned NaN"),
         ("infinity", "returned an infinite number"),
         ("huge", "returned an infinite number"),
+        ("absurd", "returned a number beyond 1e+09"),
         ("text", "returned str"),
         ("None", "returned None"),
         ("list", "returned list"),
@@ -280,6 +282,17 @@ def gone(pids, seconds: float = 5.0) -> bool:
     while time.monotonic() < end and any(map(alive, pids)):
         time.sleep(0.02)
     return not any(map(alive, pids))
+
+
+def test_the_file_of_a_function_is_known_without_running_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "__init__.py").write_text("raise SystemExit")
+    (tmp_path / "outer" / "inner.py").write_text("raise SystemExit")
+    for module, file in (("outer", "outer/__init__.py"), ("outer.inner", "outer/inner.py")):
+        assert source_sha256(f"{module}:function") == sha256_of(tmp_path / file)
+    named = [source_sha256(name) for name in ("math", "outer.missing:function", "sys:exit")]
+    assert named == [None, None, None]
 
 
 def test_workers_end_with_the_grader():

@@ -14,6 +14,7 @@ from helpers.bad_input import assert_exit_2
 from jaxlora.bench import waits
 from jaxlora.runtime.devices import step_options
 from jaxlora.runtime.errors import UserError
+from jaxlora.train.step import wire
 
 SMALL = ["--model", "embedded:base", "--num-layers", "1", "--dtype", "float32"]
 
@@ -71,6 +72,25 @@ def test_decoding_gives_each_prompt_its_forced_length(bench, tmp_path):
     assert (result["prompt_tokens"], result["generated_tokens"], result["merged"]) == (27, 16, True)
     with pytest.raises(UserError, match="adapter_generated_tokens"):
         bench("decode", *SMALL, "--lengths", str(lengths), "--answers", "base")
+
+
+def test_rewards_are_timed_without_compiling_and_every_answer_is_learned_from(bench, tmp_path, monkeypatch):
+    """Groups of two, of which the drawn tokens would leave half without anything to teach; on one device."""
+    monkeypatch.setattr("jaxlora.bench.wire_machine", lambda *given: wire(*given, jax.devices()[:1]))
+    lengths = tmp_path / "lengths.json"
+    prompts, answers = [30, 9, 61, 17, 44, 80], [41, 8, 5, 30, 22, 9, 60, 3, 12, 55, 7, 18]
+    lengths.write_text(json.dumps({"prompt_tokens": prompts * 2, "adapter_generated_tokens": answers}))
+    words = ["rl", *SMALL, "--lengths", str(lengths), "--prompts", "6", "--group", "2", "--slots", "4"]
+    words += ["--buffer-tokens", "256", "--steps", "3", "--config.train.buffer_multiple=64"]
+    words += ["--config.rl.kl=0.1", "--config.rl.updates_per_batch=2"]
+    result = bench(*words)
+    assert result["compilations_while_timed"] == 0
+    assert result["answers_learned_from"] == 12
+    assert result["sampled_tokens"] == 3 * sum(answers)
+    assert result["tokens_learned_from"] == 3 * (sum(answers) + 2 * sum(prompts))
+    # a prompt's last token is computed with each of its answers, whose last token is no input
+    once, twice = (sum(answers) + n * (sum(prompts) - 6) for n in (1, 2))
+    assert 3 * once <= result["tokens_computed"] < 3 * twice
 
 
 # --- Mistakes -----------------------------------------------------------------------------------------------
