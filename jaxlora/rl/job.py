@@ -23,6 +23,7 @@ from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.spec import check_positions
 from jaxlora.rl.mesh import (
     cache_length,
+    is_dense,
     mesh_for_both,
     moved,
     sampling_form,
@@ -233,7 +234,7 @@ def copies_memory(job: RLJob) -> int:
     if not shares_prompts(job.config, job.mesh):
         return 0
     model, remat = job.spec.config, job.config.model.remat
-    copies = job.config.train.max_buffer_tokens * (1 if job.machine.backend == "xla" else WIDER[-1])
+    copies = job.config.train.max_buffer_tokens * (1 if is_dense(job.machine.backend) else WIDER[-1])
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     kept = (
         heads if remat == "elementwise" else 2 * heads + 2 * kv_heads

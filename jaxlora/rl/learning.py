@@ -26,7 +26,7 @@ from jaxlora.data.packing import Batch, empty, pad, place, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
-from jaxlora.rl.mesh import shares_prompts
+from jaxlora.rl.mesh import is_dense, shares_prompts
 from jaxlora.rl.sampling import Group
 from jaxlora.rl.shared_buffers import power_of_two, shared_buffers
 from jaxlora.runtime import hosts
@@ -246,7 +246,7 @@ class Learner:
     def buffers(self, rows: Sequence[RenderedRow]) -> list[Batch]:
         """The rows in buffers; where it is asked for, and there is one device, those of a prompt share it."""
         mesh = self.machine.mesh
-        shares, dense = shares_prompts(self.config, mesh), self.machine.backend == "xla"
+        shares, dense = shares_prompts(self.config, mesh), is_dense(self.machine.backend)
         return buffers_of(rows, self.config.train, token_multiple(mesh), shares, self.machine.lines, dense)
 
     def _reference(self, placed: Tree, compute: Compute) -> jax.Array:

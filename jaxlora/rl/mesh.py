@@ -93,6 +93,12 @@ def shares_prompts(config: RunConfig, mesh: jax.sharding.Mesh) -> bool:
     return config.rl.share_prompts and config.train.layout == "packed" and mesh.size == 1
 
 
+def is_dense(backend: str) -> bool:
+    """Whether attention takes time for pairs of positions that lie in different rows: cuDNN alone leaves out
+    their blocks (splash leaves out those that the causal mask excludes)."""
+    return backend != "cudnn"
+
+
 def sampling_of(rl: RLConfig) -> Sampling:
     """How answers are sampled."""
     return Sampling(rl.temperature, logprobs=True)

@@ -167,7 +167,7 @@ def learning_buffers(
 
     Args:
       multiple: of the buffers' lengths, as the mesh needs it.
-      shares: answers to a prompt share it.
+      shares: answers to a prompt share it, for attention that is dense, as that of TPUs.
     """
     rows = [
         RenderedRow(
@@ -176,6 +176,6 @@ def learning_buffers(
         for i, asked in enumerate(lengths.prompts)
         for n in lengths.answers[i * lengths.group :][: lengths.group]
     ]
-    buffers = buffers_of(rows, train, multiple, shares)
+    buffers = buffers_of(rows, train, multiple, shares, dense=True)
     largest = max(buffers, key=lambda batch: batch["tokens"].size)
     return largest, sum(batch["tokens"].size for batch in buffers) / largest["tokens"].size

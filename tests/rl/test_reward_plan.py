@@ -108,9 +108,9 @@ def test_buffers_are_counted_in_the_largest_of_them():
     padded = TrainConfig(layout="padded", max_buffer_tokens=256, buffer_multiple=64)
     largest, n = learning_buffers(lengths, padded, 1)
     assert (largest["tokens"].shape, n) == ((1, 4, 64), 4)
-    # prompts once: 19 + 12 x 40 positions, in a wider buffer 12 x 59; the other 4 rows 19 + 4 x 40 of 256
+    # prompts once: 19 + 8 x 40 positions of three quarters of a buffer, beside 8 x 59 in a wider one of 512
     largest, n = learning_buffers(lengths, packed, 128, shares=True)
-    assert (largest["tokens"].shape, largest["wide"].shape, n) == ((1, 1, 512), (1, 1, 768), 1.5)
+    assert (largest["tokens"].shape, largest["wide"].shape, n) == ((1, 1, 384), (1, 1, 512), 2)
 
 
 def test_the_least_time_of_a_batch_is_below_what_one_h100_took_and_not_far_below():
