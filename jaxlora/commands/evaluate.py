@@ -4,6 +4,7 @@
     jaxlora evaluate --config main --base
     jaxlora evaluate --config main --adapter hf://OWNER/NAME/PATH --out scores
     jaxlora evaluate --config own --run results/own-all_layer-seed-0 --questions quiz.csv --rule last_number
+    jaxlora evaluate --config own --run results/own-all_layer-seed-0 --questions b.csv --rule exact --out b
 
 A run is evaluated as its manifest says: --config gives only the benchmark, the limits, the mesh and the
 place of the base. Any other adapter runs on the base of --config; placement, rank and alpha are its own.
@@ -12,6 +13,7 @@ place of the base. Any other adapter runs on the base of --config; placement, ra
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from jaxlora.config import RunConfig, from_dict, to_dict
@@ -23,9 +25,9 @@ def main() -> None:
 
     config, options = parse_config(_parser())
     config = with_questions(config, options)
-    named = (options.out, options.condition, options.seed, options.any_base or None)
+    named = (options.condition, options.seed, options.any_base or None)
     if options.adapter is None and any(value is not None for value in named):
-        raise UserError("--out, --condition, --seed and --any-base belong to --adapter")
+        raise UserError("--condition, --seed and --any-base belong to --adapter")
     if options.adapter is not None and options.out is None:
         raise UserError("--adapter needs --out: the folder to write its records to")
 
@@ -59,6 +61,8 @@ def main() -> None:
             with_weights,
             options.any_base,
         )
+    if options.out is not None:
+        target = replace(target, out=options.out)
     check_free(target.out, options.overwrite)
     if options.dry_run:
         if hosts.is_first():
@@ -73,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     subject.add_argument("--run", type=Path, metavar="DIR", help="a finished run; writes DIR/evaluation")
     subject.add_argument("--base", action="store_true", help="writes <results_dir>/<prefix>-base/evaluation")
     subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the records of --adapter are written")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the records there instead")
     parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
     parser.add_argument("--seed", type=int, help="seed of --adapter, where it does not record one")
     parser.add_argument(

@@ -249,7 +249,9 @@ def check_free(out: Path, overwrite: bool) -> None:
       UserError: `out` holds one, whole or in part.
     """
     if not overwrite and any((out / name).exists() for name in FILES):
-        raise UserError(f"{out}: holds an evaluation already; --overwrite replaces it")
+        raise UserError(
+            f"{out}: holds an evaluation already; --out writes elsewhere, --overwrite replaces it"
+        )
 
 
 def load_target_base(target: Target) -> Tree:

@@ -163,6 +163,19 @@ def test_any_adapter_is_scored_as_its_own_metadata_says(evaluate, run, tmp_path)
     assert (summary["run_id"], summary["condition"], summary["seed"]) == (run.name, "attention_only", 2)
 
 
+def test_a_run_answers_a_second_quiz_beside_its_first(evaluate, run, tmp_path):
+    quiz = tmp_path / "quiz.csv"
+    quiz.write_text("question,answer\nWhat is 3 + 4?,7\n")
+    evaluate("--run", run, "--overwrite")
+    before = read_json(run / "evaluation" / "summary.json")
+    words = ("--run", run, "--questions", quiz, "--rule", "last_number")
+    with pytest.raises(UserError, match="holds an evaluation already; --out writes elsewhere"):
+        evaluate(*words)
+    evaluate(*words, "--out", tmp_path / "scores")
+    assert read_json(tmp_path / "scores" / "summary.json")["total"] == 1
+    assert read_json(run / "evaluation" / "summary.json") == before
+
+
 def test_any_questions_are_asked_and_scored_as_the_options_say(evaluate, run, tmp_path):
     quiz = tmp_path / "quiz.csv"
     quiz.write_text("task,target\nWhat is 3 + 4?,7\nWhat is 2 + 2?,the answer is 4\n")
@@ -314,9 +327,9 @@ def test_exactly_one_subject_is_named(evaluate, words):
     assert stopped.value.code == 2
 
 
-def test_out_belongs_to_an_adapter(evaluate, tmp_path):
+def test_what_belongs_to_an_adapter(evaluate, tmp_path):
     with pytest.raises(UserError, match="belong to --adapter"):
-        evaluate("--base", "--out", tmp_path)
+        evaluate("--base", "--seed", 3)
     with pytest.raises(UserError, match="--adapter needs --out"):
         evaluate("--adapter", tmp_path)
 
