@@ -172,7 +172,7 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
         f" {seconds / 3600:.2f} hours of processes, {3600 * len(records) / seconds:.0f} runs in an hour"
         f" of one{_speed(records)}",
         "scatter between seeds (order of rows and initialisation), without what one seed does to all cells of"
-        " a batch size: "
+        " a batch size, widened by Student's t for few repeats: "
         + ("unknown, no repeats" if scatter is None else f"{scatter:.5f} nats, {_repeats(sweeps)}"),
     ]
     theory = job.base.config.hidden_size / (2 * config.lora.alpha)

@@ -140,7 +140,8 @@ def sweeps_of(records: Iterable[Record], fresh: bool = False) -> list[Sweep]:
 
 def scatter_of(sweeps: Sequence[Sweep]) -> float | None:
     """Standard deviation of a run's last loss between seeds, pooled over cells, without what all cells of one
-    batch size have in common with one seed; None without repeats."""
+    batch size have in common with one seed, and widened for the number of repeats as in `pooled_scatter`;
+    None without repeats."""
     return pooled_scatter(
         [{(sweep.batch_rows, seed): loss for seed, loss in sweep.by_seed.items()} for sweep in sweeps]
     )

@@ -107,7 +107,8 @@ def test_a_line_in_log_step_and_where_a_curve_leaves_it():
 
 def test_scatter_is_pooled_over_cells_of_repeats():
     cells = [{"a": 1.0, "b": 3.0}, {"c": 5.0, "d": 5.0, "e": 5.0}]
-    assert pooled_scatter(cells) == pytest.approx(math.sqrt(2 / 3))
+    # Student's quantile for three degrees of freedom is 3.182 in every table, the normal one 1.960.
+    assert pooled_scatter(cells) == pytest.approx(math.sqrt(2 / 3) * 3.1824 / 1.95996, rel=1e-4)
     assert pooled_scatter([{"a": 1.0}, {}]) is None
 
 
@@ -117,7 +118,8 @@ def test_what_a_seed_does_to_all_cells_is_no_scatter():
     cells = [{s: place + seeds[s] + noise[place, s] for s in range(3)} for place in range(40)]
     assert pooled_scatter(cells) == pytest.approx(0.01, rel=0.2)
     assert pooled_scatter([dict(list(cells[0].items())[:2]), cells[1]]) < 0.05
-    assert pooled_scatter(cells[:1]) == pytest.approx(np.std(list(cells[0].values()), ddof=1))
+    alone = np.std(list(cells[0].values()), ddof=1) * 4.3027 / 1.95996  # two degrees of freedom
+    assert pooled_scatter(cells[:1]) == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_slope_and_its_error_are_those_of_least_squares():

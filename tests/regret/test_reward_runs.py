@@ -82,6 +82,13 @@ def test_runs_like_those_of_the_post_agree_with_it():
     assert (peak, wider, curve, room) == (AGREES, AGREES, AGREES, AGREES)
 
 
+def test_an_interval_that_holds_everything_decides_no_ratio():
+    flat = AS_IN_THE_POST | {4: {-2: 0.3, -1: 0.79, 0: 0.8, 1: 0.79, 2: 0.2}}
+    vague = findings(sweeps_of(experiment(flat, noise=0.06)))[3]
+    assert "r4" in vague.figure
+    assert vague.verdict == CANNOT
+
+
 def test_an_adapter_that_falls_behind_disagrees():
     behind = AS_IN_THE_POST | {1: {-2: 0.3, -1: 0.55, 0: 0.6, 1: 0.58, 2: 0.2}}
     peak, _, curve, _, room = verdicts(experiment(behind))

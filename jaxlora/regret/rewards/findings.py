@@ -23,6 +23,7 @@ from jaxlora.runtime.files import Record
 KEPT_GAIN = 0.8  # of an arm's best gain in accuracy: rates with at least so much are its plateau
 SURE = 0.05  # accuracy: a tie is told only where a difference of so much would have been seen
 CURVE_ERRORS = 3.0  # standard errors, where many looks are compared at once
+VAGUE = 5.0  # times: a ratio's interval that spans more says nothing
 ENDS = 3  # batches at the start and at the end, for bits learned
 
 
@@ -220,17 +221,21 @@ def _ten_times(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
     claim = "The best rate of an adapter is ten times that of full fine-tuning, by reward as well"
     rule = (
         "parabolas through the best rate and its neighbours: the 95 % intervals of the ratios of all ranks"
-        " from 4 on hold 10, or at least half of them do"
+        f" from 4 on hold 10, or at least half of them do; one whose ends are more than {VAGUE:g} times apart"
+        " counts for neither"
     )
     found = {
         s.rank: one
         for s in ranks_of(sweeps)
         if s.rank and s.rank >= 4 and (one := rate_ratio(sweeps, scatter, s.rank)) is not None
     }
-    known = [one.low <= 10 <= one.high for one in found.values() if one.low and one.high]
-    if not known:
+    bounded = [(one.low, one.high) for one in found.values() if one.low and one.high]
+    if not bounded:
         return Finding(claim, rule, "no ratio with an interval (an edge, or no repeats)", CANNOT)
     figure = ", ".join(f"r{rank} {one}" for rank, one in found.items())
+    known = [low <= 10 <= high for low, high in bounded if high <= VAGUE * low]
+    if not known:
+        return Finding(claim, rule, figure, CANNOT)
     return Finding(claim, rule, figure, AGREES if sum(known) >= len(known) / 2 else DISAGREES)
 
 

@@ -179,7 +179,8 @@ def _settings(lab: RewardLab, sweeps: Sequence[Sweep]) -> str:
         f" {', '.join(sorted({r['device'] for r in records}))}: {seconds / 3600:.2f} hours of processes",
         f"accuracy at the start {start_of(sweeps):.3f}; at temperature 0, on the held-out problems, here and"
         " below",
-        "scatter between seeds (samples, order of problems, initialisation): "
+        "scatter between seeds (samples, order of problems, initialisation), widened by Student's t for few"
+        " repeats: "
         + ("unknown, no repeats" if scatter is None else f"{scatter:.4f}, pooled over {repeats} repeats"),
     ]
     if apart:
