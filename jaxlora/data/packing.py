@@ -127,16 +127,21 @@ def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lin
     each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line; and,
     float32, the rows' extras, which all have under the same names.
     """
-    lengths = [row.n_tokens for row in rows]
-    parts = cut_into_lines(lengths, max_tokens, lines)
-    length = _smallest(sizes, fullest(parts, lengths))
-    batch = empty(rows, len(parts), lines, length)
-    for i, buffer in enumerate(parts):
-        for line, part in enumerate(buffer):
+    parts = cut_into_lines([row.n_tokens for row in rows], max_tokens, lines)
+    return in_lines([[[rows[j] for j in line] for line in buffer] for buffer in parts], sizes, lines)
+
+
+def in_lines(buffers: Sequence[Sequence[Sequence[RenderedRow]]], sizes: Sequence[int], lines: int) -> Batch:
+    """The rows of each line of each buffer end to end, as `pack` lays them; a buffer may have fewer lines."""
+    filled = [line for buffer in buffers for line in buffer if line]
+    length = _smallest(sizes, max(sum(row.n_tokens for row in line) for line in filled))
+    batch = empty(filled[0], len(buffers), lines, length)
+    for i, buffer in enumerate(buffers):
+        for number, line in enumerate(buffer):
             start = 0
-            for segment, j in enumerate(part):
-                place(batch, (i, line), start, rows[j], segment + 1)
-                start += lengths[j]
+            for segment, row in enumerate(line, start=1):
+                place(batch, (i, number), start, row, segment)
+                start += row.n_tokens
     return batch
 
 

@@ -30,7 +30,7 @@ from jaxlora.runtime.devices import memory_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import Record
 from jaxlora.runtime.progress import console
-from jaxlora.train.job import Job, fresh_state, memory_per_device, prepare
+from jaxlora.train.job import Job, fresh_state, leaked_rows, memory_per_device, prepare
 from jaxlora.train.rates import rate_warning
 from jaxlora.train.step import TrainState, init_state
 
@@ -161,11 +161,10 @@ def check_split(job: Job) -> None:
     Raises:
       UserError: names how many there are, and the first one.
     """
-    trained = {row.prompt_id for row in job.train_rows}
-    if leaked := [row.row_id for row in job.validation_rows if row.prompt_id in trained]:
+    if leaked := leaked_rows(job):
         raise UserError(
             f"config.data.validation_path: the prompts of {len(leaked)} held-out rows are trained on as well,"
-            f" the first is row {leaked[0]}; take them out of one of the two files, or let"
+            f" the first is row {leaked[0].row_id}; take them out of one of the two files, or let"
             " --config.data.validation_fraction=0.05 split one file by its prompts"
         )
 

@@ -13,9 +13,9 @@ a group in sampling and once an answer in learning, are told apart. Where prompt
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from jaxlora.rl.job import RLJob
 from jaxlora.rl.learning import Learned, Learner
 from jaxlora.rl.problems import Problem
 from jaxlora.rl.rewards import Graded, Grader, grader_named
-from jaxlora.rl.sampling import Episode, Group, Sampler, grade_groups, shared_bytes
+from jaxlora.rl.sampling import Group, Sampler, grade_groups, shared_bytes
 from jaxlora.runtime.devices import memory_in_use
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.sharding import place_trained
@@ -70,12 +70,13 @@ def bench_rl(
         state = init_state(place_trained(mesh, spec, init_lora(spec, 0)), config.optim)
         sampler, learner = Sampler(job, frozen), Learner(spec, machine, config, job.loss, frozen)
         with CompileCounter() as compiled, grader_named("gsm8k_strict") as grader:
-            state = _warm_up(job, sampler, learner, state, answers)
+            batch = partial(_step, job, sampler, learner, grader, answers)
+            state = _warm_up(batch, state)
             before = len(compiled.events)
             times = np.zeros(3)
             start = time.perf_counter()
             for step in range(1, steps + 1):
-                state, own, done = _step(job, sampler, learner, grader, state, step, answers)
+                state, own, done = batch(state, step, config.optim.peak_lr)
                 times += own
             seconds = time.perf_counter() - start
         again = len(compiled.events) - before
@@ -83,8 +84,7 @@ def bench_rl(
     memory = memory_in_use(jax.devices()[0])
     sampled, read = steps * sum(answers), steps * sum(prompts)
     learned = steps * (sum(answers) + config.rl.group * sum(prompts))
-    flops = 4 * count_matrix_parameters(model)
-    used = utilisation(steps * done.computed / times[2], flops, facts)
+    used = utilisation(steps * done.computed / times[2], 4 * count_matrix_parameters(model), facts)
     return facts | {
         "benchmark": "rl",
         "trainable_parameters": count_trainable(spec),
@@ -133,32 +133,19 @@ def _job(config: RunConfig, spec: ModelSpec, machine: Machine, lengths: Sequence
     return RLJob(config, base, spec, machine, _Words(), (), problems, ids, [], [], plan)  # type: ignore[arg-type]
 
 
-def _warm_up(job: RLJob, sampler: Sampler, learner: Learner, state: Any, answers: Sequence[int]) -> Any:
-    """Run every program that the timed batches need, at a learning rate of 0."""
+def _warm_up(batch: Callable[..., Any], state: Any) -> Any:
+    """Run every program that the timed batches need: a whole batch, as each number of slots that the decoder
+    goes on with is a program of its own, at a learning rate of 0."""
     console.print("compiling")
-    groups = _made_up(job, answers)
     for _ in range(warm_up_runs()):
-        # Whole answers: as they end, the decoder goes on with fewer and fewer slots, each number a program.
-        limits = _by_position(job, answers)
-        sampler.groups(state.trained, 0, range(job.config.rl.prompts), limits=limits)
-        state, _ = learner.learn(state, groups, 0.0)
-    return jax.block_until_ready(state)
+        state, *_ = batch(state, 0, rate=0.0)
+    return state
 
 
 def _by_position(job: RLJob, answers: Sequence[int]) -> list[int]:
     """The lengths in the order in which the stream of problems gives the groups."""
     group = job.config.rl.group
     return [n for p in range(job.config.rl.prompts) for n in answers[job.at(p) * group :][:group]]
-
-
-def _made_up(job: RLJob, answers: Sequence[int]) -> list[Group]:
-    """Groups of answers of these lengths, in the order in which a batch has them."""
-    episodes = iter([Episode([0] * n, [-1.0] * n, True, "") for n in _by_position(job, answers)])
-    return [
-        _halved(Group(p, job.problems[i], job.prompts[i], tuple(islice(episodes, job.config.rl.group))))
-        for p in range(job.config.rl.prompts)
-        for i in [job.at(p)]
-    ]
 
 
 def _halved(group: Group) -> Group:
@@ -173,9 +160,10 @@ def _step(
     sampler: Sampler,
     learner: Learner,
     grader: Grader,
+    answers: Sequence[int],
     state: Any,
     step: int,
-    answers: Sequence[int],
+    rate: float,
 ) -> tuple[Any, list[float], Learned]:
     """One batch: the state after it, the seconds of its three parts, and what was learned from."""
     rl = job.config.rl
@@ -186,7 +174,7 @@ def _step(
     clock.append(time.perf_counter())
     groups = [_halved(group) for group in grade_groups(groups, grader)]
     clock.append(time.perf_counter())
-    state, learned = learner.learn(state, groups, job.config.optim.peak_lr)
+    state, learned = learner.learn(state, groups, rate)
     jax.block_until_ready(state)
     clock.append(time.perf_counter())
     return state, np.diff(clock).tolist(), learned

@@ -236,9 +236,9 @@ def copies_memory(job: RLJob) -> int:
     model, remat = job.spec.config, job.config.model.remat
     copies = job.config.train.max_buffer_tokens * (1 if is_dense(job.machine.backend) else WIDER[-1])
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    kept = (
-        heads if remat == "elementwise" else 2 * heads + 2 * kv_heads
-    )  # outputs; queries, keys, values, too
+    kept = heads  # outputs
+    if remat != "elementwise":
+        kept += heads + 2 * kv_heads  # queries, keys, values
     layers = 1 if remat is True else model.num_hidden_layers
     return round(copies * kept * model.head_dim * layers * jnp.dtype(job.spec.dtype).itemsize)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.config import RLConfig, TrainConfig
-from jaxlora.data.packing import Batch, empty, pad, place, round_up
+from jaxlora.data.packing import Batch, in_lines, pad, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
@@ -121,7 +121,7 @@ def buffers_of(
         if shares:
             return shared_buffers(rows, sizes, MAX_ROWS, multiple, dense)
         parts = _fitted(ordered, whole)
-        return [_packed(parts[i : i + lines], sizes, lines) for i in range(0, len(parts), lines)]
+        return [in_lines([parts[i : i + lines]], sizes, lines) for i in range(0, len(parts), lines)]
     found, rest = [], ordered
     while rest:
         length = round_up(rest[0].n_tokens, multiple)
@@ -129,18 +129,6 @@ def buffers_of(
         found.append(pad(rest[:lines], (length,), lines))
         rest = rest[lines:]
     return found
-
-
-def _packed(parts: Sequence[Sequence[RenderedRow]], sizes: Sequence[int], lines: int) -> Batch:
-    """A buffer with each part in a line of its own; the last one of a batch may have empty lines."""
-    fullest = max(sum(row.n_tokens for row in part) for part in parts)
-    batch = empty(parts[0], 1, lines, next(size for size in sizes if size >= fullest))
-    for line, part in enumerate(parts):
-        start = 0
-        for segment, row in enumerate(part, 1):
-            place(batch, (0, line), start, row, segment)
-            start += row.n_tokens
-    return batch
 
 
 def _fitted(ordered: Sequence[RenderedRow], size: int) -> list[list[RenderedRow]]:

@@ -395,6 +395,12 @@ def table_of(rows: dict[str, str]) -> Table:
     return table
 
 
+def leaked_rows(job: Job) -> list[RenderedRow]:
+    """The validation rows whose prompts are trained on."""
+    trained = {row.prompt_id for row in job.train_rows}
+    return [row for row in job.validation_rows if row.prompt_id in trained]
+
+
 def describe(job: Job) -> Table:
     """The plan as a table for the terminal: what will be trained, on what, in how many steps."""
     config, plan = job.config, job.plan
@@ -429,10 +435,10 @@ def describe(job: Job) -> Table:
     for report in dict.fromkeys(job.reports):
         style = "bold red" if report.skipped else "bold"
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
-    prompts = {row.prompt_id for row in job.train_rows}
-    if shared := sum(row.prompt_id in prompts for row in job.validation_rows):
+    if leaked := leaked_rows(job):
         text = (
-            f"{shared:,} of the validation rows have a prompt that is trained on, too: their loss is too low"
+            f"{len(leaked):,} of the validation rows have a prompt that is trained on, too: their loss is too"
+            " low"
         )
         table.add_row("[bold red]overlap[/bold red]", text)
     if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):
