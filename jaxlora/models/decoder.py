@@ -509,9 +509,7 @@ class ModelSpec:
         lora, weights = self.computing(trained, frozen)
         lora = self.with_scales(lora)
         if not self.scan and "layers" in lora:
-            depth = self.config.num_hidden_layers
-            layers = {i: jax.tree.map(lambda x, i=i: x[i], lora["layers"]) for i in range(depth)}
-            lora = {**lora, "layers": layers}
+            lora = {**lora, "layers": unstacked(lora["layers"], self.config.num_hidden_layers)}
         return nnx.merge(self._split[0], lora, weights)
 
     def with_scales(self, lora: Tree) -> Tree:
@@ -532,3 +530,14 @@ class ModelSpec:
             return x * factors.reshape(-1, *(1,) * (x.ndim - 1)) if x.ndim > 2 else x * factors[0]
 
         return jax.tree.map_with_path(scaled, lora)
+
+
+def unstacked(layers: Tree, depth: int) -> dict[int, Tree]:
+    """Each layer's own arrays of stacked ones.
+
+    Not by indexing: the gradient of a split is one concatenation, that of `depth` indices a sum of as many
+    padded arrays, which XLA puts into single kernels that take seconds to compile.
+    """
+    leaves, structure = jax.tree.flatten(layers)
+    pieces = [jax.lax.split(x, (1,) * depth, axis=0) for x in leaves]
+    return {i: jax.tree.unflatten(structure, [piece[i][0] for piece in pieces]) for i in range(depth)}

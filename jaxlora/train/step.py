@@ -193,13 +193,18 @@ def gradients(
     def of_buffer(trained, buffer):
         return buffer_loss(spec, trained, frozen, buffer, compute, loss, logprobs)
 
-    gradient = jax.value_and_grad(of_buffer, has_aux=True)
+    def gradient(buffer):
+        (value, found), grads = jax.value_and_grad(of_buffer, has_aux=True)(trained, buffer)
+        # Else XLA for GPUs puts the gradients of all layers, the norm and Adam into single kernels that take
+        # seconds to compile, one after another.
+        return jax.lax.optimization_barrier(grads), value, found
+
     if batch["tokens"].shape[0] == 1:
-        (value, found), grads = gradient(trained, jax.tree.map(lambda x: x[0], batch))
+        grads, value, found = gradient(jax.tree.map(lambda x: x[0], batch))
         return grads, value, None if found is None else found[None]
 
     def add(carry, buffer):
-        (value, found), grads = gradient(trained, buffer)
+        grads, value, found = gradient(buffer)
         return jax.tree.map(jnp.add, carry, (grads, value)), found
 
     start = jax.tree.map(jnp.zeros_like, trained), jnp.float32(0)
