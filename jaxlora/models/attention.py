@@ -79,14 +79,9 @@ def _xla(q, k, v, segment_ids):
 
 
 def _cudnn(q, k, v, segment_ids, max_segments: int):
-    # jax.nn.dot_product_attention reaches the same kernels, but has no argument for several rows in a line.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    from jaxlora.models import cudnn  # it takes modules of JAX's own: only where it is needed
 
-    lengths, offsets = segment_offsets(segment_ids, max_segments)
-    scale, mask = q.shape[-1] ** -0.5, cudnn.MaskType.PADDING_CAUSAL
-    return cudnn.dot_product_attention(
-        q, k, v, None, None, lengths, lengths, offsets, offsets, scale=scale, mask_type=mask
-    )
+    return cudnn.packed_attention(q, k, v, *cudnn.row_lengths(segment_ids, max_segments))
 
 
 def _cudnn_decode(q, keys, values, lengths):
@@ -114,19 +109,6 @@ def on_each_device(kernel: Callable, q, k, v, rows):
     whole, own = PartitionSpec(batch, None, heads, None), PartitionSpec(batch)
     specs = (whole, whole, whole, own)
     return jax.shard_map(kernel, in_specs=specs, out_specs=whole, check_vma=False)(q, k, v, rows)
-
-
-def segment_offsets(segment_ids, max_segments: int):
-    """Lengths int32 `[batch, max_segments + 1]` and starts `[batch, max_segments + 2]` of the segments.
-
-    Padding at the end of a line counts as one more segment, so that every position is written. What is
-    absent is -1, in the last column always: cuDNN closes up the starts of all lines and adds the one end.
-    """
-    last = jnp.max(segment_ids, axis=1, keepdims=True)
-    ids = jnp.where(segment_ids == 0, last + 1, segment_ids)
-    counts = jnp.sum(ids[:, :, None] == jnp.arange(1, max_segments + 2), axis=1, dtype=jnp.int32)
-    starts = jnp.where(counts > 0, jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts, -1)
-    return jnp.where(counts > 0, counts, -1), jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
 
 
 def decode_attention(q, keys, values, lengths, backend: str = "xla"):

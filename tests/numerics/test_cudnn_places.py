@@ -1,0 +1,125 @@
+"""What cuDNN is told about rows that lie end to end: each length and place, for queries and for shared keys.
+
+The kernels need a GPU (`test_attention_gpu.py`). Here others stand in for them that read q, k and v as plain
+memory, at the places that they are given.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.models import cudnn
+from jaxlora.models.attention import segment_attention
+
+LENGTH, ROWS, HEADS, KV_HEADS, DIM = 48, 5, 6, 2, 8
+
+
+def lines_of_rows(seed: int, lines: int) -> np.ndarray:
+    """Lines of 0 to `ROWS` rows, full to the end or with padding; the first has none at all."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((lines, LENGTH), np.int32)
+    for line in ids[1 if lines > 1 else 0 :]:
+        ends = np.sort(rng.choice(np.arange(1, LENGTH + 1), rng.integers(1, ROWS + 1), replace=False))
+        line[:] = np.searchsorted(ends, np.arange(LENGTH), side="right") + 1
+        line[ends[-1] :] = 0
+    return ids
+
+
+@pytest.mark.parametrize("lines", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_are_told_in_order_and_fill_every_line(seed, lines):
+    ids = lines_of_rows(seed, lines)
+    lengths, starts = map(np.asarray, cudnn.row_lengths(jnp.asarray(ids), ROWS))
+    flat = ids.reshape(-1)
+    edges = [0, *(i for i in range(1, flat.size) if flat[i] != flat[i - 1] or i % LENGTH == 0), flat.size]
+    n = len(edges) - 1
+    assert lengths.shape == (lines * (ROWS + 1),)
+    assert starts.shape == (lines * (ROWS + 1) + 1,)
+    assert lengths[:n].tolist() == np.diff(edges).tolist()
+    assert starts[: n + 1].tolist() == edges
+    assert not lengths[n:].any()
+    assert (starts[n:] == flat.size).all()
+
+
+class Kernel:
+    """Attention of each row on its own, read from flat memory as cuDNN reads it."""
+
+    def __init__(self, backward: bool):
+        self.backward = backward
+
+    def bind(self, q, k, v, bias, q_lengths, k_lengths, q_places, k_places, *rest, **options):
+        lines = q.shape[0]
+        assert q_lengths.shape == (lines, ROWS + 1)
+        assert q_places.shape == (lines, ROWS + 2)
+        rows = zip(q_lengths.ravel(), q_places.ravel(), k_places.ravel(), strict=False)
+        rows = [tuple(int(x) for x in row) for row in rows]
+
+        def attend(q, k, v):
+            out = jnp.zeros(q.size)
+            for n, at, key_at in rows:
+                if n:
+                    own = q.reshape(-1)[at : at + n * HEADS * DIM].reshape(1, n, HEADS, DIM)
+                    size = n * KV_HEADS * DIM
+                    keys, values = (
+                        x.reshape(-1)[key_at : key_at + size].reshape(1, n, KV_HEADS, DIM) for x in (k, v)
+                    )
+                    y = jax.nn.dot_product_attention(
+                        own, keys, values, scale=options["scale"], is_causal=True
+                    )
+                    out = out.at[at : at + y.size].set(y.reshape(-1))
+            return out.reshape(q.shape)
+
+        if not self.backward:
+            return [attend(q, k, v), jnp.zeros(0)][: 1 + options["is_training"]]
+        *_, softmax, y, g = rest
+        assert softmax.size == 0
+        assert y.shape == q.shape
+        return list(jax.vjp(attend, q, k, v)[1](g))
+
+
+@pytest.mark.parametrize("lines", [1, 3])
+def test_rows_are_read_where_they_lie_and_gradients_go_back_there(monkeypatch, lines):
+    library = cudnn.cudnn
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(library, "check_is_flash_attention", lambda *_, **__: None)
+    monkeypatch.setattr(library, "_dot_product_attention_fwd_p", Kernel(backward=False))
+    monkeypatch.setattr(library, "_dot_product_attention_bwd_p", Kernel(backward=True))
+    ids = lines_of_rows(7, lines)
+    rng = np.random.default_rng(1)
+    q, k, v, g = (
+        jnp.asarray(rng.normal(size=(lines, LENGTH, heads, DIM)), jnp.float32)
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+    g = jnp.where((ids > 0)[..., None, None], g, 0)
+
+    def run(backend):
+        def attend(q, k, v):
+            return jnp.sum(segment_attention(q, k, v, jnp.asarray(ids), backend, ROWS) * g)
+
+        return jax.value_and_grad(attend, (0, 1, 2))(q, k, v)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run("cudnn"), run("xla"))
+    inference = segment_attention(q, k, v, jnp.asarray(ids), "cudnn", ROWS)
+    expected = segment_attention(q, k, v, jnp.asarray(ids), "xla")
+    np.testing.assert_allclose(inference[ids > 0], expected[ids > 0], atol=2e-5)
+
+
+def test_the_library_has_the_primitives_and_calls_the_kernels_for_packed_rows(monkeypatch):
+    """Lowered for a GPU by whichever JAX is here, forward and backward."""
+    monkeypatch.setattr(cudnn.cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn.cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn.cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+    shapes = [jax.ShapeDtypeStruct((2, 256, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
+
+    def total(q, k, v, ids):
+        return jnp.sum(segment_attention(q, k, v, ids, "cudnn", 3).astype(jnp.float32))
+
+    step = jax.jit(jax.grad(total, (0, 1, 2)))
+    text = step.trace(*shapes, jax.ShapeDtypeStruct((2, 256), jnp.int32)).lower(lowering_platforms=("cuda",))
+    calls = [line for line in text.as_text().splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == 2
+    assert "fmhaSoftmaxBackward" in calls[1]
+    assert all(r"max_seg_per_batch\22: 4" in call and "PADDING_CAUSAL" in call for call in calls)
