@@ -14,22 +14,33 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlora.models.splash import splash_attention
+from jaxlora.runtime.devices import compute_capability
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import auto_mesh, spec_for
 
+HOPPER = (9, 0)  # the compute capability that cuDNN's kernels for packed rows need
 
-def pick_backend(backend: str, platform: str, dtype: str = "bfloat16") -> str:
+
+def pick_backend(
+    backend: str, platform: str, dtype: str = "bfloat16", capability: tuple[int, ...] = HOPPER
+) -> str:
     """Resolve `auto` for a platform (`cpu`, `gpu`, `tpu`) and refuse what cannot run there.
 
-    cuDNN computes in 16 bits only, so float32 takes XLA.
+    cuDNN computes in 16 bits only, and packed rows only from Hopper on; anything else takes XLA on a GPU.
+
+    Args:
+      capability: the GPU's compute capability, see `jaxlora.runtime.devices.compute_capability`.
 
     Raises:
       UserError: the backend does not exist on this platform, or not for this dtype.
     """
     if backend == "auto":
-        return {"tpu": "splash", "gpu": "cudnn" if dtype == "bfloat16" else "xla"}.get(platform, "xla")
+        gpu = "cudnn" if dtype == "bfloat16" and capability >= HOPPER else "xla"
+        return {"tpu": "splash", "gpu": gpu}.get(platform, "xla")
     if backend == "cudnn" and dtype != "bfloat16":
         raise UserError("config.model.attention: cudnn needs bfloat16; give xla or auto")
+    if backend == "cudnn" and platform == "gpu" and capability < HOPPER:
+        raise UserError("config.model.attention: cudnn needs a Hopper GPU or a later one; give xla or auto")
     needs = {"splash": "tpu", "cudnn": "gpu"}
     if backend in needs and needs[backend] != platform:
         raise UserError(
@@ -38,15 +49,15 @@ def pick_backend(backend: str, platform: str, dtype: str = "bfloat16") -> str:
     return backend
 
 
-def pick_decode_backend(backend: str, platform: str, dtype: str) -> str:
-    """Attention of the decoder, whose kernels are cuDNN's (GPUs in bfloat16) or XLA's."""
-    backend = pick_backend(backend, platform, dtype)
+def pick_decode_backend(backend: str, platform: str, dtype: str, capability: tuple[int, ...] = HOPPER) -> str:
+    """Attention of the decoder, whose kernels are cuDNN's (where training's are) or XLA's."""
+    backend = pick_backend(backend, platform, dtype, capability)
     return backend if backend == "cudnn" else "xla"
 
 
 def decode_backend(dtype: str, asked: str = "auto") -> str:
     """Attention of the decoder on this machine's devices."""
-    return pick_decode_backend(asked, jax.default_backend(), dtype)
+    return pick_decode_backend(asked, jax.default_backend(), dtype, compute_capability(jax.devices()[0]))
 
 
 def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: int = 1):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.config import ModelSource
+from jaxlora.runtime.devices import compute_capability
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import auto_mesh
 
@@ -119,7 +120,7 @@ def capability(kind: str, device: Any) -> tuple[bool, bool, str]:
         reason = "imitated in float32, as on GPUs that have it" if kind == "float8" else "turned back"
         return kind == "float8", kind == "int8", f"CPUs: {reason}"
     if platform == "gpu":
-        version = tuple(map(int, str(getattr(device, "compute_capability", "0.0")).split(".")))
+        version = compute_capability(device)
         if kind == "int8":
             return False, True, "8-bit whole numbers are no faster than bfloat16 through cuBLAS (measured)"
         has = version >= (8, 9)

@@ -231,6 +231,12 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((rate for name, rate in _PEAK_FLOPS.items() if name in device.device_kind), None)
 
 
+def compute_capability(device: Any) -> tuple[int, ...]:
+    """Of an NVIDIA GPU: (9, 0) on an H100, (8, 9) on an L4. (0,) on any other device."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
+    return tuple(map(int, found.groups())) if found else (0,)
+
+
 def memory_rate_of(device: jax.Device) -> float | None:
     """Peak bytes/s of one device's memory, or None where it is not known (a CPU)."""
     if (chip := chip_of(device.device_kind)) is not None:

@@ -25,7 +25,7 @@ from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.dropout import Noise
 from jaxlora.models.head import chunked_loss, head_of
 from jaxlora.models.shared import Places, attend_shared
-from jaxlora.runtime.devices import scan_layers, step_options
+from jaxlora.runtime.devices import compute_capability, scan_layers, step_options
 from jaxlora.sharding import (
     by_line,
     constrain,
@@ -82,8 +82,9 @@ def wire(model: ModelSource, mesh: MeshConfig | Mesh, devices: list[jax.Device] 
       UserError: the mesh does not fit the devices, or the kernel does not run on them.
     """
     whole = mesh if isinstance(mesh, Mesh) else make_mesh(mesh, devices)
-    platform = whole.devices.flat[0].platform
-    backend = pick_backend(model.attention, platform, model.dtype)
+    device = whole.devices.flat[0]
+    platform = device.platform
+    backend = pick_backend(model.attention, platform, model.dtype, compute_capability(device))
     return Machine(whole, backend, scan_layers(model.layers, platform), model.remat)
 
 
