@@ -262,7 +262,7 @@ def _time_training(
     tokens = float(sum(row.n_tokens for row in rows))
     _, stages = buffer_lengths(config.train, spec, mesh, tokens, len(parts)) if cold else (None, ())
     layout = choose_layout(rows, parts, config.train.batch_rows, config.train, *split, stages)
-    compute = replace(compute, max_segments=layout.rows_a_line)
+    compute = replace(compute, max_segments=layout.rows_a_line, longest_row=layout.longest_row)
     step_fn = make_train_step(spec, config.optim, compute)
     last = min(plan.steps_per_epoch, max_steps or plan.steps_per_epoch)
     rate = partial(learning_rate, optim=config.optim, plan=plan)
@@ -318,7 +318,8 @@ def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
     batches = ranges(len(rows), rows_a_time)
     split = token_multiple(mesh), token_lines(mesh)
     layout = choose_layout(rows, batches, rows_a_time, config.train, *split)
-    compute = replace(compute, remat=False, max_segments=layout.rows_a_line)
+    rows = {"max_segments": layout.rows_a_line, "longest_row": layout.longest_row}
+    compute = replace(compute, remat=False, **rows)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
     for _ in range(warm_up_runs()):

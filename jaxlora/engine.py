@@ -537,7 +537,10 @@ class Trainer:
         while length < longest:
             length *= 2
         rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
-        compute = self.engine.machine.compute(rows_a_line)
+        longest_row = MULTIPLE
+        while longest_row < max(lengths):
+            longest_row *= 2
+        compute = self.engine.machine.compute(rows_a_line, min(longest_row, length))
         for part, sizes in zip(parts, own, strict=True):
             batch = pack([rows[i] for i in part], (length,), whole, lines)
             yield batch, compute, partial(_by_row, lengths=sizes, whole=whole, lines=lines)

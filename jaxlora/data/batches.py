@@ -34,6 +34,7 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.runtime.errors import UserError
 
 ROWS_MULTIPLE = 32  # of the rows that a line of a buffer has places for
+WIDTH_MULTIPLE = 128  # of the tokens that a row has places for
 FEW_SIZES = 6  # buffer lengths, where the configuration leaves their number open
 Stages = tuple[tuple[int, int], ...]  # a step, and how many of the lengths the steps up to it use
 
@@ -125,6 +126,7 @@ class Layout:
     max_buffer_tokens: int
     lines: int = 1  # of a packed buffer
     rows_a_line: int = 1  # at most
+    longest_row: int = 0  # tokens that no row exceeds
     early: tuple[tuple[int, tuple[int, ...]], ...] = ()  # a step, and the few lengths of those up to it
 
     def at(self, step: int) -> Layout:
@@ -195,7 +197,8 @@ def choose_layout(
     sizes = choose_sizes(totals, most_sizes, multiple)
     own = [min(size for size in sizes if size >= total) for total in totals]
     early = tuple((last, choose_sizes(own[:last], n, 1)) for last, n in stages if n < len(sizes))
-    return Layout(True, sizes, batch_rows, most, lines, rows_a_line, early)
+    longest = min(round_up(max(map(max, lengths)), WIDTH_MULTIPLE), max(sizes))
+    return Layout(True, sizes, batch_rows, most, lines, rows_a_line, longest, early)
 
 
 def step_batch(

@@ -650,7 +650,7 @@ def generate(
 
     def call(state: DecodeState) -> DecodeState:
         window = min(up(rows.longest + steps, WINDOW_MULTIPLE), capacity)
-        return decode(state, lora, weights, capacity if backend == "cudnn" else window)
+        return decode(state, lora, weights, capacity if backend.startswith("cudnn") else window)
 
     read, state = partial(prefill, lora, weights), init_decode(spec, len(rows.owner), *settings)
     return _answer_all(rows, state, fill, read, call, tail_slots, progress, stream)

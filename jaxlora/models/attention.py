@@ -18,7 +18,7 @@ from jaxlora.runtime.devices import compute_capability
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import auto_mesh, spec_for
 
-HOPPER = (9, 0)  # the compute capability that cuDNN's kernels for packed rows need
+AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
 
 
 def pick_backend(
@@ -26,7 +26,8 @@ def pick_backend(
 ) -> str:
     """Resolve `auto` for a platform (`cpu`, `gpu`, `tpu`) and refuse what cannot run there.
 
-    cuDNN computes in 16 bits only, and packed rows only from Hopper on; anything else takes XLA on a GPU.
+    cuDNN computes in 16 bits only, on Ampere GPUs and later ones. It takes packed rows from Hopper on; before
+    that, the rows of a line are laid apart (`cudnn_rows`).
 
     Args:
       capability: the GPU's compute capability, see `jaxlora.runtime.devices.compute_capability`.
@@ -35,24 +36,24 @@ def pick_backend(
       UserError: the backend does not exist on this platform, or not for this dtype.
     """
     if backend == "auto":
-        gpu = "cudnn" if dtype == "bfloat16" and capability >= HOPPER else "xla"
-        return {"tpu": "splash", "gpu": gpu}.get(platform, "xla")
+        gpu = "cudnn" if dtype == "bfloat16" and capability >= AMPERE else "xla"
+        backend = {"tpu": "splash", "gpu": gpu}.get(platform, "xla")
     if backend == "cudnn" and dtype != "bfloat16":
         raise UserError("config.model.attention: cudnn needs bfloat16; give xla or auto")
-    if backend == "cudnn" and platform == "gpu" and capability < HOPPER:
-        raise UserError("config.model.attention: cudnn needs a Hopper GPU or a later one; give xla or auto")
     needs = {"splash": "tpu", "cudnn": "gpu"}
     if backend in needs and needs[backend] != platform:
         raise UserError(
             f"config.model.attention: {backend} needs a {needs[backend]}, not a {platform}; give xla or auto"
         )
-    return backend
+    if backend == "cudnn" and capability < AMPERE:
+        raise UserError("config.model.attention: cudnn needs an Ampere GPU or a later one; give xla or auto")
+    return "cudnn_rows" if backend == "cudnn" and capability < HOPPER else backend
 
 
 def pick_decode_backend(backend: str, platform: str, dtype: str, capability: tuple[int, ...] = HOPPER) -> str:
     """Attention of the decoder, whose kernels are cuDNN's (where training's are) or XLA's."""
     backend = pick_backend(backend, platform, dtype, capability)
-    return backend if backend == "cudnn" else "xla"
+    return backend if backend.startswith("cudnn") else "xla"
 
 
 def decode_backend(dtype: str, asked: str = "auto") -> str:
@@ -60,15 +61,18 @@ def decode_backend(dtype: str, asked: str = "auto") -> str:
     return pick_decode_backend(asked, jax.default_backend(), dtype, compute_capability(jax.devices()[0]))
 
 
-def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: int = 1):
+def segment_attention(
+    q, k, v, segment_ids, backend: str = "xla", max_segments: int = 1, longest_row: int = 0
+):
     """Causal attention within segments.
 
     Args:
       q: `[batch, length, heads, head_dim]`.
       k, v: `[batch, length, kv_heads, head_dim]`.
       segment_ids: int32 `[batch, length]`, 0 for padding; each row's positions are contiguous.
-      backend: `xla`, `splash` or `cudnn`.
-      max_segments: most segments in one line, padding not counted (cudnn needs to know).
+      backend: `xla`, `splash`, `cudnn` or `cudnn_rows`.
+      max_segments: most segments in one line, padding not counted (cuDNN needs to know).
+      longest_row: tokens that no segment exceeds (`cudnn_rows` lays rows apart); 0: the length of a line.
 
     Returns:
       `[batch, length, heads, head_dim]` in q's dtype. Values at padding are finite and meaningless.
@@ -79,6 +83,9 @@ def segment_attention(q, k, v, segment_ids, backend: str = "xla", max_segments: 
         return splash_attention(q, k, v, segment_ids)
     if backend == "cudnn":
         return on_each_device(partial(_cudnn, max_segments=max_segments), q, k, v, segment_ids)
+    if backend == "cudnn_rows":
+        kernel = partial(_rows_apart, max_segments=max_segments, longest=longest_row or q.shape[1])
+        return on_each_device(kernel, q, k, v, segment_ids)
     raise ValueError(f"unknown attention backend {backend!r}")
 
 
@@ -93,6 +100,30 @@ def _cudnn(q, k, v, segment_ids, max_segments: int):
     from jaxlora.models import cudnn  # it takes modules of JAX's own: only where it is needed
 
     return cudnn.packed_attention(q, k, v, *cudnn.row_lengths(segment_ids, max_segments))
+
+
+def _rows_apart(q, k, v, segment_ids, max_segments: int, longest: int, implementation="cudnn"):
+    """Attention over the rows of all lines, each in a line of its own that is as long as the longest row."""
+    ids = segment_ids[:, None] == jnp.arange(1, max_segments + 1)[:, None]  # [lines, rows, length]
+    lengths = jnp.sum(ids, axis=2, dtype=jnp.int32).reshape(-1)
+    first = jnp.argmax(ids, axis=2) + segment_ids.shape[1] * jnp.arange(len(segment_ids))[:, None]
+    place = jnp.arange(longest)
+    places = jnp.where(place < lengths[:, None], first.reshape(-1, 1) + place, segment_ids.size)
+
+    def apart(x):
+        return x.reshape(-1, *x.shape[2:]).at[places].get(mode="fill", fill_value=0, unique_indices=True)
+
+    y = jax.nn.dot_product_attention(
+        apart(q),
+        apart(k),
+        apart(v),
+        is_causal=True,
+        query_seq_lengths=jnp.maximum(lengths, 1),  # a row that is not there has one position of zeros
+        key_value_seq_lengths=jnp.maximum(lengths, 1),
+        implementation=implementation,
+    )
+    flat = jnp.zeros((segment_ids.size, *y.shape[2:]), y.dtype)
+    return flat.at[places].set(y, mode="drop", unique_indices=True).reshape(q.shape)
 
 
 def _cudnn_decode(q, keys, values, lengths):
@@ -129,12 +160,12 @@ def decode_attention(q, keys, values, lengths, backend: str = "xla"):
       q: `[rows, heads, head_dim]`.
       keys, values: `[rows, length, kv_heads, head_dim]`.
       lengths: int32 `[rows]`, at least 1: how much of the row's cache is filled, the new position included.
-      backend: `cudnn` reads each row's own length only; anything else reads the whole length given.
+      backend: cuDNN's read each row's own length only; anything else reads the whole length given.
 
     Returns:
       `[rows, heads, head_dim]` in q's dtype.
     """
-    if backend == "cudnn":
+    if backend.startswith("cudnn"):
         return on_each_device(_cudnn_decode, q[:, None], keys, values, lengths)[:, 0]
     visible = jnp.arange(keys.shape[1]) < lengths[:, None]
     return jax.nn.dot_product_attention(

@@ -96,7 +96,7 @@ def shares_prompts(config: RunConfig, mesh: jax.sharding.Mesh) -> bool:
 def is_dense(backend: str) -> bool:
     """Whether attention takes time for pairs of positions that lie in different rows: cuDNN alone leaves out
     their blocks (splash leaves out those that the causal mask excludes)."""
-    return backend != "cudnn"
+    return not backend.startswith("cudnn")
 
 
 def sampling_of(rl: RLConfig) -> Sampling:

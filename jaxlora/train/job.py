@@ -92,7 +92,7 @@ class Job:
 
     def compute(self, layout: Layout) -> Compute:
         """How steps over buffers of this layout are computed."""
-        return self.machine.compute(layout.rows_a_line)
+        return self.machine.compute(layout.rows_a_line, layout.longest_row)
 
 
 def prepare(

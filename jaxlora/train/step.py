@@ -53,6 +53,7 @@ class Compute:
     backend: str = "xla"  # of attention
     remat: Remat = False  # recompute activations in the backward pass, see `jaxlora.models.decoder.Decoder`
     max_segments: int = 1  # most rows in one line of a buffer
+    longest_row: int = 0  # tokens that no row of a buffer exceeds; 0: the length of a line
     by_line: bool = False  # a program a device, each with its own lines, where a mesh allows it
 
 
@@ -65,9 +66,10 @@ class Machine:
     scan: bool
     remat: Remat
 
-    def compute(self, max_segments: int = 1) -> Compute:
-        """How steps over buffers with at most so many rows in a line are computed."""
-        return Compute(self.backend, self.remat, max_segments, self.lines > 1)
+    def compute(self, max_segments: int = 1, longest_row: int = 0) -> Compute:
+        """How steps are computed: at most so many rows in a line of a buffer, of at most so many tokens."""
+        apart = self.backend == "cudnn_rows"  # others need no program for each length
+        return Compute(self.backend, self.remat, max_segments, longest_row if apart else 0, self.lines > 1)
 
     @property
     def lines(self) -> int:
@@ -142,7 +144,8 @@ def buffer_loss(
 
     def attention(q, k, v):
         ids = segment_ids if places is None else places.wide_segment_ids
-        return segment_attention(q, k, v, ids, compute.backend, compute.max_segments)
+        rows = compute.max_segments, compute.longest_row
+        return segment_attention(q, k, v, ids, compute.backend, *rows)
 
     def attend(q, k, v, cache):
         return attention(q, k, v) if places is None else attend_shared(q, k, v, places, attention), cache

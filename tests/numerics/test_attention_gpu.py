@@ -26,8 +26,9 @@ def error(ours, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "cudnn_rows"])
 @pytest.mark.parametrize("lines", [1, 2, 3])
-def test_packed_rows_forward_and_backward(lines):
+def test_packed_rows_forward_and_backward(lines, backend):
     length, segments = 640, 4
     q, k, v, g = draw(*((lines, length, heads, 128) for heads in (8, 2, 2, 8)))
     ends = [sorted(np.random.default_rng(i).integers(40, length - 20, segments)) for i in range(lines)]
@@ -44,7 +45,7 @@ def test_packed_rows_forward_and_backward(lines):
         (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
         return jnp.where(real, out, 0), *grads
 
-    for ours, expected in zip(run("cudnn", jnp.bfloat16), run("xla", jnp.float32), strict=True):
+    for ours, expected in zip(run(backend, jnp.bfloat16), run("xla", jnp.float32), strict=True):
         assert error(ours, expected) < 1e-2
 
 
