@@ -234,7 +234,7 @@ def _after(text: str, at: int) -> int:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Rows of a CSV file with a header; the separator (comma, semicolon, tab) is the header's."""
+    """Rows of a CSV file with a header, which decides the separator: comma, semicolon or tab."""
     csv.field_size_limit(MAX_LINE_BYTES)  # the csv module's own limit is 128 KiB
     number = -1  # lines read after the header
     with _errors(path, lambda: number + 2), _open_text(path) as file:
