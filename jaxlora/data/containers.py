@@ -3,9 +3,9 @@
     for number, size, row in read_rows(Path("train.json.zst")): ...   # row: a dict, or the ValueError of one
     for number, line in read_lines(Path("train.jsonl.gz")): ...
 
-Compression and container are recognised by a file's first bytes, not its name. A UTF-8 byte order mark at the
-beginning and empty lines at the end are ignored. Everything is streamed except a JSON list, which is read
-whole but parsed one element at a time, so memory use is bounded by bytes and not by the number of rows.
+A file's first bytes determine compression and container, except that CSV is recognised by its suffix. A UTF-8
+byte order mark at the beginning and empty lines at the end are ignored. Everything is streamed except a JSON
+list, which is read whole but parsed one element at a time, so memory use is bounded by bytes, not by rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Row formats: which keys each has, and how a record is converted to messages.
+r"""Row formats: which keys each has, and how a record is converted to messages.
 
     row_format = find_format({"instruction": "Add", "input": "2 3", "output": "5"})     # Alpaca
     example = to_example(row_format, record)         # messages: "Add\n\n2 3" by the user, "5" as the answer

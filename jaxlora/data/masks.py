@@ -6,9 +6,9 @@
 
 A span is exact or the row is refused. By prefix differences, a turn's answer is whatever the conversation
 rendered up to and including that turn has beyond its prompt (the rule used for the last turn). This answer
-must also appear in the full text, right after the turn's prompt. Some templates, such as Qwen3's, omit the
-empty thoughts that begin an answer with thinking off from earlier turns; their prompt is the one with
-thinking on.
+must also appear in the full text, right after the turn's prompt. With thinking off, an answer begins with
+empty thoughts, which some templates, such as Qwen3's, omit in earlier turns; the prompt of such a turn is the
+one with thinking on.
 """
 
 from __future__ import annotations

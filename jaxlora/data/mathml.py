@@ -86,7 +86,7 @@ def _formulas(text: str) -> Iterator[_Formula]:
                 yield _Formula(start, position, match["inner"], display=mark == "$$")
             continue
         closing = f"\\end{{{opening['name']}}}" if opening["name"] else _CLOSING[mark]
-        found = -1 if closing in absent else text.find(closing, opening.end() + 1)  # not empty inside
+        found = -1 if closing in absent else text.find(closing, opening.end() + 1)  # never empty
         if found < 0:
             absent.add(closing)
             continue

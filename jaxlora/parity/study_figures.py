@@ -16,7 +16,7 @@ PARAMETERS = {"attention_only": 7_667_712, "all_layer": 21_823_488}
 ADAPTER_BYTES = {"attention_only": 30_709_160, "all_layer": 87_360_552}
 
 VALIDATION_STEPS = (1000, 2000, 3169, 4000, 5000, 6000, 6338)
-VALIDATION_NLL = {  # condition, seed: mean NLL at VALIDATION_STEPS
+VALIDATION_NLL = {  # condition -> seed -> mean NLL at VALIDATION_STEPS
     "attention_only": {
         0: (
             0.3468661579136847, 0.3410821743602446, 0.33616363178874076, 0.3391218371592512,
@@ -61,7 +61,7 @@ FIRST_STEP_LOSSES = (
     0.5233039313454512, 0.43047901566835467, 0.4490786428801624, 0.4689470645907807,
 )  # fmt: skip
 SELECTION_ROWS, SELECTION_SEED = 512, 7
-SELECTION_NLL = {  # learning-rate selection; condition, rate: validation NLL after 64 steps
+SELECTION_NLL = {  # learning-rate selection: condition -> rate -> validation NLL after 64 steps
     "attention_only": {1e-4: 0.3786645046540731, 3e-4: 0.3632619345728878, 1e-3: 0.3644437038722405},
     "all_layer": {1e-4: 0.3648794147648033, 3e-4: 0.3559855057286731, 1e-3: 0.37397296784836664},
 }

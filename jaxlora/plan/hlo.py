@@ -1,7 +1,7 @@
 """Count a compiled program's work from its HLO text: matmul FLOPs, HBM bytes, interconnect bytes.
 
     work = count_work(compiled.as_text())
-        work.ici["all-gather"]           # bytes that one chip receives through all-gathers in one run
+    work.ici["all-gather"]           # bytes that one chip receives through all-gathers in one run
 
 XLA's own cost analysis counts a loop body once; here bodies are multiplied by their trip counts. A loop whose
 trip count is only known at run time counts `dynamic_trips` times. A grouped matmul (`ragged_dot`) counts as

@@ -1,6 +1,6 @@
 """Analyse curves: envelopes over rates, best rates with uncertainty, lines in log step.
 
-        points = envelope({2.6e-4: curve, 5.2e-4: curve})       # the lowest loss at each step, and its rate
+    points = envelope({2.6e-4: curve, 5.2e-4: curve})       # the lowest loss at each step, and its rate
     best = best_rate({2.6e-4: 1.02, 5.2e-4: 1.0, 1.04e-3: 1.03}, scatter=0.001)
     best.rate, best.low, best.high                          # of a parabola in log rate
     ratio(best, other)                                      # with an interval
@@ -69,7 +69,7 @@ class BestRate:
     """A best rate. `draws` are samples of its log2, given the scatter between repeats."""
 
     rate: float  # at the parabola's minimum
-    on_grid: float  # the nearest rate tried
+    on_grid: float  # the rate tried that has the lowest loss
     loss: float  # of `on_grid`
     low: float | None  # of a 95 % interval; None: no repeats, or on an edge
     high: float | None

@@ -1,7 +1,7 @@
 """The size of each matrix's update: spectral norms of A, B and (alpha / r) B A, stable rank, relative to W.
 
     adapter_norms(spec, trained, weight_norms(spec, base))    # {"layers.self_attn.q_proj": {"a": [...], ...}}
-        change_norms(spec, masters, start, of_weights)            # full fine-tuning: W - W0 instead of B A
+    change_norms(spec, masters, start, of_weights)            # full fine-tuning: W - W0 instead of B A
 
 Spectral norms come from power iteration in float32, which underestimates the true norm by about a hundredth
 or less; the matrices of all layers form one batch.

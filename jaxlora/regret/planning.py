@@ -25,7 +25,7 @@ from jaxlora.runtime.errors import UserError
 # NVIDIA's data sheet for the H100 SXM: memory, dense bfloat16, memory rate, NVLink into one GPU, dense int8.
 _H100 = Chip("H100", 80e9, 989e12, 3350e9, 450e9, 1979e12)
 MACHINES = SLICES | {f"h100-{count}": Slice(f"h100-{count}", _H100, (count,)) for count in (2, 4, 8)}
-MULTIPLE = 128  # line lengths in tokens; ignores padding, which is small for well packed rows
+MULTIPLE = 128  # line lengths are multiples of this; padding is ignored, as rows pack well
 EXTRA_RATES = 1  # for a grid whose best rate is on an edge at first
 
 

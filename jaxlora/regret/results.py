@@ -2,7 +2,7 @@
 
     folder = RunFolder(config)                      # results/<prefix>-regret
     folder.write(run, record); folder.records()     # by name
-        losses(records, cells)                          # what the design needs from them
+    losses(records, cells)                          # what the design needs from them
 
 A run is written whole or not at all, so an experiment continues from whatever files it finds. They are all
 that is needed to continue on another machine.

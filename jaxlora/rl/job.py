@@ -205,7 +205,7 @@ def _plan(config: RunConfig, n_problems: int) -> RunPlan:
 
 
 def estimate_memory(job: RLJob) -> dict[str, int]:
-    """Bytes needed on one device, for arrays whose sizes are known exactly; accurate to about a fifth.
+    """Bytes that a run needs on one device: exact for arrays that persist, otherwise to about a fifth.
 
     Sampling and learning alternate unless they overlap, so only the larger of the KV cache and the
     activations with the output head counts.

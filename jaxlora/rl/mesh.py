@@ -32,7 +32,7 @@ def mesh_for_both(config: RunConfig, model: ModelConfig, longest: int) -> RunCon
     """The configuration with its mesh filled in for this machine's devices.
 
     On TPUs, see `mesh_on_slice`. On GPUs, as in supervised training: replicas of the base if they fit. On
-    other devices, tensor parallelism over as many devices as divide the KV heads.
+    other devices, tensor parallelism over as many devices as evenly divide the KV heads.
 
     Args:
       longest: tokens of the longest prompt and answer.

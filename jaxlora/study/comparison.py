@@ -25,7 +25,7 @@ from jaxlora.runtime.files import Record
 from jaxlora.study.grid import Setting
 
 WINNER_THRESHOLD = 0.01  # a smaller difference of condition means is "inconclusive"; fixed before the runs
-SCORES = {"strict": "correct", "numeric": "correct_numeric"}  # score: field of a prediction record
+SCORES = {"strict": "correct", "numeric": "correct_numeric"}  # score -> field of a prediction record
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 

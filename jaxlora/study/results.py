@@ -2,7 +2,7 @@
 
     study = load_study(Path("results"), prefix="qwen3-8b")
     study.runs[0].validation_nll()        # {1000: 0.3469, 2000: 0.3411, ...}
-        study.absent                          # what a report needs and this directory lacks, in words
+    study.absent                          # what a report needs and this directory lacks, in words
 
 Expected layout, each run with the files that `jaxlora.runtime.files` describes:
 
