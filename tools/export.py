@@ -1,4 +1,4 @@
-"""Hand on what a run selected: `jaxlora export` by path."""
+"""Export what a run selected: `jaxlora export` by path."""
 
 from jaxlora.commands.export import main
 from jaxlora.runtime.errors import run_main

@@ -1,4 +1,4 @@
-"""Write `jaxlora/regret/FULL_SIZE.md`: what the experiments on large models would take, by the planner.
+"""Write `jaxlora/regret/FULL_SIZE.md`: the planner's estimates for the experiments on large models.
 
 python tools/full_size.py                # a few seconds; nothing is downloaded and no accelerator is needed
 python tools/full_size.py --stdout       # print the page instead
@@ -18,9 +18,9 @@ from jaxlora.regret.planning import GridRow, machine_named, plan_grid
 
 PAGE = Path(__file__).parent.parent / "jaxlora" / "regret" / "FULL_SIZE.md"
 MODELS = ("Llama-3.1-8B", "Llama-3.2-1B", "Qwen3-8B-Base")
-MACHINES = {"v5e-16": 1.20, "v6e-8": 2.70, "h100-8": 2.50}  # dollars of a chip for an hour
-# Rows of one epoch and mean tokens of a row: Tulu 3 without its held-out rows; 10,000 questions of
-# OpenThoughts 3. The tokens are round numbers, not counts.
+MACHINES = {"v5e-16": 1.20, "v6e-8": 2.70, "h100-8": 2.50}  # dollars per chip-hour
+# Rows per epoch and mean tokens per row: Tulu 3 without its held-out rows; 10,000 questions of OpenThoughts
+# 3. The tokens are round numbers, not counts.
 GRIDS = {"rank": (938_319, 700), "placement": (938_319, 700), "batch": (10_000, 12_000)}
 
 
@@ -40,7 +40,7 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(row: GridRow, machine: str) -> list[str]:
-    """Gigabytes a chip, hours and dollars of one arm on one machine."""
+    """Gigabytes per chip, hours and dollars of one arm on one machine."""
     if row.hours is None:
         return [f"does not fit ({row.gigabytes:,.0f})", "–", "–"]
     return [f"{row.gigabytes:.0f}", f"{row.hours:,.1f}", f"{dollars(row.hours, machine):,.0f}"]

@@ -2,17 +2,17 @@
 
 python tools/lock.py                # needs `pip install uv`; keeps versions that still fit
 python tools/lock.py --upgrade      # newest versions
-python tools/lock.py --check        # offline: do the files still fit pyproject.toml?
+python tools/lock.py --check        # offline: do the files still match pyproject.toml?
 
-requirements.lock is for development and tests, launch/tpu.lock and launch/cuda.lock for accelerators:
+requirements.lock is for development and tests, launch/tpu.lock and launch/cuda.lock are for accelerators:
 
     pip install --require-hashes -r launch/tpu.lock && pip install --no-deps -e .
 
-launch/rl.lock holds what graders need, in the versions of requirements.lock; pip takes it beside another
-one. Three of its packages are compiled where they are installed.
+launch/rl.lock holds what graders need, in the versions of requirements.lock, and is installed in addition to
+another lock file. Three of its packages are compiled at installation.
 
-Has an advisory been published for a locked version? `pip-audit` asks PyPI, about one file a call, for
-the Python that it runs under; without `--strict` it passes over packages for which it gets no answer:
+To find advisories for locked versions, `pip-audit` asks PyPI, with about one request per file, for the Python
+that it runs under; without `--strict` it skips packages for which it gets no answer:
 
     pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 """
@@ -31,7 +31,7 @@ from packaging.requirements import Requirement
 from jaxlora.runtime.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
-# file -> extra; those that have versions in common with the first one take its
+# file: extra. Files in BESIDE take the versions of the first one.
 LOCKS = {
     "requirements.lock": "test",
     "launch/tpu.lock": "tpu",
@@ -40,7 +40,7 @@ LOCKS = {
 }
 BESIDE = ("launch/rl.lock",)
 PYTHONS = ("3.11", "3.12")
-# The newest ones that this package was run with.
+# The newest versions that this package has been run with.
 TESTED = ("jax==0.11.2 ; python_version >= '3.12'", "flax==0.12.10 ; python_version >= '3.12'")
 
 
@@ -100,7 +100,7 @@ def write(file: Path, extra: str, upgrade: bool) -> None:
 
 
 def pins(text: str) -> list[tuple[Requirement, int, list[str]]]:
-    """Every pinned requirement of a lock file, the number of its hashes, and what asked for it."""
+    """Every pinned requirement of a lock file, its number of hashes, and the packages that require it."""
     found = []
     for block in re.split(r"\n(?=[A-Za-z0-9])", text):
         if not (first := re.match(r"([A-Za-z0-9][^\\\n]*)", block)):
@@ -112,7 +112,7 @@ def pins(text: str) -> list[tuple[Requirement, int, list[str]]]:
 
 
 def check(file: Path, extra: str) -> list[str]:
-    """What in a lock file does not fit pyproject.toml; nothing is fetched."""
+    """Where a lock file does not match pyproject.toml; works offline."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [*project["dependencies"], *project["optional-dependencies"][extra]]
     wanted = [Requirement(text) for text in texts]
@@ -140,7 +140,7 @@ def check(file: Path, extra: str) -> list[str]:
 
 
 def canonical(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """A package's name as normalised by indexes."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -1,10 +1,10 @@
-"""Train a run once more with Transformers, PEFT and torch.optim.AdamW, and hold the two against each other.
+"""Repeat a training run with Transformers, PEFT and torch.optim.AdamW, and compare the two.
 
     python tools/peft_run.py --run results/smollm2-gsm8k-all_layer-seed-0 --out peft-run
 
-From the run's manifest come its rows, their order, the learning rates and the initial adapter, which PEFT
+The run's manifest supplies the rows, their order, the learning rates and the initial adapter, which PEFT
 reads in its own format; forward and backward passes, optimizer and decoding are PyTorch's. `metrics.jsonl`
-has the losses, `predictions.jsonl` the greedy answers of the checkpoint with the lowest validation NLL,
+gets the losses, `predictions.jsonl` the greedy answers of the checkpoint with the lowest validation NLL, and
 `summary.json` both runs' figures. Needs `torch`, `transformers` and `peft`.
 """
 
@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # JAX only reads the rows; the card is PyTorch's
+os.environ["JAX_PLATFORMS"] = "cpu"  # JAX only reads the rows; the GPU is PyTorch's
 
 from jaxlora.checkpoints.peft import export_adapter
 from jaxlora.config import MeshConfig, from_dict
@@ -37,7 +37,7 @@ from jaxlora.train.job import Job, fresh_state, prepare
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.selection import select_checkpoint
 
-ROWS_A_TIME = 32  # of a validation batch
+ROWS_A_TIME = 32  # in a validation batch
 ANSWERS_A_TIME = 512
 
 
@@ -45,7 +45,7 @@ def job_of(run: Path) -> Job:
     """The run's rows, plan and model, from its manifest.
 
     Raises:
-      UserError: it was no run of an adapter over an unrounded base, or its data is not here.
+      UserError: it is not a run of a fresh adapter over an unrounded base, or its data is missing.
     """
     config = from_dict(read_manifest(run)["config"])
     if config.train.what != "lora" or config.model.base_dtype or config.lora.start:
@@ -70,7 +70,7 @@ def load_model(job: Job, folder: Path, device: str) -> PeftModel:
 
 
 def summed_nll(model: torch.nn.Module, rows: Sequence[RenderedRow], device: str) -> torch.Tensor:
-    """Sum over weighted targets of -log p; padding lies on the right, where causal attention never looks."""
+    """Sum over weighted targets of -log p; padding is on the right, where causal attention never looks."""
     length = max(row.n_tokens for row in rows)
     tokens, targets = np.zeros((2, len(rows), length), np.int64)
     weights = np.zeros((len(rows), length), np.float32)
@@ -89,14 +89,14 @@ def weight_of(rows: Sequence[RenderedRow]) -> float:
 
 @torch.no_grad()
 def validation_nll(model: torch.nn.Module, rows: Sequence[RenderedRow], device: str) -> float:
-    """Mean over all weighted targets."""
+    """The mean over all weighted targets."""
     ordered = sorted(rows, key=lambda row: row.n_tokens)
     parts = [ordered[i : i + ROWS_A_TIME] for i in range(0, len(ordered), ROWS_A_TIME)]
     return float(sum(summed_nll(model, part, device).item() for part in parts) / weight_of(rows))
 
 
 def train(model: PeftModel, job: Job, device: str, steps: int) -> Iterator[dict[str, Any]]:
-    """Train as the run's plan says; yields a record of each step and of each validation."""
+    """Train according to the run's plan; yields a record of each step and each validation."""
     optim, plan = job.config.optim, job.plan
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(
@@ -123,7 +123,7 @@ def train(model: PeftModel, job: Job, device: str, steps: int) -> Iterator[dict[
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, job: Job, device: str) -> list[dict[str, Any]]:
-    """The greedy answers to the run's benchmark, scored as the run's evaluation scores its own."""
+    """Greedy answers to the run's benchmark, scored like the run's own evaluation."""
     tokenizer, settings = job.tokenizer, job.config.eval
     problems, prompts = load_prompts(job.config, tokenizer)
     stops = job.base.stop_ids(tokenizer)

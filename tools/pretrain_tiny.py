@@ -4,8 +4,8 @@
     python tools/pretrain_tiny.py --out base --steps 50     # a quick look, on any machine
 
 Reads the shipped tokenizer, draws the corpus of `jaxlora.embedded.corpus` from seeds, and writes a Hugging
-Face directory in bfloat16: copy its files into `jaxlora/embedded/base`. The same command on the same kind of
-device gives the same files. Prints how many held-out problems the base solves in its own format.
+Face directory in bfloat16, whose files belong in `jaxlora/embedded/base`. The same command on the same kind
+of device gives the same files. Prints how many held-out problems the base solves in its own format.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from jaxlora.sharding import make_mesh
 from jaxlora.train.schedule import learning_rate, plan_run
 from jaxlora.train.step import Compute, init_state, make_train_step
 
-LENGTH = 256  # tokens of one line; documents lie in it end to end
+LENGTH = 256  # tokens per line; documents are packed into it end to end
 
 
 def main() -> int:
@@ -98,7 +98,7 @@ def main() -> int:
 
 
 def corpus_lines(n_texts: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids `[lines, 256]` of the corpus; drawn by several processes, a seed each."""
+    """Tokens and segment ids `[lines, 256]` of the corpus, drawn by several processes with a seed each."""
     parts = 64
     work = [(seed * parts + part, n_texts // parts) for part in range(parts)]
     with (
@@ -130,7 +130,7 @@ def _draw_lines(work: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, options):
-    """AdamW on the mean NLL of every token after a document's first, by the optimizer step of a run."""
+    """AdamW on the mean NLL of every token after a document's first, using the optimizer step of a run."""
     optim = OptimConfig(
         peak_lr=options.rate, b2=0.95, eps=1e-8, weight_decay=0.02, clip_norm=1.0,
         warmup_fraction=min(400 / options.steps, 0.1), min_lr_fraction=0.05,
@@ -154,7 +154,7 @@ def train(spec: ModelSpec, weights, tokens: np.ndarray, segments: np.ndarray, op
 
 
 def batch_of(tokens: np.ndarray, segments: np.ndarray) -> Batch:
-    """One buffer of these lines; its weights sum to one, so that the step's sum is the mean."""
+    """One buffer of these lines; its weights sum to one, so the step's sum is a mean."""
     tokens, segments = tokens.astype(np.int32), segments.astype(np.int32)
     starts = np.where(segments[:, 1:] != segments[:, :-1], np.arange(1, LENGTH), 0)
     starts = np.maximum.accumulate(np.pad(starts, ((0, 0), (1, 0))), axis=1)
@@ -171,7 +171,7 @@ def batch_of(tokens: np.ndarray, segments: np.ndarray) -> Batch:
 
 
 def solve_held_out(spec: ModelSpec, weights, tokenizer, count: int = 400) -> float:
-    """Share of held-out problems whose last number is right, asked in the base's explained chat style."""
+    """Share of held-out problems whose last number is right, in the base's explained chat style."""
     problems = distinct_problems(random.Random(99), "val", count)
     prompts = []
     for item in problems:
@@ -190,7 +190,7 @@ def solve_held_out(spec: ModelSpec, weights, tokenizer, count: int = 400) -> flo
 
 
 def write(out: Path, spec: ModelSpec, weights, tokenizer) -> None:
-    """A Hugging Face directory in bfloat16: config.json, weights, tokenizer."""
+    """Write a Hugging Face directory in bfloat16: config.json, weights, tokenizer."""
     config = spec.config
     values = {name: getattr(config, name) for name in config.__pydantic_fields__ if name != "eos_token_ids"}
     values |= {

@@ -1,4 +1,4 @@
-"""Parity with Tinker: record what a service answers, replay it here, compare a run with the study.
+"""Parity with Tinker: record a service's results, replay them here, compare a run with the study.
 
     python tools/tinker_parity.py install-server                # the local service that the live tests start
     python tools/tinker_parity.py record --out parity.json      # drive the service of TINKER_BASE_URL
@@ -6,7 +6,7 @@
     python tools/tinker_parity.py study --run DIR               # a finished run beside the study's figures
     python tools/tinker_parity.py study --published --config configs/main.py --out DIR
 
-Each command has its own --help. `compare` and `study` exit with code 1 where something differs.
+Each command has its own --help. `compare` and `study` exit with code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlora.runtime.progress import make_console
 
 
 def install_server(words: list[str]) -> int:
-    """Make the environment of the local Tinker server: a virtual environment with pinned packages, 2 GB."""
+    """Create the environment of the local Tinker server: a virtual environment with pinned packages, 2 GB."""
     from jaxlora.parity.server import install_server as install
     from jaxlora.parity.server import server_folder
 
@@ -70,8 +70,8 @@ def _record_parser() -> argparse.ArgumentParser:
 def record(words: list[str]) -> int:
     """Drive a Tinker service and write a recording.
 
-    The service is the hosted one, or that of TINKER_BASE_URL; TINKER_API_KEY must be set. Neither is printed
-    or recorded.
+    The service is the hosted one, or the one at TINKER_BASE_URL; TINKER_API_KEY must be set. Neither is
+    printed or recorded.
     """
     options = _record_parser().parse_args(words)
 
@@ -116,7 +116,7 @@ def record(words: list[str]) -> int:
 
 
 def compare(words: list[str]) -> int:
-    """Replay a recording in jaxlora and print every difference, its bar, and pass or fail."""
+    """Replay a recording in jaxlora and print every difference with its bar, and pass or fail."""
     parser = _parser("compare", compare)
     parser.add_argument("recording", type=Path, metavar="FILE")
     parser.add_argument("--base", help="directory or Hub name of the base (default: the recorded name)")
@@ -207,7 +207,7 @@ def _parser(name: str, command) -> argparse.ArgumentParser:
         f"tinker_parity.py {name}",
         description=command.__doc__,
         formatter_class=formatter,
-        allow_abbrev=False,  # `study` looks for --published itself
+        allow_abbrev=False,  # `study` checks for --published itself
     )
 
 

@@ -1,9 +1,9 @@
-"""Audit a dataset: quality report, token statistics, and a pack of rows for a person to read.
+"""Audit a dataset: a quality report, token statistics, and a sample of rows for a person to read.
 
     audit(find_rendered(Path("data/mine")), tokenizer, "Qwen/Qwen3-8B", Path("audit"), seed=0, pack_rows=100)
 
 writes `quality.json`, `tokens.json`, `review.jsonl` and `review.html`. Token counts are shifted counts, as in
-training: the length of the rendered conversation minus one. Percentiles interpolate linearly.
+training: the length of the rendered conversation minus one. Percentiles are interpolated linearly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LONGEST_ROWS = 10
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the audit keeps of a row: its place, what is suspect about it, and its shifted token counts."""
+    """What the audit keeps about a row: where it is, which rules it breaks, and its shifted token counts."""
 
     split: str
     line: int
@@ -53,7 +53,7 @@ class RowFacts:
 
 
 def find_rendered(folder: Path) -> dict[str, str]:
-    """The rendered files of a dataset by split: in its `rendered/` folder, or else in the folder itself.
+    """The rendered files of a dataset by split, from its `rendered/` folder or else the folder itself.
 
     Raises:
       UserError: there are none.
@@ -64,7 +64,7 @@ def find_rendered(folder: Path) -> dict[str, str]:
 
 
 def flags_of(problem: str, solution: str, expected_answer: str | None) -> tuple[str, ...]:
-    """Every rule of the acceptance gate that the row breaks, not only the first."""
+    """Every rule of the acceptance gate that the row breaks, not just the first."""
     flags = []
     box = last_box(solution)
     if box is None:
@@ -80,7 +80,7 @@ def flags_of(problem: str, solution: str, expected_answer: str | None) -> tuple[
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a file: the record as it stands there, and what it means."""
+    """A row of a file: the record as stored, and the example parsed from it."""
 
     line: int
     record: dict[str, Any]
@@ -94,13 +94,13 @@ class _Row:
 
     @property
     def solution(self) -> str:
-        """The last turn, or all of a plain text."""
+        """The last turn, or the whole text if the row is plain text."""
         text = self.example.text
         return str(self.example.messages[-1]["content"]) if text is None else text
 
 
 def _read(path: str) -> Iterator[_Row]:
-    """The rows of a file, of whatever format; `UserError` with file and line where one has none."""
+    """The rows of a file in any format; raises `UserError` with file and line if one cannot be parsed."""
     for number, _, record in read_rows(locate(path)):
         try:
             if isinstance(record, ValueError):
@@ -126,10 +126,10 @@ def _render(path: str, tokenizer: Tokenizer, rows: Sequence[_Row], with_system: 
 
 
 def read_facts(split: str, path: str, tokenizer: Tokenizer) -> Iterator[RowFacts]:
-    """Stream the facts of a rendered file.
+    """Stream the facts of each row of a rendered file.
 
     Raises:
-      UserError: a row cannot be used for training; names file and line.
+      UserError: a row cannot be used for training; the message gives file and line.
     """
     lines = _read(path)
     while rows := list(islice(lines, BATCH_ROWS)):
@@ -150,7 +150,7 @@ def read_facts(split: str, path: str, tokenizer: Tokenizer) -> Iterator[RowFacts
 
 
 def quality(facts: Sequence[RowFacts]) -> dict[str, Any]:
-    """Counts by source, boxed-match rate, and hits of each rule."""
+    """Row counts by source, the boxed-match rate, and the number of hits of each rule."""
     with_expected = [row for row in facts if row.has_expected]
     matches = sum(not {"missing_box", "boxed_mismatch"} & set(row.flags) for row in with_expected)
     hits = Counter(flag for row in facts for flag in row.flags)
@@ -169,7 +169,7 @@ def quality(facts: Sequence[RowFacts]) -> dict[str, Any]:
 
 
 def token_statistics(counts: Sequence[int]) -> dict[str, Any]:
-    """Total, mean, percentiles, extremes, and a histogram whose bins are `[from, below, rows]`."""
+    """Total, mean, percentiles, extremes, and a histogram with bins `[from, below, rows]`."""
     values = np.asarray(counts)
     p50, p90, p95 = (float(value) for value in np.percentile(values, [50, 90, 95]))
     bins = np.bincount(values // BIN_TOKENS)
@@ -187,7 +187,7 @@ def token_statistics(counts: Sequence[int]) -> dict[str, Any]:
 
 
 def tokens_report(facts: Sequence[RowFacts]) -> dict[str, Any]:
-    """Token statistics with and without the system prompt, and what the system prompt costs a row."""
+    """Token statistics with and without the system prompt, and the system prompt's tokens per row."""
     costs = [row.tokens - row.tokens_without_system for row in facts]
     return {
         "with_system_prompt": token_statistics([row.tokens for row in facts]),
@@ -197,9 +197,9 @@ def tokens_report(facts: Sequence[RowFacts]) -> dict[str, Any]:
 
 
 def choose_rows(facts: Sequence[RowFacts], seed: int, count: int) -> list[tuple[RowFacts, str]]:
-    """A pack of at most `count` rows with the reason of each: flagged rows, the longest, random draws.
+    """Choose at most `count` rows, each with the reason: flagged rows, the longest, and random draws.
 
-    The same rows and seed give the same pack.
+    The same rows and seed always give the same pack.
     """
     generator = random.Random(seed)
     flagged = [row for row in facts if row.flags]
@@ -216,7 +216,7 @@ def choose_rows(facts: Sequence[RowFacts], seed: int, count: int) -> list[tuple[
 def review_pack(
     chosen: Sequence[tuple[RowFacts, str]], files: dict[str, str], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    """The chosen rows in full, with the two texts that the loss mask divides."""
+    """The chosen rows in full, with the text split into the parts with and without loss."""
     wanted = {(row.split, row.line) for row, _ in chosen}
     rows = {
         (split, row.line): row

@@ -1,11 +1,11 @@
-r"""Find the last `\boxed{...}` of a solution, by either of the study's two rules.
+r"""Find the last `\boxed{...}` of a solution by either of the study's two rules.
 
     last_box(r"\boxed{1} or \boxed{\frac{1}{2}}")   # r"\frac{1}{2}"
     extract_boxed(r"so \boxed {4}")                 # "4"; last_box finds none here
 
-The acceptance gate of the dataset looks for the literal `\boxed{`; the score allows white space before the
-brace. Everything else is the same for both: the last opening counts, braces are matched, and if that box is
-never closed then there is no answer, whatever came before it.
+The dataset's acceptance gate looks for the literal `\boxed{`; scoring also allows white space before the
+brace. Otherwise the two agree: the last opening counts, braces are matched, and if that box is never closed
+there is no answer, whatever came before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def last_box(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{`, with or without white space before the brace; None as above."""
+    r"""The content of the last `\boxed{`, allowing white space before the brace; None as in `last_box`."""
     start = None
     for match in _SPACED.finditer(text):
         start = match.end()
@@ -32,7 +32,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def _up_to_closing_brace(text: str, start: int) -> str | None:
-    """The text from `start`, just behind an opening brace, up to the brace that closes it."""
+    """The text from `start`, just after an opening brace, up to the brace that closes it."""
     depth = 1
     for brace in _BRACE.finditer(text, start):
         depth += 1 if brace.group() == "{" else -1

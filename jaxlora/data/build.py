@@ -1,11 +1,11 @@
-"""Build a dataset: stream the source, accept, group, split, and write the files, all or nothing.
+"""Build a dataset, all or nothing: stream the source, filter it, group, split, and write the files.
 
     manifest = build(BuildPlan(source="rows.jsonl", split=None, out=Path("data/mine")))
 
-The rules are in `jaxlora.data.curation`. Accepted rows go to a spool file as they come; memory holds only a
-place in it and a problem key for each. Everything is written to a hidden folder beside the final one, which
-is renamed at the end: a build that stops half-way leaves nothing under the final name, and the next one
-starts by removing what an interrupted one left.
+The rules are in `jaxlora.data.curation`. Accepted rows go straight to a spool file; memory holds only each
+row's offset in it and its problem key. Everything is written to a hidden folder next to the final one, which
+is renamed at the end. A build that stops half-way leaves nothing under the final name, and the next build
+first removes what an interrupted one left behind.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from jaxlora.runtime.progress import progress_bar
 MANIFEST_NAME = "manifest.json"
 FILES = ("raw/train.jsonl", "raw/val.jsonl", "rendered/train.jsonl", "rendered/val.jsonl")
 PROGRESS_EVERY = 1000  # rows
-MAX_ROW_BYTES = 32 * 2**20  # of a row, raw and rendered: eight times the longest that training takes
-# A compressed source may unpack to more than a disk holds. Real text compresses ten to thirty times.
+MAX_ROW_BYTES = 32 * 2**20  # of one row, raw plus rendered: eight times the longest that training takes
+# A compressed source may unpack to more than the disk holds. Real text compresses ten- to thirty-fold.
 FREE_BYTES, MAX_EXPANSION = 2**28, 200
 _EXPANDS = (
     f"the source unpacks to more than {MAX_EXPANSION} times its own size; is it a real dataset? If so,"
@@ -56,7 +56,7 @@ class BuildPlan:
     split: str | None  # of a Hub dataset
     out: Path
     sources: tuple[str, ...] = curation.SOURCES  # values of `problem_source` to keep, in grouping order
-    revision: str | None = None  # of a Hub dataset; None: the newest, which the manifest records
+    revision: str | None = None  # of a Hub dataset; None means the newest, which the manifest records
     overwrite: bool = False
 
 
@@ -64,7 +64,7 @@ _Counts = dict[str, Annotated[int, Field(ge=0, lt=2**63)]]
 
 
 class _Manifest(TypedDict):
-    """What later code reads of a manifest."""
+    """The fields of a manifest that later code reads."""
 
     __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
     rows_read: Annotated[int, Field(ge=0, lt=2**63)]
@@ -80,19 +80,19 @@ _MANIFEST = TypeAdapter(_Manifest)
 
 
 class _Spool:
-    """Accepted rows: two lines each on disk, raw and rendered; in memory, 17 bytes and the problem's key."""
+    """Accepted rows: two lines each on disk, raw and rendered; 17 bytes and the problem key in memory."""
 
     def __init__(self, file: IO[bytes], sources: Sequence[str], limit: int | None) -> None:
         self.file = file
         self.limit = limit  # bytes; None: no limit
         self.sources = list(sources)
-        self.starts = array("q")  # by row number, that is in stream order
+        self.starts = array("q")  # by row number, that is, in stream order
         self.origins = array("B")  # index of the row's source
         self.rows = {source: array("q") for source in sources}  # row numbers of each source
         self.keys: dict[str, list[bytes]] = {source: [] for source in sources}
 
     def add(self, source: str, key: bytes, lines: bytes) -> None:
-        """Append a row; `ValueError` if it is too long, or if it is one too many."""
+        """Append a row; raises `ValueError` if the row is too long or the spool exceeds its limit."""
         if len(lines) > MAX_ROW_BYTES:
             raise ValueError(f"the row has {len(lines):,} bytes; at most {MAX_ROW_BYTES:,} can be used")
         if self.limit is not None and self.file.tell() + len(lines) > self.limit:
@@ -113,13 +113,13 @@ def build(plan: BuildPlan) -> dict[str, Any]:
     """Build the dataset and return its manifest.
 
     Raises:
-      UserError: a row without the fields or with wrong types (names file and row), nothing accepted, `out`
-        exists and `overwrite` is false, or the disk is full. Nothing is left under `out` then.
+      UserError: a row lacks fields or has wrong types (the message gives file and row), nothing is accepted,
+        `out` exists and `overwrite` is false, or the disk is full. Nothing is then left under `out`.
     """
     out = plan.out.resolve()
     _check_place(plan, out)
     with _disk_errors(out), _work_folder(out) as folder:
-        _check_place(plan, out)  # what a killed build had moved aside is there again
+        _check_place(plan, out)  # again: what a killed build had moved aside has been restored by now
         manifest = _build_into(folder, plan)
         _publish(folder, out)
     return manifest
@@ -144,7 +144,7 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
         for part, rows in (("train", split.train), ("val", split.validation)):
             by_source[part] = _write_part(folder, part, spool, rows)
     (folder / "spool").unlink()
-    if _source_sha256(plan) != source_sha256:  # the manifest would name a file whose rows are not these
+    if _source_sha256(plan) != source_sha256:  # otherwise the manifest would describe a file with other rows
         raise UserError(f"{plan.source}: was changed while it was read; build again")
     for name in FILES:
         path = folder / name
@@ -171,23 +171,23 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
 
 
 def _source_sha256(plan: BuildPlan) -> str | None:
-    """Of a file; None for the Hub, whose commit is recorded."""
+    """The hash of a source file; None for the Hub, where the commit is recorded instead."""
     return sha256_of(locate(plan.source)) if is_file_source(plan.source) else None
 
 
 def _most_bytes(source: str) -> int | None:
-    """What a compressed source may unpack to; None for plain text and for the Hub, which is streamed."""
+    """How far a compressed source may expand, in bytes; None for plain text and for the Hub (streamed)."""
     if not is_file_source(source) or source.endswith((".jsonl", ".json")):
         return None
     path = locate(source)
     limit = FREE_BYTES + MAX_EXPANSION * path.stat().st_size
-    if container_of(path) == "Parquet" and parquet_bytes(path) > limit:  # a page is unpacked whole, in memory
+    if container_of(path) == "Parquet" and parquet_bytes(path) > limit:  # pages are unpacked whole, in memory
         raise UserError(f"{source}: {_EXPANDS}")
     return limit
 
 
 def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[str, Any]:
-    """Stream the source into the spool; returns counts of rows read, candidates and rejects by reason."""
+    """Stream the source into the spool; return counts of rows read, candidates, and rejects by reason."""
     candidates: Counter[str] = Counter()
     rejected: Counter[tuple[str, str]] = Counter()
     others: Counter[str] = Counter()
@@ -238,7 +238,7 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
 
 
 def _source_row(place: str, record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the source's fields; GSM8K's own rows are converted to them."""
+    """The record in the source's schema; GSM8K's own rows are converted to it."""
     try:
         if "problem" not in record and all(name in record for name in GSM8K_FIELDS):
             record = convert(record)
@@ -251,7 +251,7 @@ def _source_row(place: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_part(folder: Path, part: str, spool: _Spool, rows: Sequence[int]) -> dict[str, int]:
-    """Write both files of a part with these rows in this order; returns rows by source."""
+    """Write both files of a part with these rows in this order; return row counts by source."""
     counts: Counter[str] = Counter()
     for kind in ("raw", "rendered"):
         (folder / kind).mkdir(exist_ok=True)
@@ -279,7 +279,7 @@ def _wrong_field(name: str, record: dict[str, Any]) -> str:
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`: empty, locked so that it is ours alone, and gone afterwards."""
+    """A hidden folder next to `out`: empty, locked for exclusive use, and removed afterwards."""
     folder = out.parent / f".{out.name}.building"
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -292,7 +292,7 @@ def _work_folder(out: Path) -> Iterator[Path]:
             ) from None
         if not folder.exists() or not os.path.samestat(os.fstat(lock), folder.stat()):
             raise UserError(f"another build of {out} has just finished; look at it first")
-        _empty(folder)  # what an interrupted build left
+        _empty(folder)  # what an interrupted build left behind
         put_back(out)
         try:
             yield folder
@@ -312,7 +312,7 @@ def _empty(folder: Path) -> None:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Make the finished folder the dataset, once it is on the disk."""
+    """Sync the finished folder to disk, then move it into place."""
     sync(folder)
     put_in_place(folder, out)
 
@@ -330,7 +330,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a built dataset, with the hashes and sizes that its files really have.
+    """The manifest of a built dataset, with the hashes and sizes that its files actually have.
 
     Raises:
       UserError: there is no manifest, it is damaged, or a file is missing.
@@ -353,9 +353,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def check_built(folder: Path) -> None:
-    """Refuse files of a built dataset that are not what its manifest has the hashes of.
+    """Refuse a built dataset if its files do not match the hashes in its manifest.
 
-    A folder without a manifest, or with that of another program, is not a built dataset.
+    A folder without a manifest, or with another program's, does not count as a built dataset.
 
     Raises:
       UserError: names the file.

@@ -1,13 +1,13 @@
-"""Rows that were tokenised once, kept, and found again by what they follow from.
+"""A cache of tokenised rows, keyed by everything that determines them.
 
     cache = RowCache(default_folder(), lambda: tokenizer_sha256(tokenizer))
-    if (found := cache.read(key)) is not None:       # the rows as views of files, and what their report says
+    if (found := cache.read(key)) is not None:       # the rows as views of files, and their report
         rows, report = found
     cache.keep(key, rows, report)
 
-A key is a hash of the file's bytes, of tokenizer and template, of every setting that changes a row, and of
-the code that renders: whatever changes, the rows are made anew. What is kept is checked by its hashes when it
-is read; a damaged entry is made anew, too. Only the newest few entries stay.
+A key is a hash of the file's bytes, the tokenizer and template, every setting that affects a row, and the
+rendering code; if any of these changes, the rows are rebuilt. Entries are verified by their hashes when read,
+and damaged ones are rebuilt too. Only the newest few entries are kept.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.folders import claimed, new_folder
 from jaxlora.runtime.progress import say
 
-SMALLEST = 2**20  # bytes of a file: smaller ones are tokenised in a few seconds
-ENTRIES = 8  # that are kept
+SMALLEST = 2**20  # bytes; smaller files are tokenised in a few seconds
+ENTRIES = 8  # kept at most
 _DTYPES = {"tokens": np.int32, "weights": np.float32, "ends": np.int64}
 _INDEX = "rows.json"
 
 
 def default_folder() -> Path:
-    """Where rows are kept: `$JAXLORA_ROWS`, or `~/.cache/jaxlora/rows`."""
+    """Where rows are cached: `$JAXLORA_ROWS`, or `~/.cache/jaxlora/rows`."""
     return Path(os.environ.get("JAXLORA_ROWS") or Path.home() / ".cache" / "jaxlora" / "rows")
 
 
 @dataclass(frozen=True)
 class RowCache:
-    """A folder of tokenised files, for one tokenizer."""
+    """A folder of tokenised files for one tokenizer."""
 
     folder: Path
-    tokenizer_sha256: Callable[[], str]  # called only for files that are kept: it reads the tokenizer
+    tokenizer_sha256: Callable[[], str]  # slow (reads the tokenizer), so only called for cached files
     smallest: int = SMALLEST
 
     def key(self, file: Path, sha256: str, settings: Mapping[str, Any]) -> str | None:
-        """The key of a file's rows under these settings; None where it is too small to be kept."""
+        """The key of a file's rows under these settings; None if the file is too small to cache."""
         if file.stat().st_size < self.smallest:
             return None
         versions = {
@@ -60,7 +60,7 @@ class RowCache:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
     def read(self, key: str) -> tuple[list[RenderedRow], dict[str, Any]] | None:
-        """The rows of an entry, as views of its files, and its report; None: there is none that is sound."""
+        """An entry's rows, as views of its files, and its report; None if there is no intact entry."""
         folder = self.folder / key
         try:
             index = json.loads((folder / _INDEX).read_bytes())
@@ -68,7 +68,7 @@ class RowCache:
                 raise ValueError("not what was kept")
             arrays = {name: _mapped(folder / name, dtype) for name, dtype in _DTYPES.items()}
             names = json.loads((folder / "names").read_bytes())
-            os.utime(folder)  # it is the newest now
+            os.utime(folder)  # mark it as the newest
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -76,14 +76,15 @@ class RowCache:
             shutil.rmtree(folder, ignore_errors=True)
             return None
         starts = np.concatenate([[0], arrays["ends"][:-1]])
-        # Slices of the map itself would each remember the file; views of a plain array are a third as large.
+        # Each slice of a memmap would keep a reference to the file; views of a plain array are a third as
+        # large.
         tokens, weights = np.asarray(arrays["tokens"]), np.asarray(arrays["weights"])
         bounds = zip(starts.tolist(), arrays["ends"].tolist(), *names, strict=True)
         rows = [RenderedRow(row, tokens[a:b], weights[a:b], prompt) for a, b, row, prompt in bounds]
         return rows, index["report"]
 
     def keep(self, key: str, rows: Sequence[RenderedRow], report: dict[str, Any]) -> None:
-        """Keep rows under a key. A full disk, or a folder that cannot be written, costs only the cache."""
+        """Store rows under a key. A full disk or an unwritable folder only means that nothing is cached."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with claimed(self.folder / key, wait=True):
@@ -107,14 +108,14 @@ class RowCache:
             (staging / _INDEX).write_text(json.dumps({"sha256": hashes, "report": report}))
 
     def _prune(self) -> None:
-        """Drop all but the newest entries."""
+        """Remove all but the newest entries."""
         entries = [path for path in self.folder.iterdir() if (path / _INDEX).is_file()]
         for old in sorted(entries, key=lambda path: path.stat().st_mtime)[:-ENTRIES]:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def _mapped(file: Path, dtype: Any) -> np.ndarray:
-    """A file's numbers, read from the disk when they are used."""
+    """A file's numbers, read from disk on use."""
     return np.memmap(file, dtype, "r")
 
 

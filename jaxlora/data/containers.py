@@ -1,11 +1,11 @@
-"""What is inside a file of rows: JSON lines, a JSON list, CSV or Parquet, each also in gzip or zstd.
+"""Read row files: JSON lines, a JSON list, CSV or Parquet, each optionally compressed with gzip or zstd.
 
     for number, size, row in read_rows(Path("train.json.zst")): ...   # row: a dict, or the ValueError of one
     for number, line in read_lines(Path("train.jsonl.gz")): ...
 
-The first bytes of a file say how it is compressed and packed, not its name. A mark of UTF-8 at the beginning
-and empty lines at the end are nobody's rows. Everything but a JSON list is streamed, and of that one element
-is parsed at a time, so that what is held in memory is bounded by bytes and not by rows.
+A file's first bytes determine compression and container, except that CSV is recognised by its suffix. A UTF-8
+byte order mark at the beginning and empty lines at the end are ignored. Everything is streamed except a JSON
+list, which is read whole but parsed one element at a time, so memory use is bounded by bytes, not by rows.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, cast
 from jaxlora.runtime.errors import UserError
 
 Record = dict[str, Any]
-Row = tuple[int, int, "Record | ValueError"]  # place in the file from 1, bytes, and what is there
-MAX_LINE_BYTES = 64 * 1024 * 1024  # a "line" longer than this is not JSONL but another kind of file
-MAX_LIST_BYTES = 256 * 1024 * 1024  # of a JSON list, which is read whole
-MAX_UNPACKED_BYTES = 4 * 2**30  # of a Parquet file inside gzip or zstd, which is unpacked on disk
+Row = tuple[int, int, "Record | ValueError"]  # row number from 1, size in bytes, and the row
+MAX_LINE_BYTES = 64 * 1024 * 1024  # a longer "line" means the file is not JSONL
+MAX_LIST_BYTES = 256 * 1024 * 1024  # a JSON list is read whole
+MAX_UNPACKED_BYTES = 4 * 2**30  # a Parquet file inside gzip or zstd is unpacked to disk
 PARQUET_BATCH_ROWS = 32
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 
@@ -44,13 +44,13 @@ _BETWEEN = re.compile(r"[ \t\r\n]*")
 
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[Row]:
-    """The rows of a file in order, each a dict or the `ValueError` that says why it is none.
+    """The rows of a file in order, each a dict or the `ValueError` that says what is wrong with it.
 
     Args:
-      columns: of a Parquet file, read these only, as far as they are there; None: all.
+      columns: for a Parquet file, the columns to read if present; None means all.
 
     Raises:
-      UserError: the file cannot be read on; names the file and the place.
+      UserError: reading cannot continue; the message gives the file and the position.
     """
     kind = container_of(path)
     if kind == "Parquet":
@@ -71,7 +71,7 @@ def container_of(path: Path) -> str:
     """ "JSON lines", "JSON list", "CSV" or "Parquet".
 
     Raises:
-      UserError: the file cannot be read, or is of a kind that nothing here reads.
+      UserError: the file cannot be read, or is of an unsupported kind.
     """
     suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
     with _errors(path, lambda: 1), _open(path) as file:
@@ -84,7 +84,7 @@ def container_of(path: Path) -> str:
 
 
 def count_rows(path: Path) -> int | None:
-    """Rows of a file, for a progress bar; None where only reading would tell."""
+    """Number of rows in a file, for a progress bar; None if only reading the file would tell."""
     kind = container_of(path)
     if _compression(path) or kind not in ("JSON lines", "Parquet"):
         return None
@@ -97,7 +97,7 @@ def count_rows(path: Path) -> int | None:
 
 
 def parquet_bytes(path: Path) -> int:
-    """Bytes of a Parquet file's columns before compression, as the file says itself; 0 inside gzip."""
+    """Uncompressed bytes of a Parquet file's columns according to its metadata; 0 inside gzip or zstd."""
     with _errors(path, lambda: 1, "Parquet "):
         if _compression(path):
             return 0
@@ -113,7 +113,7 @@ def parquet_bytes(path: Path) -> int:
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file as `(line number from 1, bytes without the newline)`; only "\\n" ends a line.
 
-    The mark of UTF-8 at the beginning is no part of the first line, and empty lines at the end are none.
+    A UTF-8 byte order mark at the beginning is stripped, and empty lines at the end are ignored.
     """
     number = empty = 0
     with _errors(path, lambda: number + 1), _open_text(path) as file:
@@ -132,7 +132,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def count_lines(path: Path) -> int:
-    """Lines of a file as `read_lines` counts them, up to one that is too long to be one."""
+    """The number of lines as `read_lines` counts them, stopping at one that is too long."""
     lines = last = open_bytes = 0
     with _errors(path, lambda: lines + 1), _open_text(path) as file:
         while (block := file.read(1 << 20)) and open_bytes <= MAX_LINE_BYTES:
@@ -146,10 +146,10 @@ def count_lines(path: Path) -> int:
 
 
 def parse_object(line: bytes) -> Record:
-    """One JSONL line as a dict.
+    """Parse one JSONL line into a dict.
 
     Raises:
-      ValueError: not UTF-8, not JSON, or not an object; the message is short and has no place in it.
+      ValueError: not UTF-8, not JSON, or not an object; the message is short and gives no position.
     """
     try:
         value = json.loads(line.decode("utf-8"))
@@ -166,14 +166,14 @@ def parse_object(line: bytes) -> Record:
 
 
 def is_text(value: Any) -> bool:
-    """Whether the value is text that can be written: half a surrogate pair cannot."""
+    """Whether the value is a string that can be encoded, that is, has no unpaired surrogates."""
     return isinstance(value, str) and (
         value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
     )
 
 
 def strings_of(value: Any) -> Iterator[str]:
-    """All strings of a JSON value, names of fields included."""
+    """All strings in a JSON value, including field names."""
     waiting = [value]
     while waiting:
         item = waiting.pop()
@@ -181,7 +181,7 @@ def strings_of(value: Any) -> Iterator[str]:
             yield item
         elif isinstance(item, dict):
             waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):  # Parquet's maps are lists of pairs
+        elif isinstance(item, list | tuple):  # Parquet maps are lists of pairs
             waiting += item
 
 
@@ -227,15 +227,15 @@ def _read_list(path: Path) -> Iterator[Row]:
 
 
 def _after(text: str, at: int) -> int:
-    """The next place that is not blank."""
+    """The next position that is not white space."""
     found = _BETWEEN.match(text, at)
-    assert found is not None  # it matches nothing, too
+    assert found is not None  # it also matches the empty string
     return found.end()
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Rows of a CSV file with a header; separated by commas, semicolons or tabs, whichever the header has."""
-    csv.field_size_limit(MAX_LINE_BYTES)  # the module's own limit is 128 KiB
+    """Rows of a CSV file with a header, which decides the separator: comma, semicolon or tab."""
+    csv.field_size_limit(MAX_LINE_BYTES)  # the csv module's own limit is 128 KiB
     number = -1  # lines read after the header
     with _errors(path, lambda: number + 2), _open_text(path) as file:
         header = file.readline(MAX_LINE_BYTES)
@@ -261,7 +261,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _cell(cell: str) -> Any:
-    """A cell; one that holds messages as JSON is read as messages, because CSV has nothing but text."""
+    """The value of a cell; messages stored as JSON are parsed, because CSV itself only has text."""
     if not cell.lstrip().startswith("[") or not ('"role"' in cell or '"from"' in cell):
         return cell
     try:
@@ -273,7 +273,7 @@ def _cell(cell: str) -> Any:
 
 
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
-    """Rows one by one; until then texts stay in dictionaries, in which a small file can repeat a long one."""
+    """Rows one at a time. Until then texts stay dictionary-encoded, as a small file may repeat a long one."""
     import pyarrow.parquet
 
     number = 0
@@ -293,7 +293,7 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[Row]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without the fields that only other rows have: in Parquet, all rows have the fields of all."""
+    """Drop null fields: in Parquet, every row has the fields of all rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -303,7 +303,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _compression(path: Path) -> str | None:
-    """How the file is compressed, by its first bytes."""
+    """How the file is compressed, according to its first bytes."""
     with path.open("rb") as file:
         start = file.read(16)
     for mark, name in _FOREIGN.items():
@@ -330,12 +330,12 @@ def _open(path: Path) -> Iterator[io.BufferedReader]:
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[io.BufferedReader]:
-    """As `_open`, after the mark of UTF-8; another encoding is named."""
+    """Like `_open`, but past the UTF-8 byte order mark; refuses any other encoding by name."""
     with _open(path) as file:
         start = file.peek(4)[:4]
         encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), None)
         if encoding is None and len(start) > 1 and (start[0] == 0) != (start[1] == 0):
-            encoding = "UTF-16"  # without a mark: every other byte of plain text is zero
+            encoding = "UTF-16"  # without a BOM: every other byte of plain text is zero
         if encoding:
             raise UserError(
                 f"{path}: is {encoding}; convert it to UTF-8, as with iconv -f {encoding} -t UTF-8"
@@ -347,7 +347,7 @@ def _open_text(path: Path) -> Iterator[io.BufferedReader]:
 
 @contextmanager
 def _seekable(path: Path) -> Iterator[BinaryIO | str]:
-    """What Parquet, which is read from its end, can be read from."""
+    """A seekable source for Parquet, which is read from its end."""
     if _compression(path) is None:
         yield str(path)
         return
@@ -362,7 +362,7 @@ def _seekable(path: Path) -> Iterator[BinaryIO | str]:
 
 @contextmanager
 def _errors(path: Path, place: Callable[[], int], kind: str = "") -> Iterator[None]:
-    """Whatever the readers raise for bytes that they do not understand, as one line with the place."""
+    """Turn whatever the readers raise for malformed bytes into a one-line error with the position."""
     import pyarrow
 
     try:

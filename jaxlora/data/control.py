@@ -1,12 +1,13 @@
-"""Which strings would become control tokens: every string of a row that is rendered is looked at first.
+"""Find strings that would become control tokens; every string of a row is checked before rendering.
 
     guard = guard_of(tokenizer)
     guard.find("what does </think> mean?")                     # "</think>"
     guard.find("<think>hm</think>", special_only=True)         # None: an ordinary word of an answer
 
-A tokenizer cuts its added tokens out of any text, whoever wrote it. So a question that holds `<|im_end|>`
-would end its turn, and one that holds `</think>` would end thoughts that nobody had. The tokenizer's table of
-added tokens is what counts: `all_special_tokens` lacks those that are not called special, such as `<think>`.
+A tokenizer recognises its added tokens in any text, whoever wrote it. So a question that contains
+`<|im_end|>` would end its turn, and one that contains `</think>` would end thoughts that were never begun.
+The check uses the tokenizer's table of added tokens, because `all_special_tokens` lacks those not marked as
+special, such as `<think>`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
-_ORDINARY = "\U0010ffff ordinary text"  # what the scanner calls all that is no added token
+_ORDINARY = "\U0010ffff ordinary text"  # the scanner's token for everything that is not an added token
 _BLANKS = " \t\r\n▁"  # some tokenizers add runs of these as tokens; they control nothing
 
 
@@ -38,13 +39,13 @@ class Guard:
 
     scanner: Scanner
     special: frozenset[str]
-    longest_token: int  # characters that one token can stand for
+    longest_token: int  # the most characters that one token can stand for
 
     def find(self, text: str, special_only: bool = False) -> str | None:
-        """The first control token in the text, as the tokenizer writes it; None: there is none.
+        """The first control token in the text, as the tokenizer writes it, or None.
 
-        The scanner is the tokenizers' own automaton with nothing but the added tokens, so that it finds what
-        the tokenizer finds, in time linear in the text, however many tokens there are.
+        The scanner is the `tokenizers` library's own automaton, loaded with the added tokens only. It finds
+        exactly what the tokenizer finds, in time linear in the text, however many tokens there are.
         """
         with rust_panics("the tokenizer's normaliser fails on this text"):
             tokens = self.scanner.encode(text, add_special_tokens=False).tokens
@@ -56,11 +57,11 @@ class Guard:
 
 @contextmanager
 def rust_panics(what: str) -> Iterator[None]:
-    """A panic in the tokenizer's Rust code, which Python sees as a `BaseException`, becomes one line."""
+    """Turn a panic in the tokenizer's Rust code, a `BaseException` in Python, into a one-line error."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3 gives its type no place to import it from
+        if type(error).__name__ != "PanicException":  # pyo3 offers no place to import this type from
             raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UserError(f"{what}: it panics: {reason}; use another tokenizer") from None
@@ -70,7 +71,7 @@ _guards: WeakKeyDictionary[Any, Guard] = WeakKeyDictionary()
 
 
 def guard_of(tokenizer: Tokenizer) -> Guard:
-    """The guard of a tokenizer, made once."""
+    """The guard of a tokenizer, built once."""
     guard = _guards.get(tokenizer)
     if guard is None:
         guard = _guards[tokenizer] = _make(tokenizer)
@@ -85,7 +86,7 @@ def _make(tokenizer: Tokenizer) -> Guard:
     scanner = Scanner(WordLevel({_ORDINARY: 0}, unk_token=_ORDINARY))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and any(token.normalized for token in added.values()):
-        scanner.normalizer = backend.normalizer  # such tokens are looked for in the normalised text
+        scanner.normalizer = backend.normalizer  # such tokens are matched in the normalised text
     scanner.add_tokens([token for content, token in added.items() if content.strip(_BLANKS)])
     longest = max(map(len, (*tokenizer.get_vocab(), *added)), default=1)
     return Guard(scanner, frozenset(special), longest)

@@ -1,11 +1,11 @@
-r"""The rules of the dataset: which rows are accepted, how they are identified, grouped and split.
+r"""The dataset's rules: which rows are accepted, and how they are identified, grouped and split.
 
     reject_reason(problem, solution, expected_answer)      # None, or "missing_box", "boxed_mismatch", ...
     row_id("math", problem, expected_answer)               # 20 hex digits
     canonical_problem("What is\u3000２+3?")                # "what is 2+3?"
     split_by_problem([(rows, keys), (more_rows, more_keys)])     # which row goes where, and in which order
 
-Pure functions of text and of lists; reading and writing files is `jaxlora.data.build`.
+Pure functions of text and lists; `jaxlora.data.build` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from json.encoder import encode_basestring as _encode  # text as JSON, non-ASCII kept
+from json.encoder import encode_basestring as _encode  # text as JSON, with non-ASCII characters kept
 from typing import Generic, TypeVar
 
 from jaxlora.data.boxes import last_box
@@ -28,7 +28,7 @@ VALIDATION_SHARE = 0.1
 FIELDS = ("problem", "generated_solution", "expected_answer", "problem_source")
 REASONS = ("missing_box", "boxed_mismatch", "suspicious_pattern", "problem_pattern")
 
-# Solutions that give up, guess, or argue with the question. Compared with the lower-cased solution.
+# Solutions that give up, guess, or argue with the question. Matched against the lower-cased solution.
 SUSPICIOUS_PHRASES = (
     "cannot spend more than",
     "cannot be accurately completed",
@@ -48,10 +48,10 @@ SUSPICIOUS_PHRASES = (
     "seems to be looking for",
 )
 
-# Problems that still carry the prompt that made them. Matched against the lower-cased problem.
+# Problems that still carry the prompt that generated them. Matched against the lower-cased problem.
 PROBLEM_START = re.compile(r"\s*problem\s*:")
 PROBLEM_PHRASES = re.compile(
-    r"\b(?:"  # every phrase begins a word: looked at once a word, not once a letter
+    r"\b(?:"  # each phrase starts a word, so it is tried once per word rather than once per letter
     + "|".join(
         (
             r"new problem\s*:",
@@ -78,9 +78,9 @@ _SYSTEM = _encode(SYSTEM_PROMPT)
 
 
 def normal_answer(answer: str) -> str:
-    r"""The form in which box and expected answer are compared.
+    r"""The form in which the box and the expected answer are compared.
 
-    All white space removed, then `\left` and `\right` deleted, then `\tfrac` rewritten to `\frac`.
+    All white space is removed, then `\left` and `\right` are deleted, then `\tfrac` is rewritten to `\frac`.
     """
     bare = "".join(answer.split()).replace("\\left", "").replace("\\right", "")
     return bare.replace("\\tfrac", "\\frac")
@@ -93,13 +93,13 @@ def is_suspicious(solution: str) -> bool:
 
 
 def is_prompt_wrapper(problem: str) -> bool:
-    """Whether the problem still carries the prompt that made it."""
-    lowered = problem.lower()  # three times faster than patterns that ignore case
+    """Whether the problem still carries the prompt that generated it."""
+    lowered = problem.lower()  # three times faster than case-insensitive patterns
     return PROBLEM_START.match(lowered) is not None or PROBLEM_PHRASES.search(lowered) is not None
 
 
 def reject_reason(problem: str, solution: str, expected_answer: str) -> str | None:
-    """The first rule that the row breaks, one of REASONS; None for an accepted row."""
+    """The first rule that the row breaks, one of REASONS; None if the row is accepted."""
     box = last_box(solution)
     if box is None:
         return "missing_box"
@@ -118,20 +118,20 @@ def row_id(source: str, problem: str, expected_answer: str) -> str:
 
 
 def canonical_problem(problem: str) -> str:
-    """The problem's text for comparisons: NFKC, lower case, stripped, white space collapsed."""
+    """The problem's text for comparison: NFKC, lower case, stripped, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", problem).lower().split())
 
 
 def problem_key(problem: str) -> bytes:
-    """16 bytes that stand for the canonical problem, so that a million problems fit in memory."""
+    """A 16-byte hash of the canonical problem, so that a million problems fit in memory."""
     return hashlib.blake2b(canonical_problem(problem).encode(), digest_size=16).digest()
 
 
 def row_lines(source: str, problem: str, solution: str, expected_answer: str) -> tuple[str, str]:
     """The row's line in the raw file and in the rendered file, without the newline.
 
-    Exactly what `json.dumps(row, ensure_ascii=False)` writes; putting the lines together here encodes each
-    text once instead of twice.
+    Exactly what `json.dumps(row, ensure_ascii=False)` writes; assembling the lines here encodes each text
+    once instead of twice.
     """
     row, origin = _encode(row_id(source, problem, expected_answer)), _encode(source)
     asked, solved, expected = _encode(problem), _encode(solution), _encode(expected_answer)
@@ -152,7 +152,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Split(Generic[Row]):
-    """Rows of each part in their final order, and the number of groups each part is made of."""
+    """The rows of each part in their final order, and the number of groups in each part."""
 
     train: list[Row]
     validation: list[Row]
@@ -164,7 +164,7 @@ def split_by_problem(visits: Sequence[tuple[Sequence[Row], Sequence[bytes]]]) ->
     """Split rows so that rows with the same problem stay together.
 
     `visits` holds, for each source in visiting order, its rows in stream order and their problem keys. Groups
-    are listed as they are first met, shuffled, and fill validation until it holds at least
+    are listed in order of first appearance, shuffled, and assigned to validation until it holds at least
     `round(VALIDATION_SHARE x rows)` rows; the rest is train. The same generator then shuffles train, then
     validation.
     """

@@ -1,10 +1,10 @@
-"""Formats of rows: which keys each has, and how a record of it becomes messages.
+r"""Row formats: which keys each has, and how a record is converted to messages.
 
     row_format = find_format({"instruction": "Add", "input": "2 3", "output": "5"})     # Alpaca
     example = to_example(row_format, record)         # messages: "Add\n\n2 3" by the user, "5" as the answer
 
-A file has one format, that of its first row. No system text is invented, nothing is cut, and a key that the
-format does not know is refused by its name: it could change what the row means.
+A file has one format, that of its first row. No system text is invented, nothing is truncated, and a key that
+the format does not know is refused by name, because it could change what the row means.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from jaxlora.data.containers import is_text
 from jaxlora.data.messages import LOSS_KEYS, Example, Message
 
 Record = dict[str, Any]
-NAMED = ("row_id", "source", "expected_answer")  # text that says something of a row and is never rendered
+NAMED = ("row_id", "source", "expected_answer")  # text about a row, never rendered
 ABOUT = {*NAMED, "id", "uuid", "idx", "index", "dataset", "category", "language", "lang", "tags", "metadata"}
 ABOUT |= {"license", "prompt_id", "topic", "difficulty", "url", "created_at"}
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {
     name: name for name in ("user", "assistant", "system")
 }
-_SHOWN_KEYS, _COMPARED_KEYS = 12, 100  # of a row that fits no format
+_SHOWN_KEYS, _COMPARED_KEYS = 12, 100  # keys of a row that fits no format
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of a kind look: the keys that they must have, those that they may have, and their meaning."""
+    """A row format: its required keys, its optional keys, and how it converts to messages."""
 
     name: str
     needs: tuple[str, ...]
@@ -40,16 +40,16 @@ class Format:
 
 
 def conversation_id(messages: Any) -> str:
-    """The id of a row that names none: 20 hex digits of the SHA-256 of its messages as JSON."""
+    """The id of a row that has none: 20 hex digits of the SHA-256 of its messages as JSON."""
     text = json.dumps(messages, ensure_ascii=True, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:20]
 
 
 def find_format(record: Record) -> Format:
-    """The format of a record: the first of `FORMATS` whose keys it has.
+    """The format of a record: the first of `FORMATS` whose required keys it has.
 
     Raises:
-      ValueError: none; the message names the keys found and the nearest format.
+      ValueError: no format fits; the message lists the keys found and the nearest format.
     """
     keys = _present(record)
     for row_format in FORMATS:
@@ -59,13 +59,13 @@ def find_format(record: Record) -> Format:
 
 
 def to_example(row_format: Format, record: Record, ignore: Collection[str] = ()) -> Example:
-    """A record of this format as messages, or as text.
+    """Convert a record of this format to messages, or to plain text.
 
     Args:
-      ignore: keys that are left out because the user said so.
+      ignore: keys that the user asked to leave out.
 
     Raises:
-      ValueError: a key is missing, not known, or of a wrong type; the message has no place in it.
+      ValueError: a key is missing, unknown, or of the wrong type; the message gives no position.
     """
     record = {key: value for key, value in record.items() if value is not None and key not in ignore}
     for key in row_format.needs:
@@ -91,10 +91,10 @@ def to_example(row_format: Format, record: Record, ignore: Collection[str] = ())
 
 
 def choose_columns(record: Record, columns: Mapping[str, str]) -> Record:
-    """The record with nothing but these columns, under the format's own names: `{"prompt": "question"}`.
+    """The record reduced to these columns, renamed to the format's own keys: `{"prompt": "question"}`.
 
     Raises:
-      ValueError: one of the columns is not there.
+      ValueError: one of the columns is missing.
     """
     for column in columns.values():
         if column not in record:
@@ -102,15 +102,15 @@ def choose_columns(record: Record, columns: Mapping[str, str]) -> Record:
     return {name: record[column] for name, column in columns.items()}
 
 
-# --- The meaning of each format -----------------------------------------------------------------------------
+# --- Conversion of each format ------------------------------------------------------------------------------
 
 
 def _of_messages(record: Record) -> list[Message]:
-    return record["messages"]  # checked where they are rendered
+    return record["messages"]  # checked when they are rendered
 
 
 def _of_sharegpt(record: Record) -> list[Message]:
-    """`from` and `value` of each turn; turns that have `role` and `content` are taken as they are."""
+    """Turns with `from` and `value`; turns that already have `role` and `content` are used as they are."""
     turns = record["conversations"]
     if not isinstance(turns, list):
         raise ValueError(f"conversations is {type(turns).__name__}, not a list")
@@ -123,7 +123,7 @@ def _of_sharegpt(record: Record) -> list[Message]:
         unknown = [k for k, v in turn.items() if v is not None and k not in ("from", "value", *LOSS_KEYS)]
         if unknown:
             raise ValueError(f"turn {number} has the key {unknown[0]!r}, which is not used; remove it")
-        if turn.get("from") not in list(_SHAREGPT_ROLES):  # a list: what is there may not be hashable
+        if turn.get("from") not in list(_SHAREGPT_ROLES):  # a list, because the value may not be hashable
             known = ", ".join(_SHAREGPT_ROLES)
             raise ValueError(f"turn {number} is from {turn.get('from')!r:.50}; allowed are {known}")
         rest = {key: turn[key] for key in LOSS_KEYS if turn.get(key) is not None}
@@ -132,13 +132,13 @@ def _of_sharegpt(record: Record) -> list[Message]:
 
 
 def _of_alpaca(record: Record) -> list[Message]:
-    """Instruction and input, an empty line between them, are what the user says."""
+    """The user turn is the instruction and the input, separated by an empty line."""
     asked, given = _text(record, "instruction"), _text(record, "input")
     return _with_system(record, _pair(f"{asked}\n\n{given}" if given.strip() else asked, record["output"]))
 
 
 def _of_prompt(record: Record) -> list[Message]:
-    """Texts are one turn each. Of messages, the answers in the prompt are given and carry no loss."""
+    """Strings are one turn each. In a list of messages, answers within the prompt carry no loss."""
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return _with_system(record, _pair(prompt, completion))
@@ -177,7 +177,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def _tools(record: Record) -> Any:
-    """The tool definitions; some data sets keep them as JSON in a string."""
+    """The tool definitions; some datasets store them as a JSON string."""
     tools = record.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -205,7 +205,7 @@ FORMATS = (
 )
 
 
-# --- What fits no format ------------------------------------------------------------------------------------
+# --- Rows that fit no format --------------------------------------------------------------------------------
 
 
 def _present(record: Record) -> set[str]:
@@ -232,7 +232,7 @@ def _no_format(keys: set[str]) -> str:
 
 
 def _likeness(row_format: Format, keys: set[str]) -> float:
-    """How many of the keys that a format needs have one like them: from 0 to 1."""
+    """The fraction of a format's required keys that closely match one of these keys, from 0 to 1."""
     names = [key[:50] for key in sorted(keys)[:_COMPARED_KEYS]]
     found = [difflib.get_close_matches(need, names, 1, 0.7) for need in row_format.needs]
     return sum(map(bool, found)) / len(found)

@@ -3,10 +3,10 @@
     report = check([FilePair(train, validation)], Benchmark("openai/gsm8k", questions))
     status = require_gates(train_path, validation_path, None, allow_ungated=False)
 
-`check` returns what it compared, by which rule and with which result, and the SHA-256 of every input. Saved
-as `contamination.json`, this is the report that `require_gates` asks for. Data is refused if its report is
-missing, failed, stale (a file has changed since) or made by other rules. Canonical means NFKC, lower case and
-white space collapsed; `jaxlora.data.leaks` finds benchmark questions in other forms.
+`check` returns what it compared, by which rule and with what result, plus the SHA-256 of every input. Saved
+as `contamination.json`, this is the report that `require_gates` looks for. Data is refused if its report is
+missing, failed, stale (a file has changed since) or made under other rules. "Canonical" means NFKC, lower
+case and white space collapsed; `jaxlora.data.leaks` also finds benchmark questions in other forms.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class FilePair:
-    """One training file and the validation file that goes with it: local paths or `hf://`."""
+    """A training file and its validation file: local paths or `hf://`."""
 
     train: str
     validation: str
@@ -55,7 +55,7 @@ class FilePair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The questions as `(example id, question)` pairs, and where they come from."""
+    """A benchmark's questions, as `(example id, question)` pairs, and their origin."""
 
     name: str
     questions: Sequence[tuple[str, str]]
@@ -63,7 +63,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class GateStatus:
-    """What training records about its data: whether it passed the gates, by which report, and if not, why."""
+    """What training records about its data: whether it passed the gates, by which report, or why not."""
 
     passed: bool
     overridden: bool
@@ -86,14 +86,14 @@ class _Rows:
     problems: list[bytes]  # problem keys
     sources: list[str]
     lines: array[int]
-    leaks: list[dict[str, Any]]  # rows with a benchmark question, as the report lists them
+    leaks: list[dict[str, Any]]  # rows that contain a benchmark question, as listed in the report
 
 
 def find_pairs(folder: Path) -> list[FilePair]:
-    """The pairs of a dataset's files: `train.jsonl` and `val.jsonl` in the folder, in `raw/`, in `rendered/`.
+    """The file pairs of a dataset: `train.jsonl` and `val.jsonl` in the folder, in `raw/` and in `rendered/`.
 
     Raises:
-      UserError: there is no such folder, it holds no pair, or half of a pair is missing.
+      UserError: there is no such folder, it contains no pair, or half of a pair is missing.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the --out of tools/build_dataset.py")
@@ -112,19 +112,19 @@ def find_pairs(folder: Path) -> list[FilePair]:
 
 @dataclass(frozen=True)
 class GateRow:
-    """What the gates need of a row: its id, its problem, its source, and all of its texts, turn by turn."""
+    """What the gates need from a row: its id, its problem, its source, and all of its texts, turn by turn."""
 
     row_id: str
-    problem: str  # of a conversation: its user turns
+    problem: str  # in a conversation, the user turns
     source: str
     texts: tuple[str, ...]
 
 
 def read_row(record: dict[str, Any]) -> GateRow:
-    """A raw row, or a row of any format that can be trained on.
+    """Read a raw row, or a row of any format that can be trained on.
 
     Raises:
-      ValueError: the record is neither, or holds half a surrogate pair; the message has no place in it.
+      ValueError: the record is neither, or contains an unpaired surrogate; the message gives no position.
     """
     row = _raw_row(record) if "problem" in record and "messages" not in record else _training_row(record)
     if not all(map(is_text, (row.row_id, row.source, *row.texts))):
@@ -146,7 +146,7 @@ def _training_row(record: dict[str, Any]) -> GateRow:
     try:
         row_format = find_format(record)
     except ValueError:
-        return _raw_row(record)  # which says what a row needs here
+        return _raw_row(record)  # raises an error that says what a row needs here
     example = to_example(row_format, record)
     source = record.get("source") or ""
     if example.text is not None:
@@ -160,7 +160,7 @@ def _training_row(record: dict[str, Any]) -> GateRow:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, in order: a turn may have parts, tool calls and reasoning."""
+    """Every string in a JSON value, in order: a turn may have parts, tool calls and reasoning."""
     stack = [value]  # not recursive: JSON may be nested as deeply as Python's stack
     while stack:
         value = stack.pop()
@@ -173,7 +173,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _read(path: str, root: str, index: QuestionIndex | None = None) -> _Rows:
-    """Read one file; with an index, look for benchmark questions in it."""
+    """Read one file; with an index, search it for benchmark questions."""
     file = locate(path)
     name = path.removeprefix(root.rstrip("/") + "/") if root else path
     rows = _Rows(name, sha256_of(file), file.stat().st_size, [], [], [], array("q"), [])
@@ -205,7 +205,7 @@ def _read(path: str, root: str, index: QuestionIndex | None = None) -> _Rows:
 def check(pairs: Sequence[FilePair], benchmark: Benchmark, root: str = "") -> dict[str, Any]:
     """Run all gates on each pair of files and return the report; `report["passed"]` is the verdict.
 
-    The report names files relative to the folder `root` where they lie in it.
+    The report names files inside the folder `root` by their path relative to it.
 
     Raises:
       UserError: a file is missing, empty, or has a row that is neither raw nor rendered.
@@ -251,7 +251,7 @@ def _gates(train: _Rows, validation: _Rows) -> list[dict[str, Any]]:
         )
     strictest = Counter(leak["rules"][0] for leak in train.leaks)
     results[0]["overlaps_by_rule"] = {rule: strictest[rule] for rule in LEAK_RULES}
-    # The study's own gate looks at rows from gsm8k only and knows the first rule only: this is its count.
+    # The study's own gate only looks at rows from gsm8k and only applies the first rule; this is its count.
     results[0]["overlaps_with_source_gsm8k"] = sum(
         leak["source"] == "gsm8k" and leak["rules"][0] == EQUAL for leak in train.leaks
     )
@@ -259,9 +259,9 @@ def _gates(train: _Rows, validation: _Rows) -> list[dict[str, Any]]:
 
 
 def report_place(train_path: str, given: str | None = None) -> Path | None:
-    """Where the report is: as given, else beside the training file or its folder `rendered/` or `raw/`.
+    """The path of the report: `given`, or else next to the training file or its folder `rendered/` or `raw/`.
 
-    None for a file on the Hub, unless it is given.
+    None for a file on the Hub, unless `given` is set.
     """
     if given:
         return Path(given)
@@ -276,10 +276,10 @@ def report_place(train_path: str, given: str | None = None) -> Path | None:
 def require_gates(
     train_path: str, validation_path: str, report_path: str | None, allow_ungated: bool
 ) -> GateStatus:
-    """Refuse data that has not passed the gates; with `allow_ungated`, say so in red and go on.
+    """Refuse data that has not passed the gates; with `allow_ungated`, print a red warning and continue.
 
     Raises:
-      UserError: the report is missing, stale or failed, naming the gate; or a data file does not exist.
+      UserError: the report is missing, stale or failed (names the gate), or a data file does not exist.
     """
     train = sha256_of(locate(train_path))
     validation = sha256_of(locate(validation_path))
@@ -314,7 +314,7 @@ def require_gates(
 
 
 def _judge(place: Path, train: str, validation: str) -> tuple[dict[str, bool], str | None]:
-    """Verdict of each gate for exactly these two files, and why they may not be used."""
+    """The verdict of each gate for exactly these two files, and the reason they are refused, if any."""
     try:
         report = read_object(place)
         entries = [

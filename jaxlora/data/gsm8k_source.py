@@ -1,11 +1,11 @@
-r"""GSM8K's own rows as rows of the curation source's schema.
+r"""Convert GSM8K's own rows to the schema of the curation source.
 
     convert({"question": "... 48/2 ...", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 24"})
     # {"problem": "... 48/2 ...", "expected_answer": "24", "problem_source": "gsm8k",
     #  "generated_solution": "48/2 = 24 clips.\n\nThe final answer is $\boxed{24}$."}
 
 The calculator marks `<<...>>` are dropped, the line `#### ANSWER` becomes a sentence with a box, and the
-answer is kept as it is written: `1,000` keeps its comma in the box and in `expected_answer`.
+answer is kept as written: `1,000` keeps its comma in the box and in `expected_answer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 def convert(row: dict[str, Any]) -> dict[str, str]:
-    """One GSM8K row (`question`, `answer`) in the source's schema.
+    """Convert one GSM8K row (`question`, `answer`) to the source's schema.
 
     Raises:
       ValueError: a field is missing or not text, or the answer has no value after its last `####`.

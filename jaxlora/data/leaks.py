@@ -1,20 +1,20 @@
-"""Find benchmark questions in training rows, even where they stand in another turn or between other words.
+"""Find benchmark questions in training rows, even in other turns or embedded in longer text.
 
     index = QuestionIndex([("gsm8k-0000", question), ...])
     index.find([user_turn, system_text], problem=user_turn)   # [("gsm8k-0000", "contained")] or []
 
-Three rules, of which the strictest that holds is named:
+There are three rules; the strictest one that matches is reported:
 
 - `equal`: the study's own. The row's problem and the question are the same canonical text.
-- `same_words`: one text of the row is the question but for case, punctuation and white space.
-- `contained`: the question stands inside a text of the row, whatever the case, punctuation and white space.
-  Only for questions of at least `CONTAINED_WORDS` words and `CONTAINED_LETTERS` letters: "What is 2 + 3?"
-  stands in many texts that leak nothing.
+- `same_words`: a text of the row equals the question except for case, punctuation and white space.
+- `contained`: a text of the row contains the question, ignoring case, punctuation and white space. Only for
+  questions of at least `CONTAINED_WORDS` words and `CONTAINED_LETTERS` letters: "What is 2 + 3?" occurs in
+  many texts that leak nothing.
 
-In formulas and short questions, the punctuation that carries meaning counts: 2 + 3 is not 2 - 3.
+In formulas and short questions, punctuation that carries meaning counts: 2 + 3 is not 2 - 3.
 
-A row is looked up, not compared with every question: each question is filed under its rarest word, and only
-a row that has all of a question's words is normalised and searched. A million rows take about a minute.
+A row is not compared with every question: questions are indexed by their rarest word, and a row is normalised
+and searched only if it has all words of some question. A million rows take about a minute.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from jaxlora.data.curation import problem_key
 
 EQUAL, SAME_WORDS, CONTAINED = LEAK_RULES = ("equal", "same_words", "contained")
 CONTAINED_WORDS, CONTAINED_LETTERS = 8, 30
-WORDY = 15  # different words of a question that is recognised by its words alone
+WORDY = 15  # a question with this many different words is recognised by its words alone
 
-# Scripts that write without spaces: there, each character is a word.
+# Scripts written without spaces, where each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
 _LETTERS = re.compile(rf"[{_UNSPACED}]|[^\W\d_{_UNSPACED}]+")
-_OPERATOR_MARK = "\x00"  # put before what `_OPERATOR` finds
+_OPERATOR_MARK = "\x00"  # inserted before each match of `_OPERATOR`
 _ASCII_LETTERS = re.compile(r"[a-z]+")
 _WORD = re.compile(rf"\d+(?:\.\d+)?|[{_UNSPACED}]|[^\W\d_{_UNSPACED}]+|{_OPERATOR_MARK}.")
 
@@ -45,26 +45,26 @@ _ALPHANUMERIC = re.compile(r"[^\W_]+")
 _APOSTROPHES = re.compile("['`\u00b4\u2018\u2019\u02bc]")
 _DASHES = re.compile("[\u2010-\u2015\u2212]")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
-# An operator stands between two operands. A hyphen, a slash or a mark of emphasis between words is none.
+# An operator has an operand on each side. A hyphen, slash or emphasis mark between words is not one.
 _OPERATOR = re.compile(r"(?<=[0-9a-z)\]}$])(\s?)([-+/^=<>]|\*(?!\*))(?=\s?[-(\\{$]*(?:\d|[b-hj-z](?![a-z])))")
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A question as the rules see it."""
+    """A question in the form that the rules compare."""
 
     example_id: str
-    anchors: frozenset[str]  # words that every form of it has, for the look-up
-    normal: str  # what is compared, made by `_letters_only` or by `_words`
-    by_words: bool  # by which of the two
-    long: bool  # long enough for containment to mean something
+    anchors: frozenset[str]  # words that every variant of it contains, for the lookup
+    normal: str  # the text to compare, made by `_letters_only` or `_words`
+    by_words: bool  # whether `normal` was made by `_words`
+    long: bool  # long enough for containment to be meaningful
 
 
 def _plain(text: str) -> str:
-    """NFKC, lower case, without characters that nobody sees."""
+    """NFKC, lower case, without invisible characters."""
     if text.isascii():
         return text.lower()
-    # Before NFKC, which makes a space and a combining mark of the acute accent.
+    # Before NFKC, which turns an acute accent into a space and a combining mark.
     text = _APOSTROPHES.sub("'", text)
     return _INVISIBLE.sub("", unicodedata.normalize("NFKC", text).lower())
 
@@ -75,13 +75,13 @@ def _runs(plain: str) -> set[str]:
 
 
 def _anchors(plain: str) -> frozenset[str]:
-    """The words that stay runs of letters whichever punctuation is changed: `eggs.`, but not `well-known`."""
+    """The words that remain runs of letters whatever the punctuation: `eggs.`, but not `well-known`."""
     tokens = (_OUTER_PUNCTUATION.sub("", token) for token in plain.split())
     return frozenset(run for token in tokens if token.isalpha() for run in _LETTERS.findall(token))
 
 
 def _letters_only(plain: str) -> str:
-    """Letters and digits without anything between them."""
+    """Letters and digits with everything between them removed."""
     return "".join(_ALPHANUMERIC.findall(plain))
 
 
@@ -97,13 +97,13 @@ def _file(example_id: str, text: str) -> _Question:
     plain = _plain(text)
     words, letters, anchors = _words(plain), _letters_only(plain), _anchors(plain)
     long = words.count(" ") > CONTAINED_WORDS and len(letters) >= CONTAINED_LETTERS
-    # Of a formula with a few words around it, the operators are what tells it from its neighbours.
+    # A formula with few words around it differs from similar questions only in its operators.
     by_words = not long or (_OPERATOR_MARK in words and len(anchors) < WORDY)
     return _Question(example_id, anchors, words if by_words else letters, by_words, long)
 
 
 class QuestionIndex:
-    """The questions of a benchmark, filed so that a row can be looked up in microseconds."""
+    """The questions of a benchmark, indexed so that a row can be looked up in microseconds."""
 
     def __init__(self, questions: Sequence[tuple[str, str]]) -> None:
         self._equal: dict[bytes, list[str]] = {}
@@ -123,12 +123,12 @@ class QuestionIndex:
         self._rarest = frozenset(self._by_rarest)
 
     def find(self, texts: Iterable[str], problem: str, key: bytes | None = None) -> list[tuple[str, str]]:
-        """`(example id, rule)` of each question that the row holds, in the order of the rules.
+        """`(example id, rule)` for each question found in the row, strictest rule first.
 
         Args:
           texts: every text of the row, turn by turn.
           problem: what the study's rule compares: the user turns, joined by newlines.
-          key: `problem_key(problem)`, if the caller has it.
+          key: `problem_key(problem)`, if the caller already has it.
         """
         hits = dict.fromkeys(self._equal.get(key or problem_key(problem), ()), EQUAL)
         for text in dict.fromkeys((problem, *texts)):

@@ -1,9 +1,9 @@
-"""Bounds on the processor time and memory of code that came with a model, such as a chat template.
+"""Limit the CPU time and memory of code that comes with a model, such as a chat template.
 
     with bounded(seconds=10, memory=2**30):
         text = template.render(...)
 
-Jinja's sandbox keeps a template from reaching Python, but not from looping or from growing a text for ever.
+Jinja's sandbox keeps a template from reaching Python, but not from looping or growing a string forever.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_MEMORY = Path("/proc/self/statm")  # its first number: pages of address space
-_EVERY = 0.1  # seconds between reminders: Jinja's optimizer drops the first
-# The memory limit belongs to the process, so two threads must not set and restore it across each other.
+_MEMORY = Path("/proc/self/statm")  # its first number is the address space in pages
+_EVERY = 0.1  # seconds between repeated signals, because Jinja's optimizer swallows the first
+# The memory limit is per process, so two threads must not interleave setting and restoring it.
 _one_at_a_time = threading.RLock()
 
 
 class _Late(TimeoutError):
-    """The time is over. A class without arguments: that is all that can be sent to another thread."""
+    """Time is up. Its constructor takes no arguments, as required of an exception sent to another thread."""
 
 
 @contextmanager
 def bounded(seconds: float, memory: int) -> Iterator[None]:
-    """Raise `TimeoutError` after so much processor time, `MemoryError` at so many more bytes.
+    """Raise `TimeoutError` after `seconds` of CPU time, or `MemoryError` after `memory` additional bytes.
 
-    Works in every thread; one block runs at a time. Outside the main thread the time is the thread's own.
-    Memory is bounded on Linux, for the whole process, and a stricter limit of the shell (`ulimit -v`) stays.
+    Works in every thread; one block runs at a time. Outside the main thread, the thread's own CPU time
+    counts. Memory is limited on Linux only, for the whole process; a stricter shell limit (`ulimit -v`) stays
+    in force.
     """
     is_main = threading.current_thread() is threading.main_thread()
     with _one_at_a_time:
@@ -64,7 +65,7 @@ def _by_signal(seconds: float) -> Iterator[None]:
     def late(*_: object) -> None:
         raise _Late
 
-    # Not SIGPROF: the TPU runtime sends that one to itself, a hundred times a second.
+    # Not SIGPROF: the TPU runtime sends itself that signal a hundred times a second.
     handler = signal.signal(signal.SIGVTALRM, late)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _EVERY)
     try:
@@ -76,7 +77,7 @@ def _by_signal(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _by_watcher(seconds: float) -> Iterator[None]:
-    """For the other threads, which no signal reaches: one more thread watches the clock and interrupts."""
+    """For threads other than the main one, which signals do not reach: a watcher thread interrupts them."""
     thread = threading.get_ident()
     used = _processor_clock(thread)
     end = used() + seconds
@@ -95,14 +96,14 @@ def _by_watcher(seconds: float) -> Iterator[None]:
     finally:
         try:
             finished.set()
-        finally:  # again, because the interruption may strike just there; the next one is far away
+        finally:  # again, in case the interruption strikes right here; the next one is far off
             finished.set()
             with lock:
-                _send(thread, None)  # one that was sent and has not arrived must not strike later
+                _send(thread, None)  # cancel one that was sent but has not arrived yet
 
 
 def _processor_clock(thread: int) -> Callable[[], float]:
-    """Seconds of processor time of a thread; of the wall where the system does not tell."""
+    """A clock of the thread's CPU time in seconds; wall time on systems without one."""
     if sys.platform != "linux":
         return time.monotonic
     clock = time.pthread_getcpuclockid(thread)
@@ -110,6 +111,6 @@ def _processor_clock(thread: int) -> Callable[[], float]:
 
 
 def _send(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an error in a thread at its next Python instruction; None takes a waiting one back."""
+    """Raise an error in a thread at its next Python instruction; None cancels a pending one."""
     value = None if error is None else ctypes.py_object(error)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)

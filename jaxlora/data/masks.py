@@ -1,13 +1,14 @@
-"""Where the answers are in a rendered conversation, for loss on all assistant turns.
+"""Locate the answers in a rendered conversation, for loss on all assistant turns.
 
     spans = spans_of_template(tokenizer, turns, tools, full)     # the template marks them: {% generation %}
     spans = spans_of_prefixes(turns, full, write)                # any other: by prefix differences
     weights = weights_of(spans, offsets)                         # float32 [tokens]
 
-A span is exact or the row is refused. By prefix differences, the answer of a turn is what the conversation up
-to it has after its own prompt, the rule of the last turn; it must stand in the full text, right after the
-turn's prompt there. Some templates write earlier turns without the empty thoughts with which an answer starts
-when thinking is off (Qwen3's does): the prompt of such a turn is the one with thinking on.
+A span is exact or the row is refused. By prefix differences, a turn's answer is whatever the conversation
+rendered up to and including that turn has beyond its prompt (the rule used for the last turn). This answer
+must also appear in the full text, right after the turn's prompt. With thinking off, an answer begins with
+empty thoughts, which some templates, such as Qwen3's, omit in earlier turns; the prompt of such a turn is the
+one with thinking on.
 """
 
 from __future__ import annotations
@@ -28,22 +29,22 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
-Span = tuple[int, int]  # of characters
+Span = tuple[int, int]  # start and end in characters
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-MAX_WORK = 1_000_000_000  # characters: each turn is found by rendering all before it
+MAX_WORK = 1_000_000_000  # characters: each turn is found by rendering all turns before it
 
 
 def marks_answers(tokenizer: Tokenizer, tools: Any) -> bool:
-    """Whether the chat template itself marks what the model writes."""
+    """Whether the chat template itself marks the generated text."""
     return bool(_GENERATION.search(tokenizer.get_chat_template(tools=tools)))
 
 
 def spans_of_template(tokenizer: Tokenizer, turns: Sequence[Turn], tools: Any, full: str) -> list[Span]:
-    """The spans between the template's own marks, without those of turns that do not learn."""
+    """The spans between the template's own marks, without those of turns that carry no loss."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     given: dict[str, Any] = tokenizer.special_tokens_map | variables(turns[-1].thinks)
-    render: Any = render_jinja_template  # its types are narrower than what it takes and gives
+    render: Any = render_jinja_template  # its annotations are narrower than what it accepts and returns
     texts, (spans,) = render(
         [[turn.message for turn in turns]],
         tools=tools,
@@ -53,7 +54,7 @@ def spans_of_template(tokenizer: Tokenizer, turns: Sequence[Turn], tools: Any, f
     )
     if begun(tokenizer, texts[0]) != full:
         raise ValueError("it writes another text when its answers are marked")
-    shift = len(full) - len(texts[0])  # of the BOS that the template left out
+    shift = len(full) - len(texts[0])  # length of the BOS that the template left out
     spans = [(start + shift, end + shift) for start, end in spans]
     answers = [turn for turn in turns if turn.message["role"] == "assistant"]
     if len(spans) == len(answers):
@@ -66,13 +67,13 @@ def spans_of_template(tokenizer: Tokenizer, turns: Sequence[Turn], tools: Any, f
 def spans_of_prefixes(
     turns: Sequence[Turn], full: str, write: Callable[[int, bool, bool], str]
 ) -> list[Span]:
-    """The answers of all turns that learn, each found by what its conversation has after its prompt.
+    """The answers of all turns that carry loss, each found by rendering with and without it.
 
     Args:
-      write: the text of the first turns: `write(length, generation_prompt, enable_thinking)`.
+      write: renders the first turns: `write(length, generation_prompt, enable_thinking)`.
 
     Raises:
-      UserError: an answer is not to be found exactly; names the turn and the reason.
+      UserError: an answer cannot be located exactly; names the turn and the reason.
     """
     answers = [i for i, turn in enumerate(turns) if turn.message["role"] == "assistant" and turn.learns]
     if len(answers) * len(full) > MAX_WORK:
@@ -97,7 +98,7 @@ def spans_of_prefixes(
 
 
 def _prompt_ends(full: str, prompt: str, other: Callable[[], str]) -> Iterator[int]:
-    """Where the prompt of a turn ends in the full text: with its own thinking mode, or with the other one."""
+    """Where a turn's prompt ends in the full text, in its own thinking mode and in the other one."""
     if full.startswith(prompt):
         yield len(prompt)
     if full.startswith(second := other()):
@@ -105,13 +106,13 @@ def _prompt_ends(full: str, prompt: str, other: Callable[[], str]) -> Iterator[i
 
 
 def weights_of(spans: Sequence[Span], offsets: np.ndarray) -> np.ndarray:
-    """Loss weights float32 [tokens], 1 for the tokens in the spans.
+    """Loss weights, float32 [tokens]: 1 for the tokens inside the spans.
 
     Args:
-      offsets: int64 [tokens, 2], first and last (exclusive) character of each token.
+      offsets: int64 [tokens, 2], the start and (exclusive) end character of each token.
 
     Raises:
-      UserError: no token is in a span, or a token lies on both sides of a span's end.
+      UserError: no token is in a span, or a token straddles the edge of a span.
     """
     starts, ends = offsets[:, 0], offsets[:, 1]
     weights = np.zeros(len(offsets), dtype=np.float32)

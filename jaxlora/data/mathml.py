@@ -1,10 +1,10 @@
-r"""Text with LaTeX in it as safe HTML: formulas as MathML, which browsers draw without any download.
+r"""Convert text with LaTeX to safe HTML; formulas become MathML, which browsers render without downloads.
 
     text_to_html(r"so $x < \frac{1}{2}$")     # Markup('so <math ...>...</math>')
 
-`latex2mathml` converts, but it lets markup through (`\text{<script>}`, `\href`). So its tree is written out
-again here with only the listed elements and attributes, and everything else escaped. A formula that cannot be
-converted is shown as it stands, in a monospace font. A lone dollar sign is money, not a formula.
+`latex2mathml` does the conversion, but it lets markup through (`\text{<script>}`, `\href`). So its tree is
+written out again here with only the listed elements and attributes, and everything else is escaped. A formula
+that cannot be converted is shown as source in a monospace font. A lone dollar sign is money, not a formula.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from xml.etree.ElementTree import Element
 from latex2mathml.converter import convert_to_element
 from markupsafe import Markup, escape
 
-# Where a formula may begin: $$..$$, \[..\], \(..\), an environment, $..$, and a box outside any of these.
+# Where a formula may begin: $$..$$, \[..\], \(..\), an environment, $..$, or a box outside all of these.
 _OPENING = re.compile(
     r"\$\$|\\\[|\\\(|(?<![\\$])\$"
     r"|\\begin\{(?P<name>align\*?|equation\*?|gather\*?|cases|[bpv]?matrix)\}|(?=\\boxed\{)"
 )
 _CLOSING = {"\\[": "\\]", "\\(": "\\)"}
 _DOLLARS = re.compile(r"\$\$(?P<inner>[^$]+)\$\$")
-# By the rule of pandoc: no space inside, no digit after. Otherwise the dollar sign is money.
+# Pandoc's rule: no space just inside, no digit after. Otherwise the dollar sign is money.
 _DOLLAR = re.compile(r"\$(?P<inner>[^\s$](?:[^$\n]{0,600}?[^\s$\\])?)\$(?!\d)")
 _BOX = re.compile(r"(?P<inner>\\boxed\{(?:[^{}\n]|\{(?:[^{}\n]|\{[^{}\n]*\})*\})*\})")
 _SELF_CONTAINED = {
     "$$": _DOLLARS,
     "$": _DOLLAR,
     "": _BOX,
-}  # none can search further than the next `$` or line
-LONGEST_FORMULA = 4000  # characters; the converter takes more than linear time
+}  # none can search past the next `$` or the end of the line
+LONGEST_FORMULA = 4000  # characters; the converter is worse than linear in time
 # fmt: off
 _ELEMENTS = {
     "math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup",
@@ -50,7 +50,7 @@ _ATTRIBUTES = {
 
 
 def text_to_html(text: str) -> Markup:
-    """The text, escaped, with its formulas as MathML or, where that fails, as monospace source."""
+    """Escape the text and convert its formulas to MathML or, if that fails, to monospace source."""
     parts: list[Markup] = []
     end = 0
     for formula in _formulas(text):
@@ -65,18 +65,18 @@ def text_to_html(text: str) -> Markup:
 class _Formula:
     start: int
     end: int
-    inner: str  # without its delimiters, unless the converter needs them
+    inner: str  # without delimiters, unless the converter needs them
     display: bool
 
 
 def _formulas(text: str) -> Iterator[_Formula]:
     """The formulas from left to right, in time linear in the text.
 
-    A pattern for a whole formula would search to the end of the text from every opening that nothing closes.
-    Here, a closing that is not found once is not looked for again.
+    A single pattern for a whole formula would search to the end of the text from every unclosed opening.
+    Here, a closing delimiter that was not found once is not searched for again.
     """
     position = 0
-    absent: set[str] = set()  # closings that do not occur from here on
+    absent: set[str] = set()  # closing delimiters that do not occur from here on
     while opening := _OPENING.search(text, position):
         start, mark = opening.start(), opening.group()
         position = start + 1
@@ -86,7 +86,7 @@ def _formulas(text: str) -> Iterator[_Formula]:
                 yield _Formula(start, position, match["inner"], display=mark == "$$")
             continue
         closing = f"\\end{{{opening['name']}}}" if opening["name"] else _CLOSING[mark]
-        found = -1 if closing in absent else text.find(closing, opening.end() + 1)  # one character at least
+        found = -1 if closing in absent else text.find(closing, opening.end() + 1)  # never empty
         if found < 0:
             absent.add(closing)
             continue
@@ -96,19 +96,19 @@ def _formulas(text: str) -> Iterator[_Formula]:
 
 
 def formula_to_html(latex: str, source: str, display: bool) -> Markup:
-    """One formula; `source` is what stood in the text, and what is shown where conversion fails."""
+    """Convert one formula; `source` is its original text, which is shown if conversion fails."""
     fallback = Markup("<code class=tex>{}</code>").format(source)
     if len(latex) > LONGEST_FORMULA or _is_unbalanced(latex):
         return fallback
     try:
         tree = convert_to_element(latex, display="block" if display else "inline")
         return Markup('<span class=formula title="{}">{}</span>').format(source, _to_html(tree))
-    except Exception:  # the converter has no common error class; whatever stops it, the source is readable
+    except Exception:  # the converter has no common error class; the source is always readable
         return fallback
 
 
 def _is_unbalanced(latex: str) -> bool:
-    """Whether braces are unbalanced; the converter would take a missing one for an empty argument."""
+    """Whether braces are unbalanced; the converter would treat a missing one as an empty argument."""
     depth = 0
     for brace in re.findall(r"(?<!\\)[{}]", latex):
         depth += 1 if brace == "{" else -1
@@ -118,10 +118,10 @@ def _is_unbalanced(latex: str) -> bool:
 
 
 def _to_html(element: Element) -> Markup:
-    """The tree as markup in which only the listed elements and attributes can occur.
+    """Serialise the tree so that only the listed elements and attributes can occur.
 
     Raises:
-      ValueError: another element, or a command that the converter left as it is.
+      ValueError: an unlisted element, or a command that the converter left unconverted.
     """
     if element.tag not in _ELEMENTS:
         raise ValueError(f"element {element.tag}")

@@ -1,9 +1,9 @@
-"""What a row is once its format is known, and what its messages may hold.
+"""A row once its format is known, and what its messages may contain.
 
     example = Example("a1", [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}])
     turns = check_messages(example, guard)        # what the chat template is given, and which turns may learn
 
-A key that nothing here knows could change what a row means, so it is refused by its name and never dropped.
+An unknown key could change what a row means, so it is refused by name and never dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlora.runtime.errors import UserError
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")  # and "tool", after an assistant turn that calls tools
-LOSS_KEYS = ("weight", "train")  # of an assistant turn: 0 or false takes it out of the loss
+LOSS_KEYS = ("weight", "train")  # in an assistant turn, 0 or false excludes it from the loss
 MESSAGE_KEYS: dict[str, tuple[str, ...]] = {
     "system": ("role", "content", *LOSS_KEYS),
     "user": ("role", "content", *LOSS_KEYS),
@@ -34,7 +34,7 @@ _THOUGHTS_FIRST = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?thi
 
 @dataclass(frozen=True)
 class Example:
-    """A row of any format: a conversation with what its template needs besides, or plain text."""
+    """A row of any format: a conversation, plus whatever else its template needs, or plain text."""
 
     row_id: str
     messages: list[Message]
@@ -44,24 +44,24 @@ class Example:
 
 @dataclass(frozen=True)
 class Turn:
-    """A checked message: what the chat template is given of it, and how it is trained on."""
+    """A checked message: what the chat template receives, and how the turn is trained on."""
 
     message: Message
-    learns: bool  # an assistant turn that no `weight` or `train` takes out of the loss
-    thinks: bool  # holds thoughts, as `reasoning_content` or in <think>
+    learns: bool  # an assistant turn not excluded from the loss by `weight` or `train`
+    thinks: bool  # contains thoughts, as `reasoning_content` or in <think>
 
     @property
     def is_empty(self) -> bool:
-        """Whether it neither says anything, but for thoughts, nor calls a tool."""
+        """Whether the turn, apart from its thoughts, neither says anything nor calls a tool."""
         said = self.message["content"].rpartition(THOUGHTS[1])[2]
         return not said.strip() and "tool_calls" not in self.message
 
 
 def check_messages(example: Example, guard: Guard, enable_thinking: bool = False) -> list[Turn]:
-    """The turns of a conversation that can be trained on: it ends with an answer after a user turn.
+    """The turns of a conversation that can be trained on, that is, one ending in an answer to a user turn.
 
     Raises:
-      UserError: it does not, or holds what cannot be rendered; says what is wrong, and in which message.
+      UserError: it cannot; says what is wrong, and in which message.
     """
     messages = example.messages
     if not isinstance(messages, list):
@@ -76,7 +76,7 @@ def check_messages(example: Example, guard: Guard, enable_thinking: bool = False
         _check_shape(place, message, called)
         called = called or bool(message.get("tool_calls"))
         turn = _turn(place, message, enable_thinking)
-        characters += _check_strings(place, turn.message, guard)  # as rendered: arguments may come escaped
+        characters += _check_strings(place, turn.message, guard)  # as rendered: arguments may arrive escaped
         if characters > MAX_CHARACTERS:
             raise UserError(f"more than {MAX_CHARACTERS} characters; a conversation of a book cannot be used")
         turns.append(turn)
@@ -90,7 +90,7 @@ def check_messages(example: Example, guard: Guard, enable_thinking: bool = False
 
 
 def check_prompt(messages: list[Message], guard: Guard) -> list[Message]:
-    """Messages that a model is asked to answer, such as a benchmark's question or a chat so far.
+    """Check messages that a model is asked to answer, such as a benchmark's question or a chat so far.
 
     Raises:
       UserError: one of them would put a control token into the prompt.
@@ -101,10 +101,10 @@ def check_prompt(messages: list[Message], guard: Guard) -> list[Message]:
 
 
 def check_text(text: str, guard: Guard) -> None:
-    """Plain text that can be trained on.
+    """Check plain text for training.
 
     Raises:
-      UserError: it is empty, too long, or holds a control token.
+      UserError: it is empty, too long, or contains a control token.
     """
     if not text.strip():
         raise UserError("empty text")
@@ -112,10 +112,10 @@ def check_text(text: str, guard: Guard) -> None:
 
 
 def check_tools(tools: Any, guard: Guard) -> int:
-    """Characters of a row's tool definitions: a list of objects whose strings hold no control token.
+    """The number of characters in a row's tool definitions: a list of objects without control tokens.
 
     Raises:
-      UserError: they are something else.
+      UserError: they are anything else.
     """
     if not tools:
         return 0
@@ -145,9 +145,9 @@ def _check_shape(place: str, message: Any, called: bool) -> None:
 
 
 def _check_strings(place: str, message: Message, guard: Guard) -> int:
-    """Characters of a message, none of which would become a control token that its writer cannot write.
+    """The number of characters in a message, checked for control tokens that its author cannot write.
 
-    An answer may hold the tokens that a model writes itself, such as `<tool_call>`, but none that ends it.
+    An answer may contain tokens that a model writes itself, such as `<tool_call>`, but none that ends it.
     """
     answer = message["role"] == "assistant"
     rest = [value for key, value in message.items() if key not in ("role", "content")]
@@ -182,7 +182,7 @@ def _turn(place: str, message: Message, enable_thinking: bool) -> Turn:
 
 
 def _check_loss_keys(place: str, message: Message, allowed: tuple[int, int]) -> bool:
-    """Whether no `weight` and no `train` of the message takes it out of the loss."""
+    """Whether the message takes part in the loss: neither `weight` nor `train` excludes it."""
     learns = True
     for key in LOSS_KEYS:
         value = message.get(key)
@@ -217,7 +217,7 @@ def _thinks(place: str, message: Message, enable_thinking: bool) -> bool:
 
 
 def _tool_calls(place: str, calls: Any) -> list[Message]:
-    """The calls with their arguments as objects, as templates expect them; OpenAI's are JSON in a string."""
+    """The calls with their arguments as objects, which templates expect; OpenAI's are JSON strings."""
     if not isinstance(calls, list):
         raise UserError(f"{place} has tool_calls of type {type(calls).__name__}, not a list")
     return [_tool_call(f"{place}, tool call {number}", call) for number, call in enumerate(calls, start=1)]

@@ -1,13 +1,13 @@
-"""Rows into fixed-size buffers: end to end (packed) or one a line (padded).
+"""Lay rows out in fixed-size buffers: end to end (packed) or one per line (padded).
 
-A step's rows differ in length; compiled programs want few shapes. `choose_sizes` picks the few buffer
-lengths that waste least over the whole run, and `pack` lays rows end to end with segment ids and positions
-of their own, so that padding, packing and splitting over buffers are only layouts.
+The rows of a step differ in length, but compiled programs want few shapes. `choose_sizes` picks the few
+buffer lengths that waste the least padding over the whole run, and `pack` lays rows end to end. Each row has
+its own segment id and positions, so padding, packing and splitting over buffers are merely layouts.
 
     sizes = choose_sizes([2461, 2433, 3295], n_sizes=2, multiple=512)        # (2560, 3584)
     buffers = pack(rows, sizes, max_tokens=16384)                            # arrays [buffers, 1, length]
 
-Over several devices a buffer has several lines, one a device, of whole rows and about as many tokens each.
+On several devices a buffer has one line per device, each of whole rows and about the same number of tokens.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ WHOLE = slice(None)
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The first multiple that is no less than the number."""
+    """Round up to the next multiple."""
     return -(-number // multiple) * multiple
 
 
 def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[int, ...]:
-    """At most `n_sizes` buffer lengths, multiples of `multiple`, that pad these totals least.
+    """At most `n_sizes` buffer lengths, multiples of `multiple`, that minimise the padding of these totals.
 
-    Each total goes into the smallest length that holds it. Exact dynamic programme over the distinct
-    rounded-up totals.
+    Each total goes into the smallest length that holds it. Solved exactly, by dynamic programming over the
+    distinct rounded-up totals.
     """
     rounded = [round_up(total, multiple) for total in totals]
     levels, counts = np.unique(rounded, return_counts=True)
     n = len(levels)
     before = np.concatenate([[0], np.cumsum(counts)])
-    # cost[k, j]: tokens of the first j levels in k lengths; the last length is levels[j - 1]
+    # cost[k, j]: tokens needed for the first j levels with k lengths, the last of which is levels[j - 1]
     cost = np.full((min(n_sizes, n) + 1, n + 1), np.inf)
     cost[0, 0] = 0
     cut = np.zeros(cost.shape, int)
@@ -54,7 +54,7 @@ def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[in
 
 
 def cut_into_buffers(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices in order, cut into buffers of at most `max_tokens` (a longer row gets its own)."""
+    """Row indices, in order, cut into buffers of at most `max_tokens`; a longer row gets its own buffer."""
     buffers: list[list[int]] = [[]]
     used = 0
     for i, length in enumerate(lengths):
@@ -67,11 +67,11 @@ def cut_into_buffers(lengths: Sequence[int], max_tokens: int) -> list[list[int]]
 
 
 def cut_into_lines(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> list[list[list[int]]]:
-    """Row indices of each line of each buffer; a line has at most `max_tokens` (a longer row its own line).
+    """Row indices for each line of each buffer; lines hold `max_tokens`, longer rows get their own line.
 
-    One line a buffer: the rows in order. More: as few buffers as hold them, every line of all of them as full
-    as the others. The longest rows are dealt first, each to the emptiest line; then the fullest and the
-    emptiest line change rows as long as that helps.
+    With one line per buffer, rows stay in order. With more, as few buffers as possible are used and all lines
+    are filled evenly: the longest rows are dealt first, each to the emptiest line, and then the fullest and
+    the emptiest line swap rows for as long as that helps.
     """
     if lines == 1:
         return [[part] for part in cut_into_buffers(lengths, max_tokens)]
@@ -84,7 +84,7 @@ def cut_into_lines(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> l
 
 
 def _deal(lengths: Sequence[int], lines: int) -> list[list[int]]:
-    """Row indices, in order, of each of so many lines of nearly equal tokens; no line longer than needed."""
+    """Row indices, in order, for each of `lines` lines of nearly equal token counts."""
     dealt: list[list[int]] = [[] for _ in range(lines)]
     totals = [0] * lines
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -113,26 +113,27 @@ def _deal(lengths: Sequence[int], lines: int) -> list[list[int]]:
 
 
 def fullest(buffers: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
-    """Tokens of the fullest line of these buffers, which `cut_into_lines` made."""
+    """Tokens in the fullest line of the buffers made by `cut_into_lines`."""
     return max(sum(lengths[i] for i in line) for buffer in buffers for line in buffer)
 
 
 def largest_buffer(lengths: Sequence[int], max_tokens: int, lines: int = 1) -> int:
-    """Tokens of the fullest line of these rows' buffers: what each line must hold."""
+    """Tokens in the fullest line once these rows are cut into buffers: the capacity every line needs."""
     return fullest(cut_into_lines(lengths, max_tokens, lines), lengths)
 
 
 def pack(rows: Sequence[RenderedRow], sizes: Sequence[int], max_tokens: int, lines: int = 1) -> Batch:
-    """Rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`,
-    each `[buffers, lines, length]` with the smallest of the lengths that holds the fullest line; and,
-    float32, the rows' extras, which all have under the same names.
+    """Pack rows end to end: int32 `tokens`, `targets`, `positions`, `segment_ids` and float32 `weights`.
+
+    Each is `[buffers, lines, length]`, where length is the smallest size that holds the fullest line. The
+    rows' extras, which must have the same names in all rows, are packed the same way, in float32.
     """
     parts = cut_into_lines([row.n_tokens for row in rows], max_tokens, lines)
     return in_lines([[[rows[j] for j in line] for line in buffer] for buffer in parts], sizes, lines)
 
 
 def in_lines(buffers: Sequence[Sequence[Sequence[RenderedRow]]], sizes: Sequence[int], lines: int) -> Batch:
-    """The rows of each line of each buffer end to end, as `pack` lays them; a buffer may have fewer lines."""
+    """Lay out the rows of each line of each buffer end to end, like `pack`; a buffer may have fewer lines."""
     filled = [line for buffer in buffers for line in buffer if line]
     length = _smallest(sizes, max(sum(row.n_tokens for row in line) for line in filled))
     batch = empty(filled[0], len(buffers), lines, length)
@@ -146,7 +147,7 @@ def in_lines(buffers: Sequence[Sequence[Sequence[RenderedRow]]], sizes: Sequence
 
 
 def rows_of(values: np.ndarray, lengths: Sequence[int], max_tokens: int, lines: int = 1) -> list[np.ndarray]:
-    """What values `[buffers, lines, length]` of a batch that `pack` made say of each row, in its order."""
+    """Split values `[buffers, lines, length]` of a batch made by `pack` by row, in the original row order."""
     found: dict[int, np.ndarray] = {}
     for buffer, parts in zip(values, cut_into_lines(lengths, max_tokens, lines), strict=True):
         for line, part in zip(buffer, parts, strict=True):
@@ -156,7 +157,7 @@ def rows_of(values: np.ndarray, lengths: Sequence[int], max_tokens: int, lines: 
 
 
 def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch:
-    """One row a line, `n_rows` lines: the same arrays, each `[1, n_rows, length]`."""
+    """One row per line, `n_rows` lines: the same arrays as `pack`, each `[1, n_rows, length]`."""
     batch = empty(rows, 1, n_rows, _smallest(sizes, max(row.n_tokens for row in rows)))
     for i, row in enumerate(rows):
         place(batch, (0, i), 0, row, 1)
@@ -164,7 +165,7 @@ def pad(rows: Sequence[RenderedRow], sizes: Sequence[int], n_rows: int) -> Batch
 
 
 def spread(batch: Batch, words: np.ndarray) -> np.ndarray:
-    """Each row's word at each of its tokens: int32, in the shape of the batch's arrays; 0 at padding.
+    """Repeat each row's word at each of its tokens: int32, in the shape of the batch's arrays; 0 at padding.
 
     Args:
       words: int32 [rows], in the order in which the batch was built.
@@ -177,7 +178,7 @@ def spread(batch: Batch, words: np.ndarray) -> np.ndarray:
 
 
 def empty(rows: Sequence[RenderedRow], *shape: int) -> Batch:
-    """The arrays of a batch of such rows, all 0."""
+    """All-zero arrays for a batch of such rows."""
     batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions", "segment_ids")}
     return batch | {name: np.zeros(shape, np.float32) for name in ("weights", *rows[0].extras)}
 
@@ -190,12 +191,12 @@ def place(
     segment: int,
     part: slice = WHOLE,
 ) -> None:
-    """Put a row, or a part of its positions, into a line of a batch."""
+    """Write a row, or a slice of its positions, into a line of a batch."""
     positions = np.arange(row.n_tokens)[part]
     there = (*line, slice(start, start + len(positions)))
     for name, values in zip(("tokens", "targets", "weights"), shifted(row), strict=True):
         batch[name][there] = values[part]
-    for name, values in row.extras.items():  # of the predicted token, as the weights
+    for name, values in row.extras.items():  # extras, like weights, belong to the predicted token
         batch[name][there] = values[1:][part]
     batch["positions"][there] = positions
     batch["segment_ids"][there] = segment

@@ -1,16 +1,16 @@
-"""The one renderer: from messages to token ids and loss weights.
+"""The one renderer: turns messages into token ids and loss weights.
 
     tokenizer = load_tokenizer("Qwen/Qwen3-8B")
     (row,) = render_batch(tokenizer, [("a1", messages)])            # training: a RenderedRow or a UserError
     (prompt,) = render_prompts(tokenizer, ["What is 2 + 3?"])       # evaluation
     prompt = render_chat(tokenizer, messages)                       # a chat so far
 
-Training and evaluation both come through here, so they cannot disagree about the template. The text is what
-the tokenizer's own chat template writes with thinking off, and it is tokenised in one go.
+Training and evaluation both use this module, so they cannot disagree about the template. The text is what
+the tokenizer's own chat template produces with thinking off, and it is tokenised in a single call.
 
-With `loss_on="last"` the prompt prefix is the same conversation up to the last assistant turn, with the
-generation prompt. Loss weights are 0 up to the prefix's length and 1 after it: the answer, `<|im_end|>` and
-the newline after it carry loss. With `loss_on="all"` each assistant turn does, as `masks` finds them.
+With `loss_on="last"`, the prompt prefix is the same conversation up to the last assistant turn, plus the
+generation prompt. Loss weights are 0 over the prefix and 1 after it: the answer, `<|im_end|>` and the newline
+after it carry loss. With `loss_on="all"`, every assistant turn carries loss, as located by `masks`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ else:  # importing transformers takes seconds, and most of the data tools never 
     Tokenizer = Any
 
 LossOn = Literal["last", "all"]
-TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30  # what rendering one conversation may take
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30  # limits for rendering one conversation
 
 SYSTEM_PROMPT = (
     "You are a careful math solver. Solve the problem step by step. Put the final answer in \\boxed{}."
@@ -58,25 +58,25 @@ SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class RenderedRow:
-    """One row as tokens. `tokens` is int32 [length], `weights` float32 [length], both unshifted.
+    """One tokenised row: `tokens` is int32 [length] and `weights` float32 [length], both unshifted.
 
-    `extras` are further float32 arrays [length] that an objective takes, such as `advantages`.
+    `extras` holds further float32 arrays [length] that an objective needs, such as `advantages`.
     """
 
     row_id: str
     tokens: np.ndarray
     weights: np.ndarray
-    prompt_id: str = ""  # rows of one question have one: a hash of its canonical text
+    prompt_id: str = ""  # a hash of the canonical question, so rows of the same question share it
     extras: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
-        """The row's token count as the study counts it: its inputs, that is its length minus one."""
+        """The token count as the study counts it: the number of inputs, which is the length minus one."""
         return len(self.tokens) - 1
 
     @property
     def prompt_length(self) -> int:
-        """Tokens that carry no loss: those of the prompt prefix, where only the last answer carries loss."""
+        """Number of tokens without loss; this is the prompt prefix if only the last answer carries loss."""
         return int(len(self.weights) - np.count_nonzero(self.weights))
 
 
@@ -86,17 +86,17 @@ def shifted(row: RenderedRow) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def load_tokenizer(path: str | Path, chat: bool = True) -> Tokenizer:
-    """The tokenizer of a local directory, `embedded:NAME`, a bucket or a Hub model, with its chat template.
+    """Load a tokenizer with its chat template: a local directory, `embedded:NAME`, a bucket or a Hub model.
 
-    No code of the model's repository is run, and no link out of its folder is followed.
+    No code from the model's repository is run, and no link out of its folder is followed.
 
     Args:
-      chat: a chat template is needed.
+      chat: whether a chat template is required.
 
     Raises:
-      UserError: there is none, it cannot be read, or it has no chat template.
+      UserError: there is no tokenizer, it cannot be read, or it lacks a required chat template.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # to install PyTorch, which nothing needs
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # silence its advice to install PyTorch
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoTokenizer
 
@@ -119,11 +119,11 @@ def load_tokenizer(path: str | Path, chat: bool = True) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder) if is_local else name, trust_remote_code=False, local_files_only=is_local
             )
-        tokenizer.decode(encode_texts(tokenizer, ["a"])[0])  # wrong settings show when they are first used
+        tokenizer.decode(encode_texts(tokenizer, ["a"])[0])  # wrong settings only show on first use
         tokenizer.all_special_tokens, tokenizer.eos_token_id  # noqa: B018
     except UserError:
         raise
-    except Exception as error:  # transformers and the Hub client raise many kinds
+    except Exception as error:  # transformers and the Hub client raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"tokenizer {name!r}: cannot be loaded: {reason}") from None
     if chat and not tokenizer.chat_template:
@@ -132,9 +132,9 @@ def load_tokenizer(path: str | Path, chat: bool = True) -> Tokenizer:
 
 
 def largest_token_id(tokenizer: Tokenizer) -> int:
-    """The largest id that the tokenizer can write; a model's vocabulary must be larger.
+    """The largest id that the tokenizer can produce; a model's vocabulary must be larger.
 
-    Not the number of tokens: ids may have gaps, and added tokens may have any id.
+    This is not the number of tokens: ids may have gaps, and added tokens may have any id.
     """
     return max((*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder), default=-1)
 
@@ -147,10 +147,10 @@ def chat_text(
     tools: Any = None,
     enable_thinking: bool = False,
 ) -> str:
-    """The chat template's own text, thinking off unless `enable_thinking`; see also `template`.
+    """The chat template's text for these messages, thinking off unless `enable_thinking`; see `template`.
 
     Raises:
-      UserError: there is no template, or it refuses these messages.
+      UserError: there is no template, or it rejects these messages.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -172,24 +172,24 @@ def chat_text(
 
 @contextmanager
 def template_errors() -> Iterator[None]:
-    """Bounds a template's time and memory, and says what it refuses in one line."""
+    """Limit a template's time and memory, and report what it rejects in one line."""
     try:
         with bounded(TEMPLATE_SECONDS, TEMPLATE_BYTES):
             yield
-    except Exception as error:  # templates raise jinja's errors and, through missing fields, Python's
+    except Exception as error:  # templates raise Jinja's errors and, through missing fields, Python's
         reason = str(error) or type(error).__name__
         raise UserError(f"the chat template refuses the conversation: {reason}") from None
 
 
 def checked_text(text: str) -> str:
-    """The text that a template wrote, if it is one."""
+    """The text written by a template, checked to be valid text."""
     if not is_text(text):
         raise UserError("the chat template writes half a surrogate pair, which is not text")
     return text
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts that already hold their control tokens; nothing is added or cut.
+    """Token ids of texts that already contain their control tokens; nothing is added or truncated.
 
     Raises:
       UserError: the tokenizer fails on one of them.
@@ -207,7 +207,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """The text of a row before it is tokenised; one of `prefix`, `spans` or neither (all learns) is given."""
+    """A row's text before tokenisation, with `prefix` or `spans`; with neither, every token carries loss."""
 
     row_id: str
     prompt_id: str
@@ -223,13 +223,13 @@ def render_batch(
     loss_on: LossOn = "last",
     enable_thinking: bool = False,
 ) -> list[RenderedRow | UserError]:
-    """Render examples, or `(row_id, messages)`; one that cannot be used gives its `UserError` instead.
+    """Render examples, or `(row_id, messages)` pairs; an unusable one yields its `UserError` instead.
 
     Batches are tokenised together, which is many times faster than one conversation at a time.
 
     Args:
-      loss_on: the last answer carries loss, or all of them; either way without turns of weight 0.
-      enable_thinking: answers with thoughts are rendered with thinking on; without, they are refused.
+      loss_on: whether the last answer carries loss or all of them; turns of weight 0 never do.
+      enable_thinking: render answers that contain thoughts with thinking on; if false, they are refused.
     """
     examples = [row if isinstance(row, Example) else Example(*row) for row in conversations]
     results: list[RenderedRow | UserError | None] = [None] * len(examples)
@@ -255,7 +255,7 @@ def render_batch(
 
 
 def _encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int] | UserError]:
-    """The ids of each text, encoded together; where that fails, one by one, to know which text it was."""
+    """Encode the texts together; if that fails, one by one, to find out which text is at fault."""
     try:
         yield from encode_texts(tokenizer, texts)
     except UserError:
@@ -299,7 +299,7 @@ def _render(tokenizer: Tokenizer, example: Example, loss_on: LossOn, enable_thin
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the first turns of one conversation: `write(length, generation_prompt, enable_thinking)`."""
+    """Renders the first turns of one conversation: `write(length, generation_prompt, enable_thinking)`."""
 
     tokenizer: Tokenizer
     turns: list[Turn]
@@ -313,7 +313,7 @@ class _Writer:
         return chat_text(self.tokenizer, messages, prompt, tools=tools, enable_thinking=thinking)
 
     def check_that_all_is_rendered(self, full: str) -> None:
-        """Templates pass over what they do not know; a row's tools and tool calls must not go that way."""
+        """Check that tools and tool calls were rendered: templates silently ignore what they do not know."""
         messages, thinking = [turn.message for turn in self.turns], self.turns[-1].thinks
         if self.tools and self._text(messages, False, None, thinking) == full:
             raise UserError("the row has the key 'tools', which the chat template leaves out; remove it")
@@ -327,7 +327,7 @@ class _Writer:
                     )
 
     def check_that_thoughts_are_rendered(self, index: int, full: str) -> None:
-        """As above, of the thoughts of a turn that is trained on."""
+        """The same check for the thoughts of a turn that is trained on."""
         thoughts = self.turns[index].message.get("reasoning_content")
         if thoughts and thoughts.strip() not in full:
             raise UserError(
@@ -357,7 +357,7 @@ def _row_after_prefix(
 
 
 def _row_of_spans(tokenizer: Tokenizer, rendered: _Rendered) -> RenderedRow:
-    """A row whose spans learn; one without spans is plain text, which the tokenizer may begin itself."""
+    """A row whose spans carry loss; one without spans is plain text, to which the tokenizer may add BOS."""
     spans = rendered.spans
     if spans is not None and not tokenizer.is_fast:
         raise UserError("loss_on=all needs a tokenizer that tells where its tokens are; this one does not")
@@ -379,7 +379,7 @@ def _row_of_spans(tokenizer: Tokenizer, rendered: _Rendered) -> RenderedRow:
 
 
 def _prompt_id(question: str) -> str:
-    """16 hex digits that are the same however a question is cased, spaced and composed."""
+    """16 hex digits that do not depend on the question's case, white space or Unicode composition."""
     text = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -388,7 +388,7 @@ def _prompt_id(question: str) -> str:
 
 
 def prompt_messages(question: str, system: str | None = SYSTEM_PROMPT) -> list[Message]:
-    """System turn, where there is one, and user turn of a question."""
+    """The system turn, if there is one, and the user turn for a question."""
     asked = [{"role": "user", "content": question}]
     return asked if system is None else [{"role": "system", "content": system}, *asked]
 
@@ -396,12 +396,12 @@ def prompt_messages(question: str, system: str | None = SYSTEM_PROMPT) -> list[M
 def render_prompts(
     tokenizer: Tokenizer, questions: Sequence[str], system: str | None = SYSTEM_PROMPT
 ) -> list[list[int]]:
-    """Token ids of the prompts that ask these questions: the prefixes that training rows of them would have.
+    """Token ids of the prompts for these questions: the same prefixes that their training rows would have.
 
-    They are tokenised together.
+    The questions are tokenised together.
 
     Raises:
-      UserError: a question holds a control token; names its number.
+      UserError: a question contains a control token; the message gives its number.
     """
     texts = []
     for number, question in enumerate(questions, start=1):
@@ -415,10 +415,10 @@ def render_prompts(
 def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, enable_thinking: bool = False
 ) -> list[int]:
-    """Token ids of the prompt that asks for the next answer of a chat.
+    """Token ids of the prompt for the next answer of a chat.
 
     Raises:
-      UserError: a message holds a control token, or the template refuses the chat.
+      UserError: a message contains a control token, or the template rejects the chat.
     """
     return encode_texts(tokenizer, [_prompt_text(tokenizer, messages, enable_thinking)])[0]
 

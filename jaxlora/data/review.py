@@ -2,8 +2,8 @@
 
     page = review_page(pack, inputs, special_tokens=["<|im_end|>"], seed=0)
 
-The page needs no network and no library. It holds its own style and script, and its content policy allows
-only these two, by their hashes. Everything from the data is escaped by jinja2 or by `jaxlora.data.mathml`.
+The page needs no network and no library. It includes its own style and script, and its content security
+policy allows only these two, by hash. Everything from the data is escaped by jinja2 or `jaxlora.data.mathml`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def review_page(
 
 
 def control_token_marker(special_tokens: Sequence[str]) -> Callable[[str], Markup]:
-    """A function that escapes a text and puts its control tokens and line ends in marks of their own.
+    """A function that escapes a text and wraps its control tokens and line ends in markup of their own.
 
-    Made once a page: a tokenizer may have a hundred thousand special tokens.
+    Built once per page, because a tokenizer may have a hundred thousand special tokens.
     """
     splitter = re.compile("(" + "|".join(map(re.escape, [*special_tokens, "\n"])) + ")")
     marks = {token: Markup("<b class=control>{}</b>").format(token) for token in special_tokens}

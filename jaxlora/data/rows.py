@@ -1,14 +1,14 @@
-"""Training rows from a file or a Hub dataset: read, map to messages, check, tokenise.
+"""Training rows from a file or a Hub dataset: read, convert to messages, check, tokenise.
 
     rows, report = load_rendered_rows("rendered/train.jsonl", tokenizer, max_length=4096,
                                       on_bad_row="error", limit=None)
     print(report.describe())        # names the format that was found
 
-The study's line is `{"row_id": ..., "source": ..., "expected_answer": ..., "messages": [...]}`; only
-`messages` is needed, and `formats` knows other kinds. A row that cannot be used (broken JSON, wrong types, no
-assistant turn, empty answer, an all-zero mask, longer than the limit) stops the reading with its file and
-line. With `on_bad_row="skip"` it is left out instead, counted by reason, and listed in the report. Nothing is
-cut and nothing is left out in silence.
+A line of the study is `{"row_id": ..., "source": ..., "expected_answer": ..., "messages": [...]}`; only
+`messages` is required, and `formats` supports other kinds. A row that cannot be used (broken JSON, wrong
+types, no assistant turn, empty answer, an all-zero mask, longer than the limit) is an error that names its
+file and line. With `on_bad_row="skip"` it is left out instead, counted by reason, and listed in the report.
+Nothing is truncated, and nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from jaxlora.runtime.files import sha256_of
 from jaxlora.runtime.progress import progress_bar
 
 BATCH_ROWS = 512  # rows tokenised together
-BATCH_BYTES = 4 * 2**20  # but no more than this, or one row
+BATCH_BYTES = 4 * 2**20  # but no more bytes than this, or a single row
 SHOWN_LINES = 5  # skipped lines named in the printed report
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are understood.
+    """How to interpret rows.
 
-    `columns` are the only ones read, under the format's names (`{"prompt": "question"}`); `ignore_columns`
-    are left out; `split` is of a Hub dataset.
+    Only `columns` are read, renamed to the format's own keys (`{"prompt": "question"}`); `ignore_columns` are
+    left out; `split` names the split of a Hub dataset.
     """
 
     loss_on: LossOn = "last"
@@ -54,7 +54,7 @@ class RowOptions:
 
     @classmethod
     def of(cls, data: DataConfig) -> RowOptions:
-        """As the configuration says."""
+        """The options set in the configuration."""
         return cls(
             loss_on=data.loss_on,
             enable_thinking=data.enable_thinking,
@@ -74,10 +74,10 @@ class BadRow:
 
 @dataclass(frozen=True)
 class RowReport:
-    """What was read: lines looked at, rows used, rows skipped and why, tokens in shifted counts.
+    """What was read: lines seen, rows used, rows skipped and why, and the shifted token count.
 
-    `duplicates` are used rows whose tokens and weights an earlier one has, too. `sha256` is of the whole
-    file's bytes as they were read; None of a Hub dataset's split.
+    `duplicates` counts used rows with the same tokens and weights as an earlier one. `sha256` is of the whole
+    file as it was read; None for a split of a Hub dataset.
     """
 
     path: str
@@ -91,7 +91,7 @@ class RowReport:
 
     @classmethod
     def of(cls, path: str, values: dict[str, Any]) -> RowReport:
-        """A report that was kept as a dictionary, of the file at this path."""
+        """Restore a report that was saved as a dictionary, for the file at this path."""
         skipped = tuple(BadRow(**bad) for bad in values["skipped"])
         return cls(**(values | {"path": path, "skipped": skipped}))
 
@@ -112,24 +112,24 @@ class RowReport:
 
 
 def parse_rendered(line: bytes) -> dict[str, Any]:
-    """One rendered JSONL line, keys and types checked, `row_id` filled in; the renderer checks the messages.
+    """Parse one rendered JSONL line: checks keys and types and fills in `row_id`; messages are checked later.
 
     Raises:
-      ValueError: broken JSON, a missing or unknown field or a wrong type; the message has no place in it.
+      ValueError: broken JSON, a missing or unknown field, or a wrong type; the message gives no position.
     """
     row = parse_object(line)
     return row | {"row_id": to_example(MESSAGES, row).row_id}
 
 
 class _Reader:
-    """Maps the records of one file; the first that fits a format decides for all."""
+    """Converts the records of one file; the first that fits a format decides for all."""
 
     def __init__(self, options: RowOptions) -> None:
         self.options = options
         self.format: Format | None = None
 
     def read(self, record: dict[str, Any] | ValueError) -> Example:
-        """Raises `ValueError` where the record is none, or does not fit."""
+        """Convert a record; raises `ValueError` if it is an error itself or does not fit the format."""
         if isinstance(record, ValueError):
             raise record
         if self.options.columns is not None:
@@ -145,12 +145,12 @@ def iter_rendered(
     reader: _Reader,
     most: int | None = None,
 ) -> Iterator[tuple[int, RenderedRow | UserError]]:
-    """Stream `(line, rendered row or what is wrong with it)` in file order.
+    """Stream `(line, rendered row or the error)` in file order.
 
     Args:
-      records: `(line, bytes, record)`; how many are held at once is bounded by their bytes.
+      records: `(line, bytes, record)`; the number held at once is bounded by their bytes.
       max_length: in tokens.
-      most: rows that will be used; no more are read ahead.
+      most: the number of rows needed; no more are read ahead.
     """
     options = reader.options
     used = 0
@@ -179,7 +179,7 @@ def iter_rendered(
 
 
 def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int, Any]]:
-    """The next records: at most so many, and no more than about `BATCH_BYTES`, or one."""
+    """The next records: at most `rows`, and about `BATCH_BYTES` unless a single one exceeds that."""
     batch: list[tuple[int, Any]] = []
     held = 0
     while len(batch) < rows and held < BATCH_BYTES and (record := next(records, None)):
@@ -189,8 +189,8 @@ def _take(records: Iterator[tuple[int, int, Any]], rows: int) -> list[tuple[int,
 
 
 def _check_size(example: Example, longest_token: int, max_length: int | None) -> None:
-    """Refuse a row of far too many characters before minutes and gigabytes go into its tokens."""
-    messages = example.messages if isinstance(example.messages, list) else []  # they are checked later
+    """Refuse a row with far too many characters before spending minutes and gigabytes on tokenising it."""
+    messages = example.messages if isinstance(example.messages, list) else []  # checked later
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     characters = sum(map(len, strings_of([example.text, *contents])))
     at_least = characters // longest_token
@@ -211,11 +211,11 @@ def load_rendered_rows(
     """All rows of a file (local or `hf://`) or Hub dataset, or the first `limit` usable ones, in file order.
 
     Args:
-      cache: where the rows of a large file are looked for first, and kept.
+      cache: where the rows of a large file are looked up first, and stored.
 
     Raises:
-      UserError: a row cannot be used and `on_bad_row` is "error" (names file and line); or none can be used;
-        or the file changed while it was read.
+      UserError: a row cannot be used and `on_bad_row` is "error" (names file and line); or no row can be
+        used; or the file changed while it was read.
     """
     reader = _Reader(options or RowOptions())
     file = None if reader.options.split is not None else locate(path)
@@ -248,7 +248,7 @@ def load_rendered_rows(
         raise UserError(
             f"{path}: no usable row" + (f"; most are bad because: {reasons[0][0]}" if reasons else "")
         )
-    if file is not None and sha256_of(file) != sha256:  # what was read may be neither of the two
+    if file is not None and sha256_of(file) != sha256:  # the rows may match neither version
         raise UserError(f"{path}: changed while it was being read; give the same command again")
     kind = f"{reader.format.name} rows in {container}" if reader.format else ""
     tokens = sum(row.n_tokens for row in rows)
@@ -260,13 +260,13 @@ def load_rendered_rows(
 
 
 def count_duplicates(rows: list[RenderedRow]) -> int:
-    """Rows whose tokens and weights an earlier one has, too."""
+    """The number of rows with the same tokens and weights as an earlier one."""
     distinct = {hashlib.sha256(row.tokens.tobytes() + row.weights.tobytes()).digest() for row in rows}
     return len(rows) - len(distinct)
 
 
 def _open(source: str, options: RowOptions) -> tuple[Iterator[tuple[int, int, Any]], int | None, str]:
-    """The records of a file or Hub dataset with line and bytes, how many if known, and what holds them."""
+    """The records of a file or Hub dataset as `(line, bytes, record)`, their number, and container."""
     if options.split is not None:
         stream = read_hub(source, options.split, None)
         records = ((number, 0, record) for number, (_, record) in enumerate(stream, start=1))

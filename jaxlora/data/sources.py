@@ -1,11 +1,11 @@
-"""Where data comes from: a local file, a Hub dataset's file or split.
+"""Where data comes from: a local file, or a file or split of a Hub dataset.
 
     locate("rendered/train.jsonl")                                      # a local file, as it is
     locate("hf://sumitdotml/lora-and-friends-dataset/rendered/train.jsonl")   # fetched once, then cached
     for place, row in read_records("train.parquet", split=None): ...    # place is "train.parquet:17"
 
-Only a name that says so (`hf://`, or a dataset name given to `read_records`) reaches the network, and what
-is fetched is announced on stderr first. `containers` reads what is inside a file.
+Only explicit names (`hf://`, or a dataset name given to `read_records`) reach the network, and a fetch is
+announced on stderr first. `containers` reads the contents of files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def locate(path: str | Path) -> Path:
     if text.startswith(HUB_PREFIX):
         return _fetch_from_hub(text)
     local = resolve(text)
-    if os.path.isdir(local):  # unlike pathlib's, it answers False where the name cannot be a path
+    if os.path.isdir(local):  # unlike pathlib, returns False for names that cannot be paths
         raise UserError(f"{text}: is a directory; give one file of rows")
     if not os.path.isfile(local):
         raise UserError(f"{text}: no such file; give a file of rows or hf://OWNER/NAME/PATH")
@@ -60,7 +60,7 @@ def _fetch_from_hub(address: str) -> Path:
         return Path(hf_hub_download(**wanted))
     except (
         Exception
-    ) as error:  # the Hub client raises many kinds: network, authorisation, missing file, offline
+    ) as error:  # the Hub client raises many types: network, authorisation, missing file, offline
         raise UserError(f"{address}: cannot be fetched: {first_line(error)}") from None
 
 
@@ -70,14 +70,14 @@ def is_file_source(source: str) -> bool:
 
 
 def count_records(source: str) -> int | None:
-    """Rows of a file, for a progress bar; None where only reading would tell."""
+    """Number of rows in a file, for a progress bar; None if only reading the file would tell."""
     if not is_file_source(source):
         return None
     return count_rows(locate(source))
 
 
 def hub_revision(name: str, revision: str | None) -> str:
-    """The commit of a Hub dataset that `revision` (none: the newest) means now.
+    """The commit that `revision` (None: the newest) of a Hub dataset currently refers to.
 
     Raises:
       UserError: not the name of a dataset, or the Hub does not answer.
@@ -88,19 +88,19 @@ def hub_revision(name: str, revision: str | None) -> str:
         raise UserError(f"{name}: no such file; give a file of rows or a Hub dataset OWNER/NAME")
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
-    except Exception as error:  # the Hub client raises many kinds: network, authorisation, missing, offline
+    except Exception as error:  # the Hub client raises many types: network, authorisation, missing, offline
         raise UserError(f"{name}: the Hub does not give it: {first_line(error)}") from None
 
 
 def read_records(
     source: str, split: str | None, columns: list[str] | None, revision: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stream `(place, record)` from a file of any container or from `split` of a Hub dataset.
+    """Stream `(place, record)` from a file in any container or from `split` of a Hub dataset.
 
-    `place` is `FILE:ROW` with rows counted from 1; it goes into error messages.
+    `place` is `FILE:ROW`, with rows counted from 1, for error messages.
 
     Raises:
-      UserError: nothing there, or a row that cannot be read; names the file and the row.
+      UserError: there is nothing to read, or a row cannot be read; names the file and the row.
     """
     if not is_file_source(source):
         yield from read_hub(source, split, columns, revision)
@@ -115,10 +115,10 @@ def read_records(
 def read_hub(
     name: str, split: str | None, columns: list[str] | None, revision: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stream `(place, record)` from the split of a Hub dataset; `columns`: these only; None: all.
+    """Stream `(place, record)` from a split of a Hub dataset, restricted to `columns` unless that is None.
 
     Raises:
-      UserError: no split is named, or the Hub does not give it.
+      UserError: no split is named, or the Hub does not provide it.
     """
     if not split:
         raise UserError(f"{name}: name the split of the Hub dataset, such as --split train")
@@ -134,5 +134,5 @@ def read_hub(
         for row in stream:
             number += 1
             yield f"{name}[{split}]:{number}", row
-    except Exception as error:  # datasets raises many kinds: network, missing split, broken shard
+    except Exception as error:  # datasets raises many types: network, missing split, broken shard
         raise UserError(f"{name}[{split}]:{number + 1}: cannot be streamed: {first_line(error)}") from None

@@ -1,6 +1,7 @@
-"""The study's dataset, `openmath_original_clean`: where it comes from and what a correct build gives.
+"""The study's dataset, `openmath_original_clean`: its source, and what a correct build produces.
 
-These are the study's retained figures. What a build finds is compared with them, never copied from them.
+These are the study's retained figures. The results of a build are compared with them, never copied from
+them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ STUDY: dict[str, Any] = {
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any] | None = None, place: str = "") -> list[str]:
-    """One line for each figure of `wanted` (default: the study's) that differs in `found`."""
+    """One line for each figure in `wanted` (default: the study's) that differs in `found`."""
     lines: list[str] = []
     for key, value in (STUDY if wanted is None else wanted).items():
         name = f"{place}.{key}" if place else key

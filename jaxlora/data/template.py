@@ -1,12 +1,12 @@
-"""What a chat template is given besides the messages, and the token that begins a text.
+"""The variables that a chat template receives besides the messages, and the token that begins a text.
 
     template = dated(tokenizer.get_chat_template())
     text = tokenizer.apply_chat_template(messages, None, template, tokenize=False, **variables(False))
     text = begun(tokenizer, text)
 
-Llama 3's template writes today's date unless it is told one, so that the same row would render to other
-tokens tomorrow: the date is fixed here. Its tokenizer also begins every text with a token (BOS) that the
-template writes too; a rendered conversation has it exactly once, whatever the template does.
+Llama 3's template writes today's date unless it is given one, so the same row would render to other tokens
+tomorrow; here the date is fixed. Its tokenizer also begins every text with a BOS token, which the template
+writes too; a rendered conversation has it exactly once, whatever the template does.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any
 
-DATE = datetime.datetime(2024, 7, 26)  # what Llama 3.1's template writes where it is told nothing
+DATE = datetime.datetime(2024, 7, 26)  # what Llama 3.1's template writes by default
 _READS_DATE = re.compile(r"\b(date_string|strftime_now)\b")
 
 
 def variables(enable_thinking: bool) -> dict[str, Any]:
-    """What every template is given by name; one that does not know a name passes over it."""
+    """The variables passed to every template; a template ignores those it does not know."""
     return {"enable_thinking": enable_thinking, "date_string": f"{DATE:%d %b %Y}"}
 
 
 def dated(template: str) -> str:
-    """The template with a `strftime_now` of its own, which tells the fixed date, where it asks for today's.
+    """The template with its own `strftime_now` that returns the fixed date, if it asks for today's.
 
-    Transformers hands no function on to a template, so it is one in the template's language.
+    Transformers passes no functions to a template, so this is a macro in the template's own language.
     """
     if "strftime_now" not in template:
         return template
     codes = "".join(f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in "aAbBdHIjmMpSyY")
-    # The empty expression keeps the white space with which the template begins.
+    # The empty expression preserves the template's leading white space.
     return f"{{% macro strftime_now(form) %}}{{{{ form{codes} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
 def begun(tokenizer: Tokenizer, text: str) -> str:
-    """The text that a template wrote, begun by one BOS where the tokenizer begins its texts so.
+    """A template's output with exactly one leading BOS, if the tokenizer begins its texts with one.
 
     Raises:
       UserError: the template begins with two.
@@ -59,7 +59,7 @@ def begun(tokenizer: Tokenizer, text: str) -> str:
 
 
 def facts(tokenizer: Tokenizer) -> dict[str, str]:
-    """What tells one rendering from another besides the tokenizer's files; empty where nothing does."""
+    """Whatever affects rendering besides the tokenizer's files; empty if nothing does."""
     found = {}
     if _READS_DATE.search(str(tokenizer.chat_template)):
         found["date"] = f"{DATE:%d %b %Y}"
@@ -72,7 +72,7 @@ _firsts: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 def first_token(tokenizer: Tokenizer) -> str | None:
-    """The BOS token of a tokenizer that begins each text with it, None of one that does not."""
+    """The BOS token, if the tokenizer begins every text with it, else None."""
     if tokenizer not in _firsts:
         ids = tokenizer("a")["input_ids"]
         begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

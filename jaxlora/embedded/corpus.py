@@ -1,7 +1,7 @@
 r"""The pretraining corpus of the embedded base: word problems, equations and small talk, as text.
 
-No document solves a problem in a box: boxes appear only around a number that is given. So the base can
-calculate, and leaves the study's answer format to fine-tuning. The corpus is large and therefore not
+No document solves a problem in a box: boxes only appear around a number that is given. So the base can
+calculate, but the study's answer format is left to fine-tuning. The corpus is large and therefore not
 shipped; it is a pure function of the seed and the number of documents.
 
     >>> for text in pretraining_texts(seed=0, count=1_000_000, tokenizer=tokenizer):
@@ -41,7 +41,7 @@ TALK = [
     ("Thank you!", "You are welcome!"),
     ("Good morning.", "Good morning! Do you have a problem for me?"),
 ]
-# Styles and their share of the corpus in percent.
+# Styles and their shares of the corpus in percent.
 STYLES = {
     "chat_explained": 34,
     "chat_terse": 12,
@@ -62,7 +62,7 @@ def pretraining_documents(seed: int, count: int) -> Iterator[str | list[Message]
 
 
 def pretraining_texts(seed: int, count: int, tokenizer: Any) -> Iterator[str]:
-    """The documents as the text to train on: chat template applied, `<|endoftext|>` at the end of each."""
+    """The documents as training text: chat template applied, `<|endoftext|>` at the end of each."""
     for document in pretraining_documents(seed, count):
         if not isinstance(document, str):
             document = tokenizer.apply_chat_template(document, tokenize=False, enable_thinking=False)
@@ -93,7 +93,7 @@ def _document(rng: random.Random, style: str) -> str | list[Message]:
 
 
 def _box(rng: random.Random) -> str | list[Message]:
-    r"""A number that is given is put in a box: makes `\boxed{` known without solving anything."""
+    r"""Puts a given number in a box, which introduces `\boxed{` without solving anything."""
     number = rng.randint(2, LARGEST)
     if rng.random() < 0.5:
         return f"The final answer is {number}.\nIn \\boxed{{}}: \\boxed{{{number}}}"

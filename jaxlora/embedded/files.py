@@ -1,4 +1,4 @@
-"""The generated data files of the embedded default as bytes, and how files are written and compared.
+"""The generated data files of the embedded default as bytes, and functions to write and compare files.
 
 >>> check_files(data_files(), embedded_path("data"))      # raises UserError on the first difference
 """

@@ -1,8 +1,8 @@
 """The tokenizer of the embedded base: trained with sentencepiece, stored as a Hugging Face tokenizer.
 
-It is byte-pair encoding with single digits, and with bytes for anything unknown, so that every text
-survives a round trip. Nearly every word of the corpus is one token. The Hugging Face files need no
-sentencepiece to load.
+It uses byte-pair encoding with single digits and byte fallback for anything unknown, so that every text
+survives a round trip. Nearly every word of the corpus is one token. Loading the Hugging Face files does not
+require sentencepiece.
 
     >>> load_tokenizer("embedded:base").tokenize("Tom has 24 apples.")
     ['Tom', '▁has', '▁', '2', '4', '▁apples', '.']
@@ -21,10 +21,10 @@ from jaxlora.data.render import SYSTEM_PROMPT, Message
 from jaxlora.embedded.corpus import pretraining_documents
 
 VOCABULARY = 1024  # 256 bytes, 7 symbols, and room for the words of the corpus
-DOCUMENTS = 20_000  # of the corpus
+DOCUMENTS = 20_000  # of the corpus, for training
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece writes a space as this character
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece represents a space by this character
 
 # The Qwen3 chat template without tools. An assistant turn after the last question carries a think block,
 # empty if there was no reasoning; earlier turns lose theirs.
@@ -63,7 +63,7 @@ CHAT_TEMPLATE = r"""
 
 
 def _lines(documents: Iterable[str | list[Message]]) -> Iterator[str]:
-    """The lines of all documents; with each chat also the study's system prompt and the roles' names."""
+    """The lines of all documents, with the study's system prompt and the role names added to each chat."""
     for document in documents:
         if isinstance(document, str):
             texts = [document]
@@ -75,7 +75,7 @@ def _lines(documents: Iterable[str | list[Message]]) -> Iterator[str]:
 
 
 def train_sentencepiece() -> bytes:
-    """Train byte-pair encoding of `VOCABULARY` pieces on the first documents of the corpus."""
+    """Train byte-pair encoding with `VOCABULARY` pieces on the first documents of the corpus."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=_lines(pretraining_documents(seed=0, count=DOCUMENTS)),
@@ -99,10 +99,11 @@ def train_sentencepiece() -> bytes:
 
 
 def convert(model: bytes) -> Tokenizer:
-    """The Hugging Face tokenizer with the same ids as a model of `train_sentencepiece`."""
+    """The Hugging Face tokenizer with the same ids as a model from `train_sentencepiece`."""
     source = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = {source.id_to_piece(i): i for i in range(source.get_piece_size())}
-    # sentencepiece merges the pair that makes the piece with the best score, however the piece was found.
+    # sentencepiece merges the pair that forms the piece with the best score, whichever way the piece is
+    # split.
     ranked = sorted(ids, key=lambda piece: -source.get_score(ids[piece]))
     merges = [
         (piece[:cut], piece[cut:])

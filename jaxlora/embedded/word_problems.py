@@ -1,11 +1,11 @@
-r"""Synthetic word problems: one family of problems, told in many formats.
+r"""Synthetic word problems: one family of problems in many formats.
 
 Pretraining teaches the tiny base to read and to calculate, in formats that end in "The answer is 42.".
-Fine-tuning shows other problems of the same family in the study's format, which ends in `\boxed{42}`.
+Fine-tuning uses other problems of the same family in the study's format, which ends in `\boxed{42}`.
 
 A problem's `signature` is its chain of equations, for example "24 - 7 = 17; 17 + 5 = 22". The hash of the
-signature alone decides which split a problem belongs to (`split_of`), so no two splits can share a
-problem text or even a combination of operations and numbers, whatever the random seeds.
+signature alone decides a problem's split (`split_of`), so no two splits can share a problem text or even a
+combination of operations and numbers, whatever the random seeds.
 
     >>> item = problem(random.Random(0), "train")
     >>> conversation(item, "boxed")[-1]["content"]         # ends in "\boxed{...}."
@@ -45,7 +45,7 @@ SOURCES = ["a friend", "an uncle", "a neighbor", "a teacher", "the store", "the 
 
 @dataclass(frozen=True)
 class Step:
-    """One equation of a solution, and the words of the sentence around it."""
+    """One equation of a solution, and the words around it in its sentence."""
 
     left: int
     op: str
@@ -82,12 +82,12 @@ class WordProblem:
 
     @property
     def signature(self) -> str:
-        """The chain of equations: what decides the split."""
+        """The chain of equations, which decides the split."""
         return "; ".join(step.equation for step in self.steps)
 
 
 def calculate(left: int, op: str, right: int) -> int:
-    """Value of `left op right`. Raises `ValueError` for an unknown operation or an inexact division."""
+    """The value of `left op right`. Raises `ValueError` for an unknown operation or an inexact division."""
     if op == "+":
         return left + right
     if op == "-":
@@ -100,7 +100,7 @@ def calculate(left: int, op: str, right: int) -> int:
 
 
 def split_of(signature: str) -> str:
-    """The one split (`test`, `val`, `train` or `pretrain`) that may use this chain of equations."""
+    """The only split (`test`, `val`, `train` or `pretrain`) that may use this chain of equations."""
     bucket = int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "big") % 100
     for split, percent in SPLIT_PERCENT.items():
         if bucket < percent:
@@ -122,7 +122,7 @@ def problem(rng: random.Random, split: str) -> WordProblem:
 
 @dataclass(frozen=True)
 class _Cast:
-    """Who and what a story is about."""
+    """The characters and objects of a story."""
 
     name: str
     other: str
@@ -138,7 +138,7 @@ class _Cast:
 
 
 def _draw(rng: random.Random) -> WordProblem | None:
-    """A story of one to three steps, or None where the numbers leave no room for the next event."""
+    """A story of one to three steps, or None if the numbers leave no room for the next event."""
     name, other = rng.sample(BOYS + GIRLS, 2)
     cast = _Cast(
         name, other, rng.choice(OBJECTS), *(("he", "him", "his") if name in BOYS else ("she", "her", "her"))
@@ -161,7 +161,7 @@ def _draw(rng: random.Random) -> WordProblem | None:
 
 
 def _opening(rng: random.Random, cast: _Cast) -> tuple[str, int, list[Step]]:
-    """The first sentence, the count after it, and the step it needs, if any."""
+    """The first sentence, the count after it, and the step that it needs, if any."""
     name, things = cast.name, cast.things
     kind = rng.choices(["count", "places", "groups"], weights=[55, 10, 35])[0]
     if kind == "count":
@@ -193,13 +193,13 @@ def _opening(rng: random.Random, cast: _Cast) -> tuple[str, int, list[Step]]:
 
 
 def _amount(rng: random.Random, op: str, count: int) -> int | None:
-    """A number to add to or take from `count`, if there is one."""
+    """A number to add to or subtract from `count`, if there is one."""
     room = LARGEST - count if op == "+" else count - 2
     return rng.randint(2, min(room, 60)) if room >= 2 else None
 
 
 def _change(rng: random.Random, cast: _Cast, count: int) -> tuple[str, Step] | None:
-    """A sentence that adds to or takes from the count, and its step."""
+    """A sentence that adds to or subtracts from the count, and its step."""
     op = rng.choice("+-")
     amount = _amount(rng, op, count)
     if amount is None:
@@ -272,8 +272,9 @@ def _ending(rng: random.Random, cast: _Cast, count: int) -> tuple[str, Step] | N
 def conversation(item: WordProblem, style: str, system: str | None = None) -> list[Message]:
     r"""The problem as chat messages.
 
-    Styles: `boxed` (the study's format: one sentence a line, then `\boxed{}`; always with the study's system
-    prompt), `explained` (sentences, then "The answer is ...") and `terse` (equations only, then the same).
+    Styles: `boxed` (the study's format: one sentence per line, then `\boxed{}`; always with the study's
+    system prompt), `explained` (sentences, then "The answer is ...") and `terse` (only equations, then the
+    same).
     """
     if style == "boxed":
         system = SYSTEM_PROMPT
@@ -309,7 +310,7 @@ def rendered_row(item: WordProblem) -> dict[str, Any]:
 
 
 def benchmark_row(item: WordProblem) -> dict[str, str]:
-    """A row in GSM8K's schema: `question`, and `answer` with calculator marks and `#### 42` at its end."""
+    """A row in GSM8K's schema: `question`, and `answer` with calculator marks and a final `#### 42`."""
     lines = []
     for step in item.steps:
         left = f"{step.left} {step.op} {step.right}"

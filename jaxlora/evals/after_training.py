@@ -1,4 +1,4 @@
-"""The scores at the end of a run: the untouched base beside what was trained."""
+"""The evaluation at the end of a run: scores of the untouched base and of the trained weights."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from jaxlora.train.loop import TrainResult
 
 
 def check_answers(job: Job) -> None:
-    """Refuse a run whose answers could not be decoded at its end, before its first step (`UserError`)."""
+    """Check before the first step that the answers can be decoded at the end (`UserError` if not)."""
     _, prompts = load_prompts(job.config, job.tokenizer)
     check_lengths(job.config, job.base, prompts)
 
 
 def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
-    """Evaluate both with the weights that training used; a base already evaluated is read, not run again."""
+    """Evaluate both, reusing the weights in memory; the results of a base already evaluated are read."""
     config = job.config
     base_dir = config.run_dir.parent / f"{config.prefix}-base" / "evaluation"
     origin = job.base.fingerprint()
@@ -43,7 +43,7 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
     with jax.set_mesh(job.mesh):
         subject = Subject(f"{config.prefix}-base", base_fingerprint=origin)
         inputs = evaluation_inputs(config, subject, *load_prompts(config, job.tokenizer))
-        # Another run of the same study may be evaluating it: then its answers are read.
+        # If another run of the same study is evaluating the base, wait for it and read its results.
         with _claimed(base_dir):
             done = why_redo(base_dir, inputs) is None
             if hosts.broadcast(done):  # not what each host sees of the folder
@@ -59,5 +59,5 @@ def evaluate_base_and_selected(job: Job, result: TrainResult) -> None:
 
 
 def _claimed(out: Path) -> AbstractContextManager[None]:
-    """Of several hosts the first one claims the folder for all."""
+    """With several hosts, the main one claims the folder for all."""
     return claimed(out, wait=True) if hosts.is_main() else nullcontext()

@@ -3,9 +3,9 @@ r"""Compare an answer with the reference, in two ways.
     strict_match(r"\$460", "460")                 # False: the study's score compares decimals or text
     numeric_match(r"\$460", "460")                # True: the same number in another format
 
-The strict score is the study's and decides every result. The numeric score stands beside it and shows how
-much of a difference is only a matter of format. Both are pure functions of two short strings; they use exact
-arithmetic, never evaluate what they read, and take time linear in the length of the text.
+The strict score is the study's and decides every result. The numeric score is reported next to it and shows
+how much of a difference is only a matter of format. Both are pure functions of two short strings; they use
+exact arithmetic, never evaluate their input, and take time linear in its length.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def normalize(answer: str) -> str:
 
 
 def strict_match(prediction: str, reference: str) -> bool:
-    """The study's score: equal as decimals where both sides are decimals, else equal as normalised text.
+    """The study's score: equality as decimals if both sides are decimals, else as normalised text.
 
-    Python's `Decimal` decides what a decimal is. NaN, infinities, numbers too large for a float and empty
+    Python's `Decimal` determines what a decimal is. NaN, infinities, numbers too large for a float and empty
     text equal nothing, not even themselves.
     """
     prediction, reference = normalize(prediction), normalize(reference)
@@ -54,7 +54,7 @@ def strict_match(prediction: str, reference: str) -> bool:
 
 
 def numeric_match(prediction: str, reference: str) -> bool:
-    """Every strict match, and equal numbers once currency, percent, separators and units are dropped."""
+    """Every strict match, plus equal numbers after dropping currency, percent signs, separators and units."""
     if strict_match(prediction, reference):
         return True
     left, right = read_number(prediction), read_number(reference)
@@ -75,14 +75,14 @@ def _is_non_number(normalized: str) -> bool:
     try:
         return math.isinf(float(normalized))
     except ValueError:
-        return False  # ordinary text; it is compared as text
+        return False  # ordinary text, compared as text
 
 
 # --- Reading a number ---------------------------------------------------------------------------------------
 
-_MAX_LENGTH = 300  # no answer is longer; the bound keeps the exact arithmetic small
+_MAX_LENGTH = 300  # longer than any answer; the bound keeps the exact arithmetic small
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_DROPPED = "\x00"  # stands where \text{...} was dropped: `5\text{ m}^2` has a unit, it is not 5 squared
+_DROPPED = "\x00"  # marks a dropped \text{...}: `5\text{ m}^2` has a unit, it is not 5 squared
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMBER = rf"(?:{_INTEGER}(?:\.[0-9]*)?|\.[0-9]+)"
@@ -92,7 +92,7 @@ _VALUE = re.compile(
     rf"|(?P<decimal>{_NUMBER}(?:[eE][+-]?[0-9]{{1,3}})?))"
 )
 
-# Words that change the value or join two values: a number followed by one of them is another number.
+# Words that change the value or join two values: a number followed by one of them is a different number.
 _NOT_UNITS = re.compile(
     "hundreds?|thousands?|millions?|billions?|trillions?|half|halves|thirds?|fourths|fifths?|sixths?|eighths?"
     "|tenths?|hundredths?|squared|cubed|and|or|plus|minus|nan|inf|infinity",
@@ -102,10 +102,10 @@ _ONE_LETTER_UNITS = frozenset("mglLhsCF")  # `5 m` is a length; `5x`, `5k` and `
 
 
 def read_number(answer: str) -> Fraction | None:
-    r"""The one number that an answer states, exactly; None where it states none.
+    r"""The single number that an answer states, exactly; None if there is none.
 
     Reads decimals, `a/b`, `\frac{a}{b}` and mixed numbers. Drops `$`, `\$`, `%`, well-formed thousands
-    separators (`,`, `{,}`, `\,`), `\text{...}` and units behind the number. If anything else is left over (a
+    separators (`,`, `{,}`, `\,`), `\text{...}` and units after the number. If anything else is left over (a
     second number, an operator, a variable, a magnitude such as "million"), the answer is not a number.
     """
     if len(answer) > _MAX_LENGTH:
@@ -123,7 +123,7 @@ def read_number(answer: str) -> Fraction | None:
         number = _exact(value["top"]) / bottom
         if value["whole"]:
             if not 0 <= number < 1:
-                return None  # `2 3/2` is no mixed number
+                return None  # `2 3/2` is not a mixed number
             number += _exact(value["whole"])
     try:
         float(number)
@@ -139,7 +139,7 @@ def _exact(number: str) -> Fraction:
 def _without_decoration(text: str) -> str:
     """Rewrite an answer as `number unit`, with fractions as `a/b` and thousands separators as commas."""
     if whole := _TEXT.fullmatch(text):
-        text = whole[1]  # all of it is text, as in \text{3 hours}
+        text = whole[1]  # it is all text, as in \text{3 hours}
     text = text.replace("\u2212", "-").replace("\xa0", " ")
     text = re.sub(r"(?<=[0-9])(?:\{,\}|\\,|,?\\!)(?=[0-9]{3}(?![0-9]))", ",", text)
     text = re.sub(r"\\[,;:! ]|~|\\?[$%]", " ", text)
@@ -149,7 +149,7 @@ def _without_decoration(text: str) -> str:
 
 
 def _is_unit(rest: str) -> bool:
-    """Whether what follows a number is nothing, or words and signs that only name its unit."""
+    """Whether what follows a number is empty, or consists of words and signs that only name its unit."""
     rest = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\circ|\\degree", "°", rest)
     rest = re.sub(rf"(?<=[^\W\d_]|{_DROPPED})\s*\^\s*(?:\{{-?[0-9]\}}|-?[0-9])", "", rest)  # the 2 of cm^2
     if not rest.strip(" ."):

@@ -1,10 +1,10 @@
-"""How long answers to the same prompts were in an earlier evaluation, so that the longest can begin first.
+"""Answer lengths from an earlier evaluation of the same prompts, so that the longest answers can start first.
 
     expected = earlier_lengths(Path("results"), inputs["prompts_sha256"], near=out_dir)     # or None
 
-Any run's evaluation in the results directory will do, and the base's: answers of two models to one question
-differ less in length than answers to two questions. They decide the order of work alone, never an answer, so
-whatever is odd about a file is passed over.
+Any evaluation in the results directory will do, including the base's: the answers of two models to one
+question differ less in length than answers to two questions. Lengths only affect the order of work, never an
+answer, so malformed files are ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def earlier_lengths(results_dir: Path, prompts_sha256: str, near: Path) -> list[
     """Generated tokens of each prompt, in the benchmark's order, from the newest evaluation of these prompts.
 
     Args:
-      prompts_sha256: of the prompts' token ids, as summaries record it.
-      near: where this evaluation will be written; an older one of the same run is the best to know.
+      prompts_sha256: hash of the prompts' token ids, as recorded in summaries.
+      near: where this evaluation will be written; an older one of the same run is preferred.
     """
     summaries = [path / "summary.json" for path in (near, *sorted(results_dir.glob("*/evaluation")))]
     found = [path for path in summaries if path.is_file() and _matches(path, prompts_sha256)]

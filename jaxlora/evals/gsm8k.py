@@ -1,10 +1,10 @@
-"""The GSM8K benchmark, or any questions with a rule: load them, score generated solutions, add up the scores.
+"""GSM8K, or any questions with a rule: load problems, score generated solutions, aggregate the scores.
 
     problems = load_problems("openai/gsm8k")                       # or a local JSONL file, or an hf:// path
     records = [score(problem, text, prompt_tokens, generated_tokens, "stop") for problem, text in ...]
     aggregate(records)["correct_strict"]
 
-A record holds everything that a later reader needs to score it again: see `rescore`.
+A record holds everything needed to score it again later: see `rescore`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxlora.runtime.files import Record, read_numbered_jsonl
 from jaxlora.runtime.remote import resolve
 
 HUB_DATASET = "openai/gsm8k"
-STOP_REASONS = ("stop", "length")  # the model's end-of-turn token, or the limit of new tokens
+STOP_REASONS = ("stop", "length")  # the model's end-of-turn token, or the limit on new tokens
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,11 @@ class Problem:
 
 
 def load_problems(path: str, limit: int | None = None) -> list[Problem]:
-    """The problems in benchmark order, all or the first `limit`.
+    """The problems in benchmark order, all of them or the first `limit`.
 
     `path` is a local JSONL file with `question` and `answer`, the name of a shipped one (`embedded:...`), an
     `hf://datasets/...` path to a JSONL or Parquet file, or `openai/gsm8k` for the benchmark on the Hugging
-    Face hub (configuration `main`, split `test`). Raises `UserError` with file and row where a row cannot be
-    used.
+    Face Hub (configuration `main`, split `test`). Raises `UserError` with file and row if a row is unusable.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit of benchmark problems is {limit}; it must be at least 1, or none")
@@ -64,11 +63,11 @@ def load_problems(path: str, limit: int | None = None) -> list[Problem]:
 def load_questions(
     path: str, rule: Rule, columns: Mapping[str, str], limit: int | None = None
 ) -> list[Problem]:
-    """Questions and answers of any file of rows (JSONL, a JSON list, CSV, Parquet, `.gz`, `.zst`).
+    """Questions and answers from any file of rows (JSONL, a JSON list, CSV, Parquet, `.gz`, `.zst`).
 
     Args:
-      rule: by which references are read.
-      columns: what `question` and `answer` are called; of those not named, the usual names are looked for.
+      rule: how references are read.
+      columns: the names of the `question` and `answer` columns; if not given, the usual names are tried.
 
     Raises:
       UserError: no such file or column, or a row without text in one; names file and row.
@@ -109,7 +108,7 @@ def _cell(place: str, row: Record, name: str, column: str | None) -> str:
 
 
 def _rows(path: str) -> Iterable[tuple[str, Record]]:
-    """The rows of the benchmark, each with the place that an error message names."""
+    """The rows of the benchmark, each with its position for error messages."""
     if path.startswith("hf://") or path == HUB_DATASET:
         return _hub_rows(path)
     file = resolve(path)
@@ -128,7 +127,7 @@ def _hub_rows(path: str) -> Iterable[tuple[str, Record]]:
         else:
             kind = "parquet" if path.endswith(".parquet") else "json"
             rows = datasets.load_dataset(kind, data_files={"test": path}, split="test")
-    except Exception as error:  # datasets and the Hub client raise many kinds
+    except Exception as error:  # datasets and the Hub client raise many types
         raise UserError(f"could not load {path} from the Hugging Face hub: {error}") from None
     return [(f"{path} row {index}", dict(row)) for index, row in enumerate(rows)]
 
@@ -158,7 +157,7 @@ def score(
     stop_reason: str,
     rule: Rule | None = None,
 ) -> Record:
-    """One record of `predictions.jsonl`: the study's fields, and `correct_numeric` beside `correct`.
+    """One record of `predictions.jsonl`: the study's fields, plus `correct_numeric` next to `correct`.
 
     `generated_text` excludes the end-of-turn token; `stop_reason` is one of STOP_REASONS.
     """
@@ -178,8 +177,10 @@ def score(
 
 
 def score_text(generated_text: str, reference_answer: str, rule: Rule | None = None) -> Record:
-    """The scored part of a record. Without a box (or what else the rule looks for), the prediction is null,
-    and wrong in both scores."""
+    """The scored part of a record.
+
+    Without a box (or whatever the rule looks for), the prediction is null, and wrong by both scores.
+    """
     answer = extract_boxed(generated_text) if rule is None else rule.found(generated_text)
     right = strict_match if rule is None else rule.right
     return {
@@ -193,7 +194,7 @@ def score_text(generated_text: str, reference_answer: str, rule: Rule | None = N
 
 
 def count(records: Sequence[Record]) -> dict[str, int]:
-    """How many prediction records there are, right in either score, without a box, and cut off."""
+    """Counts of prediction records: total, correct by each score, without an answer, and truncated."""
     return {
         "total": len(records),
         "correct_strict": sum(record["correct"] for record in records),
@@ -206,19 +207,19 @@ def count(records: Sequence[Record]) -> dict[str, int]:
 def needs_separator(reference: str) -> bool:
     """Whether the strict score accepts this reference only with its thousands separators.
 
-    `2,125` is such a reference: the strict score compares text where a side is no decimal, so that a right
-    answer written `2125` counts as wrong. 14 of the 1,319 references of GSM8K's test set are like this.
+    `2,125` is such a reference: the strict score compares text unless both sides are decimals, so a correct
+    answer written as `2125` counts as wrong. This affects 14 of the 1,319 references in GSM8K's test set.
     """
     number = read_number(reference)
     return "," in reference and number is not None and not strict_match(reference.replace(",", ""), reference)
 
 
 def count_separators(records: Sequence[Record]) -> dict[str, int]:
-    """How much of the strict score hangs on thousands separators in the references, over prediction records.
+    """How much of the strict score depends on thousands separators in the references.
 
     Returns:
       `references_with_separators`: records whose reference has them (see `needs_separator`);
-      `wrong_by_separators`: those among them whose answer is the right number, and wrong in the strict score.
+      `wrong_by_separators`: those among them whose answer is the right number but wrong by the strict score.
     """
     affected = [record for record in records if needs_separator(record["reference_answer"])]
     return {
@@ -230,7 +231,7 @@ def count_separators(records: Sequence[Record]) -> dict[str, int]:
 
 
 def aggregate(records: Sequence[Record]) -> dict[str, Any]:
-    """Counts, rates (null where there are no records) and token totals over prediction records."""
+    """Counts, rates (null if there are no records) and token totals over prediction records."""
     counts = count(records)
 
     def rate(name: str) -> float | None:
@@ -251,9 +252,9 @@ def aggregate(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def rescore(path: Path) -> list[Record]:
-    """Read a predictions file and score every record again from its text; the stored scores are ignored.
+    """Read a predictions file and score every record again from its text, ignoring the stored scores.
 
-    Raises `UserError` with file and line where a record cannot be scored.
+    Raises `UserError` with file and line if a record cannot be scored.
     """
     records = []
     for line, record in read_numbered_jsonl(path, torn_last_line="refuse"):

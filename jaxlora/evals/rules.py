@@ -1,11 +1,11 @@
-r"""How an answer is read and compared where a file is not in GSM8K's form: `eval.rule`.
+r"""Rules to extract and compare answers for files that are not in GSM8K's form: `eval.rule`.
 
     rule = rule_named("last_number")          # boxed | last_number | exact | regex:PATTERN
     rule.found("so 3 + 4 = 7.")               # "7"; None: no answer
     rule.right("7", "7.0")                    # True
 
-A reference is read by the same rule where it has what the rule looks for (`#### 7`, `\boxed{7}`), and is
-otherwise taken whole.
+A reference is read by the same rule if it contains what the rule looks for (`#### 7`, `\boxed{7}`), and is
+otherwise used whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxlora.evals.answers import numeric_match, read_number, strict_match
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import say
 
-SECONDS, MEMORY = 1.0, 2**30  # of processor time, and bytes, that a search in one answer may take
+SECONDS, MEMORY = 1.0, 2**30  # limits of CPU time and bytes for a search in one answer
 NAMES = ("boxed", "last_number", "exact", "regex:PATTERN")
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?"
@@ -29,23 +29,23 @@ _NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class Rule:
-    """What is taken from an answer, and when that is right."""
+    """How to extract a prediction from an answer, and when it is right."""
 
     name: str
     found: Callable[[str], str | None]
     right: Callable[[str, str], bool] = strict_match
 
     def reference(self, answer: str) -> str:
-        """What is right, from the file's answer."""
+        """The reference, extracted from the file's answer."""
         marked = answer.rsplit("####", 1)[-1] if self.name in ("boxed", "last_number") else answer
         return (self.found(marked) or marked).strip()
 
 
 def rule_named(name: str) -> Rule:
-    """The rule of this name.
+    """The rule with this name.
 
     Raises:
-      UserError: there is none, or its pattern is no regular expression.
+      UserError: there is none, or its pattern is not a regular expression.
     """
     if name == "boxed":
         return Rule(name, extract_boxed)
@@ -63,16 +63,16 @@ def rule_named(name: str) -> Rule:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, with its sign, its separators and a fraction's other part."""
+    """The last number in a text, including its sign, separators, and a fraction's denominator."""
     numbers = [match.group() for match in _NUMBER.finditer(text) if read_number(match.group()) is not None]
     return numbers[-1] if numbers else None
 
 
 def _last_match(pattern: re.Pattern[str], text: str) -> str | None:
-    """The last match that holds something: its first group, where the pattern has one.
+    """The last non-empty match, or its first group if the pattern has groups.
 
-    A pattern such as `(a+)+$` may search for years: an answer on which it takes too long has none, and that
-    is said.
+    A pattern such as `(a+)+$` may search for years; if it takes too long on an answer, a message says so and
+    no answer is found.
     """
     try:
         with bounded(SECONDS, MEMORY):

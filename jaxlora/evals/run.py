@@ -39,23 +39,23 @@ from jaxlora.train.board import write_outcome
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated. The base has no condition, seed or checkpoint; an adapter always has the first."""
+    """What is evaluated. The base has no condition, seed or checkpoint; an adapter always has a condition."""
 
     run_id: str
     condition: str | None = None
     seed: int | None = None
     checkpoint: str | None = None
-    adapter_sha256: str | None = None  # of the weights that were trained
+    adapter_sha256: str | None = None  # of the trained weights
     base_fingerprint: str | None = None
 
 
 def evaluation_inputs(
     config: RunConfig, subject: Subject, problems: list[Problem], prompts: list[list[int]]
 ) -> dict[str, Any]:
-    """What the answers follow from, as the summary records it: another value means other answers.
+    """Everything that determines the answers, as recorded in the summary.
 
-    The benchmark is known by the SHA-256 of its questions and references, not by its name; tokenizer and
-    chat template by that of the prompts' ids.
+    The benchmark is identified by the SHA-256 of its questions and references, not by name; tokenizer and
+    chat template are identified by that of the prompts' token ids.
     """
     texts = [[problem.question, problem.reference_answer] for problem in problems]
     return {
@@ -72,7 +72,7 @@ def evaluation_inputs(
 
 
 def why_redo(out_dir: Path, inputs: dict[str, Any]) -> str | None:
-    """Why the evaluation in `out_dir` does not hold for these inputs, in words; None where it does."""
+    """Why the evaluation in `out_dir` is not valid for these inputs, in words; None if it is valid."""
     if not (out_dir / "summary.json").is_file():
         return "missing"
     summary, predictions = read_json(out_dir / "summary.json"), out_dir / "predictions.jsonl"
@@ -98,12 +98,12 @@ def load_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[list[Problem]
 
 
 def system_prompt(config: RunConfig) -> str | None:
-    """What the questions are asked with: the configuration's; else the study's where its score is taken."""
+    """The configured system prompt; if none is set, the study's, but only when scoring by its rule."""
     return config.eval.system or (SYSTEM_PROMPT if config.eval.rule is None else None)
 
 
 def check_lengths(config: RunConfig, base: Base, prompts: list[list[int]]) -> None:
-    """Refuse answers for which the model has no positions, before its weights are loaded (`UserError`)."""
+    """Refuse answers that exceed the model's positions, before its weights are loaded (`UserError`)."""
     longest = max(map(len, prompts)) + config.eval.max_new_tokens
     check_positions(base.config, longest, "config.eval.max_new_tokens: the longest prompt and its answer")
 
@@ -118,13 +118,13 @@ def evaluate(
     out_dir: Path,
     tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Decode and score the benchmark, write `predictions.jsonl`, `metrics.jsonl` and `summary.json`.
+    """Decode and score the benchmark; write `predictions.jsonl`, `metrics.jsonl` and `summary.json`.
 
-    Of several processes all decode together, and process 0 writes.
+    With several processes, all decode together and process 0 writes.
 
     Args:
-      tokenizer: the base's, where it is read already.
-      trained, frozen: what was trained (or `{}` for the untouched base) and the base, as of `spec`.
+      tokenizer: the base's, if already loaded.
+      trained, frozen: the trained weights (`{}` for the untouched base) and the base, matching `spec`.
 
     Returns:
       The summary.
@@ -171,7 +171,7 @@ def _write(
     facts: dict[str, Any],
     seconds: float,
 ) -> dict[str, Any]:
-    """Write the scored answers, their totals and the summary, if this is process 0; the summary."""
+    """Write the scored answers, their totals and the summary, if this is process 0; return the summary."""
     totals = aggregate(records)
     identity = {
         "run_id": subject.run_id,
@@ -214,7 +214,7 @@ def _write(
             ).encode(),
         },
     )
-    if (curves := out_dir.parent / "tensorboard").is_dir():  # a run's own evaluation
+    if (curves := out_dir.parent / "tensorboard").is_dir():  # the run's own evaluation
         scores = {"strict": totals["accuracy"], "numeric": totals["accuracy_numeric"]}
         outcome = {f"final/accuracy_{name}": value for name, value in scores.items()}
         step = (subject.checkpoint or "").removeprefix("step-")
@@ -227,7 +227,7 @@ def _jsonl(records: list[dict[str, Any]]) -> bytes:
 
 
 def show(summaries: list[dict[str, Any]]) -> None:
-    """Print scores side by side, with what a reader needs to trust them."""
+    """Print scores side by side, with the figures needed to judge them."""
     problems = " and ".join(sorted({str(s["total"]) for s in summaries}))
     table = Table(title=f"greedy answers to {problems} problems", title_justify="left")
     rules = {s.get("rule") for s in summaries}

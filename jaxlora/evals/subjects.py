@@ -1,10 +1,10 @@
-"""What an evaluation is of: the untouched base, a run's selected adapter, or any PEFT adapter.
+"""What to evaluate: the untouched base, a run's selected adapter, or any PEFT adapter.
 
     target = run_target(config, Path("results/tiny-all_layer-seed-0"))
     summary = evaluate_target(target)        # writes target.out
 
-Everything is checked before weights are loaded. An adapter whose condition or seed is not known, or which
-belongs to another base, is an error: it never falls back to the base.
+Everything is checked before weights are loaded. An adapter whose condition is unknown, or that belongs to
+another base, is an error: there is no fallback to the base.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ FILES = ("summary.json", "predictions.jsonl", "metrics.jsonl")
 
 @dataclass(frozen=True)
 class Target:
-    """A checked subject with all that its evaluation needs, except the base's weights."""
+    """A checked subject with everything its evaluation needs, except the base's weights."""
 
     config: RunConfig
     subject: Subject
     base: Base
     spec: ModelSpec
-    trained: Tree  # the adapter; `{}` of the base, and of a full model, which is read when it is needed
+    trained: Tree  # the adapter; `{}` for the base and for a full model, whose weights are read when needed
     out: Path
     model: Path | None = None  # directory of a full model; None: the base's weights are used
-    weights_sha256: str | None = None  # of the base, as a run recorded it
+    weights_sha256: str | None = None  # of the base, as recorded by a run
 
 
 def base_target(config: RunConfig, with_weights: bool = True) -> Target:
-    """The untouched base of the configuration; written to `<results>/<prefix>-base/evaluation`."""
+    """The untouched base of the configuration; results go to `<results>/<prefix>-base/evaluation`."""
     base = find_base(config.model, config.seed, with_weights)
     name = f"{config.prefix}-base"
     spec = ModelSpec(base.config, None, config.model.dtype, scan=False, scheme=pick_scheme(config.model))
@@ -70,9 +70,9 @@ def base_target(config: RunConfig, with_weights: bool = True) -> Target:
 
 
 def run_config(config: RunConfig, run: Path) -> RunConfig:
-    """The run's own configuration from its manifest; evaluation, mesh and place of the base from `config`.
+    """The run's own configuration from its manifest, with evaluation, mesh and the base's path from `config`.
 
-    The tokenizer is the run's own, too, unless `config` names a place of it.
+    The tokenizer is the run's own too, unless `config` names one.
     """
     manifest = read_manifest(run)
     if manifest.get("config") is None:
@@ -84,22 +84,22 @@ def run_config(config: RunConfig, run: Path) -> RunConfig:
 
 
 def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Target:
-    """What a finished run selected; written to `<run>/evaluation`.
+    """The weights selected by a finished run; results go to `<run>/evaluation`.
 
-    Model, dtype and what was trained are the run's own, as its manifest records them. Only the places of the
-    base and of its tokenizer come from `config`, because they may have moved: the base's files must be the
-    same.
+    Model, dtype and what was trained are the run's own, as recorded in its manifest. Only the paths of the
+    base and its tokenizer come from `config`, because they may have moved; the base's files must be the same.
 
     Raises:
-      UserError: the run is unfinished or contradicts itself, its data was not gated, or the base is another.
+      UserError: the run is unfinished or inconsistent, its data was not gated, or the base is a different
+        one.
     """
     config = run_config(config, run)
     base = find_base(config.model, config.seed, with_weights)
     manifest = read_manifest(run)
-    if config.eval.rule is None:  # gates are of benchmarks
+    if config.eval.rule is None:  # gates only concern benchmarks
         _check_gates(run, manifest, config.data.allow_ungated)
     recorded = (manifest.get("base") or {}).get("fingerprint")
-    found = _fingerprint(base) or recorded  # of a plan the weights are compared when they are fetched
+    found = _fingerprint(base) or recorded  # for a plan, the weights are compared when they are fetched
     if recorded != found:
         trained = (manifest.get("base") or {}).get("path")
         raise UserError(
@@ -128,12 +128,12 @@ def adapter_target(
 ) -> Target:
     """Any PEFT adapter, from a folder or `hf://OWNER/NAME[@REVISION]/PATH`, on the base of `config`.
 
-    Condition, rank and alpha are read from the adapter itself. `condition` and `seed` are what the caller
-    says of it; they must not contradict it. A seed that neither says is not known, and null in the records.
-    The tokenizer is the one beside the adapter, where there is one and `config` names none.
+    Condition, rank and alpha are read from the adapter itself. `condition` and `seed` are the caller's claims
+    and must not contradict it. If neither states a seed, it is unknown, and null in the records. The
+    tokenizer is the one next to the adapter, if there is one and `config` names none.
 
     Args:
-      any_base: take the adapter although it names another base.
+      any_base: accept the adapter even if it names another base.
 
     Raises:
       UserError: no such adapter, or one for another base.
@@ -170,25 +170,26 @@ def adapter_target(
 
 
 def with_own_tokenizer(source: ModelSource, adapter: Path) -> ModelSource:
-    """The base with the tokenizer beside an adapter, where there is one and no other is named."""
+    """Use the tokenizer next to an adapter, if there is one and no other is named."""
     named = source.tokenizer is not None or not (adapter / "tokenizer_config.json").is_file()
     return source if named else replace(source, tokenizer=str(adapter))
 
 
 def with_own_base_dtype(source: ModelSource, adapter: Path) -> ModelSource:
-    """The base rounded as it was when an adapter was trained, where that is recorded and nothing else is
-    asked for."""
+    """Round the base as it was when the adapter was trained, if that is recorded and not overridden."""
     file = adapter / METADATA
     own = read_object(file).get(BASE_DTYPE) if source.base_dtype is None and file.is_file() else None
     return source if own is None else from_dict({"model": asdict(source) | {BASE_DTYPE: own}}).model
 
 
 def adapter_folder(address: str) -> Path:
-    """The local folder of an adapter. Of `hf://OWNER/NAME[@REVISION]/PATH`, the three files of an adapter and
-    those of its tokenizer, where it has one, are fetched and then cached.
+    """The local folder of an adapter.
+
+    For `hf://OWNER/NAME[@REVISION]/PATH`, the adapter's three files and those of its tokenizer, if it has
+    one, are fetched and then cached.
 
     Raises:
-      UserError: the address is not one, or the Hub does not give it.
+      UserError: the address is malformed, or the Hub does not provide it.
     """
     if not address.startswith(HUB_PREFIX):
         return Path(address)
@@ -207,7 +208,7 @@ def adapter_folder(address: str) -> Path:
 
 
 def describe(target: Target) -> list[str]:
-    """What an evaluation would do, a line each: subject, base, problems, tokens, limits, template."""
+    """Describe an evaluation, one line each: subject, base, problems, tokens, limits, template."""
     config, subject, lora = target.config, target.subject, target.spec.lora
     tokenizer = target.base.tokenizer()
     problems, prompts = load_prompts(config, tokenizer)
@@ -243,10 +244,10 @@ def _scored(config: RunConfig) -> str:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Refuse to replace an evaluation unless asked.
+    """Refuse to replace an evaluation unless asked to.
 
     Raises:
-      UserError: `out` holds one, whole or in part.
+      UserError: `out` already holds one, complete or partial.
     """
     if not overwrite and any((out / name).exists() for name in FILES):
         raise UserError(
@@ -255,17 +256,17 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def load_target_base(target: Target) -> Tree:
-    """The weights of the target's base, on the mesh of its configuration."""
+    """The weights of the target's base, on the configured mesh."""
     mesh = make_mesh(target.config.mesh)
     with jax.set_mesh(mesh):
         return target.base.load(target.spec, mesh, target.weights_sha256)
 
 
 def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None = None) -> dict[str, Any]:
-    """Decode and score the benchmark, write the records to `target.out`.
+    """Decode and score the benchmark, and write the records to `target.out`.
 
     Args:
-      frozen: the base from `load_target_base`, where several subjects share it; None: load it.
+      frozen: the base from `load_target_base`, if several subjects share it; None: load it.
 
     Returns:
       The summary.
@@ -286,7 +287,7 @@ def evaluate_target(target: Target, overwrite: bool = False, frozen: Tree | None
 
 
 def _check_tokenizer(what: str, base: Base, recorded: str | None) -> None:
-    """Answers under another template than the one that training taught say nothing of the training."""
+    """Refuse a template other than that of training, whose effect the answers would not reflect."""
     if recorded is not None and tokenizer_sha256(base.tokenizer()) != recorded:
         named = base.source.tokenizer or base.source.path
         raise UserError(
@@ -296,12 +297,12 @@ def _check_tokenizer(what: str, base: Base, recorded: str | None) -> None:
 
 
 def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> None:
-    """A run whose data was not gated may have seen the benchmark."""
+    """Refuse a run on ungated data, which may have contained the benchmark, unless `allow_ungated`."""
     gates = manifest.get("gates") or {}
     if gates.get("passed") is True:
         return
     reason = gates.get("reason") or "its manifest records no passed data gates"
-    if manifest.get("kind") == "rl":  # gates are of rows with an answer to imitate
+    if manifest.get("kind") == "rl":  # gates concern rows with an answer to imitate
         reason = "rl.problems are not compared with benchmarks"
     if not allow_ungated:
         raise UserError(
@@ -312,5 +313,5 @@ def _check_gates(run: Path, manifest: dict[str, Any], allow_ungated: bool) -> No
 
 
 def _fingerprint(base: Base) -> str | None:
-    """What a run on this base records in its manifest; None where its weights are not here yet (a plan)."""
+    """The fingerprint that a run on this base records; None if its weights have not been fetched (a plan)."""
     return base.fingerprint() if base.has_weights else None

@@ -1,1 +1,1 @@
-"""Parity with Tinker, the service that the study ran on: a reference for tests, used by nothing else."""
+"""Parity with Tinker, the service that the study ran on: a reference for tests only."""

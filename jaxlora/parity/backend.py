@@ -1,12 +1,12 @@
-"""What a parity check needs from a trainer, in one interface with two implementations.
+"""The interface that a parity check needs from a trainer; it has two implementations.
 
     trainer = backend.create("all_layer", rank=8, seed=0)
     trainer.forward_backward(rows)            # -> log-probabilities and loss
     trainer.optim_step(AdamStep(3e-4))
     trainer.fetch(trainer.save("end"), folder)        # the adapter as a PEFT folder
 
-`jaxlora.parity.ours` runs this package, `jaxlora.parity.tinker_service` drives a Tinker service through its
-own SDK. Rows come from this package's renderer in both cases.
+`jaxlora.parity.ours` runs this package; `jaxlora.parity.tinker_service` drives a Tinker service through its
+own SDK. In both cases the rows come from this package's renderer.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jaxlora.config import Condition
 from jaxlora.data.render import RenderedRow, shifted
 from jaxlora.train.objective import objective_of
 
-# How the gradients of a step's rows become one. Tinker's documentation says `sum`: every weighted target
-# token counts the same. SkyRL's engine computes `sequence_mean`: the mean over rows of each row's weighted
-# mean. For rows with equal sums of weights the two differ by a constant factor, which Adam cancels. Rows of
-# policy gradients carry no weights; there the same engine divides by all tokens of a row, those of its prompt
-# as well: `length_mean`.
+# How the gradients of a step's rows are combined. Tinker's documentation says `sum`: all weighted target
+# tokens count equally. SkyRL's engine computes `sequence_mean`: the mean over rows of each row's weighted
+# mean. If all rows have the same sum of weights, the two differ by a constant factor, which Adam cancels.
+# Rows for policy gradients carry no weights; for those, the same engine divides by all tokens of a row,
+# including its prompt: `length_mean`.
 Reduction = Literal["sum", "sequence_mean", "length_mean"]
 
 
 class AdamStep(NamedTuple):
-    """Adam's settings for one step; eps is added outside the root, no weight decay, no clipping."""
+    """Adam's settings for one step; eps is added outside the root; no weight decay, no clipping."""
 
     learning_rate: float
     b1: float = 0.9
@@ -42,14 +42,14 @@ class AdamStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over some rows."""
+    """The result of one pass over some rows."""
 
-    logprobs: list[np.ndarray]  # a row: float32 [tokens], log p of each target
-    loss: float  # sum over weighted targets of -log p, as the trainer itself reports it
+    logprobs: list[np.ndarray]  # per row: float32 [tokens], log p of each target
+    loss: float  # sum over weighted targets of -log p, as reported by the trainer itself
 
 
 class Drawn(NamedTuple):
-    """A sampled answer with the log-probabilities that its sampler reported."""
+    """A sampled answer with the log-probabilities reported by its sampler."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -62,44 +62,44 @@ class Trainer(Protocol):
         """Log-probabilities; nothing changes."""
 
     def forward_backward(self, rows: Sequence[RenderedRow], loss: str = "cross_entropy") -> Pass:
-        """The same, and the gradient of these rows is kept for the next step.
+        """The same, also accumulating the gradient of these rows for the next step.
 
-        For objectives of policy gradients, rows have the extras `advantages` and `sampler_logprobs`.
+        For policy-gradient objectives, rows have the extras `advantages` and `sampler_logprobs`.
         """
 
     def optim_step(self, adam: AdamStep) -> None:
-        """One optimizer step with the gradients kept since the last one."""
+        """One optimizer step with the gradients accumulated since the last one."""
 
     def save(self, name: str) -> str:
-        """Keep the adapter as it is now; returns the checkpoint's own name."""
+        """Save the adapter in its current state; returns the checkpoint's own name."""
 
     def sample(
         self, checkpoint: str, prompts: Sequence[Sequence[int]], limit: int, end: int
     ) -> list[list[int]]:
-        """Greedy tokens after each prompt, up to and with the token `end`, at most `limit`.
+        """Greedy tokens after each prompt, up to and including the token `end`, at most `limit`.
 
-        Call this last: a service may put the checkpoint in place of the weights in training.
+        Call this last: a service may load the checkpoint over the weights in training.
         """
 
     def draw(self, checkpoint: str, prompt: Sequence[int], limits: Sequence[int], end: int) -> list[Drawn]:
-        """Answers of at most so many tokens each, drawn at temperature 1; call this last, as `sample`."""
+        """One answer for each limit on its length, drawn at temperature 1; call this last, like `sample`."""
 
     def fetch(self, checkpoint: str, folder: Path) -> None:
         """Write a saved adapter to a new PEFT folder."""
 
 
 class Backend(Protocol):
-    """A place where adapters are trained on one base."""
+    """A place where adapters on one base are trained."""
 
     def create(self, condition: Condition, rank: int, seed: int) -> Trainer:
         """A fresh adapter."""
 
     def describe(self) -> dict[str, str]:
-        """Names and versions for a recording; no address and no key."""
+        """Names and versions for a recording, without addresses or keys."""
 
 
 def reduced(rows: Sequence[RenderedRow], reduction: Reduction) -> list[RenderedRow]:
-    """The rows with weights under which a plain weighted sum is the given reduction."""
+    """The rows, reweighted so that a plain weighted sum equals the given reduction."""
     if reduction == "sum":
         return list(rows)
 
@@ -111,7 +111,7 @@ def reduced(rows: Sequence[RenderedRow], reduction: Reduction) -> list[RenderedR
 
 
 def loss_of(row: RenderedRow, logprobs: np.ndarray, loss: str) -> float:
-    """The summed objective of a row, from log-probabilities of its targets."""
+    """The summed objective of a row, from the log-probabilities of its targets."""
     if loss == "cross_entropy":
         return -float(np.dot(shifted(row)[2], logprobs))
     extras = {name: values[1:] for name, values in row.extras.items()}

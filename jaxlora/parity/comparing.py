@@ -1,9 +1,9 @@
-"""Replay a recording in this package and put a number, a bar and a verdict on every difference.
+"""Replay a recording in this package, and report every difference with a tolerance and a verdict.
 
     checks = compare(load_recording(file), model_dir, "float32")
     all(check.passed for check in checks)
 
-The replay starts from the recorded initial adapter, so that only the computation is compared.
+The replay starts from the recorded initial adapter, so only the computation is compared.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ class Bars:
     mean_logprob: float  # mean |difference| of the log-probabilities of one pass
     loss: float  # relative difference of a summed loss
     adapter: float  # |ours - theirs| / |theirs - start|, Euclidean, whole adapter
-    tokens: float | None  # share of greedy tokens that differ; None: shown, but decides nothing
+    tokens: float | None  # share of greedy tokens that differ; None: shown, but not decisive
 
 
 BARS = {
     "float32": Bars(logprob=1e-4, mean_logprob=1e-5, loss=1e-5, adapter=1e-3, tokens=0.0),
-    # bfloat16 keeps 8 bits. The bars are two to ten times what a float32 recording of a tiny model differs by
-    # when it is replayed in bfloat16, and below what the other reduction would make of the adapter. After one
-    # near-tie that falls the other way, every later greedy token differs, so their share says little.
+    # bfloat16 has 8 significant bits. The bars are two to ten times the differences seen when a float32
+    # recording of a tiny model is replayed in bfloat16, and below the effect of the other reduction on the
+    # adapter. Once a near-tie falls the other way, all later greedy tokens differ, so their share says
+    # little.
     "bfloat16": Bars(logprob=0.5, mean_logprob=0.03, loss=5e-3, adapter=0.15, tokens=None),
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """One measured difference. `bar` None: for information, it decides nothing."""
+    """One measured difference. If `bar` is None, it is only informative."""
 
     case: str
     name: str
@@ -93,7 +94,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Replay:
-    """What this package answers to a case."""
+    """This package's results for a case."""
 
     condition: str  # of the recorded adapter, from its tensors
     start: Tree
@@ -102,16 +103,16 @@ class Replay:
     steps: list[Pass]
     after: Pass
     end: Tree  # our final adapter
-    other_end: Tree | None  # with the other reduction, where it makes a difference
+    other_end: Tree | None  # with the other reduction, if that makes a difference
     loaded: Pass  # with the service's final adapter
     answers: list[list[int]]  # likewise
 
 
 def replay(recording: Recording, case: Case, backend: OurBackend) -> Replay:
-    """Do here what the service did, from the same initial adapter.
+    """Repeat what the service did, from the same initial adapter.
 
     Raises:
-      UserError: an adapter of the recording is missing, changed, or does not fit the base.
+      UserError: an adapter of the recording is missing, modified, or does not fit the base.
     """
     settings = recording.settings
     start_folder, end_folder = recording.adapter(case, "start"), recording.adapter(case, "end")
@@ -143,7 +144,7 @@ def replay(recording: Recording, case: Case, backend: OurBackend) -> Replay:
 
 
 def judge(recording: Recording, case: Case, ours: Replay, bars: Bars) -> list[Check]:
-    """Every difference of a case with its bar."""
+    """Every difference in a case, with its bar."""
 
     def check(name: str, value: float, bar: float | None, above: bool = False) -> Check:
         return Check(case.name, name, float(value), bar, above)
@@ -180,29 +181,29 @@ def other_reduction(recording: Recording) -> Reduction:
 
 
 def largest(ours: Sequence[Pass], theirs: Sequence[Pass]) -> float:
-    """Largest absolute difference of two log-probabilities."""
+    """Largest absolute difference between two log-probabilities."""
     return float(np.abs(_all(ours) - _all(theirs)).max())
 
 
 def mean(ours: Sequence[Pass], theirs: Sequence[Pass]) -> float:
-    """Mean absolute difference of the log-probabilities; the worst pass."""
+    """Mean absolute difference of the log-probabilities, in the worst pass."""
     pairs = zip(ours, theirs, strict=True)
     return max(float(np.abs(_all([a]) - _all([b])).mean()) for a, b in pairs)
 
 
 def loss(ours: Sequence[Pass], theirs: Sequence[Pass]) -> float:
-    """Largest relative difference of two summed losses."""
+    """Largest relative difference between two summed losses."""
     return max(abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours, theirs, strict=True))
 
 
 def relative(ours: Tree, theirs: Tree, start: Tree) -> float:
-    """|ours - theirs| / |theirs - start|: the difference in units of the distance that training moved."""
+    """|ours - theirs| / |theirs - start|: the difference relative to the distance moved in training."""
     a, b, zero = _flat(ours), _flat(theirs), _flat(start)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b - zero))
 
 
 def different_tokens(ours: Sequence[list[int]], theirs: Sequence[list[int]], stop: int) -> float:
-    """Share of greedy tokens that differ, place by place, the end-of-turn token left out."""
+    """Share of greedy tokens that differ, position by position, without the end-of-turn token."""
     different = total = 0
     for pair in zip(ours, theirs, strict=True):
         a, b = ([token for token in answer if token != stop] for answer in pair)

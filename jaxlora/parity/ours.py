@@ -1,4 +1,4 @@
-"""The parity interface over this package's engine: the programs of a real run, packed rows and all.
+"""The parity interface implemented by this package's engine: the programs of a real run, with packed rows.
 
 backend = OurBackend(model_dir, "float32")
 trainer = backend.load(Path("adapter"))          # start from a given adapter
@@ -29,7 +29,7 @@ class OurBackend:
     """Adapters on one base, trained by this package.
 
     Args:
-      reduction: the loss of the service that is compared with.
+      reduction: the loss reduction of the service being compared.
       mesh: where it runs; None: all devices.
     """
 
@@ -40,11 +40,11 @@ class OurBackend:
         self.engine = engine.load(str(model_dir), dtype, mesh)
 
     def create(self, condition: Condition, rank: int, seed: int) -> OurTrainer:
-        """A fresh adapter of this package's own initialisation."""
+        """A fresh adapter with this package's own initialisation."""
         return OurTrainer(self.engine.lora(rank, condition, TINKER_ALPHA, seed), self.reduction)
 
     def load(self, adapter: Path) -> OurTrainer:
-        """Start from the adapter in a PEFT folder; its rank, alpha and placement are its own."""
+        """Start from the adapter in a PEFT folder, with its own rank, alpha and placement."""
         return OurTrainer(self.engine.open(adapter), self.reduction)
 
     def describe(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class OurTrainer:
 
     @property
     def lora(self) -> Tree:
-        """A copy of the adapter as it is now: the next step takes the memory of the trainer's own."""
+        """A copy of the current adapter; the trainer's own arrays are donated to the next step."""
         return jax.tree.map(jnp.copy, self.trainer.trained)
 
     def forward(self, rows: Sequence[RenderedRow]) -> Pass:
@@ -107,6 +107,6 @@ class OurTrainer:
 
 
 def _pass(rows: Sequence[RenderedRow], logprobs: list[np.ndarray], loss: str = "cross_entropy") -> Pass:
-    """Log-probabilities with the loss that follows from them and the rows' own weights."""
+    """Log-probabilities with the loss computed from them and the rows' own weights."""
     pairs = zip(rows, logprobs, strict=True)
     return Pass(logprobs, sum(loss_of(row, values, loss) for row, values in pairs))

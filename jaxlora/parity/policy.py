@@ -1,11 +1,11 @@
-"""Policy gradients as a Tinker service computes them: record ten steps, replay them here, compare.
+"""Policy gradients as computed by a Tinker service: record ten steps, replay them here, compare.
 
     record_policy(TinkerBackend(base), prompts, PolicySettings(), Path("policy.json"), base, stop_token=0)
     checks = compare_policy(load_policy(Path("policy.json")), model_dir)
 
-The service draws groups of answers once. Each objective then starts from the adapter that drew them and takes
-ten steps on these answers alone, so that from the second step on the ratios of learner and sampler move away
-from 1. Advantages are centred by group. The replay starts from the same adapter, with the same answers.
+The service samples groups of answers once. Each objective then starts from the adapter that sampled them and
+takes ten steps on these same answers, so from the second step on, the ratios between learner and sampler move
+away from 1. Advantages are centred by group. The replay starts from the same adapter, with the same answers.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from jaxlora.runtime.files import read_json, sha256_of, write_text_atomic
 Objective = Literal["importance_sampling", "ppo"]
 T = TypeVar("T")
 OBJECTIVES: tuple[Objective, ...] = ("importance_sampling", "ppo")
-START = "start"  # the folder of the adapter that drew the answers; the others are named by the objective
+START = "start"  # folder of the adapter that sampled the answers; the others are named after the objective
 
 
 @checked(frozen=True)
 class PolicySettings:
-    """What is recorded. Answer j of a group has at most `shortest + j * longer` tokens: unequal lengths."""
+    """What to record. Answer j of a group has at most `shortest + j * longer` tokens, so lengths differ."""
 
     condition: Condition = "all_layer"
     reduction: Reduction = "sum"
@@ -65,7 +65,7 @@ class PolicySettings:
 
 @checked(frozen=True)
 class Life:
-    """One objective's ten steps: what each answered, and the final adapter's SHA-256."""
+    """One objective's ten steps: the result of each, and the SHA-256 of the final adapter."""
 
     steps: list[PassRecord]
     after: PassRecord
@@ -74,14 +74,14 @@ class Life:
 
 @checked(frozen=True)
 class PolicyRecording:
-    """A recorded experiment; the adapters lie in `<stem>-adapters` beside its file."""
+    """A recorded experiment; its adapters are in `<stem>-adapters` next to its file."""
 
     format: Literal[1]
     base: str
     trainer: dict[str, str]
     settings: PolicySettings
     prompts: list[list[Token]]
-    answers: list[list[Token]]  # the group of each prompt in turn
+    answers: list[list[Token]]  # the groups of all prompts, in order
     sampler_logprobs: list[list[Finite]]
     advantages: list[Finite]
     start: str  # SHA-256 of the first adapter
@@ -112,10 +112,10 @@ def record_policy(
     base: str,
     stop_token: int,
 ) -> Loaded:
-    """Draw answers, take the steps of each objective, and write what was answered to `out`.
+    """Sample answers, take the steps of each objective, and write the results to `out`.
 
     Raises:
-      UserError: `out` exists, the trainer fails, or both objectives do not start from one adapter.
+      UserError: `out` exists, the trainer fails, or the two objectives do not start from the same adapter.
     """
     folder = new_folder(out)
     drawn = _draw(backend, prompts, settings, folder, stop_token)
@@ -161,7 +161,7 @@ def _draw(
     folder: Path,
     stop_token: int,
 ) -> list[Drawn]:
-    """The groups of all prompts, of an adapter of its own: who has sampled does not train any more."""
+    """The groups of all prompts, from a separate adapter, since one that has sampled can no longer train."""
     sampler = backend.create(settings.condition, settings.rank, settings.seed)
     checkpoint = sampler.save(START)
     sampler.fetch(checkpoint, folder / START)
@@ -173,7 +173,7 @@ def _draw(
 
 
 def centred(drawn: Sequence[Drawn], group_size: int) -> list[float]:
-    """Advantages of a reward that has nothing to learn but tells answers apart: the share of even tokens."""
+    """Advantages of an arbitrary reward that tells answers apart: the share of even tokens."""
     rewards = np.array([np.mean([token % 2 == 0 for token in one.tokens]) for one in drawn], np.float32)
     groups = rewards.reshape(-1, group_size)
     found = (groups - groups.mean(axis=1, keepdims=True)).ravel()
@@ -198,13 +198,13 @@ def rows_of(
 
 
 def recorded_rows(recording: PolicyRecording) -> list[RenderedRow]:
-    """The rows that a recording's steps were made on."""
+    """The rows on which a recording's steps were made."""
     drawn = [Drawn(*pair) for pair in zip(recording.answers, recording.sampler_logprobs, strict=True)]
     return rows_of(recording.prompts, drawn, recording.advantages, recording.settings.group_size)
 
 
 def group_of(values: Sequence[T], settings: PolicySettings, step: int) -> Sequence[T]:
-    """The part of all rows, or of what is known of each, that a step (the first is 0) is made on."""
+    """The part of all rows, or of per-row values, on which a step (counted from 0) is made."""
     first = step * settings.group_size % len(values)
     return values[first : first + settings.group_size]
 
@@ -212,7 +212,7 @@ def group_of(values: Sequence[T], settings: PolicySettings, step: int) -> Sequen
 def run_policy(
     trainer: Trainer, rows: Sequence[RenderedRow], settings: PolicySettings, objective: str
 ) -> list[Pass]:
-    """All steps, each on one group in turn; returns what each forward-backward pass answered."""
+    """Take all steps, one group each in rotation; return the result of each forward-backward pass."""
     passes = []
     for step in range(settings.steps):
         passes.append(trainer.forward_backward(group_of(rows, settings, step), objective))
@@ -224,7 +224,7 @@ def run_policy(
 
 
 def is_policy(file: Path) -> bool:
-    """Whether a recording is one of policy gradients; its reader says what else is wrong with it."""
+    """Whether a recording is one of policy gradients; other faults are reported by its reader."""
     content = read_json(file)
     return isinstance(content, dict) and "lives" in content
 
@@ -239,7 +239,7 @@ def load_policy(file: Path) -> Loaded:
 
 
 def _fault(recording: PolicyRecording) -> str | None:
-    """What does not fit together, or None: every later computation relies on it."""
+    """What is inconsistent, or None; every later computation relies on this check."""
     settings, size = recording.settings, recording.settings.group_size
     if not recording.prompts or len(recording.answers) != size * len(recording.prompts):
         return f"{len(recording.answers)} answers, not {size} to each of {len(recording.prompts)} prompts"
@@ -293,7 +293,7 @@ def compare_policy(
 def judge_life(
     loaded: Loaded, rows: Sequence[RenderedRow], backend: OurBackend, objective: Objective, bars: Bars
 ) -> list[Check]:
-    """Replay one objective's steps and judge every difference; and that another loss would be noticed."""
+    """Replay one objective's steps and judge every difference, and whether another loss would be noticed."""
     life, settings = loaded.recording.lives[objective], loaded.recording.settings
     trainer = backend.load(loaded.adapter(START))
     start, end = trainer.lora, backend.load(loaded.adapter(objective)).lora
@@ -341,6 +341,6 @@ def judge_life(
 
 
 def _scale(rows: Sequence[RenderedRow], settings: PolicySettings, step: int) -> float:
-    """The sum of |advantages| of a step's tokens: its loss itself may be 0 where nothing is wrong."""
+    """The sum of |advantages| over a step's tokens, as a scale: a correct loss may itself be 0."""
     group = group_of(rows, settings, step)
     return sum(float(np.abs(row.extras["advantages"]).sum()) for row in group)

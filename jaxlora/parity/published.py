@@ -2,7 +2,7 @@
 
     points = evaluate_published(config, Path("published"))
 
-No training: whoever has an accelerator for an 8B model can check 1193, 1196, 1194 and 1186, 1190, 1189.
+Nothing is trained: with an accelerator for an 8B model you can check 1193, 1196, 1194 and 1186, 1190, 1189.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ def published_subjects(root: str) -> list[tuple[str, str | None, int | None, str
 def evaluate_published(
     config: RunConfig, out: Path, root: str = study.ADAPTERS, overwrite: bool = False
 ) -> list[Point]:
-    """Evaluate what is not evaluated yet, all on one loaded base, and return every point of comparison.
+    """Evaluate what has not been evaluated yet, all on one loaded base, and return every point of comparison.
 
     Args:
-      out: one folder for each subject; finished ones are read, not run again, unless `overwrite`.
+      out: gets one folder per subject; finished ones are read, not run again, unless `overwrite`.
       root: where the adapters are: `<root>/<condition>/seed-<seed>/step-3169`, on the Hub or a local folder.
 
     Raises:
-      UserError: an adapter is missing, or is not of the condition that its folder says.
+      UserError: an adapter is missing, or does not have the condition that its folder says.
     """
     subjects = published_subjects(root)
     folders = {name: out / name.replace(" ", "-") for name, *_ in subjects}
-    # All targets before the first evaluation: that an adapter is missing is said at once, not after the base.
+    # All targets before the first evaluation, so that a missing adapter is reported at once, not after the
+    # base.
     targets = {
         name: _target(config, folders[name], condition, seed, adapter)
         for name, condition, seed, adapter in subjects

@@ -1,10 +1,10 @@
-"""Drive a trainer through a fixed little experiment and write down everything that it answers.
+"""Drive a trainer through a small fixed experiment and record all of its results.
 
     recording = record(TinkerBackend(base), rows, Settings(), Path("parity.json"), base, stop_token=151645)
     recording = load_recording(Path("parity.json"))
 
 For each case: a fresh adapter, log-probabilities, ten Adam steps, log-probabilities again, greedy answers.
-The adapters before and after lie beside the file, in `<stem>-adapters/<case>/`, held by their SHA-256.
+The adapters before and after are in `<stem>-adapters/<case>/` next to the file, identified by their SHA-256.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Content = TypeVar("Content")
 
 @checked(frozen=True)
 class Settings:
-    """What is recorded. Adam's settings are the study's; the learning rate falls along its schedule."""
+    """What to record. Adam's settings are the study's; the learning rate follows its schedule."""
 
     conditions: tuple[Condition, ...] = ("all_layer",)
     reduction: Reduction = "sum"
@@ -54,7 +54,7 @@ class Settings:
 
 
 def make_settings(**values: Any) -> Settings:
-    """Checked settings.
+    """Validated settings.
 
     Raises:
       UserError: an impossible value; names the setting.
@@ -68,7 +68,7 @@ def make_settings(**values: Any) -> Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One adapter's life, as a trainer answered it."""
+    """The training of one adapter, as reported by a trainer."""
 
     name: str
     condition: Condition
@@ -101,7 +101,7 @@ def choose_rows(rows: Sequence[RenderedRow], settings: Settings) -> list[Rendere
     """The first rows that are short enough.
 
     Raises:
-      UserError: there are not enough of them.
+      UserError: there are too few of them.
     """
     short = [row for row in rows if row.n_tokens <= settings.max_tokens][: settings.n_rows]
     if len(short) < settings.n_rows:
@@ -112,7 +112,7 @@ def choose_rows(rows: Sequence[RenderedRow], settings: Settings) -> list[Rendere
 
 
 def cut_answers(rows: Sequence[RenderedRow]) -> list[RenderedRow]:
-    """The rows with every answer cut to the length of the shortest one: equal sums of weights."""
+    """The rows with every answer cut to the length of the shortest, so that sums of weights are equal."""
     shortest = min(len(row.tokens) - row.prompt_length for row in rows)
     ends = [row.prompt_length + shortest for row in rows]
     return [
@@ -122,14 +122,14 @@ def cut_answers(rows: Sequence[RenderedRow]) -> list[RenderedRow]:
 
 
 def learning_rates(settings: Settings) -> list[float]:
-    """The study's schedule over the recorded steps."""
+    """The study's learning-rate schedule over the recorded steps."""
     optim = OptimConfig(peak_lr=settings.peak_lr)
     plan = plan_run(optim, TrainConfig(batch_rows=1, epochs=1), settings.steps)
     return [learning_rate(step, optim, plan) for step in range(1, settings.steps + 1)]
 
 
 def batch_of_step(rows: Sequence[RenderedRow], settings: Settings, step: int) -> list[RenderedRow]:
-    """The rows of a step (the first is 1): in order, round and round."""
+    """The rows of a step (counted from 1), cycling through all rows in order."""
     start = (step - 1) * settings.batch_rows
     return [rows[i % len(rows)] for i in range(start, start + settings.batch_rows)]
 
@@ -137,7 +137,7 @@ def batch_of_step(rows: Sequence[RenderedRow], settings: Settings, step: int) ->
 def run_steps(
     trainer: Trainer, rows: Sequence[RenderedRow], settings: Settings, advance=lambda n: None
 ) -> list[Pass]:
-    """All optimizer steps; returns what each forward-backward pass answered."""
+    """Take all optimizer steps; return the result of each forward-backward pass."""
     passes = []
     for step, rate in enumerate(learning_rates(settings), start=1):
         passes.append(trainer.forward_backward(batch_of_step(rows, settings, step)))
@@ -147,7 +147,7 @@ def run_steps(
 
 
 def prompts_of(rows: Sequence[RenderedRow], settings: Settings) -> list[list[int]]:
-    """The prompts that are answered at the end: those of the first batch."""
+    """The prompts answered at the end: those of the first batch."""
     return [row.tokens[: row.prompt_length].tolist() for row in rows[: settings.batch_rows]]
 
 
@@ -197,7 +197,7 @@ def record(
 
 @checked(frozen=True)
 class PassRecord:
-    """A pass as a file holds it: log-probabilities of its targets by row, and its summed loss."""
+    """A pass as stored in a file: log-probabilities of its targets by row, and its summed loss."""
 
     logprobs: list[list[Finite]]
     loss: Finite
@@ -211,7 +211,7 @@ class PassRecord:
 
 
 def digits(values: Iterable[float]) -> list[float]:
-    """Numbers with as many digits as float32 needs to come back exactly."""
+    """Numbers with the digits that float32 needs for an exact round trip."""
     return [float(str(np.float32(x))) for x in values]
 
 
@@ -252,7 +252,7 @@ def load_recording(file: Path) -> Recording:
 
 
 def _fault(content: _File) -> str | None:
-    """What does not fit together in a recording, or None: every later computation relies on it."""
+    """What is inconsistent in a recording, or None; every later computation relies on this check."""
     settings = content.settings
     if not content.cases:
         return "it holds no cases"
@@ -293,7 +293,7 @@ def _case(case: _CaseFile) -> Case:
 
 
 def _to_json(recording: Recording) -> str:
-    """Compact JSON, one case a line."""
+    """Compact JSON, one case per line."""
     cases = [
         {
             "name": case.name,
@@ -320,7 +320,7 @@ def _to_json(recording: Recording) -> str:
     return json.dumps(head, indent=1)[:-2] + ',\n "cases": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-# --- What all kinds of recordings share ---------------------------------------------------------------------
+# --- Shared by all kinds of recordings ----------------------------------------------------------------------
 
 
 def folder_of(file: Path) -> Path:
@@ -329,10 +329,10 @@ def folder_of(file: Path) -> Path:
 
 
 def new_folder(out: Path) -> Path:
-    """The folder of the adapters of a recording to be made.
+    """The folder for the adapters of a new recording.
 
     Raises:
-      UserError: it or the recording is there already.
+      UserError: it or the recording already exists.
     """
     folder = folder_of(out)
     for place in (out, folder):
@@ -342,10 +342,10 @@ def new_folder(out: Path) -> Path:
 
 
 def read_recording(file: Path, kind: type[Content], fault_of: Callable[[Content], str | None]) -> Content:
-    """What a file holds, checked as a whole.
+    """The content of a file, checked as a whole.
 
     Args:
-      fault_of: says what does not fit together in it, if anything.
+      fault_of: returns what is inconsistent in it, if anything.
 
     Raises:
       UserError: it is missing or not a recording; says where.
@@ -365,7 +365,7 @@ def recorded_adapter(folder: Path, sha256: str) -> Path:
     """The PEFT folder itself, after checking the hash of its weights.
 
     Raises:
-      UserError: they are missing or others than were recorded.
+      UserError: the weights are missing or differ from the recorded ones.
     """
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: missing; it belongs to the recording, keep them together")
@@ -375,5 +375,5 @@ def recorded_adapter(folder: Path, sha256: str) -> Path:
 
 
 def forget_path(settings_file: Path, base: str) -> None:
-    """A local service writes the path of its base into the adapter's settings; keep the name instead."""
+    """Replace the path of the base, which a local service writes into the adapter's settings, by its name."""
     write_json_atomic(settings_file, read_json(settings_file) | {"base_model_name_or_path": base})

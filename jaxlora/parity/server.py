@@ -1,6 +1,6 @@
-"""The environment of the local Tinker server: where it is, and how it is made.
+"""The environment of the local Tinker server: where it is, and how it is installed.
 
-The server (SkyRL's JAX engine) needs other versions of many packages than this one, so it lives in a virtual
+The server (SkyRL's JAX engine) needs different versions of many packages, so it lives in a virtual
 environment of its own: `$JAXLORA_TINKER_SERVER`, or `~/.cache/jaxlora/tinker-server`.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.progress import console
 
-# skyrl-tx 0.3.0 has one A matrix for each projection, as PEFT has; later releases tie those of q, k and v.
-# It speaks JSON only, as the SDK does up to 0.24.1. Its own `jax` extra would bring CUDA along.
+# skyrl-tx 0.3.0 has one A matrix per projection, like PEFT; later releases tie those of q, k and v. It only
+# speaks JSON, as the SDK does up to 0.24.1. Its own `jax` extra would pull in CUDA.
 PINS = (
     "torch==2.13.0",
     "skyrl-tx[tinker]==0.3.0",
@@ -30,7 +30,7 @@ HOW = "python tools/tinker_parity.py install-server"
 
 
 def server_folder() -> Path:
-    """The folder of the environment, there or not."""
+    """The folder of the environment, whether or not it exists."""
     return Path(os.environ.get("JAXLORA_TINKER_SERVER", Path.home() / ".cache" / "jaxlora" / "tinker-server"))
 
 
@@ -38,7 +38,7 @@ def server_python() -> Path:
     """The environment's Python.
 
     Raises:
-      UserError: it is not installed, or with other pins.
+      UserError: it is not installed, or has other pins.
     """
     python, stamp = server_folder() / "bin" / "python", server_folder() / "pins.txt"
     if not python.exists():
@@ -49,7 +49,7 @@ def server_python() -> Path:
 
 
 def install_server() -> Path:
-    """Make the environment, about 2 GB, if it is not there with the right pins.
+    """Create the environment, about 2 GB, unless it exists with the right pins.
 
     Raises:
       UserError: a package cannot be installed.

@@ -3,10 +3,10 @@
     points = compare_run(Path("results/qwen3-8b-all_layer-seed-0"))
     verdict(points)                    # "agrees: 17 of 17 points ..."
 
-Counts must be equal. A measured value is held to the study's three seeds: inside their range, or else inside
-the interval that a further seed of the study would fall into with 99% probability (Student's t over the
-seeds, one standard deviation pooled over steps or conditions; the seven validations share the 1%). Beyond
-it, the run does not agree.
+Counts must be equal. A measured value agrees if it is within the range of the study's three seeds, or within
+the interval that would contain a further seed of the study with 99% probability (Student's t over the seeds,
+with one standard deviation pooled over steps or conditions; the seven validations share the 1%). Outside that
+interval, the run does not agree.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from jaxlora.study.results import Run
 from jaxlora.train.selection import select_checkpoint
 
 COVERAGE = 0.99
-# A loss before the first update depends on the base and the rows only; bfloat16 moves it in the third digit.
+# A loss before the first update depends only on the base and the rows; bfloat16 changes its third digit.
 FIRST_LOSS = 0.01
-# Losses of the next steps depend on the adapter's initialisation too, which no two programs share.
+# The losses of the next steps also depend on the adapter's initialisation, which no two programs share.
 EARLY_LOSS = 0.05
-SELECTION_MARGIN = 0.005  # a trial's NLL is one draw, so there is no range to hold it to
+SELECTION_MARGIN = 0.005  # a trial's NLL is a single draw, so there is no range to compare it with
 
 
 @dataclass(frozen=True)
 class Point:
-    """One figure of ours beside the study's."""
+    """One of our figures next to the study's."""
 
     name: str
     ours: float | None  # None: this run does not have it
     low: float  # the study's range over seeds; low == high for a single figure
     high: float
-    widest: tuple[float, float]  # what agrees
+    widest: tuple[float, float]  # the interval that still agrees
 
     @property
     def judgement(self) -> str:
@@ -57,17 +57,17 @@ class Point:
 
 
 def exactly(name: str, ours: float | None, figure: float) -> Point:
-    """A count: it is equal or it differs."""
+    """A count, which either equals the study's or differs."""
     return Point(name, ours, figure, figure, (figure, figure))
 
 
 def within(name: str, ours: float | None, figure: float, margin: float) -> Point:
-    """A single measured figure and how far from it still agrees."""
+    """A single measured figure, and how far from it a value still agrees."""
     return Point(name, ours, figure, figure, (figure - margin, figure + margin))
 
 
 def over_seeds(name: str, ours: float | None, values: Sequence[float], half_width: float) -> Point:
-    """A value measured for several seeds; `half_width` from `prediction_half_width`."""
+    """A value measured for several seeds; `half_width` comes from `prediction_half_width`."""
     middle = float(np.mean(values))
     return Point(name, ours, min(values), max(values), (middle - half_width, middle + half_width))
 
@@ -75,8 +75,8 @@ def over_seeds(name: str, ours: float | None, values: Sequence[float], half_widt
 def prediction_half_width(groups: Iterable[Sequence[float]], coverage: float = COVERAGE) -> float:
     """Half the width of the prediction interval for one further seed of a group.
 
-    t · s · sqrt(1 + 1/n) for groups of n seeds each, with s pooled over the groups and t of its degrees of
-    freedom.
+    t · s · sqrt(1 + 1/n) for groups of n seeds each, where s is pooled over the groups and t has its degrees
+    of freedom.
     """
     arrays = [np.asarray(group, np.float64) for group in groups]
     n = len(arrays[0])
@@ -86,12 +86,12 @@ def prediction_half_width(groups: Iterable[Sequence[float]], coverage: float = C
 
 
 def together_half_width(groups: Sequence[Sequence[float]]) -> float:
-    """The same for one further seed of every group: all of its values together (Bonferroni)."""
+    """The same for one further seed of every group, for all of its values jointly (Bonferroni)."""
     return prediction_half_width(groups, 1 - (1 - COVERAGE) / len(groups))
 
 
 def compare_run(folder: Path) -> list[Point]:
-    """Every figure of a finished run that the study has too.
+    """Every figure of a finished run that the study also has.
 
     Raises:
       UserError: not a finished run, or one that the study does not have.
@@ -134,7 +134,7 @@ def _run_points(run: Run) -> list[Point]:
 
 
 def _trial_points(run: Run) -> list[Point]:
-    """A run of the learning-rate selection."""
+    """The points of a learning-rate trial."""
     rate = run.learning_rate()
     if rate not in study.SELECTION_NLL[run.condition]:
         raise UserError(f"{run.directory}: the study has no learning-rate trial at {rate}")
@@ -149,7 +149,7 @@ def _trial_points(run: Run) -> list[Point]:
 
 
 def _first_steps(run: Run, losses: int) -> list[Point]:
-    """Token counts of the first steps, and the losses of as many as the study has for such a run."""
+    """Token counts of the first steps, and the first `losses` of their losses."""
     rows = {row["step"]: row for row in run.rows("train")}
     points = []
     for step, tokens in enumerate(study.FIRST_STEP_TOKENS, start=1):
@@ -164,7 +164,7 @@ def evaluation_points(folder: Path, condition: str | None, name: str, seed: int 
     """The figures of one evaluation; `condition` None: the untouched base.
 
     Args:
-      seed: hold it to this seed's own figures (an adapter of the study), not to the range of all.
+      seed: compare with this seed's own figures (an adapter of the study), not with the range of all seeds.
     """
     file = folder / "summary.json"
     summary: dict[str, Any] = read_summary(folder) if file.is_file() else {}
@@ -193,7 +193,7 @@ def evaluation_points(folder: Path, condition: str | None, name: str, seed: int 
 
 
 def verdict(points: Sequence[Point]) -> str:
-    """One sentence: agrees or does not, by how many points, and what is missing."""
+    """One sentence: whether the run agrees, by how many points, and what is missing."""
     counts = {kind: [p for p in points if p.judgement == kind] for kind in ("near", "differs", "missing")}
     compared = len(points) - len(counts["missing"])
     agreed = compared - len(counts["differs"])
@@ -216,7 +216,7 @@ def agrees(points: Sequence[Point]) -> bool:
 
 
 def table(points: Sequence[Point], title: str) -> Table:
-    """Each figure beside the study's, for the terminal."""
+    """Each figure next to the study's, for the terminal."""
     colours = {
         "equal": "green",
         "in range": "green",

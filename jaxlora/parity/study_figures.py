@@ -1,4 +1,4 @@
-"""Figures of the seed study, as its own artifacts state them: the second reference, beside a live service.
+"""Figures of the seed study, from its own artifacts: the second reference besides a live service.
 
 The study: Qwen/Qwen3-8B trained on Tinker, two conditions, seeds 0, 1, 2; see `configs/main.py`.
 """
@@ -10,8 +10,8 @@ SEEDS = (0, 1, 2)
 ADAPTERS = "hf://sumitdotml/lora-and-friends/checkpoints/best-checkpoints"
 SELECTED_STEP = 3169  # of all six runs
 
-TRAIN_TOKENS = 17_227_430  # of a run: two epochs, shifted counts
-VALIDATION_TOKENS = 6_556_081  # of a run: seven passes
+TRAIN_TOKENS = 17_227_430  # per run: two epochs, shifted counts
+VALIDATION_TOKENS = 6_556_081  # per run: seven passes
 PARAMETERS = {"attention_only": 7_667_712, "all_layer": 21_823_488}
 ADAPTER_BYTES = {"attention_only": 30_709_160, "all_layer": 87_360_552}
 
@@ -47,7 +47,7 @@ VALIDATION_NLL = {  # condition -> seed -> mean NLL at VALIDATION_STEPS
     },
 }  # fmt: skip
 
-# GSM8K test, 1,319 problems: right answers in the strict score, answers without a box.
+# GSM8K test, 1,319 problems: correct answers by the strict score, answers without a box.
 PROBLEMS = 1319
 PROMPT_TOKENS = 132_306
 BASE_CORRECT, BASE_NO_BOX, BASE_GENERATED_TOKENS = 1115, 31, 373_388

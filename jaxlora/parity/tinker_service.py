@@ -1,9 +1,9 @@
-"""The parity interface over a Tinker service, through its own SDK (`pip install 'jaxlora[parity]'`).
+"""The parity interface implemented by a Tinker service via its SDK (`pip install 'jaxlora[parity]'`).
 
     backend = TinkerBackend("Qwen/Qwen3-8B")         # the hosted service, with TINKER_API_KEY set
 
 Address and key come from the environment (`TINKER_BASE_URL`, `TINKER_API_KEY`) and are never printed or
-recorded. Every call has a time limit. `tinker` is imported here only, when a backend is made.
+recorded. Every call has a time limit. Only this module imports `tinker`, and only when a backend is created.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_ARCHIVE_BYTES = 2 * 10**9
 
 
 def switches(condition: Condition) -> dict[str, bool]:
-    """Tinker's three switches for a condition. All are always sent: `train_unembed` is on by default."""
+    """Tinker's three switches for a condition. All are always sent, since `train_unembed` defaults to on."""
     groups = GROUPS[condition]
     return {"train_attn": "attention" in groups, "train_mlp": "mlp" in groups, "train_unembed": False}
 
@@ -42,8 +42,8 @@ class TinkerBackend:
     """A Tinker service and one of its base models.
 
     Args:
-      base_model: the service's own name of the base.
-      seconds: time limit of one call. A service may compile or load for minutes on the first ones.
+      base_model: the service's own name for the base.
+      seconds: time limit per call. A service may compile or load for minutes on the first ones.
 
     Raises:
       UserError: the SDK is not installed, no key is set, or the service does not answer in time.
@@ -80,10 +80,10 @@ class TinkerBackend:
         return {"trainer": "tinker", "sdk": self.tinker.__version__}
 
     def call(self, what: str, function: Callable[[], T]) -> T:
-        """Run one call of the SDK with a time limit; whatever goes wrong becomes one line.
+        """Run one SDK call with a time limit; any failure becomes a one-line error.
 
-        The SDK retries a service that is away for hours, and some of its calls take no time limit, so the
-        call runs in a thread that is left behind when its time is up.
+        The SDK retries an unreachable service for hours, and some of its calls take no time limit, so the
+        call runs in a thread that is abandoned when its time is up.
         """
         answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
 
@@ -195,8 +195,10 @@ class TinkerTrainer:
         return Pass(logprobs, _reported_loss(answer, logprobs, rows, loss))
 
     def _datum(self, row: RenderedRow, loss: str) -> Any:
-        """The row as the SDK takes it: likelihood has weights; policy gradients have no weights, and an
-        advantage of 0 on the prompt."""
+        """The row in the SDK's format.
+
+        Cross entropy takes weights; policy gradients take none, and an advantage of 0 on the prompt.
+        """
         types = self.backend.tinker.types
         inputs, targets, weights = shifted(row)
         given = {"weights": weights}
@@ -219,10 +221,10 @@ class TinkerTrainer:
 
 
 def unpack_adapter(content: bytes, folder: Path) -> None:
-    """The two files of an adapter from Tinker's tar archive; anything else in it is left alone.
+    """Extract an adapter's two files from Tinker's tar archive, ignoring anything else in it.
 
     Raises:
-      UserError: the archive cannot be read, or does not hold them.
+      UserError: the archive cannot be read, or does not contain them.
     """
     from jaxlora.checkpoints.peft import SETTINGS, WEIGHTS
 
@@ -239,7 +241,7 @@ def unpack_adapter(content: bytes, folder: Path) -> None:
 
 
 def _reported_loss(answer: Any, logprobs: list[np.ndarray], rows: Sequence[RenderedRow], loss: str) -> float:
-    """The summed loss as the service states it: its metric, its token losses, or its log-probabilities."""
+    """The summed loss that the service reports: as a metric, as token losses, or via log-probabilities."""
     if (metrics := answer.metrics or {}).get("loss:sum") is not None:
         return float(metrics["loss:sum"])
     if all("elementwise_loss" in out for out in answer.loss_fn_outputs):
@@ -253,7 +255,7 @@ def _settled(value: Any, seconds: float) -> Any:
 
 
 def _redacted(text: str) -> str:
-    """The text without the address and the key of the service."""
+    """The text without the service's address and key."""
     address = urllib.parse.urlsplit(os.environ.get("TINKER_BASE_URL", ""))
     secrets = {
         "TINKER_API_KEY": [os.environ.get("TINKER_API_KEY", "")],

@@ -1,11 +1,11 @@
-"""Counts a compiled program's work from its HLO text: matrix FLOPs, bytes over HBM, bytes over the links.
+"""Count a compiled program's work from its HLO text: matmul FLOPs, HBM bytes, interconnect bytes.
 
     work = count_work(compiled.as_text())
     work.ici["all-gather"]           # bytes that one chip receives through all-gathers in one run
 
-XLA's own cost analysis counts the body of a loop once; here bodies are multiplied by their trip counts.
-A loop whose trip count is decided at run time counts `dynamic_trips` times, a product of rows with the matrix
-of their group as if `rows_used` of the rows were used.
+XLA's own cost analysis counts a loop body once; here bodies are multiplied by their trip counts. A loop whose
+trip count is only known at run time counts `dynamic_trips` times. A grouped matmul (`ragged_dot`) counts as
+if a fraction `rows_used` of its rows were used.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import math
 import re
 from dataclasses import dataclass, field
 
-_BITS = {"pred": 8, "bf16": 16, "token": 0}  # others end in their number of bits
+_BITS = {"pred": 8, "bf16": 16, "token": 0}  # other dtype names end in their number of bits
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-# Rows `[rows, in]` and matrices `[groups, in, out]`, the last operands of a product by groups.
+# The last operands of a grouped matmul: rows `[rows, in]` and matrices `[groups, in, out]`.
 _GROUPED = re.compile(r"\w+\[(\d+),(\d+)\]\{[\d,]*\}, \w+\[\d+,\2,(\d+)\]\{[\d,]*\}\}, frontend.*ragged_dot")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_TRAFFIC = {
@@ -29,7 +29,7 @@ _NO_TRAFFIC = {
     "conditional",
     "call",
 }
-_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # which operand holds what is written
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # index of the operand that holds the written data
 _PASSED_ON = {"tuple", "get-tuple-element", "custom-call", *_KINDS}  # inside a fused step of a collective
 
 
@@ -49,7 +49,7 @@ class Instruction:
     op: str
     result: tuple[Array, ...]
     operands: tuple[str, ...]
-    text: str  # everything after the operands: attributes
+    text: str  # everything after the operands, that is, the attributes
     is_root: bool
 
 
@@ -57,13 +57,13 @@ class Instruction:
 class Work:
     """What one chip does in one run of the program."""
 
-    flops: float = 0.0  # of matrix products; of custom kernels only `ragged_dot`'s
-    grouped_flops: float = 0.0  # of `ragged_dot`'s kernels over all of their rows
-    flops8: float = 0.0  # the part of them whose factors are both 8-bit whole numbers
+    flops: float = 0.0  # of matmuls; of custom kernels, only `ragged_dot`'s
+    grouped_flops: float = 0.0  # of `ragged_dot` kernels, over all of their rows
+    flops8: float = 0.0  # the part of `flops` where both factors are 8-bit integers
     hbm_bytes: float = 0.0
     ici: dict[str, float] = field(default_factory=dict)  # bytes received, by collective
     kernels: dict[str, int] = field(default_factory=dict)  # runs of custom kernels, by name
-    dynamic_loops: int = 0  # loops whose trip count the program decides
+    dynamic_loops: int = 0  # loops whose trip count is only known at run time
     largest_entry_gather: int = 0  # bytes of the largest all-gather result outside loops
 
     @property
@@ -75,7 +75,7 @@ Computation = dict[str, Instruction]
 
 
 def count_work(text: str, dynamic_trips: int = 1, rows_used: float = 1.0) -> Work:
-    """The work of a compiled program (one chip's part) from `compiled.as_text()`."""
+    """The work of one chip's part of a compiled program, from `compiled.as_text()`."""
     computations, entry = parse(text)
     work = Work()
     _walk(computations, entry, 1.0, dynamic_trips, work, in_entry=True)
@@ -84,7 +84,7 @@ def count_work(text: str, dynamic_trips: int = 1, rows_used: float = 1.0) -> Wor
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, each a dict of instructions, and the entry's name."""
+    """Computations by name, each a dict of instructions, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     current, entry = "", ""
     for line in text.splitlines():
@@ -153,8 +153,10 @@ def _walk(computations, name: str, times: float, dynamic_trips: int, work: Work,
 
 
 def _inside_fusion(computations, name: str, times: float, work: Work, in_entry: bool) -> None:
-    """Products and collectives fused with other work. A collective that overlaps with products appears in
-    every fused step of its chain; it counts where it starts.
+    """Count matmuls and collectives fused with other work.
+
+    A collective that overlaps with matmuls appears in every fused step of its chain; it is counted where it
+    starts.
     """
     computation = computations[name]
     starts = any('"AsyncCollectiveStart"' in i.text for i in computation.values())
@@ -163,7 +165,7 @@ def _inside_fusion(computations, name: str, times: float, work: Work, in_entry: 
         if instruction.op in ("dot", "convolution"):
             _count_product(computation, instruction, times, work)
         elif instruction.op in _KINDS and ("chain_id" not in instruction.text or starts):
-            # XLA fuses a reduce-scatter on TPU as an all-reduce of which each chip keeps a slice.
+            # On TPU, XLA fuses a reduce-scatter as an all-reduce of which each chip keeps a slice.
             scatters = instruction.op == "all-reduce" and root.op == "dynamic-slice"
             kind = "reduce-scatter" if scatters else instruction.op
             _count_collective(computation, instruction, kind, times, work, in_entry)
@@ -183,7 +185,7 @@ def _count_kernel(instruction: Instruction, times: float, work: Work) -> None:
 
 
 def _count_collective(computation, instruction, kind: str, times: float, work: Work, in_entry: bool) -> None:
-    """Bytes that a chip receives: what an optimal algorithm needs, the same for ring and tree."""
+    """Add the bytes that a chip receives with an optimal algorithm, which are the same for ring and tree."""
     sent = sum(a.bytes for name in instruction.operands for a in computation[name].result)
     n = group_size(instruction.text)
     received = {
@@ -200,7 +202,7 @@ def _count_collective(computation, instruction, kind: str, times: float, work: W
 
 
 def group_size(text: str) -> int:
-    """Chips that take part in one group of a collective, from its `replica_groups`."""
+    """The number of chips in one group of a collective, from its `replica_groups`."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
         return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", match[2]))
@@ -219,7 +221,7 @@ def _count_product(computation: Computation, instruction: Instruction, times: fl
 
 
 def _product_flops(computation: Computation, instruction: Instruction) -> float:
-    """2 B M N K of `[B, M, K] x [B, K, N]`. The sizes of its three arrays multiply to B^3 (M N K)^2."""
+    """2 B M N K for `[B, M, K] x [B, K, N]`. The sizes of the three arrays multiply to B^3 (M N K)^2."""
     left, right = (computation[name].result[0].dims for name in instruction.operands[:2])
     batch = 1
     if match := re.search(r"lhs_batch_dims=\{([\d,]+)\}", instruction.text):
@@ -258,7 +260,7 @@ def _traffic(computations, computation: Computation, instruction: Instruction) -
 
 
 def _bytes_used(computations, fused: Computation, parameter: Instruction) -> float:
-    """Bytes of a fused computation's parameter that it reads: a slice where it only slices."""
+    """Bytes that a fused computation reads of a parameter: only the slice, if it only slices."""
     whole = sum(a.bytes for a in parameter.result)
     used = 0.0
     for user in fused.values():
@@ -289,13 +291,13 @@ def _bytes_used(computations, fused: Computation, parameter: Instruction) -> flo
 
 
 def _is_view(instruction: Instruction) -> bool:
-    """Whether the result is the operand in another shape or order, where it lies."""
+    """Whether the result is the operand in another shape or order, in the same memory."""
     aliased = "output_to_operand_aliasing={{}: (0, {})}" in instruction.text
     return instruction.op == "bitcast" or (instruction.op == "fusion" and aliased)
 
 
 def _passes_on(fused: Computation, value: Instruction) -> bool:
-    """Whether a fused computation gives on this value itself, seen through views."""
+    """Whether a fused computation returns this very value, possibly through views."""
     if value.is_root:
         return True
     views = (i for i in fused.values() if value.name in i.operands and _is_view(i))
@@ -303,7 +305,7 @@ def _passes_on(fused: Computation, value: Instruction) -> bool:
 
 
 def _trip_count(computations, loop: Instruction) -> int | None:
-    """Trips of `while (i < n)` counted from zero with a constant n; None: decided at run time."""
+    """Trips of `while (i < n)` counted from zero with constant n; None: only known at run time."""
     if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
         return int(match[1])
     condition = computations[_called(loop, "condition")]

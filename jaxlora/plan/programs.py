@@ -1,9 +1,9 @@
-"""Compiles the real programs of a run for a slice that is not there, and measures what they need.
+"""Compile a run's real programs for a slice without having it, and measure what they need.
 
     programs = Programs(config, published_config("qwen3-8b"), slice_named("v5e-8"), Workload())
     programs.train_step().memory.total     # bytes per chip
 
-The TPU compiler comes from PyPI (`pip install 'jax[tpu]'` takes the one for this JAX) and needs no chip.
+The TPU compiler comes from PyPI (`pip install 'jax[tpu]'` installs the one for this JAX) and needs no chip.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ from jaxlora.train.job import state_on
 from jaxlora.train.step import Compute, TrainState, make_eval_step, make_train_step
 from jaxlora.train.step import wire as wire_machine
 
-INSTALL = "`pip install 'jax[tpu]'`"  # the compiler in the version for this JAX
-DEPTHS = (2, 4)  # layers of the models that a deep mixture's programs for decoding are worked out from
+INSTALL = "`pip install 'jax[tpu]'`"  # the compiler version that matches this JAX
+DEPTHS = (2, 4)  # depths that are compiled to extrapolate the decoding programs of a deep mixture of experts
 
 
 def wire(
     config: RunConfig, model: ModelConfig, devices: list[jax.Device]
 ) -> tuple[jax.sharding.Mesh, ModelSpec, Compute]:
-    """The mesh, the spec and the way to compute that a run has on these TPU chips."""
+    """The mesh, the spec and the compute settings of a run on these TPU chips."""
     machine = wire_machine(config.model, config.mesh, devices)
     full = config.train.what == "full"
     lora = None if full else config.lora
     scheme = pick_scheme(config.model, devices[0], training=True)
-    # The machine that compiles is another one, so nothing is left to `auto`.
+    # The compiling machine is not the target, so nothing is left to `auto`.
     spec = ModelSpec(model, lora, config.model.dtype, machine.scan, full=full, scheme=scheme)
     spec = replace(spec, products="ragged_dot")
     return machine.mesh, spec, machine.compute()
@@ -78,7 +78,7 @@ def wire(
 
 @dataclass(frozen=True)
 class Workload:
-    """How many rows and tokens a run has; the defaults are the study's."""
+    """The size of a run in rows and tokens; the defaults are the study's."""
 
     train_rows: int = 25_348
     validation_rows: int = 2_818
@@ -94,8 +94,8 @@ class Memory:
     temporaries: int
     outputs: int  # beyond those that reuse a donated argument
     code: int
-    missing: int = 0  # beyond the chip's memory, where the program does not compile for that reason
-    held: int = 0  # in use by something else while the program runs
+    missing: int = 0  # beyond the chip's memory, if the program fails to compile for that reason
+    held: int = 0  # used by something else while the program runs
 
     @property
     def total(self) -> int:
@@ -107,7 +107,7 @@ class Program:
     """One compiled program, and what one chip does in one run of it."""
 
     name: str
-    tokens: int  # of one buffer or one call, on all chips together, padding included
+    tokens: int  # of one buffer or one call, over all chips, padding included
     memory: Memory
     flops: float
     work: Work
@@ -141,7 +141,7 @@ class Programs:
 
     @property
     def kernel_passes(self) -> int:
-        """1 if attention is a kernel, whose products do not appear in the compiled text; else 0."""
+        """1 if attention is a kernel, whose matmuls do not appear in the compiled text; else 0."""
         return int(self.compute.backend == "splash")
 
     @property
@@ -150,7 +150,7 @@ class Programs:
 
     @cached_property
     def train_tokens(self) -> int:
-        """Length of each buffer of a typical optimizer step."""
+        """Length of each buffer in a typical optimizer step."""
         return self.buffer(self._step_tokens / self.buffers)
 
     @cached_property
@@ -180,16 +180,19 @@ class Programs:
         return self.compiled("validation step", self.mesh, step, arguments, tokens, self.kernel_passes)
 
     def prefill(self) -> Program:
-        """The prefill of a batch of prompts, with the adapter as decoding has it."""
+        """The prefill of a batch of prompts, with the adapter in the form used for decoding."""
         return self._beside_base(self._of_depth(Programs._prefill))
 
     def decode_step(self) -> Program:
-        """One token for each slot, with the adapter as decoding has it and the KV cache half full."""
+        """One token in each slot, with the adapter as used for decoding and the KV cache half full."""
         return self._beside_base(self._of_depth(Programs._decode_step))
 
     def _of_depth(self, compile_one: Callable[[Programs], Program]) -> Program:
-        """A program for decoding, whose layers are not a loop; of a mixture of many layers it is worked out
-        from two of few layers, because each layer takes the compiler half a minute."""
+        """A decoding program, whose layers are unrolled rather than looped over.
+
+        For a deep mixture of experts it is extrapolated from two shallow models, because the compiler takes
+        half a minute per layer.
+        """
         if self.model.experts is None or self.model.num_hidden_layers <= max(DEPTHS):
             return compile_one(self)
         few, more = (compile_one(self._with_layers(depth)) for depth in DEPTHS)
@@ -221,24 +224,24 @@ class Programs:
         return self.compiled("decode step", self._decode_mesh, step, arguments, slots, 0, window=window)
 
     def _beside_base(self, program: Program) -> Program:
-        """The program beside the base in its training layout, which a study keeps for its next run."""
+        """The program next to the base in its training layout, which a study keeps for its next run."""
         held = device_bytes(self.base)
         return replace(program, memory=replace(program.memory, held=held))
 
     @cached_property
     def state(self) -> TrainState:
-        """What is trained, and its optimizer's state."""
+        """The trained weights and the optimizer state."""
         return state_on(self.mesh, self.spec, self.config.optim)
 
     @cached_property
     def base(self) -> Any:
-        """The frozen weights; none where all are trained."""
+        """The frozen weights; none if all weights are trained."""
         return (
             {} if self.spec.full else abstract(self.spec.abstract_base, base_shardings(self.mesh, self.spec))
         )
 
     def batch(self, buffers: int, tokens: int, lines: int = 1) -> Any:
-        """A batch of buffers, each of so many lines of so many tokens."""
+        """A batch of `buffers` buffers, each with `lines` lines of `tokens` tokens."""
         shape = (buffers, lines, tokens)
         sharding = named(self.mesh, (None, "batch", "length"), shape)
         names = ("tokens", "targets", "positions", "segment_ids")
@@ -256,7 +259,7 @@ class Programs:
 
     @property
     def _decode_adapter(self) -> Any:
-        """The adapter, where decoding keeps it beside a quantised base."""
+        """The adapter, if decoding keeps it separate from a quantised base."""
         if self._decode_spec.lora is None:
             return {}
         lora = jax.eval_shape(lambda: init_lora(self.spec, 0))
@@ -275,11 +278,11 @@ class Programs:
     def compiled(
         self, name: str, mesh, step, arguments, tokens: int, attention_passes: float, **static
     ) -> Program:
-        """Compile a program and count its work; one that does not fit has its missing bytes alone.
+        """Compile a program and count its work; if it does not fit, only its missing bytes are known.
 
         Args:
-          tokens: of one buffer or one call.
-          attention_passes: see `attention_flops`; 0 where the compiled text has attention's products.
+          tokens: in one buffer or one call.
+          attention_passes: see `attention_flops`; 0 if the compiled text contains attention's matmuls.
         """
         start = time.monotonic()
         with jax.set_mesh(mesh):
@@ -312,7 +315,7 @@ class Programs:
 
 
 def _text_of(compiled: Any) -> str:
-    """The compiled program; raises `UserError` where this JAX cannot read what the compiler wrote."""
+    """The compiled program's text; `UserError` if this JAX cannot read what the compiler wrote."""
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
@@ -322,8 +325,8 @@ def _text_of(compiled: Any) -> str:
 
 
 def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
-    """The share of the experts' rows on a chip that is used where every expert is chosen equally often."""
-    if model.experts is None or not tokens:  # an optimizer's step has none
+    """The share of a chip's expert rows that are used if every expert is chosen equally often."""
+    if model.experts is None or not tokens:  # an optimizer step has none
         return 1.0
     ways, own = mesh.shape.get("expert", 1), math.ceil(tokens / token_shards(mesh))
     choices = own * model.experts.num_experts_per_tok
@@ -332,10 +335,10 @@ def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:
 
 
 def deeper(few: Program, more: Program, share: float, slice_: Slice) -> Program:
-    """The program of a deeper model, on the line through those of two depths.
+    """The program of a deeper model, extrapolated linearly from those of two depths.
 
     Args:
-      share: of their difference that it has more than the first one.
+      share: the extra depth over the first model, relative to the difference between the two.
     """
 
     def line(a: Any, b: Any) -> Any:
@@ -358,13 +361,13 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
     Raises:
       UserError: the TPU compiler is not installed.
     """
-    # Without these, libtpu spends minutes asking the cloud's metadata server.
+    # Without these, libtpu spends minutes querying the cloud's metadata server.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # any will do: the topology below counts
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")  # any will do: only the topology below counts
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # so that several plans can run at once
     for name in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):
-        os.environ.setdefault(name, "3")  # or it warns that this machine has no TPU
+        os.environ.setdefault(name, "3")  # otherwise it warns that this machine has no TPU
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -373,6 +376,6 @@ def topology_devices(slice_: Slice) -> list[jax.Device]:
 
     bounds = (2, 2, 1) if slice_.n_chips > 1 else (1, 1, 1)
     options: dict[str, Any] = {"num_slices": 1, "chips_per_host_bounds": bounds}
-    if slice_.chip.name in ("v4", "v5p"):  # both cores of a chip as one device, as in the cloud
+    if slice_.chip.name in ("v4", "v5p"):  # both cores of a chip act as one device, as in the cloud
         options["chip_config_name"] = "megacore"
     return topologies.get_topology_desc(platform="tpu", topology_name=slice_.topology, **options).devices

@@ -1,4 +1,4 @@
-"""A plan of a run on a slice: whether it fits, how long it likely takes, what that costs.
+"""The plan of a run on a slice: whether it fits, how long it is likely to take, and what that costs.
 
 plan = make_plan(config, model, slice_named("v5e-8"), Workload())
 plan.fits, plan.run.hours, print_plan(plan)
@@ -24,8 +24,8 @@ from jaxlora.runtime.progress import progress_bar
 from jaxlora.train.schedule import plan_run
 
 GIB = 2**30
-RESERVED = 0.02  # share of a chip's memory that programs cannot use
-SWEEP_RUNS = 6  # runs of a study
+RESERVED = 0.02  # share of a chip's memory that is unavailable to programs
+SWEEP_RUNS = 6  # runs in a study
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
     run: RunCost | None
     sweep: RunCost | None
     advice: str | None
-    longest_buffer: int | None  # tokens of the longest buffer that should fit; None: any allowed length
+    longest_buffer: int | None  # tokens in the longest buffer that should fit; None: any allowed length
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: bytes, FLOPs and seconds of one run of each program on one chip."""
@@ -73,8 +73,8 @@ def make_plan(
     """Compile the run's four programs for the slice, and work out its time and cost.
 
     Args:
-      dollars: the price of one chip for one hour.
-      train: the training step, if it has been compiled already.
+      dollars: the price per chip-hour.
+      train: the training step, if already compiled.
     """
     programs = Programs(config, model, slice_, workload)
     makers = [programs.validation_step, programs.prefill, programs.decode_step]
@@ -115,7 +115,7 @@ def make_plan(
 
 
 def all_fit(programs: list[Program], slice_: Slice) -> bool:
-    """Whether each of the programs fits a chip."""
+    """Whether every program fits on a chip."""
     room = slice_.chip.hbm_bytes * (1 - RESERVED)
     return all(p.memory.missing == 0 and p.memory.total <= room for p in programs)
 
@@ -128,7 +128,7 @@ def run_cost(
     n_chips: int,
     dollars_per_chip_hour: float | None,
 ) -> RunCost:
-    """Hours of `steps` optimizer steps and `validation_batches` validation batches, and their price."""
+    """Hours for `steps` optimizer steps and `validation_batches` validation batches, and their price."""
     seconds = steps * train_seconds + validation_batches * validation_seconds
     return cost_of(seconds, n_chips, dollars_per_chip_hour)
 
@@ -140,15 +140,15 @@ def cost_of(seconds: float, n_chips: int, dollars_per_chip_hour: float | None) -
 
 
 def longest_buffer(train: Program, room: float, multiple: int, most: int) -> int | None:
-    """Tokens of the longest training buffer that should fit; None if the longest allowed one does.
+    """Tokens in the longest training buffer that should fit; None if the longest allowed one does.
 
     Steps vary around the typical one that was compiled. Temporaries are assumed to grow in proportion to the
-    tokens.
+    number of tokens.
 
     Args:
       room: bytes on a chip that programs may use.
       multiple: buffer lengths are multiples of this.
-      most: tokens of the longest buffer that the configuration allows.
+      most: tokens in the longest buffer that the configuration allows.
     """
     memory = train.memory
     if not memory.temporaries:
@@ -179,7 +179,7 @@ def ranked(config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workl
 
 
 def overrides(choice: Choice) -> str:
-    """The command-line overrides that make this choice."""
+    """The command-line overrides that select this choice."""
     mesh = choice.mesh
     names = ("data", "fsdp", "tensor", *(("expert",) if mesh.expert else ()))
     words = [f"--config.mesh.{name}={getattr(mesh, name)}" for name in names]
@@ -190,7 +190,7 @@ def overrides(choice: Choice) -> str:
 
 
 def apply(config: RunConfig, choice: Choice) -> RunConfig:
-    """The configuration with this choice in it."""
+    """The configuration with this choice applied."""
     train = config.train if choice.buffers == 1 else replace(config.train, max_buffer_tokens=choice.tokens)
     return replace(config, mesh=choice.mesh, model=replace(config.model, remat=choice.remat), train=train)
 
@@ -198,11 +198,11 @@ def apply(config: RunConfig, choice: Choice) -> RunConfig:
 def search(
     config: RunConfig, model: ModelConfig, slice_: Slice, workload: Workload, console: Console
 ) -> tuple[RunConfig, Program | None]:
-    """Compile the training step of the choices estimated fastest, one after another, until one fits.
+    """Compile training steps, starting with the choice estimated to be fastest, until one fits.
 
     Returns:
-      the configuration with that choice, and its training step; if none fits, the configuration as it was,
-      and None.
+      the configuration with that choice and its training step; if none fits, the original configuration and
+      None.
     """
     choices = ranked(config, model, slice_, workload)
     table = Table(
@@ -229,7 +229,7 @@ def search(
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """A table of the programs, as each runs on one chip, then a line about the run."""
+    """Print a table of the programs, as each runs on one chip, then a line about the run."""
     title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, {plan.condition}"
     title += f", remat {str(plan.remat).lower()}" if plan.remat else ""
     console.print(programs_table(plan.programs, plan.slice.chip, title))
@@ -237,7 +237,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def programs_table(programs: list[Program], chip: Chip, title: str) -> Table:
-    """What each program takes of one chip in one run."""
+    """What each program needs on one chip in one run."""
     table = Table(title=title, title_justify="left")
     table.add_column("one run on one chip")
     for program in programs:

@@ -1,4 +1,4 @@
-"""What is compared: an arm is full fine-tuning, or an adapter of some placement and rank.
+"""The conditions compared: an arm is full fine-tuning, or an adapter with a certain placement and rank.
 
 arm = parse_arm("all_layer:16", model)                       # model: a ModelConfig
 arm = parse_arm("attention_only~mlp_only:64", model)         # rank 106 on SmolLM2: as many parameters
@@ -25,17 +25,17 @@ from jaxlora.runtime.errors import UserError
 
 FULL = "full"
 HEAD = "lm_head"
-WORST_MATCH = 0.05  # parameters of two matched placements differ by no more than this share
+WORST_MATCH = 0.05  # matched placements may differ in parameters by at most this fraction
 _PLACE = r"[a-z_]+(?:\+[a-z_]+)*"
 _FORM = re.compile(rf"(?:{FULL}|({_PLACE})(?:~({_PLACE}))?:(\d+))(?:@(\d+))?")
-MOST_ROWS = 65_536  # of a step
+MOST_ROWS = 65_536  # per step
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One condition. `lora` is None for full fine-tuning; `residual` is how far a match is off."""
+    """One condition. `lora` is None for full fine-tuning; `residual` is the relative error of a match."""
 
-    label: str  # in names of files and in tables, such as `all_layer-r16`
+    label: str  # in file names and tables, such as `all_layer-r16`
     lora: LoraConfig | None
     parameters: int
     batch_rows: int
@@ -51,7 +51,7 @@ class Arm:
 
     @property
     def placement(self) -> str:
-        """The label without its rank."""
+        """The label without the rank."""
         return self.label.rpartition("-r")[0] if self.lora else FULL
 
 
@@ -61,7 +61,7 @@ def parse_arms(
     """The arms of a configuration, in its order.
 
     Raises:
-      UserError: one is not understood, cannot be had of this model, or is named twice.
+      UserError: one is not understood, is impossible for this model, or is named twice.
     """
     arms = [parse_arm(text, model, batch_rows, alpha) for text in texts]
     labels = [f"{arm.label}@{arm.batch_rows}" for arm in arms]
@@ -71,10 +71,10 @@ def parse_arms(
 
 
 def parse_arm(text: str, model: ModelConfig, batch_rows: int = 32, alpha: float = 32.0) -> Arm:
-    """One arm, see `jaxlora.config.RegretConfig`; raises as `parse_arms`.
+    """One arm, see `jaxlora.config.RegretConfig`; raises like `parse_arms`.
 
     Args:
-      batch_rows: rows a step where the text does not say.
+      batch_rows: rows per step, unless the text states them.
     """
     match = _FORM.fullmatch(text)
     if match is None:
@@ -96,7 +96,7 @@ def parse_arm(text: str, model: ModelConfig, batch_rows: int = 32, alpha: float 
 
 
 def matched_rank(place: str, other: str, rank: int, model: ModelConfig, alpha: float) -> tuple[int, float]:
-    """The rank of `place` with as many parameters as `other` has at `rank`, and the share by which it is off.
+    """The rank at which `place` has as many parameters as `other` at `rank`, and the relative error.
 
     Raises:
       UserError: the nearest rank is off by more than `WORST_MATCH`.

@@ -1,4 +1,4 @@
-"""The command of an experiment: what `launch/study.py` does where `config.regret.arms` names some.
+"""The command of an experiment: what `launch/study.py` does if `config.regret.arms` is set.
 
 code = main(config, dry_run=False, status=False)      # 0: finished
 """
@@ -18,13 +18,13 @@ from jaxlora.runtime.progress import console
 
 
 def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only: str | None = None) -> int:
-    """Make the runs that are left and write the report; or show what there is to do.
+    """Make the remaining runs and write the report, or only show what there is to do.
 
     Args:
-      only: a stage's name, as of a study; `report` writes the report of the runs that are there.
+      only: a stage's name, as in a study; `report` writes the report of the finished runs.
 
     Raises:
-      UserError: a mistake in the configuration, or results of another one.
+      UserError: a mistake in the configuration, or results of a different one.
     """
     check(config, only)
     lab: Any = Lab(config) if config.regret.by == "likelihood" else RewardLab(config)
@@ -47,7 +47,7 @@ def main(config: RunConfig, *, dry_run: bool = False, status: bool = False, only
 
 
 def check(config: RunConfig, only: str | None) -> None:
-    """Refuse what an experiment would ignore.
+    """Refuse settings that an experiment would ignore.
 
     Raises:
       UserError: names the field and what to do.
@@ -67,7 +67,7 @@ def check(config: RunConfig, only: str | None) -> None:
 
 
 def plan_table(lab: Any) -> Table:
-    """Every cell with its rates and how many of its runs are there."""
+    """A table of every cell with its learning rates, and its finished and remaining runs."""
     records = lab.folder.records()
     table = Table(box=None)
     for title in ("arm", "rows a step", "steps", "parameters", "rates", "done", "left"):

@@ -1,10 +1,10 @@
-"""Which runs an experiment takes: arms at rates of factors of 2, more where the best is on an edge, repeats.
+"""The runs of an experiment: arms at rates a factor of 2 apart, more rates at edges, and repeats.
 
     cells = cells_of(config, model)                    # the arms, each with the middle of its rates
     wanted = next_runs(config.regret, cells, losses)   # what is left to do, given the results so far
 
-Nothing is remembered: the runs to do follow from the configuration and from the results that are there, so
-any number of processes, on one machine after another, come to the same runs.
+There is no stored state: the remaining runs follow from the configuration and the results so far, so any
+number of processes, on one machine after another, arrive at the same runs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jaxlora.train.schedule import plan_run
 
 # Final held-out loss by (cell, rate, seed) at each mark; infinite where a run diverged.
 Losses = Mapping["RunId", Mapping[int, float]]
-# At which ends a finished grid wants more rates, `low` or `high`, beside those where a best rate lies.
+# The ends of a finished grid, `low` or `high`, that need more rates in addition to edges with a best rate.
 Ends = Callable[[Sequence["RunId"]], set[str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm and the middle of its rates: what has one learning-rate sweep of its own."""
+    """An arm and the middle of its learning rates; each cell gets a learning-rate sweep of its own."""
 
     arm: Arm
     middle: float  # of its rates
@@ -43,13 +43,13 @@ class Cell:
         return f"{self.arm.label}-b{self.batch_rows}"
 
     def rate(self, place: int) -> float:
-        """The rate `place` steps of the grid above the middle."""
+        """The rate `place` grid steps above the middle."""
         return self.middle * self.factor**place
 
 
 @dataclass(frozen=True)
 class RunId:
-    """One run: a cell, how many steps of its grid the rate lies above the cell's middle, and a seed."""
+    """One run: a cell, the position of its rate in grid steps above the cell's middle, and a seed."""
 
     cell: Cell
     place: int
@@ -65,7 +65,7 @@ class RunId:
 
 
 def cells_of(config: RunConfig, model: ModelConfig) -> list[Cell]:
-    """Every arm, with the middle of its rates: as configured, or the published formula's.
+    """A cell for every arm; the middle of its rates is configured, or given by the published formula.
 
     Raises:
       UserError: an arm is not understood or impossible, or no rate is published for the family.
@@ -80,12 +80,12 @@ def cells_of(config: RunConfig, model: ModelConfig) -> list[Cell]:
 
 
 def _two_digits(value: float) -> float:
-    """Rates that names of runs hold whole."""
+    """Round a rate to two digits, so that run names contain it exactly."""
     return float(f"{value:.1e}")
 
 
 def steps_of(config: RunConfig, arm: Arm, train_rows: int) -> int:
-    """Steps of one run of an arm over so many rows."""
+    """Steps of one run of an arm over `train_rows` rows."""
     return plan_run(config.optim, replace(config.train, batch_rows=arm.batch_rows), train_rows).total_steps
 
 
@@ -98,17 +98,17 @@ def places_of(regret: RegretConfig) -> range:
 def next_runs(
     regret: RegretConfig, cells: Sequence[Cell], losses: Losses, seed: int = 0, ends: Ends | None = None
 ) -> list[RunId]:
-    """The runs that are still to be made, as far as can be known now; none: the experiment is complete."""
+    """The runs still to be made, as far as is known now; if there are none, the experiment is complete."""
     return [run for cell in cells for run in wanted(regret, cell, losses, seed, ends) if run not in losses]
 
 
 def wanted(
     regret: RegretConfig, cell: Cell, losses: Losses, seed: int = 0, ends: Ends | None = None
 ) -> list[RunId]:
-    """All runs of a cell that are known to be needed: its grid, the rates added at its edges, the repeats.
+    """All runs of a cell known to be needed: its grid, the rates added at its edges, and the repeats.
 
-    Rates are added while the best one, at the end or at a mark, is the lowest or the highest of the grid, up
-    to `extend` of them. Repeats have other seeds at the best rate at the end.
+    Rates are added while the best one, at the end or at a mark, is the lowest or highest of the grid, up to
+    `extend` of them. Repeats use other seeds at the rate that is best at the end.
     """
     first = places_of(regret)
     low, high = first[0], first[-1]
@@ -130,11 +130,11 @@ def wanted(
 
 
 def edges_of(grid: Sequence[RunId], losses: Losses) -> set[str]:
-    """On which edges of the grid a best rate lies, at the end or at any mark: `low`, `high`."""
+    """The edges of the grid, `low` or `high`, that have the best rate at the end or at any mark."""
     found = set()
     for mark in marks_of(grid, losses):
         best = best_run(grid, losses, mark)
-        if best is None or best.place == grid[0].place:  # all diverged: only lower rates can help
+        if best is None or best.place == grid[0].place:  # if all diverged, only lower rates can help
             found.add("low")
         elif best.place == grid[-1].place:
             found.add("high")
@@ -142,14 +142,14 @@ def edges_of(grid: Sequence[RunId], losses: Losses) -> set[str]:
 
 
 def marks_of(grid: Sequence[RunId], losses: Losses) -> list[int]:
-    """The steps at which best rates are read: those that every run of the grid has."""
+    """The steps at which best rates are determined: those recorded by every run of the grid."""
     return sorted(set.intersection(*(set(losses[run]) for run in grid)))
 
 
 def best_run(grid: Sequence[RunId], losses: Losses, mark: int | None = None) -> RunId | None:
-    """The run with the lowest loss at a mark (None: the last one); of equal ones the lower rate.
+    """The run with the lowest loss at a mark (None: the last); ties go to the lower rate.
 
-    None where none is finite.
+    None if no loss is finite.
     """
     mark = marks_of(grid, losses)[-1] if mark is None else mark
     finite = [(losses[run][mark], run.place, run) for run in grid if math.isfinite(losses[run][mark])]

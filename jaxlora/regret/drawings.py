@@ -1,11 +1,11 @@
-"""The pictures of an experiment: learning curves, losses over rates, batch sizes, placements, ratios.
+"""Plots of an experiment: learning curves, losses over rates, batch sizes, placements, ratios.
 
     for name, draw in FIGURES.items():
         figure = draw(sweeps, scatter)       # None where there is nothing to draw
         save(figure, folder / f"{name}.png")
 
-Ranks go from light to dark, and full fine-tuning is black and dashed; each line has a marker of its own. No
-axis of losses begins at zero: differences of a hundredth of a nat are the subject.
+Colours go from light to dark with the rank; full fine-tuning is black and dashed. Each line has a marker of
+its own. Loss axes do not begin at zero, because differences of a hundredth of a nat matter.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def styled(draw: Drawing, sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """The drawing, in the style of the study's figures."""
+    """Draw in the style of the study's figures."""
     with own_style():
         return draw(sweeps, scatter)
 
 
 def looks_of(sweeps: Sequence[Sweep]) -> dict[str, _Look]:
-    """Colour and marker by label: full fine-tuning apart, the others from light to dark in their order."""
+    """Colour and marker for each label: full fine-tuning is special, the others go from light to dark."""
     others = [s.label for s in sweeps if not s.full]
     looks: dict[str, _Look] = {"full": _FULL}
     for place, label in enumerate(others):
@@ -68,12 +68,12 @@ def legend(figure: Figure, axes: Axes) -> None:
 
 
 def _name(sweep: Sweep) -> str:
-    """For a legend; says where the best rate is not known, so that the loss is an upper bound."""
+    """The legend entry; it marks a best rate on an edge, for which the loss is only an upper bound."""
     return f"{sweep.name} (edge)" if sweep.on_edge else sweep.name
 
 
 def _curves(axes: Axes, sweeps: Sequence[Sweep]) -> None:
-    """Envelopes over a logarithmic axis."""
+    """Envelopes over a logarithmic step axis."""
     looks = looks_of(sweeps)
     for sweep in sweeps:
         x, y = [p.step for p in sweep.envelope], [p.loss for p in sweep.envelope]
@@ -89,7 +89,7 @@ def _step_axis(axes: Axes) -> None:
 
 
 def _numbers(axes: Axes) -> None:
-    """A logarithmic height with plain numbers."""
+    """A logarithmic y axis with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -97,7 +97,7 @@ def _numbers(axes: Axes) -> None:
 
 
 def draw_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """Learning curves of all ranks, and how far each lies above the best one."""
+    """Learning curves of all ranks, and how far each is above the best one."""
     own = _ranks_and_full(sweeps)
     if len(own) < 2:
         return None
@@ -122,13 +122,13 @@ def _ranks_and_full(sweeps: Sequence[Sweep]) -> list[Sweep]:
 
 
 def draw_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """The last loss over the rate, for every rank; the parabola's minimum is ringed."""
+    """The last loss over the rate, for every rank; the parabola's minimum is circled."""
     own = _ranks_and_full(sweeps)
     return _over_rates(own, scatter, "Last loss over the learning rate, by rank") if own else None
 
 
 def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figure:
-    own = [sweep for sweep in own if sweep.best(scatter) is not None]  # of one that diverged nothing is drawn
+    own = [sweep for sweep in own if sweep.best(scatter) is not None]  # omit arms that diverged
     figure, (axes,) = canvas(title)
     looks, lowest, ends = looks_of(own), [], []
     for sweep in own:
@@ -144,7 +144,7 @@ def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figu
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     room = max(max(ends) - min(lowest), 0.01)
-    axes.set_ylim(min(lowest) - 0.05 * room, max(ends) + 0.6 * room)  # what diverges is above the picture
+    axes.set_ylim(min(lowest) - 0.05 * room, max(ends) + 0.6 * room)  # diverging runs extend beyond the top
     axes.set_xlabel("learning rate (logarithmic)")
     axes.set_ylabel(_LOSS)
     legend(figure, axes)
@@ -152,7 +152,7 @@ def _over_rates(own: Sequence[Sweep], scatter: float | None, title: str) -> Figu
 
 
 def draw_best_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """The best rate of every rank with its interval, over ten times that of full fine-tuning."""
+    """The best rate of every rank with its interval, against ten times that of full fine-tuning."""
     ranks, full = ranks_of(sweeps), find(sweeps, None)
     known = [(s.rank or 0, best) for s in ranks if (best := s.best(scatter)) is not None and not best.edge]
     if len(known) < 2:
@@ -214,7 +214,7 @@ def draw_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | Non
 
 
 def _placed(sweeps: Sequence[Sweep]) -> list[Sweep]:
-    """Placements other than all layers, and all layers at their ranks or with as many parameters."""
+    """The placements other than all layers, plus all layers at the same ranks or parameter counts."""
     rows = main_batch(sweeps)
     other = [s for s in sweeps if s.batch_rows == rows and not s.full and s.placement != "all_layer"]
     ranks = {s.rank for s in other}
@@ -224,7 +224,7 @@ def _placed(sweeps: Sequence[Sweep]) -> list[Sweep]:
 
 
 def draw_placements(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """Where the adapters sit: the last part of the learning curves, and the last losses over seeds."""
+    """Placements of adapters: the last part of the learning curves, and the last losses over seeds."""
     own = _placed(sweeps)
     if len(own) < 2:
         return None
@@ -252,7 +252,7 @@ def draw_placement_rates(sweeps: Sequence[Sweep], scatter: float | None) -> Figu
 
 
 def draw_ratios(sweeps: Sequence[Sweep], scatter: float | None) -> Figure | None:
-    """The ratio of best rates, LoRA over full, as a run goes on: its first steps are a short run."""
+    """The ratio of best rates, LoRA over full, by step: the first steps of a run amount to a short run."""
     figure, (axes,) = canvas("Best rate of LoRA over that of full fine-tuning, by length of the run")
     drawn = False
     for place, rank in enumerate((4, 16, 64, 256)):

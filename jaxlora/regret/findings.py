@@ -1,11 +1,10 @@
-"""The claims of "LoRA Without Regret" about supervised fine-tuning, answered by an experiment's sweeps.
+"""The claims of "LoRA Without Regret" about supervised fine-tuning, tested on an experiment's sweeps.
 
     for finding in findings(sweeps): finding.claim, finding.figure, finding.verdict, finding.against
 
-Each answer is a rule that any experiment is judged by: what is measured, and from which value on it agrees,
-disagrees or cannot say. A difference counts where it is more than two standard errors, from the
-scatter of repeats; without repeats nothing that rests on a difference is decided. `against` is what others
-found.
+Each test is a rule that applies to any experiment: what is measured, and which values agree, disagree or
+leave it open. A difference counts if it exceeds two standard errors, estimated from the scatter between
+repeats; without repeats, nothing that depends on a difference is decided. `against` is what others found.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from jaxlora.regret.sweeps import Sweep, find, main_batch, ranks_of, scatter_of
 
 AGREES, DISAGREES, CANNOT = "agrees", "disagrees", "cannot say"
 ERRORS = 2.0  # standard errors that a difference must exceed
-STRAIGHT = 0.98  # share of variance that a line in log step must explain
+STRAIGHT = 0.98  # fraction of variance that a line in log step must explain
 EARLY = 0.1  # the first tenth of the steps
-HIGH_RANK = 64  # ranks from here on are called high
+HIGH_RANK = 64  # ranks from here on count as high
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim and what became of it."""
+    """One claim and its verdict."""
 
     claim: str
     rule: str
     figure: str  # ours, in words and numbers
     verdict: str
-    against: str = ""  # evidence of others, for or against
+    against: str = ""  # evidence from others, for or against
 
 
 def findings(sweeps: Sequence[Sweep]) -> list[Finding]:
-    """Every claim that is asked of supervised runs, in the order of the post."""
+    """Every claim about supervised runs, in the order of the post."""
     scatter = scatter_of(sweeps)
     asked: list[Callable[[Sequence[Sweep], float | None], Finding]] = [
         _same_curve,
@@ -63,15 +62,16 @@ def findings(sweeps: Sequence[Sweep]) -> list[Finding]:
 
 
 def _verdict(difference: float, error: float) -> str:
-    """A difference that a claim says is above zero, against its standard error."""
+    """The verdict on a claim that a difference is above zero, given its standard error."""
     if abs(difference) <= ERRORS * error:
         return CANNOT
     return AGREES if difference > 0 else DISAGREES
 
 
 def _gap(first: Sweep | None, second: Sweep | None, scatter: float | None) -> tuple[float, float] | None:
-    """Loss of the first minus the second, each at its best rate, over the seeds that both have, and its
-    standard error; None: not both, or one lies on an edge, where its loss is not that of its best rate.
+    """Loss of the first minus the second over common seeds, each at its best rate, and the standard error.
+
+    None if either is missing, or on an edge, where its loss is not that of its best rate.
     """
     if first is None or second is None or scatter is None or first.on_edge or second.on_edge:
         return None
@@ -168,7 +168,7 @@ def _departures(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 def rate_ratio(
     sweeps: Sequence[Sweep], scatter: float | None, rank: int, step: int | None = None
 ) -> Ratio | None:
-    """The best rate of a rank over that of full fine-tuning, at a step."""
+    """The best rate of a rank divided by that of full fine-tuning, at a step."""
     lora, full = find(sweeps, rank), find(sweeps, None)
     if lora is None or full is None:
         return None
@@ -296,7 +296,7 @@ def _short_runs(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 
 
 def batch_gaps(sweeps: Sequence[Sweep], rank: int, scatter: float | None) -> dict[int, tuple[float, float]]:
-    """By rows a step, the loss of a rank minus that of full fine-tuning, where neither is on an edge."""
+    """By rows per step, the loss of a rank minus that of full fine-tuning, if neither is on an edge."""
     found = {}
     for rows in sorted({sweep.batch_rows for sweep in sweeps}):
         lora, full = find(sweeps, rank, batch_rows=rows), find(sweeps, None, batch_rows=rows)
@@ -313,7 +313,7 @@ def _batch_ranks(sweeps: Sequence[Sweep], scatter: float | None) -> dict[int, di
 
 
 def _batch_slope(gaps: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """Growth of the gap with each doubling of the batch, and its standard error."""
+    """Growth of the gap per doubling of the batch, and its standard error."""
     rows = [math.log2(size) for size in gaps]
     error = max(error for _, error in gaps.values())
     value, of_slope = slope(rows, [gap for gap, _ in gaps.values()], error)
@@ -381,7 +381,7 @@ def _small_batches(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 
 
 def matched(sweeps: Sequence[Sweep], first: str, second: str) -> list[tuple[Sweep, Sweep]]:
-    """Pairs of adapters of two placements with nearly equal parameters."""
+    """Pairs of adapters of two placements with nearly equal parameter counts."""
     rows = main_batch(sweeps)
     own = [s for s in sweeps if s.batch_rows == rows]
     return [
@@ -480,7 +480,7 @@ def _flops(sweeps: Sequence[Sweep], scatter: float | None) -> Finding:
 
 
 def _step_flops(sweep: Sweep) -> float | None:
-    """The compiler's count of one training step in the largest buffers; None on GPUs."""
+    """The compiler's FLOP count for one training step in the largest buffers; None on GPUs."""
     counts = [max(r["flops"].values()) for r in sweep.records if r.get("flops") and _counts(r["device"])]
     return counts[0] if counts else None
 

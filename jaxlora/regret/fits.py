@@ -1,12 +1,12 @@
-"""What is read from curves: envelopes over rates, best rates with their uncertainty, lines in log step.
+"""Analyse curves: envelopes over rates, best rates with uncertainty, lines in log step.
 
-    points = envelope({2.6e-4: curve, 5.2e-4: curve})       # the lowest loss at each step, and whose it is
+    points = envelope({2.6e-4: curve, 5.2e-4: curve})       # the lowest loss at each step, and its rate
     best = best_rate({2.6e-4: 1.02, 5.2e-4: 1.0, 1.04e-3: 1.03}, scatter=0.001)
     best.rate, best.low, best.high                          # of a parabola in log rate
     ratio(best, other)                                      # with an interval
     line_in_log(points), departure(points, reference, by=0.002)
 
-Nothing is smoothed. What the data do not carry is None.
+Nothing is smoothed. Whatever the data do not support is None.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from scipy import stats
 
 from jaxlora.runtime.errors import UserError
 
-DRAWS = 2000  # of the noise of repeats, for intervals
+DRAWS = 2000  # samples of the noise between repeats, for intervals
 Curve = Sequence[tuple[int, float]]  # step, held-out loss
 
 
@@ -35,14 +35,14 @@ class Point:
 
 
 def envelope(curves: Mapping[float, Curve], diverged: frozenset[float] = frozenset()) -> list[Point]:
-    """The pointwise minimum over rates; of equal losses the lower rate's.
+    """The pointwise minimum over rates; ties go to the lower rate.
 
     Args:
       curves: by rate.
-      diverged: rates whose curve ends early; they take part as far as they go.
+      diverged: rates whose curve ends early; they count as far as they go.
 
     Raises:
-      UserError: the curves were looked at at different steps.
+      UserError: the curves were evaluated at different steps.
     """
     if not curves:
         return []
@@ -66,14 +66,14 @@ def envelope(curves: Mapping[float, Curve], diverged: frozenset[float] = frozens
 
 @dataclass(frozen=True)
 class BestRate:
-    """A best rate. `draws` are log2 of what it might have been, given the scatter of repeats."""
+    """A best rate. `draws` are samples of its log2, given the scatter between repeats."""
 
-    rate: float  # the parabola's
-    on_grid: float  # the one that was tried
+    rate: float  # at the parabola's minimum
+    on_grid: float  # the rate tried that has the lowest loss
     loss: float  # of `on_grid`
     low: float | None  # of a 95 % interval; None: no repeats, or on an edge
     high: float | None
-    edge: str | None  # "low" or "high" where the best one is the last of the grid
+    edge: str | None  # "low" or "high" if the best rate is the last of the grid
     draws: np.ndarray | None = None
 
 
@@ -82,11 +82,11 @@ def best_rate(losses: Mapping[float, float], scatter: float | None = None, seed:
 
     Args:
       losses: by rate; not finite where a run diverged.
-      scatter: standard deviation of the loss between repeats; the interval is that of the same reading over
-        losses with so much more noise.
+      scatter: standard deviation of the loss between repeats; the interval comes from repeating this estimate
+        on losses with that much added noise.
 
     Returns:
-      None where no loss is finite. On an edge it is the edge, without an interval.
+      None if no loss is finite. On an edge, the edge itself, without an interval.
     """
     rates = sorted(losses)
     values = np.array([losses[rate] if math.isfinite(losses[rate]) else np.inf for rate in rates])
@@ -105,7 +105,7 @@ def best_rate(losses: Mapping[float, float], scatter: float | None = None, seed:
 
 
 def _vertex(logs: np.ndarray, values: np.ndarray) -> float:
-    """Log2 of the parabola's minimum; the lowest point itself on an edge, or beside a run that diverged."""
+    """Log2 of the parabola's minimum; on an edge or next to a diverged run, of the lowest point itself."""
     place = int(np.argmin(values))
     if place in (0, len(values) - 1):
         return float(logs[place])
@@ -115,7 +115,7 @@ def _vertex(logs: np.ndarray, values: np.ndarray) -> float:
     left, right = (y[0] - y[1]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
     if left + right <= 0:  # all three equal
         return float(x[1])
-    # Where the slopes of the two chords, taken at their middles, would meet zero.
+    # Where the slope, interpolated between the midpoints of the two chords, is zero.
     middle_left, middle_right = (x[0] + x[1]) / 2, (x[1] + x[2]) / 2
     found = middle_left + (middle_right - middle_left) * left / (left + right)
     return float(np.clip(found, x[0], x[2]))
@@ -123,7 +123,7 @@ def _vertex(logs: np.ndarray, values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One best rate over another, with a 95 % interval where both have one."""
+    """The ratio of two best rates, with a 95 % interval if both have one."""
 
     value: float
     low: float | None
@@ -136,20 +136,20 @@ class Ratio:
 
 
 def ratio(first: BestRate | None, second: BestRate | None) -> Ratio | None:
-    """None where either lies on an edge of its grid: there it is no best rate."""
+    """The ratio of two best rates; None if either is on an edge of its grid and so not known to be best."""
     if first is None or second is None or first.edge or second.edge:
         return None
     value = first.rate / second.rate
     if first.draws is None or second.draws is None:
         return Ratio(value, None, None)
-    # The two were drawn with the same noise; the order is turned so that they are independent.
+    # Both were drawn with the same noise; rotating one makes them independent.
     low, high = np.quantile(first.draws - np.roll(second.draws, DRAWS // 2), (0.025, 0.975))
     return Ratio(value, float(2**low), float(2**high))
 
 
 @dataclass(frozen=True)
 class Line:
-    """loss = a + b ln(step), fitted by least squares; `r2` is the share of variance that it explains."""
+    """loss = a + b ln(step), fitted by least squares; `r2` is the fraction of variance explained."""
 
     a: float
     b: float
@@ -158,7 +158,7 @@ class Line:
 
 
 def line_in_log(points: Sequence[Point], first: int = 1) -> Line | None:
-    """The line through the points from a step on; None with fewer than three."""
+    """The line through the points from step `first` on; None for fewer than three points."""
     chosen = [point for point in points if point.step >= max(first, 1)]
     if len(chosen) < 3:
         return None
@@ -170,7 +170,7 @@ def line_in_log(points: Sequence[Point], first: int = 1) -> Line | None:
 
 
 def departure(points: Sequence[Point], reference: Sequence[Point], by: float) -> int | None:
-    """The step from which a curve stays more than `by` above the reference; None: it ends beside it.
+    """The step from which a curve stays more than `by` above the reference; None if it does not at the end.
 
     Raises:
       UserError: the two have different steps.
@@ -189,17 +189,18 @@ def departure(points: Sequence[Point], reference: Sequence[Point], by: float) ->
 
 
 def pooled_scatter(cells: Sequence[Mapping[Hashable, float]]) -> float | None:
-    """Standard deviation of one run's loss between repeats, widened for their number; None without any.
+    """Standard deviation of a run's loss between repeats, widened for few repeats; None without any.
 
-    It is multiplied by Student's 97.5% quantile over the normal one's, so that two standard errors mean as
-    much after few repeats as after many: by 1.42 for 4 degrees of freedom, by 1.07 for 18.
+    It is multiplied by the ratio of the 97.5% quantiles of Student's t and the normal distribution, so that
+    two standard errors mean the same after few repeats as after many: by 1.42 for 4 degrees of freedom, by
+    1.07 for 18.
 
-    What several cells have in common is taken out: an order of rows that is hard on all of them moves no
-    difference between two. It is the residual of a least-squares fit of a number for each cell and one for
-    each common name.
+    What cells have in common is removed: a row order that is hard for all of them does not affect differences
+    between them. The scatter is the residual of a least-squares fit with one number per cell and one per
+    common name.
 
     Args:
-      cells: losses of each cell's repeats, by what they share with those of other cells.
+      cells: losses of each cell's repeats, keyed by what they share with those of other cells.
     """
     own = [cell for cell in cells if len(cell) > 1]
     if not own:
@@ -221,7 +222,7 @@ def pooled_scatter(cells: Sequence[Mapping[Hashable, float]]) -> float | None:
 
 
 def slope(x: Sequence[float], y: Sequence[float], noise: float | None) -> tuple[float, float | None]:
-    """Slope of a least-squares line, and its standard error from the noise of each y (None: not known)."""
+    """The slope of a least-squares line, and its standard error from the noise of each y (None: unknown)."""
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     spread = float(np.sum((xs - xs.mean()) ** 2))
     value = float(np.sum((xs - xs.mean()) * (ys - ys.mean())) / spread)

@@ -1,10 +1,10 @@
-"""How large each matrix's update is: spectral norms of A, B and (alpha / r) B A, stable rank, share of W.
+"""The size of each matrix's update: spectral norms of A, B and (alpha / r) B A, stable rank, relative to W.
 
     adapter_norms(spec, trained, weight_norms(spec, base))    # {"layers.self_attn.q_proj": {"a": [...], ...}}
-    change_norms(spec, masters, start, of_weights)            # of full fine-tuning: W - W0 in place of B A
+    change_norms(spec, masters, start, of_weights)            # full fine-tuning: W - W0 instead of B A
 
-Spectral norms come from power iteration in float32, which ends below the true norm, by about a hundredth or
-less; the matrices of all layers are one batch.
+Spectral norms come from power iteration in float32, which underestimates the true norm by about a hundredth
+or less; the matrices of all layers form one batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxlora.models.spec import Weight
 from jaxlora.runtime.devices import decoder_options
 
 ITERATIONS = 40
-Norms = dict[str, dict[str, list[float]]]  # by weight and by what; a number a layer
+Norms = dict[str, dict[str, list[float]]]  # by weight and kind of norm; one number per layer
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -64,7 +64,7 @@ def _pair_norms(a: jax.Array, b: jax.Array, scale: float) -> dict[str, jax.Array
     )
     outer_a = jnp.einsum("...ri,...si->...rs", a, a, precision=_HIGHEST)
     outer_b = jnp.einsum("...or,...os->...rs", b, b, precision=_HIGHEST)
-    squares = scale**2 * jnp.sum(outer_a * outer_b, axis=(-2, -1))  # of all entries of the product
+    squares = scale**2 * jnp.sum(outer_a * outer_b, axis=(-2, -1))  # Frobenius norm of the product, squared
     stable = squares / jnp.maximum(jnp.square(product), 1e-30)
     return {"a": _matrix_norm(a), "b": _matrix_norm(b), "update": product, "stable_rank": stable}
 
@@ -77,12 +77,12 @@ def _change_norms(weight: jax.Array, start: jax.Array) -> dict[str, jax.Array]:
 
 
 def matrices(spec: ModelSpec) -> list[Weight]:
-    """The weights that an adapter could have, the output head of a tied model left out."""
+    """The weights that an adapter can target, without the output head of a tied model."""
     return [weight for weight in spec.table if weight.lora_group]
 
 
 def weight_of(tree: Tree, weight: Weight, layers: int) -> jax.Array:
-    """The weight's array, stacked over the layers in either form of them."""
+    """The weight's array, stacked over layers whether the tree stores layers stacked or one by one."""
     if not weight.stacked or 0 not in tree["layers"]:
         return get_path(tree, weight.path)["weight"]
     path = weight.path.removeprefix("layers.")
@@ -90,23 +90,23 @@ def weight_of(tree: Tree, weight: Weight, layers: int) -> jax.Array:
 
 
 def weight_norms(spec: ModelSpec, base: Tree) -> dict[str, list[float]]:
-    """Spectral norm of each matrix of the base, by its path: a number a layer."""
+    """Spectral norm of each matrix of the base, by path: one number per layer."""
     return {path: _plain(norms) for path, norms in _weight_program(spec)(base).items()}
 
 
 def adapter_norms(spec: ModelSpec, trained: Tree, of_weights: dict[str, list[float]]) -> Norms:
-    """Norms of A, B and the update of every adapted weight, the update's stable rank and its share of W."""
+    """Norms of A, B and the update of each adapted weight, and the update's stable rank and share of W."""
     found = _adapter_program(spec)(trained)
     return {path: _with_share(values, of_weights.get(path)) for path, values in found.items()}
 
 
 def change_norms(spec: ModelSpec, trained: Tree, start: Tree, of_weights: dict[str, list[float]]) -> Norms:
-    """The same of what full fine-tuning has changed in each matrix."""
+    """The same for the change that full fine-tuning made to each matrix."""
     found = _change_program(spec)(trained, start)
     return {path: _with_share(values, of_weights.get(path)) for path, values in found.items()}
 
 
-# One program each, for all matrices: compiling one for each shape would take longer than a run.
+# One program for all matrices: compiling one per shape would take longer than a run.
 
 
 @lru_cache(maxsize=4)
@@ -151,5 +151,5 @@ def _plain(values: Any) -> list[float]:
 
 
 def _short(value: float) -> float:
-    """Four digits: results are small files."""
+    """Four digits, to keep result files small."""
     return float(f"{value:.4g}")

@@ -1,10 +1,10 @@
-"""What an experiment would take on a machine that is not there: which arms fit, hours and dollars.
+"""Plan an experiment for a machine without having it: which arms fit, hours and dollars.
 
     for row in plan_grid(config, model, machine_named("v5e-16"), train_rows=938_319, row_tokens=600):
         row.label, row.fits, row.hours
 
-Times are lower bounds by the roofline of `jaxlora.estimate`, on the mesh that should be fastest: nothing is
-compiled. Hours are of all runs of an arm: its grid, one rate more for an edge, its repeats.
+Times are lower bounds from the roofline of `jaxlora.estimate`, on the mesh that should be fastest; nothing is
+compiled. Hours cover all runs of an arm: its grid, one extra rate for an edge, and its repeats.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from jaxlora.regret.runs import look_steps
 from jaxlora.runtime.devices import CHIPS, SLICES, Chip, Slice
 from jaxlora.runtime.errors import UserError
 
-# NVIDIA's data sheet of the H100 SXM: memory, dense bfloat16, NVLink into one of them, dense int8.
+# NVIDIA's data sheet for the H100 SXM: memory, dense bfloat16, memory rate, NVLink into one GPU, dense int8.
 _H100 = Chip("H100", 80e9, 989e12, 3350e9, 450e9, 1979e12)
 MACHINES = SLICES | {f"h100-{count}": Slice(f"h100-{count}", _H100, (count,)) for count in (2, 4, 8)}
-MULTIPLE = 128  # tokens, of a line: the padding of rows that are packed well is left out
-EXTRA_RATES = 1  # of a grid whose best rate lies on an edge at first
+MULTIPLE = 128  # line lengths are multiples of this; padding is ignored, as rows pack well
+EXTRA_RATES = 1  # for a grid whose best rate is on an edge at first
 
 
 def machine_named(name: str) -> Slice:
-    """A TPU slice, or H100s of one host.
+    """A TPU slice, or the H100s of one host.
 
     Raises:
-      UserError: there is none of this name.
+      UserError: there is none with this name.
     """
     if name not in MACHINES:
         raise UserError(f"--topology: {name!r} is not known; give one of {', '.join(MACHINES)}, or all")
@@ -42,13 +42,13 @@ def machine_named(name: str) -> Slice:
 
 @dataclass(frozen=True)
 class GridRow:
-    """One arm on one machine; `choice` is None where nothing fits."""
+    """One arm on one machine; `choice` is None if nothing fits."""
 
     arm: Arm
     runs: int
     steps: int
     choice: Choice | None
-    gigabytes: float  # a chip, of the choice or of the smallest one that does not fit
+    gigabytes: float  # per chip, of the choice or of the smallest one that does not fit
     hours: float | None
 
     @property
@@ -59,11 +59,11 @@ class GridRow:
 def plan_grid(
     config: RunConfig, model: ModelConfig, machine: Slice, train_rows: int, row_tokens: float
 ) -> list[GridRow]:
-    """Every arm of an experiment on a machine.
+    """Plan every arm of an experiment on a machine.
 
     Args:
-      train_rows: rows of one epoch.
-      row_tokens: mean tokens of a row.
+      train_rows: rows in one epoch.
+      row_tokens: mean tokens per row.
     """
     regret, train = config.regret, config.train
     held_out = config.data.validation_rows or 1024
@@ -88,7 +88,7 @@ def plan_grid(
         hours = None
         if best is not None:
             looks = len(look_steps(steps, regret.looks, regret.marks)) + 1
-            # A look is a forward pass: a third of a step of full training, half of one of an adapter's.
+            # A look is a forward pass: a third of a step of full fine-tuning, half of one of an adapter.
             share = looks * held_out / (3 if arm.lora is None else 2) / (steps * arm.batch_rows)
             hours = runs * steps * best.best.seconds * (1 + share) / 3600
         rows.append(GridRow(arm, runs, steps, best, least.memory / 1e9, hours))
@@ -96,7 +96,7 @@ def plan_grid(
 
 
 def grid_table(rows: list[GridRow], machine: Slice, price: float | None) -> Table:
-    """The grid for the terminal, with its sum; `price` is in dollars of one chip for one hour."""
+    """The grid as a terminal table with totals; `price` is in dollars per chip-hour."""
     table = Table(title=f"{machine.name}: {machine.n_chips} x {machine.chip.name}", box=None)
     for title in ("arm", "rows a step", "runs", "steps", "mesh", "GB a chip", "hours", "dollars"):
         table.add_column(title, justify="left" if title in ("arm", "mesh") else "right")

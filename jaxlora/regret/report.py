@@ -1,9 +1,9 @@
-"""What an experiment found, as files: a page in Markdown, tables in CSV, pictures.
+"""Write up an experiment's results: a Markdown page, CSV tables and plots.
 
     path = write_report(lab)       # results/<prefix>-regret/REGRET.md, with *.csv and *.png beside it
 
-The page answers the claims one by one, then lists every cell; nothing in it comes from anywhere but the runs'
-small files and the configuration.
+The page answers the claims one by one, then lists every cell. Everything in it comes from the runs' result
+files and the configuration.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ CAPTIONS = {
 
 
 def write_report(lab: Lab) -> Path:
-    """Write the page, the tables and the pictures, and return the page's path.
+    """Write the page, the tables and the plots, and return the page's path.
 
     Raises:
-      UserError: no run is there.
+      UserError: there are no runs.
     """
     records = list(lab.folder.records().values())
     if not records:
@@ -73,7 +73,7 @@ RUN_COLUMNS = (
 
 
 def runs_csv(records: Iterable[Record]) -> str:
-    """One line a run, its last held-out loss by both definitions."""
+    """One line per run, with its last held-out loss by both definitions."""
     rows = []
     for record in records:
         _, by_token, by_row = record["held_out"][-1]
@@ -90,7 +90,7 @@ CELL_COLUMNS = (
 
 
 def cells(sweeps: Sequence[Sweep], scatter: float | None) -> list[Record]:
-    """One row a cell: its best rate with its interval, its loss there, bits, seconds."""
+    """One row per cell: its best rate with an interval, its loss there, bits, seconds."""
     rows = []
     for sweep in sweeps:
         best, final, record = sweep.best(scatter), sweep.final(scatter), sweep.best_record
@@ -120,7 +120,7 @@ def cells_csv(sweeps: Sequence[Sweep], scatter: float | None) -> str:
 
 
 def curves_csv(sweeps: Sequence[Sweep]) -> str:
-    """The envelope of every cell: step, loss, and the rate that has it."""
+    """The envelope of every cell: step, loss, and the rate that attains it."""
     rows = [
         {"name": s.name, "batch_rows": s.batch_rows, "step": p.step, "loss": p.loss, "rate": p.rate}
         for s in sweeps
@@ -188,11 +188,11 @@ def _settings(lab: Lab, sweeps: Sequence[Sweep], scatter: float | None) -> str:
 
 
 def _speed(records: Sequence[Record]) -> str:
-    """Runs in an hour by the clock, compiling included, of the runs that say when they ended."""
+    """Runs per hour of wall time, including compilation, over the runs that record when they ended."""
     own = [(r["ended"] - r["seconds"]["all"], r["ended"]) for r in records if "ended" in r]
     if not own:
         return ""
-    wall, until = 0.0, -math.inf  # the time in which any process made a run
+    wall, until = 0.0, -math.inf  # the time during which any process was making a run
     for start, end in sorted(own):
         wall += max(0.0, end - max(start, until))
         until = max(until, end)
@@ -200,7 +200,7 @@ def _speed(records: Sequence[Record]) -> str:
 
 
 def _repeats(sweeps: Sequence[Sweep]) -> str:
-    """How many repeats the scatter rests on, and what each cell's were."""
+    """The number of repeats behind the scatter, and their losses in each cell."""
     own = [sweep for sweep in sweeps if len(sweep.repeats) > 1]
     count = sum(len(sweep.repeats) - 1 for sweep in own)
     few = "; so few give errors and intervals that are rough themselves" if count < 10 else ""
@@ -212,7 +212,7 @@ def _repeats(sweeps: Sequence[Sweep]) -> str:
 
 
 def claims_table(found: Sequence[Finding]) -> str:
-    """Claims with figures and verdicts, and the rules below them."""
+    """A table of claims with figures and verdicts, followed by the rules."""
     table = ["| claim | ours | verdict |", "|---|---|---|"]
     table += [f"| {one.claim} | {_cell(one.figure)} | **{one.verdict}** |" for one in found]
     rules = [

@@ -1,11 +1,11 @@
-"""The small files of an experiment: one JSON a run, and what they must share.
+"""The result files of an experiment: one JSON per run, and the identity that they must share.
 
     folder = RunFolder(config)                      # results/<prefix>-regret
     folder.write(run, record); folder.records()     # by name
-    losses(records, cells)                          # what the design needs to know of them
+    losses(records, cells)                          # what the design needs from them
 
-A run is written whole or not at all, so an experiment goes on from whatever files it finds: copied to another
-machine they are all that it needs.
+A run is written whole or not at all, so an experiment continues from whatever files it finds. They are all
+that is needed to continue on another machine.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jaxlora.train.job import Job
 from jaxlora.train.manifest import tokens_hash
 
 VERSION = 1
-MAX_BYTES = 20_000_000  # of one result
+MAX_BYTES = 20_000_000  # per result
 
 
 class RunFolder:
-    """Where the runs of one experiment are."""
+    """The folder with the runs of one experiment."""
 
     def __init__(self, config: RunConfig):
         self.path = Path(config.results_dir) / f"{config.prefix}-regret"
@@ -44,7 +44,7 @@ class RunFolder:
         write_json_atomic(self.file(record["name"]), record)
 
     def records(self) -> dict[str, Record]:
-        """All results, by the names of their runs.
+        """All results, by run name.
 
         Raises:
           UserError: a file is damaged or is not a result.
@@ -59,7 +59,7 @@ class RunFolder:
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Whether the right to make this run could be had, held meanwhile; it goes with the process."""
+        """Try to claim this run; yields whether that worked. The claim ends with the block or the process."""
         with ExitStack() as held:
             try:
                 held.enter_context(claimed(self.file(name)))
@@ -69,12 +69,12 @@ class RunFolder:
             yield mine
 
     def in_work(self) -> set[str]:
-        """Names of runs that seem to be made now, by their locks; some may be a dead process'."""
+        """Names of runs that seem in progress, judging by their locks; some may belong to dead processes."""
         return {file.name[1 : -len(".json.lock")] for file in self.runs.glob(".*.json.lock")}
 
 
 def _whole(record: Record) -> bool:
-    """Whether what the tables compute with is there."""
+    """Whether the fields needed by the tables are present."""
     held_out = record.get("held_out")
     numbers = ("rate", "seed", "parameters", "steps", "batch_rows")
     return (
@@ -87,7 +87,7 @@ def _whole(record: Record) -> bool:
 
 
 def identity_of(job: Job) -> Record:
-    """What all runs of an experiment share: base, rows, and settings that change a result."""
+    """What all runs of an experiment share: base, rows, and settings that affect results."""
     config = job.config
     return {
         "base": job.base.fingerprint(),
@@ -106,10 +106,10 @@ def identity_of(job: Job) -> Record:
 
 
 def check_identity(records: Mapping[str, Record], identity: Record, folder: Path) -> None:
-    """Refuse results that another base, other rows or other settings gave.
+    """Refuse results from another base, other rows or other settings.
 
     Raises:
-      UserError: names the first run and what differs.
+      UserError: names the first such run and what differs.
     """
     for name, record in records.items():
         if different := differences(record["identity"], identity):
@@ -122,7 +122,7 @@ def check_identity(records: Mapping[str, Record], identity: Record, folder: Path
 def losses(
     records: Mapping[str, Record], runs: Sequence[RunId], marks: Sequence[int]
 ) -> dict[RunId, dict[int, float]]:
-    """Held-out loss of these runs, where finished, at the marks and at the end; infinite once diverged."""
+    """Held-out loss of the finished runs among these, at the marks and the end; infinite once diverged."""
     found = {}
     for run in runs:
         if (record := records.get(run.name)) is not None:
@@ -139,7 +139,7 @@ def _finite(value: Any) -> float:
 def known_losses(
     records: Mapping[str, Record], cells: Sequence[Cell], config: RunConfig
 ) -> dict[RunId, dict[int, float]]:
-    """`losses` of every run that the experiment could want."""
+    """`losses` of every run that the experiment might need."""
     reach = range(-config.regret.rates - config.regret.extend, config.regret.rates + config.regret.extend + 1)
     seeds = range(config.seed, config.seed + config.regret.repeats + 1)
     runs = [RunId(cell, place, seed) for cell in cells for place in reach for seed in seeds]

@@ -1,11 +1,11 @@
-"""One run of an experiment: train at a constant rate, look at the held-out rows at log-spaced steps, measure.
+"""One run: train at a constant rate, evaluate the held-out rows at log-spaced steps, measure norms.
 
     record = make_run(run, job, state, frozen, held_out, programs, measure, identity, time.monotonic())
 
 A record is one file of `jaxlora.regret.results`.
 
-It calls the same step as every training loop, but keeps no checkpoints and writes no folder: what is wanted
-of hundreds of short runs are curves, and one that was stopped is made again.
+This calls the same train step as every training loop, but keeps no checkpoints and writes no folder: hundreds
+of short runs are made for their curves, and one that is interrupted is simply made again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jaxlora.train.step import TrainState, make_row_step, make_train_step
 
 
 def look_steps(total: int, each_doubling: int, marks: Iterable[int] = ()) -> list[int]:
-    """Steps at which held-out rows are looked at: log-spaced from 1, the marks, and the last.
+    """Steps at which the held-out rows are evaluated: log-spaced from 1, the marks, and the last.
 
     >>> look_steps(40, 2)
     [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 40]
@@ -45,19 +45,19 @@ def look_steps(total: int, each_doubling: int, marks: Iterable[int] = ()) -> lis
 
 
 class Programs:
-    """Compiled steps by what they are compiled for, with the seconds that took and the FLOPs of each.
+    """Compiled steps, by step and batch shape, with the compile time and the FLOPs of each.
 
-    Those of one model alone are kept: a GPU's driver holds the graph of every program that was ever run, and
-    with those of a dozen ranks its memory ends.
+    Only those of one model are kept: a GPU's driver retains the graph of every program that was ever run, and
+    those of a dozen ranks exhaust its memory.
     """
 
     def __init__(self) -> None:
         self._done: dict[tuple[Any, tuple[int, ...]], Any] = {}
         self._of: ModelSpec | None = None
-        self.seconds = 0.0  # of compiling, since this was last set
+        self.seconds = 0.0  # of compiling, since last reset
 
     def __call__(self, step: Any, *arguments: Any) -> Any:
-        """A jitted step of arguments, one of them a batch; the others' shapes are the same in every call."""
+        """Run a jitted step; one argument is a batch, and the shapes of the others never change."""
         batch = next(x for x in arguments if isinstance(x, dict) and "segment_ids" in x)
         key = (step, batch["tokens"].shape)
         if key not in self._done:
@@ -74,7 +74,7 @@ class Programs:
             self._of = spec
 
     def flops(self, step: Any) -> dict[str, float]:
-        """FLOPs of one run of a step as the compiler counts them, by its buffers' shape; loops count once."""
+        """FLOPs of one run of a step as counted by the compiler, by buffer shape; loop bodies count once."""
         found = {}
         for (one, shape), compiled in self._done.items():
             counted = compiled.cost_analysis() if one is step else None
@@ -99,7 +99,7 @@ class HeldOut:
             self._batches.append((place_batch(job.mesh, whole), weights))
 
     def look(self, spec: ModelSpec, programs: Programs, trained: Tree, frozen: Tree) -> tuple[float, float]:
-        """Mean loss of a weighted token, and mean over rows of each row's mean."""
+        """Mean loss over weighted tokens, and the mean over rows of each row's mean loss."""
         step = make_row_step(spec, self._compute)
         sums = [programs(step, trained, frozen, batch) for batch, _ in self._batches]
         loss = np.concatenate([np.asarray(hosts.whole(x), np.float64).ravel() for x in sums])
@@ -118,7 +118,7 @@ def _row_weights(batch: Batch, segments: int) -> np.ndarray:
 
 
 class Curve:
-    """Losses of the training steps, read late, until one is not finite."""
+    """Losses of the training steps, fetched with a delay, up to the first non-finite one."""
 
     def __init__(self) -> None:
         self.nll: list[float] = []
@@ -130,7 +130,7 @@ class Curve:
         self._waiting.append(metrics)
 
     def read(self) -> bool:
-        """Take in the steps so far; whether all of them are finite."""
+        """Fetch the steps so far; returns whether all of them are finite."""
         for values in jax.device_get(self._waiting):
             if not np.isfinite([values["nll"], values["grad_norm"], values["update_norm"]]).all():
                 self.diverged_at = len(self.nll) + 1
@@ -155,8 +155,8 @@ def make_run(
     """Train one run to its end, or until it diverges, and return its record.
 
     Args:
-      state: the fresh state; its memory is taken.
-      measure: norms of what is trained, for the record.
+      state: the fresh state; its buffers are donated.
+      measure: computes norms of the trained weights, for the record.
       identity: what all runs of the experiment share, see `jaxlora.regret.results.identity_of`.
       started: when the run's preparation began, by `time.monotonic`.
     """
@@ -198,7 +198,7 @@ def make_run(
 
 
 def _facts(run: RunId, job: Job) -> Record:
-    """What is known of a run before it begins."""
+    """What is known about a run before it begins."""
     arm = run.cell.arm
     return {
         "version": VERSION,
@@ -223,5 +223,5 @@ def _facts(run: RunId, job: Job) -> Record:
 
 
 def _short(value: float) -> float:
-    """Seven digits: what float32 carries."""
+    """Seven digits, the precision of float32."""
     return float(f"{value:.7g}")

@@ -19,7 +19,7 @@ from jaxlora.runtime.files import Record
 
 @dataclass(frozen=True)
 class Final:
-    """The loss of a cell at its best rate: the mean over seeds, and its standard error (None: not known)."""
+    """The loss of a cell at its best rate: the mean over seeds, and its standard error (None: unknown)."""
 
     mean: float
     error: float | None
@@ -30,8 +30,8 @@ class Final:
 class Sweep:
     """All runs of one cell.
 
-    `fresh`: where there are other seeds, the first is left out of a cell's final loss. It chose the rate, so
-    its run there is one of those that went well by chance.
+    With `fresh`, the first seed is left out of the cell's final loss if there are others. It chose the rate,
+    so its loss there is biased towards lucky runs.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Sweep:
 
     @property
     def name(self) -> str:
-        """In tables and legends."""
+        """The name in tables and legends."""
         return "full" if self.full else f"{self.placement} r{self.rank}"
 
     @cached_property
@@ -63,7 +63,7 @@ class Sweep:
 
     @property
     def curves(self) -> dict[float, Curve]:
-        """Held-out loss of each weighted token, by rate, without step 0."""
+        """Held-out loss per weighted token, by rate, without step 0."""
         return {
             rate: [(step, loss) for step, loss, _ in record["held_out"] if step > 0]
             for rate, record in self.grid.items()
@@ -84,18 +84,18 @@ class Sweep:
 
     @cached_property
     def on_edge(self) -> bool:
-        """Whether the best rate is the lowest or the highest of the grid, or none."""
+        """Whether the best rate is the lowest or highest of the grid, or there is none."""
         best = self.best(None)
         return best is None or best.edge is not None
 
     @cached_property
     def by_seed(self) -> dict[int, float]:
-        """Last losses at the best rate that was tried, by seed; empty where none finished."""
+        """Last losses at the best rate tried, by seed; empty if no run finished."""
         return {record["seed"]: record["held_out"][-1][1] for record in self.at_best}
 
     @cached_property
     def at_best(self) -> list[Record]:
-        """The finished runs at the best rate that was tried, by seed; see `fresh`."""
+        """The finished runs at the best rate tried, sorted by seed; see `fresh`."""
         best = self.best(None)
         if best is None:
             return []
@@ -107,11 +107,11 @@ class Sweep:
 
     @property
     def repeats(self) -> list[float]:
-        """The same as a list."""
+        """The values of `by_seed` as a list."""
         return list(self.by_seed.values())
 
     def final(self, scatter: float | None) -> Final | None:
-        """None where no run finished."""
+        """The final loss; None if no run finished."""
         if not (found := self.repeats):
             return None
         error = None if scatter is None else scatter / math.sqrt(len(found))
@@ -126,7 +126,7 @@ class Sweep:
 def sweeps_of(records: Iterable[Record], fresh: bool = False) -> list[Sweep]:
     """The cells that have results: full fine-tuning first, then by placement, rank and batch size.
 
-    `fresh` as in `Sweep`.
+    `fresh` is as in `Sweep`.
     """
     cells: dict[tuple[str, int], list[Record]] = {}
     for record in records:
@@ -139,9 +139,11 @@ def sweeps_of(records: Iterable[Record], fresh: bool = False) -> list[Sweep]:
 
 
 def scatter_of(sweeps: Sequence[Sweep]) -> float | None:
-    """Standard deviation of a run's last loss between seeds, pooled over cells, without what all cells of one
-    batch size have in common with one seed, and widened for the number of repeats as in `pooled_scatter`;
-    None without repeats."""
+    """Standard deviation of a run's last loss between seeds, pooled over cells; None without repeats.
+
+    What a seed has in common across all cells of a batch size is removed, and the result is widened for few
+    repeats, as in `pooled_scatter`.
+    """
     return pooled_scatter(
         [{(sweep.batch_rows, seed): loss for seed, loss in sweep.by_seed.items()} for sweep in sweeps]
     )
@@ -150,7 +152,7 @@ def scatter_of(sweeps: Sequence[Sweep]) -> float | None:
 def find(
     sweeps: Sequence[Sweep], rank: int | None, placement: str = "all_layer", batch_rows: int | None = None
 ) -> Sweep | None:
-    """The sweep of a rank (None: full fine-tuning), at this batch size or that of most cells."""
+    """The sweep of a rank (None: full fine-tuning), at this batch size or the most common one."""
     rows = main_batch(sweeps) if batch_rows is None else batch_rows
     for sweep in sweeps:
         if sweep.batch_rows == rows and sweep.rank == rank and (rank is None or sweep.placement == placement):
@@ -159,13 +161,13 @@ def find(
 
 
 def main_batch(sweeps: Sequence[Sweep]) -> int | None:
-    """The batch size that most cells have."""
+    """The most common batch size among the cells."""
     sizes = [sweep.batch_rows for sweep in sweeps]
     return max(sizes, key=lambda size: (sizes.count(size), -size)) if sizes else None
 
 
 def ranks_of(sweeps: Sequence[Sweep], placement: str = "all_layer") -> list[Sweep]:
-    """The sweeps over ranks of one placement, at the main batch size, by rank."""
+    """The sweeps of one placement at the main batch size, by rank."""
     rows = main_batch(sweeps)
     found = [s for s in sweeps if s.placement == placement and s.batch_rows == rows]
     return sorted(found, key=lambda s: s.rank or 0)

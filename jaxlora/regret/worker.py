@@ -1,13 +1,13 @@
-"""All runs of an experiment, by as many processes as there are devices.
+"""Make all runs of an experiment, with as many processes as there are devices.
 
     lab = Lab(config)                # checks everything that can be known before a model is loaded
-    work(lab)                        # makes what is left; other processes may do the same beside it
-    lab.report()
+    work(lab)                        # makes the remaining runs; other processes may do the same concurrently
+    write_report(lab)                # of jaxlora.regret.report
 
     for i in 0 1 2 3; do CUDA_VISIBLE_DEVICES=$i jaxlora study --config regret/rank & done; wait
 
-Processes share nothing but the folder of results: each claims the next run that nobody makes, runs of one
-program first, because compiling takes longer than some runs do.
+Processes share only the results folder. Each claims the next run that no other is making, preferring runs of
+the program it has already compiled, because compiling takes longer than some runs do.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from jaxlora.train.job import Job, fresh_state, leaked_rows, memory_per_device, 
 from jaxlora.train.rates import rate_warning
 from jaxlora.train.step import TrainState, init_state
 
-WAIT_SECONDS = 1.0  # between two looks while other processes make what is left
+WAIT_SECONDS = 1.0  # between checks while other processes make the last runs
 
 
 class Lab:
-    """What the runs of one process share: rows, the base, compiled programs."""
+    """What all runs of a process share: rows, the base, compiled programs."""
 
     def __init__(self, config: RunConfig):
         self.first = prepare(replace(config, optim=replace(config.optim, schedule="constant")))
@@ -52,7 +52,7 @@ class Lab:
             self._check(cell)
 
     def _check(self, cell: Cell) -> None:
-        """Refuse a cell that cannot be trained here; say where its rates look wrong."""
+        """Refuse a cell that cannot be trained here; warn if its rates look wrong."""
         job = self.job(RunId(cell, 0, self.config.seed))
         self._check_memory(cell.arm.label, job)
         if warning := rate_warning(job.spec.config, cell.arm.what, cell.middle):
@@ -89,7 +89,7 @@ class Lab:
 
     @cached_property
     def masters(self) -> Tree:
-        """The base in float32, where full fine-tuning starts."""
+        """The base in float32, from which full fine-tuning starts."""
         with jax.set_mesh(self.first.mesh):
             return self.first.base.load(replace(self._plain, dtype="float32"), self.first.mesh)
 
@@ -107,7 +107,7 @@ class Lab:
         return HeldOut(self.first)
 
     def state(self, job: Job) -> TrainState:
-        """The state before the first step, as `fresh_state`; the base is not read again."""
+        """The state before the first step, like `fresh_state` but without reading the base again."""
         if not job.spec.full:
             return fresh_state(job)
         return init_state(jax.tree.map(jnp.copy, self.masters), job.config.optim)
@@ -140,11 +140,11 @@ class Lab:
         return steps_of(self.config, cell.arm, len(self.first.train_rows))
 
     def found(self, record: Record) -> str:
-        """What a run came to, in a few words."""
+        """The result of a run, in a few words."""
         return f"held-out loss {record['held_out'][-1][1]:.4f}"
 
     def left(self) -> list[RunId]:
-        """The runs that are still to be made, as far as can be known now.
+        """The runs still to be made, as far as is known now.
 
         Raises:
           UserError: a result belongs to another configuration, or is damaged.
@@ -156,10 +156,10 @@ class Lab:
 
 
 def check_split(job: Job) -> None:
-    """Refuse held-out rows whose questions are trained on.
+    """Refuse held-out rows whose questions are also trained on.
 
     Raises:
-      UserError: names how many there are, and the first one.
+      UserError: says how many there are, and names the first one.
     """
     if leaked := leaked_rows(job):
         raise UserError(
@@ -170,7 +170,7 @@ def check_split(job: Job) -> None:
 
 
 def work(lab: Any) -> None:
-    """Make runs until none is left; where others make the last ones, wait for them."""
+    """Make runs until none is left; while other processes make the last ones, wait for them."""
     last: RunId | None = None
     while left := lab.left():
         run = _make_one(lab, in_order(left, last, lab.folder.in_work()))
@@ -183,7 +183,7 @@ def work(lab: Any) -> None:
 def in_order(left: list[RunId], last: RunId | None, in_work: set[str]) -> list[RunId]:
     """The runs in the order in which this process should try them.
 
-    First those of the program that it has compiled, then those of cells that nobody works at, then others.
+    Runs of the program it has compiled come first, then cells that no process is working on, then the rest.
     """
     busy = {run.cell.label for run in left if run.name in in_work}
 
@@ -195,7 +195,7 @@ def in_order(left: list[RunId], last: RunId | None, in_work: set[str]) -> list[R
 
 
 def _make_one(lab: Any, runs: list[RunId]) -> RunId | None:
-    """Make the first of these runs that can be claimed; None: all are being made by others."""
+    """Make the first of these runs that can be claimed; None if others are making all of them."""
     for run in runs:
         with lab.folder.claim(run.name) as mine:
             if not mine or lab.folder.file(run.name).exists():

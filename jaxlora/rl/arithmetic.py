@@ -1,10 +1,10 @@
-"""Sums and differences of small numbers: every problem of a family, each in one split.
+"""Sums and differences of small numbers: a finite family of problems, each assigned to one split.
 
     rows = arithmetic("arithmetic:train?digits=2,1")     # What is 47 + 8?
 
-A family is finite, and the hash of a problem alone decides its split, so what is learned from never holds
-what is asked later. Two solved problems, which are in no split, stand before each question: they show the
-form of an answer.
+The split of a problem is decided by the problem's hash alone, so the training problems never include a test
+problem. Each question is preceded by two solved problems, which are in no split, to show the form of an
+answer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jaxlora.runtime.errors import UserError
 SOURCE = "arithmetic:"
 TEST_PERCENT = 25
 SPLITS = ("train", "test")
-MOST = 200_000  # problems of a family
+MOST = 200_000  # problems in a family, at most
 _HINT = "write arithmetic:train?digits=2,1 (or test), with 2 to 4 numbers of 1 to 3 digits"
 
 
 def arithmetic(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The problems of one split with their ids, in an order that is always the same.
+    """The problems of one split with their ids, always in the same order.
 
     Args:
       path: `arithmetic:SPLIT?digits=N,N,...`, the digits of each number; no partial result is negative.
@@ -53,7 +53,7 @@ def _turns(expression: str, answer: str) -> list[dict[str, str]]:
 
 
 def _family(path: str, digits: list[int]) -> list[tuple[str, int]]:
-    """All expressions with numbers of so many digits, shuffled, and their values."""
+    """All expressions whose numbers have these digits, shuffled, with their values."""
     ranges = [range(10 ** (n - 1), 10**n) for n in digits]
     size = 2 ** (len(digits) - 1)
     for one in ranges:

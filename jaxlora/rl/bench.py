@@ -1,13 +1,14 @@
-"""The benchmark of learning from rewards: whole batches, their answers as long as they are told to be.
+"""The benchmark of learning from rewards: whole batches with answers of prescribed lengths.
 
     result = bench_rl(config, model, prompt_lengths, answer_lengths, steps=1)
 
-A batch is sampled, turned into text and graded, and learned from, by the programs and the classes of a run;
-only the end of an answer is forced, the tokenizer is a stand-in, and whatever the grader says, every other
-answer of a group is learned from as a right one, so that each batch teaches all of its answers and needs no
-program that the first one did not. Sampled tokens are counted end to end; prompt tokens, which are read once
-a group in sampling and once an answer in learning, are told apart. Where prompts are shared in learning,
-`tokens_computed` says for how many of the tokens learned from everything but attention is computed.
+A batch is sampled, decoded to text, graded and learned from by the programs and classes of a real run, with
+three differences: the lengths of answers are forced, the tokenizer is a stand-in, and whatever the grader
+says, every other answer of a group counts as correct. So all answers of each batch contribute to learning,
+and no batch needs a program that the first did not. Sampled tokens are counted end to end. Prompt tokens are
+counted separately; they are read once per group when sampling and once per answer when learning. If prompts
+are shared when learning, `tokens_computed` is the number of tokens for which everything but attention is
+computed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from jaxlora.train.step import Machine, init_state
 
 
 class _Words:
-    """A tokenizer's place: text of as many words as tokens, which ends in a box."""
+    """A stand-in tokenizer: its text has as many words as there are tokens, and ends in a box."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids)) + f" \\boxed{{{sum(ids) % 2}}}"
@@ -51,13 +52,13 @@ class _Words:
 def bench_rl(
     config: RunConfig, model: ModelConfig, prompts: list[int], answers: list[int], steps: int
 ) -> dict[str, Any]:
-    """Time batches of `rl.prompts` prompts and `rl.group` answers each, after all programs are compiled.
+    """Time batches of `rl.prompts` prompts with `rl.group` answers each, after all programs are compiled.
 
     Args:
-      prompts, answers: lengths; an answer's in the order of the groups.
+      prompts, answers: lengths in tokens; those of answers are ordered by group.
 
     Raises:
-      UserError: the configuration asks for a mesh or an attention that this machine does not have.
+      UserError: the configuration asks for a mesh or an attention kernel that this machine does not have.
     """
     config = replace(config, rl=replace(config.rl, max_new_tokens=max(answers)))
     mesh, spec, compute = wire_bench(config, model)
@@ -110,7 +111,7 @@ def bench_rl(
 
 
 def _rates(sampled: int, learned: int, times: np.ndarray, seconds: float) -> dict[str, float]:
-    """Seconds of sampling, grading and learning, and tokens a second."""
+    """Seconds of sampling, grading and learning, and tokens per second."""
     return {
         "seconds": seconds,
         "sampling_seconds": times[0],
@@ -124,7 +125,7 @@ def _rates(sampled: int, learned: int, times: np.ndarray, seconds: float) -> dic
 
 
 def _job(config: RunConfig, spec: ModelSpec, machine: Machine, lengths: Sequence[int]) -> RLJob:
-    """A job of random prompts; no token ends an answer."""
+    """A job with random prompts, in which no token ends an answer."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, spec.config.vocab_size, n).tolist() for n in lengths]
     problems = [Problem(str(i), [], "1", {}) for i in range(len(ids))]
@@ -134,8 +135,8 @@ def _job(config: RunConfig, spec: ModelSpec, machine: Machine, lengths: Sequence
 
 
 def _warm_up(batch: Callable[..., Any], state: Any) -> Any:
-    """Run every program that the timed batches need: a whole batch, as each number of slots that the decoder
-    goes on with is a program of its own, at a learning rate of 0."""
+    """Run every program that the timed batches need, at a learning rate of 0. It takes a whole batch, because
+    the decoder has a separate program for each number of slots that it continues with."""
     console.print("compiling")
     for _ in range(warm_up_runs()):
         state, *_ = batch(state, 0, rate=0.0)
@@ -143,13 +144,13 @@ def _warm_up(batch: Callable[..., Any], state: Any) -> Any:
 
 
 def _by_position(job: RLJob, answers: Sequence[int]) -> list[int]:
-    """The lengths in the order in which the stream of problems gives the groups."""
+    """The answer lengths in the order in which the problem stream yields the groups."""
     group = job.config.rl.group
     return [n for p in range(job.config.rl.prompts) for n in answers[job.at(p) * group :][:group]]
 
 
 def _halved(group: Group) -> Group:
-    """The group with every other answer right."""
+    """The group with every other answer marked correct."""
     graded = (Graded(float(i % 2), bool(i % 2), True) for i in range(len(group.episodes)))
     pairs = zip(group.episodes, graded, strict=True)
     return replace(group, episodes=tuple(replace(one, graded=own) for one, own in pairs))
@@ -165,7 +166,7 @@ def _step(
     step: int,
     rate: float,
 ) -> tuple[Any, list[float], Learned]:
-    """One batch: the state after it, the seconds of its three parts, and what was learned from."""
+    """Run one batch; return the new state, the seconds of its three phases, and what was learned from."""
     rl = job.config.rl
     clock = [time.perf_counter()]
     limits = _by_position(job, answers)

@@ -1,9 +1,9 @@
-"""The directory of a run that learns from rewards: that of every run, with its answers to read.
+"""The directory of a run that learns from rewards: the usual run directory plus its sampled answers.
 
 <results>/<run_id>/
-  manifest.json, metrics.jsonl, checkpoints/, tensorboard/, failure.json     as of `jaxlora.train`
+  manifest.json, metrics.jsonl, checkpoints/, tensorboard/, failure.json     as in `jaxlora.train`
   samples/step-000001.jsonl   a batch's answers with their rewards; eval-000010.jsonl: greedy ones
-  selected/           what was trained, as the last step left it
+  selected/           the trained weights after the last step
   answers.html        the answers for a person to read, batch by batch
   accuracy.png        accuracy on held-out problems by step, and the mean reward
   summary.json        the outcome; its presence with status "completed" marks a finished run
@@ -36,7 +36,7 @@ class RLDirectory(RunDirectory):
 
     @staticmethod
     def manifest_of(job: RLJob) -> dict[str, Any]:
-        """The manifest; its `kind` tells it from that of a supervised run."""
+        """The manifest; its `kind` distinguishes it from that of a supervised run."""
         rl, plan = job.config.rl, job.plan
         parts = {
             "train": (rl.problems, job.problems, job.prompts),
@@ -94,7 +94,7 @@ class RLDirectory(RunDirectory):
         )
 
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """A batch's answers, one a line."""
+        """Write a batch's answers, one per line."""
         records = [
             {"step": step, "sample": i, "advantage": float(advantage)} | _told(group.problem, one)
             for group in groups
@@ -105,7 +105,7 @@ class RLDirectory(RunDirectory):
         self._write(f"step-{step:06}", records)
 
     def write_answers(self, step: int, problems: Sequence[Problem], episodes: Sequence[Episode]) -> None:
-        """The answers of an evaluation, one a line."""
+        """Write the answers of an evaluation, one per line."""
         pairs = zip(problems, episodes, strict=True)
         self._write(f"eval-{step:06}", [{"step": step} | _told(problem, one) for problem, one in pairs])
 
@@ -117,7 +117,7 @@ class RLDirectory(RunDirectory):
             write_jsonl_atomic(folder / f"{name}.jsonl", records)
 
     def clear_after(self, step: int) -> None:
-        """Remove the answers of steps that will be computed again, and what a kill left half written."""
+        """Remove the answers of steps that will be repeated, and partially written files of a killed run."""
         if not hosts.is_main():
             return
         for file in (self.path / "samples").glob("*"):
@@ -128,7 +128,7 @@ class RLDirectory(RunDirectory):
     # --- The end --------------------------------------------------------------------------------------------
 
     def finish(self, step: int, validations: dict[int, float], last: int) -> None:
-        """Write the picture and `summary.json`: the run is complete."""
+        """Write the plot and `summary.json`, which marks the run as complete."""
         if not hosts.is_main():
             return
         self._check_ours()
@@ -180,7 +180,7 @@ def _told(problem: Problem, episode: Episode) -> dict[str, Any]:
 
 
 def draw(path: Path, accuracy: dict[int, float], rewards: dict[int, float], title: str) -> None:
-    """Accuracy on held-out problems by step, over the mean reward of each batch, as PNG."""
+    """Plot accuracy on held-out problems by step, over the mean reward of each batch, as PNG."""
     steps, batches = sorted(accuracy), sorted(rewards)
     with picture(path, title) as axes:
         axes.plot(batches, [rewards[s] for s in batches], color="#BBBBBB", label="mean reward")

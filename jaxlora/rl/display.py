@@ -1,4 +1,4 @@
-"""What a person sees while a run learns from rewards: a progress line, and a line an evaluation."""
+"""Terminal output of a run that learns from rewards: a progress line, and one line per evaluation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class Display(ProgressLine):
     def __init__(self, job: RLJob, done: int):
         super().__init__(job, job.plan.total_steps, done)
         self._numbers = ""
-        self._reasons: set[str] = set()  # of failures that were told
+        self._reasons: set[str] = set()  # grader failures already reported
         self.put("compiling")
 
     def say(self, what: str) -> None:
-        """What is being done, after the numbers of the last batch."""
+        """Show the current activity after the numbers of the last batch."""
         self.put(" · ".join(filter(None, (self._numbers, what))))
 
     def show_batch(self, step: int, found: dict[str, Any]) -> None:
-        """The numbers of a batch."""
+        """Show the numbers of a batch."""
         parts = [f"reward {found['reward/mean']:.3f}", f"constant {found['group/constant']:.0%}"]
         if found["ratio/max"] is not None:
             parts.append(f"KL {found['optim/kl_sample_train_v2']:.2g}, ratio up to {found['ratio/max']:.2f}")
@@ -32,7 +32,7 @@ class Display(ProgressLine):
         self.put(self._numbers, step)
 
     def failed(self, step: int, failures: dict[str, int], answers: int) -> None:
-        """Print, once for each reason, that a grader gave no value."""
+        """Report, once for each reason, that a grader returned no value."""
         for reason in failures.keys() - self._reasons:
             say(
                 f"step {step}: the grader gave no value for {failures[reason]:,} of {answers:,} answers"

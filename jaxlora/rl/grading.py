@@ -1,9 +1,9 @@
-r"""What an answer is worth: pure functions of a problem and a text, run in a worker where they may hang.
+r"""Score an answer: pure functions of a problem and a text; those that may hang are run in a worker.
 
     math_correct(r"\frac{3}{4}", r"So it is \boxed{0.75}.")     # True
     well_formed(r"So it is \boxed{0.75}.", truncated=False)     # True
 
-Nothing here imports JAX: a worker starts in a fraction of a second and never touches an accelerator.
+Nothing here imports JAX, so a worker starts in a fraction of a second and never touches an accelerator.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from jaxlora.data.boxes import extract_boxed
 from jaxlora.evals.answers import normalize, numeric_match, read_number, strict_match
 from jaxlora.runtime.errors import UserError
 
-Job = Mapping[str, Any]  # what a worker is given: `raw` of the problem, its `answer`, and the `text`
-MAX_SYMBOLS = 1000  # letters of an answer that is read as an expression; longer ones are compared as text
-CLOSE = Fraction(1, 1000)  # two numbers that differ by less may be one, rounded
-MOST = 1e9  # of a value, either way: gradients with advantages far above this are no numbers of float32
+Job = Mapping[str, Any]  # what a worker receives: the problem's `raw` and `answer`, and the `text`
+MAX_SYMBOLS = 1000  # letters; longer answers are compared as text and not parsed as expressions
+CLOSE = Fraction(1, 1000)  # two numbers closer than this may be one number, rounded
+MOST = 1e9  # largest magnitude of a value: far larger advantages overflow float32 gradients
 HOW = "pip install 'jaxlora[rl]'"
 
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -36,16 +36,17 @@ _WORDS = re.compile(r"[a-z]{4,}|yes|no|[a-z]+(?: [a-z]+)+")
 
 
 def well_formed(text: str, truncated: bool, tagged: bool = False) -> bool:
-    r"""The one rule of format, in training and in evaluation: an answer is marked, and the model ended it.
+    r"""The one format rule, for training and evaluation: the answer is marked, and the model ended it itself.
 
-    Marked is a closed last `\boxed{...}`; with `tagged`, also `<answer>...</answer>`.
+    Marked means that the last `\boxed{...}` is closed or, with `tagged`, that there is
+    `<answer>...</answer>`.
     """
     marked = extract_boxed(text) is not None or (tagged and _TAG.search(text) is not None)
     return marked and not truncated
 
 
 def marked_answer(text: str, tagged: bool = False) -> str | None:
-    """What a text marks as its answer: with `tagged` the last `<answer>`, else the last box, else None."""
+    """The answer marked in a text: with `tagged`, the last `<answer>`; otherwise the last box; or None."""
     tags = _TAG.findall(text) if tagged else []
     return tags[-1] if tags else extract_boxed(text)
 
@@ -54,7 +55,7 @@ def marked_answer(text: str, tagged: bool = False) -> str | None:
 
 
 def quick_match(gold: str, box: str | None) -> bool | None:
-    """What needs no algebra: False without a box, True for equal text or numbers, None where it does."""
+    """The verdict without algebra: False without a box, True for equal text or numbers, None if undecided."""
     if box is None or not box.strip():
         return False
     if same_text(gold, box) or numeric_match(box, gold):
@@ -65,9 +66,9 @@ def quick_match(gold: str, box: str | None) -> bool | None:
 
 
 def math_correct(gold: str, text: str) -> bool:
-    """Whether the last box of a text states the reference: as text, as a number, or by algebra.
+    """Whether the last box of a text matches the reference: as text, as a number, or by algebra.
 
-    Algebra may take forever (`9^{9^{9^9}}`): call this where it can be stopped.
+    Algebra may take forever (`9^{9^{9^9}}`), so call this where it can be stopped.
     """
     box = extract_boxed(text)
     quick = quick_match(gold, box)
@@ -81,7 +82,7 @@ def math_correct(gold: str, text: str) -> bool:
 
 
 def same_text(gold: str, answer: str) -> bool:
-    """Equal by the strict score, or after the ways to typeset the same thing are made one."""
+    """Whether the two are equal by the strict score, or after normalising different ways to typeset them."""
     if strict_match(answer, gold):
         return True
     plain = _plain(gold)
@@ -89,7 +90,7 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def _plain(answer: str) -> str:
-    r"""One spelling: no spaces, `\text{even}` as even, `\frac12` in braces, `.5` as 0.5, no `x=`."""
+    r"""Normalise: no spaces, `\text{even}` as even, `\frac12` with braces, `.5` as 0.5, no `x=`."""
     text = _TEXT.sub(r"\1", normalize(answer).replace(r"\$", "").replace(r"\%", "").rstrip(". "))
     text = _SPACES.sub("", text)
     text = re.sub(r"\^\{?\\circ\}?|\\degree", "", text)
@@ -100,15 +101,15 @@ def _plain(answer: str) -> str:
 
 
 def _other_numbers(gold: str, box: str) -> bool:
-    """Whether both are numbers and clearly not the same one: no algebra is needed for most wrong answers."""
+    """Whether both are numbers that clearly differ: this settles most wrong answers without algebra."""
     if "%" in gold + box:
-        return False  # 50% is 50 to some and 1/2 to others
+        return False  # 50% means 50 to some and 1/2 to others
     left, right = read_number(gold), read_number(box)
     return left is not None and right is not None and abs(left - right) > CLOSE
 
 
 def _is_words(gold: str) -> bool:
-    """Whether the reference is words: as an expression `even` would be a product, equal to `neve`."""
+    """Whether the reference is words; as an expression, `even` would be a product, equal to `neve`."""
     words = _TEXT.sub(r"\1", gold).strip().lower()
     return bool(_WORDS.fullmatch(words))
 
@@ -117,21 +118,21 @@ def _is_words(gold: str) -> bool:
 
 
 def reasoning_score(raw: Mapping[str, Any], text: str) -> float:
-    """The task's own score, from 0 to 1, of the last `<answer>`, else the last box, else the whole text."""
+    """The task's own score, 0 to 1, of the last `<answer>`, else the last box, else the whole text."""
     answer = marked_answer(text, tagged=True)
     data = dataset(raw["task"], json.dumps(raw["options"], sort_keys=True))
     entry = data[raw["index"]]
-    if entry["question"] != raw["question"]:  # a few tasks draw anew each time
+    if entry["question"] != raw["question"]:  # a few tasks draw a new entry each time
         entry = dict(raw["entry"])
     return data.score_answer((text if answer is None else answer).strip(), entry)
 
 
 @cache
 def dataset(task: str, options: str) -> Any:
-    """The procedural dataset of a task with its options as JSON.
+    """The procedural dataset of a task, with its options as JSON.
 
     Raises:
-      UserError: the package is missing, or the task or an option is not known; the message has no place.
+      UserError: the package is missing, or the task or an option is unknown; the message gives no position.
     """
     try:
         import reasoning_gym
@@ -156,10 +157,10 @@ def dataset(task: str, options: str) -> Any:
 
 
 def function_named(name: str) -> Callable[[Any, str], Any]:
-    """The Python function that `module:function` names.
+    """The Python function named by `module:function`.
 
     Raises:
-      UserError: it cannot be imported, or is none.
+      UserError: it cannot be imported, or is not a function.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -173,12 +174,12 @@ def function_named(name: str) -> Callable[[Any, str], Any]:
     return found
 
 
-# The first parses and comparisons build tables for a second: before the time of an answer counts.
+# The first parses and comparisons spend a second building tables; do that before an answer's time is limited.
 _WARM = (("(x-1)(x+1)", "x^2-2"), ("[0,1)", "(0,2]"), (r"\frac{1}{2}", "0.3"), (r"\sqrt{8}", "3,4"))
 
 
 def scorer(name: str) -> Callable[[Job], Any]:
-    """What a worker does with a job, by the reward's name; whatever may raise here does so before any job."""
+    """A worker's scoring function for this reward; loading it may fail here, but not later in a job."""
     if name == "math":
         for gold, box in _WARM:
             math_correct(gold, f"\\boxed{{{box}}}")
@@ -192,13 +193,13 @@ def scorer(name: str) -> Callable[[Job], Any]:
 
 
 def as_number(value: Any) -> float:
-    """A grader's answer as a finite number.
+    """A grader's result as a finite number.
 
     Raises:
-      ValueError: it is none; the message says what it is, in a few words.
+      ValueError: it is not one; the message says briefly what it is.
     """
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        value = value.item()  # a scalar of NumPy
+        value = value.item()  # a NumPy scalar
     if not isinstance(value, bool | int | float):
         raise ValueError(f"returned {'None' if value is None else type(value).__name__}")
     try:

@@ -1,4 +1,4 @@
-"""Everything about a run that learns from rewards that can be known before a model is loaded.
+"""Everything about a run that learns from rewards that can be determined before a model is loaded.
 
 job = prepare(config)          # reads config.json, tokenizer and problems; UserError if anything is wrong
 print(describe(job))           # the plan: problems, steps, episodes, tokens, memory
@@ -53,12 +53,12 @@ from jaxlora.train.tracking import check_tracking
 
 COPY = "copy for the sampler"
 SMALLER = "rl.slots or train.max_buffer_tokens smaller, or model.remat=elementwise"
-FEW = 4  # answers of a group below which its mean is a poor baseline
+FEW = 4  # answers per group below which the group's mean is a poor baseline
 
 
 @dataclass(frozen=True)
 class RLJob:
-    """A checked run: configuration, model shape, problems as the model sees them. No weights."""
+    """A checked run: configuration, model shape, and tokenised problems, but no weights."""
 
     config: RunConfig
     base: Base
@@ -78,7 +78,7 @@ class RLJob:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with the longest answer."""
+        """Tokens of the longest prompt plus the longest answer."""
         return max(map(len, [*self.prompts, *self.eval_prompts])) + self.config.rl.max_new_tokens
 
     @property
@@ -86,13 +86,13 @@ class RLJob:
         return loss_of(self.config.rl)
 
     def at(self, position: int) -> int:
-        """The problem at a place of the endless stream of problems: each once an epoch, in another order."""
+        """The problem at a position of the endless stream, which is reshuffled each epoch."""
         epoch, place = divmod(position, len(self.problems))
         return int(shuffled(len(self.problems), self.config.seed, epoch + 1)[place])
 
 
 def loss_of(rl: RLConfig) -> Loss:
-    """The objective with its settings."""
+    """The objective and its settings."""
     return Loss(rl.loss, rl.clip_low, rl.clip_high, rl.beta, rl.kl, rl.temperature)
 
 
@@ -100,10 +100,10 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
     """Check and count everything; nothing is written and no weights are loaded.
 
     Args:
-      with_weights: fetch the weights of a Hub model; without, only its shape (for plans).
+      with_weights: fetch the weights of a Hub model; if false, only its shape (for plans).
 
     Raises:
-      UserError: anything that would stop the run: one line that says what to do.
+      UserError: for anything that would stop the run, in one line that says what to do.
     """
     rl = config.rl
     check_settings(config)
@@ -126,7 +126,7 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
     return RLJob(
         config=config,
         base=base,
-        spec=replace(spec, scan=False),  # the sampler reads the learner's arrays, layer by layer
+        spec=replace(spec, scan=False),  # the sampler reads the learner's arrays layer by layer
         machine=replace(wire(config.model, config.mesh), scan=False),
         tokenizer=tokenizer,
         stop_ids=tuple(base.stop_ids(tokenizer)),
@@ -139,10 +139,10 @@ def prepare(config: RunConfig, with_weights: bool = True) -> RLJob:
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse settings that are each allowed, but not together, or that would bias what is learned.
+    """Refuse settings that are valid on their own but not together, or that would bias learning.
 
     Raises:
-      UserError: names the field and what to give.
+      UserError: names the field and what to set.
     """
     rl = config.rl
     if rl.top_p < 1:
@@ -175,7 +175,7 @@ def _problems(config: RunConfig, path: str, limit: int | None) -> list[Problem]:
 
 
 def _warn(config: RunConfig, problems: Sequence[Problem], held_out: Sequence[Problem]) -> None:
-    """Say what is allowed, but seldom meant."""
+    """Warn about settings that are allowed but seldom intended."""
     if config.rl.group < FEW:
         console.print(f"rl.group: the mean of {config.rl.group} rewards is a poor baseline", markup=False)
     known = {str(problem.messages) for problem in problems}
@@ -196,7 +196,7 @@ def _prompts(tokenizer: Tokenizer, problems: Sequence[Problem]) -> list[list[int
 
 
 def _plan(config: RunConfig, n_problems: int) -> RunPlan:
-    """Steps and warm-up; evaluations fall on their own steps."""
+    """Steps and warm-up; evaluations have a schedule of their own."""
     rl, optim = config.rl, config.optim
     warmup = round(optim.warmup_fraction * rl.steps) if optim.schedule == "cosine" else 0
     every = {*range(0, rl.steps, rl.eval_every), rl.steps} if rl.eval_problems else set()
@@ -205,10 +205,10 @@ def _plan(config: RunConfig, n_problems: int) -> RunPlan:
 
 
 def estimate_memory(job: RLJob) -> dict[str, int]:
-    """Bytes that a run needs on one device; an estimate to about a fifth, of the arrays that stay exact.
+    """Bytes that a run needs on one device: exact for arrays that persist, otherwise to about a fifth.
 
-    Sampling and learning take turns, unless they overlap: of the cache, and of activations with the head,
-    only the larger counts.
+    Sampling and learning alternate unless they overlap, so only the larger of the KV cache and the
+    activations with the output head counts.
     """
     rl = job.config.rl
     parts = step_memory(job, job.config.train.max_buffer_tokens * job.machine.lines)
@@ -230,7 +230,7 @@ def estimate_memory(job: RLJob) -> dict[str, int]:
 
 
 def copies_memory(job: RLJob) -> int:
-    """Bytes that the backward pass of one buffer keeps of attention over the copies of shared prompts."""
+    """Bytes kept for the backward pass of one buffer by attention over the copies of shared prompts."""
     if not shares_prompts(job.config, job.mesh):
         return 0
     model, remat = job.spec.config, job.config.model.remat
@@ -244,7 +244,7 @@ def copies_memory(job: RLJob) -> int:
 
 
 def memory_here(job: RLJob) -> int:
-    """Bytes that a run needs on one device; on CPUs, which share their memory, on all of them."""
+    """Bytes needed on one device, or on all CPU devices together, since those share memory."""
     needed = sum(estimate_memory(job).values())
     return needed * (job.mesh.size if job.mesh.devices.flat[0].platform == "cpu" else 1)
 

@@ -2,10 +2,11 @@
 
     result = learn(job)       # -> the last step and its accuracy; the rest is in job.config.run_dir
 
-One process, one base: sampler and learner take turns on the same arrays. What is drawn follows from the seed,
-the step, the problem's place and the answer's number, so a run that was stopped or killed, however often,
-writes the bytes of one that was not. With `rl.overlap` the next batch is sampled by the weights before the
-step that this one makes, beside it where there is one device; those weights are in the checkpoint, too.
+There is one process and one base: sampler and learner alternate on the same arrays. Every random draw is
+determined by the seed, the step, the problem's position and the answer's number, so a run that is stopped or
+killed, however often, writes the same bytes as an uninterrupted one. With `rl.overlap`, the next batch is
+sampled with the weights from before the current step, concurrently with it on a single device; those weights
+are checkpointed too.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ from jaxlora.train.loop import Diverged, check_loaded, opened
 from jaxlora.train.schedule import learning_rate
 from jaxlora.train.step import TrainState
 
-# Largest mean |log p - log q| of the first batch, on policy: beyond it the sampler is not the learner.
+# Largest mean |log p - log q| on the first batch, which is on policy; beyond it the sampler and learner
+# differ.
 APART = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 @dataclass(frozen=True)
 class RLResult:
-    """Where a run ended, and on what (kept for who goes on with it)."""
+    """The step at which a run ended, and its weights (kept for callers that continue with them)."""
 
     step: int
     accuracy: float | None
@@ -55,7 +57,7 @@ class RLResult:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A graded batch: groups to learn from, all that were sampled, where the stream goes on, and times."""
+    """A graded batch: the groups to learn from, all sampled groups, the next stream position, and times."""
 
     groups: list[Group]
     every: list[Group]
@@ -65,10 +67,10 @@ class Sampled:
 
 
 def learn(job: RLJob, frozen: Tree | None = None, stop: Stop | None = None) -> RLResult:
-    """Learn from rewards (or go on with it) and write the run's directory.
+    """Learn from rewards, or resume a run, and write the run's directory.
 
     Args:
-      frozen, stop: as of `jaxlora.train.loop.train`.
+      frozen, stop: as in `jaxlora.train.loop.train`.
 
     Raises:
       Diverged: a number is not finite.
@@ -87,7 +89,7 @@ def learn(job: RLJob, frozen: Tree | None = None, stop: Stop | None = None) -> R
 
 
 class Run:
-    """One run on its way: its directory, its checkpoints, how far it is, and what is being done now."""
+    """One run in progress: its directory, its checkpoints, its current step and stage."""
 
     store: RunState
     state: TrainState
@@ -97,12 +99,12 @@ class Run:
     def __init__(self, job: RLJob, directory: RLDirectory, stop: Stop):
         self.job, self.directory, self.stop = job, directory, stop
         self.step, self.stage = 0, "loading"
-        self.cursor = 0  # the place in the stream of problems where the next batch begins
+        self.cursor = 0  # position in the problem stream where the next batch begins
         self.evaluations: dict[int, float] = {}
-        self.behind: Tree | None = None  # with overlap: the weights that sample the next batch
+        self.behind: Tree | None = None  # with overlap, the weights that sample the next batch
 
     def resume(self) -> None:
-        """Go to the newest sound checkpoint, or to the start where there is none."""
+        """Restore the newest intact checkpoint, or start afresh if there is none."""
         like: Any = abstract_state(self.job)
         if self.job.config.rl.overlap:
             like = (like, like.trained)
@@ -121,7 +123,7 @@ class Run:
         self.directory.clear_after(self.step)
 
     def to_the_end(self) -> RLResult:
-        """Sample and learn from the step where the run is to its last one, and close it."""
+        """Sample and learn from the current step to the last, then finish the run."""
         job, last = self.job, self.job.plan.total_steps
         self.sampler = Sampler(job, self.frozen)
         self.learner = Learner(job.spec, job.machine, job.config, job.loss, self.frozen)
@@ -132,10 +134,10 @@ class Run:
             ThreadPoolExecutor(1, thread_name_prefix="sampler") as self._thread,
         ):
             begin_saving()
-            self._after_step()  # before the first step, and where a run was stopped before its evaluation
+            self._after_step()  # before the first step, or if a run was stopped before its evaluation
             self._clock = (
                 time.monotonic()
-            )  # a batch's seconds are from the last one's end, evaluations left out
+            )  # a batch's seconds count from the end of the last one, without evaluations
             ahead = self._sample(self.step + 1, self.behind) if self.step < last else None
             while self.step < last:
                 assert ahead is not None
@@ -148,7 +150,7 @@ class Run:
         return RLResult(self.step, self.evaluations.get(self.step), self.frozen, self.state.trained)
 
     def _one_step(self, step: int, ahead: Future[Sampled]) -> Future[Sampled] | None:
-        """Learn from a batch; the next one, sampled beside this or after it."""
+        """Learn from a batch and return the next, which is sampled concurrently or afterwards."""
         job, rl = self.job, self.job.config.rl
         batch = self._given(ahead)
         if (odd := impossible(batch.every)) is not None:
@@ -159,7 +161,7 @@ class Run:
         self.cursor = batch.cursor
         following = None
         if rl.overlap and step < job.plan.total_steps:
-            self.behind = jax.tree.map(jnp.copy, self.state.trained)  # a step takes the state's memory
+            self.behind = jax.tree.map(jnp.copy, self.state.trained)  # the step donates the state's memory
             following = self._sample(step + 1, self.behind)
         self.stage = "learning"
         self.display.say(f"step {step}: learning")
@@ -187,8 +189,10 @@ class Run:
     # --- Sampling -------------------------------------------------------------------------------------------
 
     def _sample(self, step: int, trained: Tree | None) -> Future[Sampled]:
-        """A batch by these weights (None: the newest): on a thread where it is sampled ahead on one device.
-        Programs of several devices must begin in one order on all of them."""
+        """Sample a batch with these weights (None: the newest), ahead on a thread if there is one device.
+
+        On several devices, programs must be started in the same order on all of them, so no thread is used.
+        """
         weights = self.state.trained if trained is None else trained
         if trained is not None and self.job.mesh.size == 1:
             return self._thread.submit(self._batch, step, weights, self.cursor)
@@ -201,7 +205,7 @@ class Run:
         return done
 
     def _given(self, ahead: Future[Sampled]) -> Sampled:
-        """The batch; saves and ends where somebody asked to stop meanwhile."""
+        """Wait for the batch; if a stop was requested meanwhile, save and end the run."""
         try:
             return ahead.result()
         except _Stopped:
@@ -209,8 +213,8 @@ class Run:
             raise AssertionError("not reached") from None
 
     def _batch(self, step: int, trained: Tree, cursor: int) -> Sampled:
-        """A graded batch from this place of the stream on. Groups with constant rewards are sampled anew from
-        further problems, as often as `rl.refill` says; what is still missing then is filled up with them."""
+        """A graded batch, from this stream position on. Groups with constant rewards are replaced by further
+        problems, up to `rl.refill` times; if some are still missing, constant groups fill the batch."""
         rl = self.job.config.rl
         every: list[Group] = []
         useful: list[Group] = []
@@ -234,7 +238,7 @@ class Run:
         return Sampled([*useful, *rest][: rl.prompts], every, cursor, times[0], times[1])
 
     def _progress(self, step: int, total: int) -> Any:
-        """Shows how many answers are done; gives up where somebody asked to stop."""
+        """A callback that shows how many answers are done, and aborts if a stop was requested."""
         done = 0
 
         def tell(finished: int) -> None:
@@ -249,7 +253,7 @@ class Run:
     # --- After a step ---------------------------------------------------------------------------------------
 
     def _check(self, step: int, learned: Learned) -> None:
-        """Raises `Diverged` where a number is not finite, `UserError` where the first ratios are not 1."""
+        """Raise `Diverged` if a number is not finite, and `UserError` if the first ratios are not 1."""
         if (numbers := not_finite(learned)) is not None:
             raise self.diverged(numbers, step)
         squared = learned.ratios["optim/kl_sample_train_v2"]
@@ -263,7 +267,7 @@ class Run:
                 )
 
     def diverged(self, message: str, step: int) -> Diverged:
-        """The error that ends this run, with whether anything was saved."""
+        """The error that ends this run; it says whether anything was saved."""
         return Diverged(step, message, self.store.has_any)
 
     def _record(self, step: int, rate: float, batch: Sampled, learned: Learned, times: dict) -> None:
@@ -293,7 +297,7 @@ class Run:
         return self.step in self.job.plan.validation_steps and self.step not in self.evaluations
 
     def _after_step(self) -> None:
-        """What is due after a step: an evaluation, a checkpoint, the end if somebody asked for it."""
+        """Do what is due after a step: an evaluation, a checkpoint, or ending the run on request."""
         due = self._due
         every = self.job.config.train.checkpoint_every or self.job.config.rl.eval_every
         saves = due or self.step % every == 0 or self.step == self.job.plan.total_steps
@@ -315,7 +319,7 @@ class Run:
             raise Interrupted(self.stop.signum or signal.SIGTERM, self.step)
 
     def _evaluate(self) -> bool:
-        """Answer the held-out problems greedily; whether it came to an end."""
+        """Answer the held-out problems greedily; returns whether this was completed."""
         job = self.job
         self.stage = "evaluation"
         tell = self._progress(self.step, len(job.eval_prompts))
@@ -332,7 +336,7 @@ class Run:
         return True
 
     def _tell_memory(self) -> None:
-        """Say what the base takes, and what of it the sampler holds a second time."""
+        """Report the base's memory, and how much of it the sampler holds a second time."""
         spec = self.job.spec
         if spec.full:
             return
@@ -346,4 +350,4 @@ class Run:
 
 
 class _Stopped(Exception):
-    """Sampling was given up: somebody asked to stop."""
+    """Sampling was aborted because a stop was requested."""

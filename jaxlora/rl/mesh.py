@@ -1,9 +1,10 @@
-"""The mesh on which sampler and learner read the same base, where there is one; and the sampler's slots.
+"""The mesh on which sampler and learner share one base, if there is such a mesh; and the sampler's slots.
 
     config = mesh_for_both(config, model, longest=768)      # with the mesh filled in, for this machine
 
-The sampler cannot gather weights for every token, so it shares the learner's arrays where `fsdp` splits none
-of them: every device has them whole, or `tensor` splits them by heads. Else it keeps a copy, split by heads.
+The sampler cannot gather weights for every token, so it shares the learner's arrays only if `fsdp` splits
+none of them: every device holds them whole, or `tensor` splits them by heads. Otherwise it keeps a copy,
+split by heads.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from jaxlora.sharding import decode_mesh
 def mesh_for_both(config: RunConfig, model: ModelConfig, longest: int) -> RunConfig:
     """The configuration with its mesh filled in for this machine's devices.
 
-    On TPUs as `mesh_on_slice`; on GPUs as in supervised training, copies of the base where they fit; of other
-    devices as many split it by heads as these allow.
+    On TPUs, see `mesh_on_slice`. On GPUs, as in supervised training: replicas of the base if they fit. On
+    other devices, tensor parallelism over as many devices as evenly divide the KV heads.
 
     Args:
       longest: tokens of the longest prompt and answer.
@@ -46,8 +47,10 @@ def mesh_for_both(config: RunConfig, model: ModelConfig, longest: int) -> RunCon
 
 
 def mesh_on_slice(config: RunConfig, model: ModelConfig, slice_: Slice, longest: int) -> RunConfig:
-    """The configuration with the mesh that should learn fastest of those that share the base and should fit;
-    where none does, or where all weights are trained, the mesh of supervised training."""
+    """The configuration with the mesh that should learn fastest of those that fit and share the base.
+
+    If there is none, or if all weights are trained, the mesh of supervised training.
+    """
     if config.mesh == MeshConfig() and config.train.what == "lora":
         for choice, memory in choices(config, model, slice_, longest):
             if memory < FULL * slice_.chip.hbm_bytes:
@@ -58,7 +61,7 @@ def mesh_on_slice(config: RunConfig, model: ModelConfig, slice_: Slice, longest:
 def choices(
     config: RunConfig, model: ModelConfig, slice_: Slice, longest: int
 ) -> Iterator[tuple[Choice, float]]:
-    """The meshes that share the base, fastest in learning first, and the estimated bytes of a chip."""
+    """The meshes that share the base, fastest in learning first, each with its estimated bytes per chip."""
     train, scheme = config.train, pick_scheme(config.model, slice_.chip, training=True)
     tokens = float(train.max_buffer_tokens)
     for choice in candidates(model, config.lora, slice_, tokens, train.buffer_multiple, "lora", scheme):
@@ -70,7 +73,7 @@ def choices(
 
 
 def sampling_form(spec: ModelSpec, mesh: jax.sharding.Mesh) -> tuple[ModelSpec, jax.sharding.Mesh]:
-    """The form of the model in sampling, and its mesh: the learner's own, or another one for a copy."""
+    """The model's form for sampling, and its mesh: the learner's own, or another one for a copy."""
     form = decode_form(spec, mesh, merge=False)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(form.abstract_base))
     experts = spec.config.experts.num_experts if spec.config.experts else 1
@@ -79,7 +82,7 @@ def sampling_form(spec: ModelSpec, mesh: jax.sharding.Mesh) -> tuple[ModelSpec, 
 
 
 def moved(base: Tree, weights: Tree) -> list[Any]:
-    """Of abstract weights those that the base does not have, or not in the same place."""
+    """The abstract weights that are not in the base, or are placed differently there."""
     own = dict(jax.tree_util.tree_leaves_with_path(base))
     return [
         x
@@ -89,23 +92,23 @@ def moved(base: Tree, weights: Tree) -> list[Any]:
 
 
 def shares_prompts(config: RunConfig, mesh: jax.sharding.Mesh) -> bool:
-    """Whether the learner computes a prompt once for its answers: in packed rows on one device."""
+    """Whether the learner computes a prompt once for all its answers: only with packed rows on one device."""
     return config.rl.share_prompts and config.train.layout == "packed" and mesh.size == 1
 
 
 def is_dense(backend: str) -> bool:
-    """Whether attention takes time for pairs of positions that lie in different rows: cuDNN alone leaves out
-    their blocks (splash leaves out those that the causal mask excludes)."""
+    """Whether attention spends time on pairs of positions in different rows. Only cuDNN skips their blocks;
+    splash skips just those that the causal mask excludes."""
     return not backend.startswith("cudnn")
 
 
 def sampling_of(rl: RLConfig) -> Sampling:
-    """How answers are sampled."""
+    """The sampling settings for answers."""
     return Sampling(rl.temperature, logprobs=True)
 
 
 def cache_length(longest: int) -> int:
-    """Positions of a slot's cache."""
+    """Positions in a slot's KV cache."""
     return round_up(longest, WINDOW_MULTIPLE)
 
 
@@ -117,9 +120,9 @@ def cache_bytes(config: RunConfig, model: ModelConfig, longest: int, shards: int
 
 
 def slots_of(config: RunConfig, shards: int) -> int:
-    """Answers decoded at once on all devices together.
+    """The number of answers decoded at once, on all devices together.
 
     Args:
-      shards: devices with slots of their own.
+      shards: number of devices with slots of their own.
     """
     return min(config.rl.slots * shards, round_up(config.rl.prompts * config.rl.group, shards))

@@ -1,10 +1,11 @@
-"""The page on which a person reads a run's answers: one HTML file that works offline.
+"""The page for reading a run's answers: one HTML file that works offline.
 
     write_page(Path("results/rl-tiny-all_layer-seed-0"))      # answers.html there, also of an unfinished run
 
-It shows, batch by batch, problems and their answers with reward, advantage, and why each was graded so, and
-the batch's ratios. Answers are hostile: they are data of one script element, are shown as `textContent`, and
-what a terminal or a reader's eye would obey (escapes, marks that reorder letters) is written out.
+It shows, batch by batch, problems and their answers with reward, advantage and the reason for the grade, plus
+the batch's ratios. Answers are untrusted: they are stored as data in a script element and shown as
+`textContent`, and anything that affects a terminal or misleads a reader (escape sequences, marks that reorder
+letters) is written out.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from jaxlora.runtime.text import harmless
 
 TEMPLATES = Path(__file__).parent / "templates"
 PAGE = "answers.html"
-MOST_BYTES = 24 * 2**20  # of the samples' files that a page shows: more makes a browser slow
+MOST_BYTES = 24 * 2**20  # of sample files shown on a page: more makes a browser slow
 _PLAIN = ("reward", "advantage", "correct", "well_formed", "truncated", "tokens", "logprob")  # as recorded
-OF_A_BATCH = (  # what is said of a batch, and the field of its record
+OF_A_BATCH = (  # label of each figure shown for a batch, and the field of its record
     ("mean reward", "reward/mean"),
     ("right", "reward/correct"),
     ("constant groups", "group/constant"),
@@ -64,10 +65,10 @@ class _Sample(TypedDict):
 
 
 def write_page(run: Path) -> Path:
-    """Write the page of a run that learns from rewards, finished or not, and say where it is.
+    """Write the page of a run that learns from rewards, finished or not, and return its path.
 
     Raises:
-      UserError: this is no such run, it has no answers yet, or its files are damaged.
+      UserError: this is not such a run, it has no answers yet, or its files are damaged.
     """
     manifest = read_manifest(run)
     if manifest.get("kind") != "rl":
@@ -106,27 +107,27 @@ def _template() -> jinja2.Template:
 
 
 def _facts(manifest: Record, rl: Record) -> list[tuple[str, Any]]:
-    """What the answers were sampled from, and for what."""
+    """What the answers were sampled from, and the settings."""
     model = (manifest.get("config") or {}).get("model") or {}
     names = ("problems", "reward", "format_weight", "loss", "temperature", "group", "max_new_tokens")
     return [("model", model.get("path")), *((name.replace("_", " "), rl.get(name)) for name in names)]
 
 
 def _shares(files: Sequence[Path]) -> list[tuple[Path, float]]:
-    """The files that are shown, and which share of the groups of each: all, where that is not too much.
+    """The files to show, and the share of each file's groups: everything, unless that is too much.
 
-    Every batch keeps a share, down to one group; where that is still too much, batches are left out evenly.
+    Every batch keeps a share, of at least one group; if that is still too much, batches are dropped evenly.
     """
     sizes = np.array([file.stat().st_size for file in files])
     share = min(1.0, MOST_BYTES / max(1, sizes.sum()))
-    group = sizes.mean() / 32  # a batch has about so many groups; one of them is shown at least
+    group = sizes.mean() / 32  # a batch has about 32 groups, of which at least one is shown
     n = min(len(files), max(2, int(MOST_BYTES / max(1.0, group, sizes.mean() * share))))
     chosen = np.unique(np.linspace(0, len(files) - 1, n).round().astype(int))
     return [(files[i], share) for i in chosen]
 
 
 def _step(file: Path, share: float, run: Path, rl: Record) -> Record:
-    """What the page shows of one file of answers."""
+    """The page's data for one file of answers."""
     kind, _, number = file.stem.partition("-")
     groups: list[list[Record]] = []
     for line, record in read_numbered_jsonl(file, torn_last_line="error"):
@@ -150,7 +151,7 @@ def _step(file: Path, share: float, run: Path, rl: Record) -> Record:
 
 
 def _group(records: Sequence[Record], rl: Record) -> Record:
-    """One problem and its answers."""
+    """The page's data for one problem and its answers."""
     first = records[0]
     return {
         "problem": harmless(first["problem"]),
@@ -170,7 +171,7 @@ def _group(records: Sequence[Record], rl: Record) -> Record:
 
 
 def why(record: Record, rl: Record) -> str:
-    """How the reward of an answer came about, in words."""
+    """Explain in words how the reward of an answer came about."""
     reward, weight = str(rl.get("reward")), float(rl.get("format_weight") or 0)
     value = record["reward"] - weight * (record["well_formed"] - 1)
     read = marked_answer(record["text"], tagged=reward == "reasoning_gym")

@@ -1,10 +1,10 @@
-"""A plan of learning from rewards on a slice that is not there: memory, the split of a batch's time, dollars.
+"""Plan learning from rewards for a slice without having it: memory, time per phase of a batch, dollars.
 
     plan = plan_rewards(config, published_config("qwen3-8b"), slice_named("v5e-8"), Expected())
     plan.fits, plan.seconds, plan.run.hours, print_rewards(plan, console)
 
-Sampler and learner are compiled for the slice; how often each runs follows from the lengths of a batch, see
-`jaxlora.rl.workload`. Scoring is measured on the machine that plans: it is work of the host.
+Sampler and learner are compiled for the slice; how often each program runs follows from the lengths of a
+batch, see `jaxlora.rl.workload`. Scoring runs on the host, so it is timed on the machine that makes the plan.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ from jaxlora.sharding import (
 from jaxlora.train.objective import extras_of
 from jaxlora.train.step import make_gradient_step, make_logprob_step, make_update_step
 
-STANDARD = 10_000, 32  # problems, and answers to each, of the run that every plan is asked for
+STANDARD = 10_000, 32  # problems, and answers to each, of the standard run that every plan includes
 GRADED = 64  # answers whose grading is timed
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Mean lengths of a run's prompts and answers in tokens; of answers None: a third of the longest."""
+    """Mean tokens of a run's prompts and answers; None for answers means a third of the longest."""
 
     prompt_tokens: float = 120
     answer_tokens: float | None = None
 
     def lengths(self, rl: RLConfig, group: int) -> Lengths:
-        """Those of a batch with so many answers to each prompt."""
+        """The lengths in a batch with `group` answers to each prompt."""
         mean = self.answer_tokens or USUAL_SHARE * rl.max_new_tokens
         return drawn_lengths(rl.prompts, group, self.prompt_tokens, mean, rl.max_new_tokens)
 
@@ -89,18 +89,18 @@ class RewardsPlan:
 
     slice: Slice
     mesh: dict[str, int]
-    shared: bool  # sampler and learner read the same base
+    shared: bool  # whether sampler and learner read the same base
     programs: list[Program]
     fits: bool
     answer_tokens: float  # mean
-    seconds: dict[str, float | None] | None  # of a batch, by part; None: not known, or it does not fit
+    seconds: dict[str, float | None] | None  # of a batch, by phase; None: unknown, or it does not fit
     tokens_per_second: float | None  # sampled, end to end
     run: RunCost | None  # of the configuration
     standard: RunCost | None  # of `STANDARD`
     advice: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as of `jaxlora.plan.report.Plan`."""
+        """Plain values, as in `jaxlora.plan.report.Plan`."""
         values = asdict(self)
         values["slice"] = self.slice.to_json()
         values["capacity_bytes"] = self.slice.chip.hbm_bytes
@@ -112,7 +112,7 @@ class RewardsPlan:
 
 
 class RewardPrograms:
-    """Sampler and learner of one configuration on one slice, and what else is on a chip beside each."""
+    """The programs of sampler and learner for a configuration on a slice, and what else each chip holds."""
 
     def __init__(self, config: RunConfig, model: ModelConfig, slice_: Slice, lengths: Lengths):
         rl = config.rl
@@ -133,22 +133,22 @@ class RewardPrograms:
         self.shape = buffer["tokens"].shape[1:]
         self._places = {name: buffer[name].shape for name in Places._fields if name in buffer}
 
-    # What is on a chip, in bytes.
+    # Memory on a chip, in bytes.
 
     @cached_property
     def weights(self) -> Any:
-        """The sampler's, abstract."""
+        """The sampler's weights, abstract."""
         return abstract(self.form.abstract_base, base_shardings(self.mesh, self.form))
 
     @cached_property
     def copied(self) -> int:
-        """Of the sampler's weights what is not the learner's base."""
+        """Bytes of the sampler's weights that are not shared with the learner's base."""
         return device_bytes(moved(self.of.base, self.weights))
 
     # Programs.
 
     def prefill(self) -> Program:
-        """Prompts of a few groups, and the first token of each answer."""
+        """Prefill the prompts of a few groups and sample the first token of each answer."""
         rows, prompts = (
             min(SHARED_ROWS, self.slots // self.shards) * self.shards,
             SHARED_PROMPTS * self.shards,
@@ -169,7 +169,7 @@ class RewardPrograms:
         )
 
     def decode_step(self) -> Program:
-        """A token in every slot, with as much of the cache read as steps read on average."""
+        """Decode one token in every slot, reading as much of the cache as steps read on average."""
         step = make_decode(self.form, self._stops, self.attention, 1, sampling_of(self.rl))
         made = self.of.compiled(
             "decode step", self.mesh, step, self._sampler, self.slots, 0, window=self.calls.window
@@ -177,7 +177,7 @@ class RewardPrograms:
         return self._sampling(made)
 
     def gradient(self) -> Program:
-        """The gradient of one full buffer."""
+        """Compute the gradient of one full buffer."""
         of, trained = self.of, self.of.state.trained
         step = make_gradient_step(of.spec, of.compute, self.loss, "weighted")
         passes = self._kernel_passes * (1 + (of.compute.remat is True) + BACKWARD_PASSES)
@@ -218,14 +218,14 @@ class RewardPrograms:
         return state, adapter, self.weights
 
     def _sampling(self, program: Program) -> Program:
-        """Beside the optimizer's state, masters that are no argument, and the copy of `rl.overlap`."""
+        """Add what else is held: optimizer state, masters that are not arguments, and `rl.overlap`'s copy."""
         state, held = self.of.state, device_bytes(self.of.state.opt_state)
         held += device_bytes(state.trained) * (self.of.spec.full + self.rl.overlap)
         held += device_bytes(self.of.base) + self.copied - device_bytes(self.weights)
         return replace(program, memory=replace(program.memory, held=held))
 
     def _learning(self, program: Program, held: int) -> Program:
-        """Beside what else is held, and the sampler's copy of a base."""
+        """Add what else is held: `held` bytes, and the sampler's copy of a base."""
         held += 0 if self.of.spec.full else self.copied
         return replace(program, memory=replace(program.memory, held=held))
 
@@ -237,8 +237,10 @@ class RewardPrograms:
 
     @property
     def _kernel_passes(self) -> float:
-        """As often as attention's kernel goes over a buffer, in passes over one of its own length: with
-        shared prompts it goes over their copies."""
+        """Passes of the attention kernel over a buffer, relative to one of the buffer's own length.
+
+        With shared prompts, the kernel runs over their copies.
+        """
         wide = self._places["wide"][-1] / self.shape[-1] if self.shares else 1.0
         return self.of.kernel_passes * wide**2
 
@@ -257,7 +259,7 @@ def plan_rewards(
     """Compile a run's programs for the slice, and work out its time and cost.
 
     Args:
-      price: dollars of one chip for one hour.
+      price: dollars per chip-hour.
 
     Raises:
       UserError: settings that `jaxlora rl` refuses.
@@ -303,11 +305,11 @@ def plan_rewards(
 def batch_seconds(
     programs: RewardPrograms, done: list[Program], lengths: Lengths, one: float | None
 ) -> dict[str, float | None]:
-    """The parts of a batch's time; every group is taken to teach something.
+    """The time of each phase of a batch, assuming that no group has constant rewards.
 
     Args:
       done: compiled programs, in the order of `plan_rewards`.
-      one: seconds of grading an answer.
+      one: seconds to grade one answer.
     """
     prefill, decode, gradient, update, *reference = (program.best.likely for program in done)
     calls = sampling_calls(lengths, programs.slots, programs.shards)
@@ -325,9 +327,9 @@ _BOXES = (("42", "42"), ("42", "41"), (r"\frac{3}{4}", "0.75"), ("x^2-1", "(x-1)
 
 
 def grading_seconds(rl: RLConfig) -> float | None:
-    """Seconds that an answer's grading takes on this machine, of answers of which a quarter needs algebra.
+    """Seconds to grade an answer on this machine, for answers of which a quarter need algebra.
 
-    None where it takes the run's own problems, or a package that is not installed.
+    None if grading needs the run's own problems, or a package that is not installed.
     """
     if rl.reward == "reasoning_gym" or ":" in rl.reward:
         return None
@@ -347,7 +349,7 @@ def grading_seconds(rl: RLConfig) -> float | None:
 
 
 def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, longest: int) -> str:
-    """Fewer slots or less that is kept, on this slice or on the next larger one of its kind; by estimate."""
+    """Estimated advice: fewer slots or more rematerialisation, here or on the next larger slice."""
     larger = [s for s in SLICES.values() if s.chip == slice_.chip and s.n_chips > slice_.n_chips]
     for place in [slice_, *sorted(larger, key=lambda s: s.n_chips)]:
         for remat in dict.fromkeys((config.model.remat, "elementwise", True)):
@@ -369,11 +371,11 @@ def what_would_fit(config: RunConfig, model: ModelConfig, slice_: Slice, longest
     return f"no {slice_.chip.name} slice in the table is large enough"
 
 
-# --- What a person sees -------------------------------------------------------------------------------------
+# --- Terminal output ----------------------------------------------------------------------------------------
 
 
 def print_rewards(plan: RewardsPlan, console: Console) -> None:
-    """A table of the programs, as each runs on one chip, then what a batch and a run take."""
+    """Print a table of the programs, as each runs on one chip, then the time of a batch and of a run."""
     title = f"{plan.slice.name}: {plan.slice.n_chips} chips, mesh {plan.mesh}, learning from rewards"
     console.print(programs_table(plan.programs, plan.slice.chip, title))
     base = "the base is on the chips once: the sampler reads the learner's arrays"

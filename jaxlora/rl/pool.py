@@ -1,12 +1,12 @@
-"""Worker processes for graders that may hang, crash or print: a time limit that ends them.
+"""Worker processes, with a hard time limit, for graders that may hang, crash or print.
 
     with Pool("math", time_limit_s=1.0) as pool:
         pool.run([{"raw": {}, "answer": "2", "text": "\\boxed{2}"}])     # [(1.0, None)]: value, or why none
 
-A server process, started with a light import and never forked from a process with JAX in it, forks workers
-that inherit what it has imported, gives each one job at a time, and kills a worker whose time is over; the
-next one is there in milliseconds. Messages are JSON. Server and workers end when the parent does, however it
-ends: the server reads from a pipe that closes then, and the system ends the workers with the server.
+A server process is started with light imports, never forked from a process with JAX in it. It forks workers
+that inherit what it has imported, gives each one job at a time, and kills a worker that exceeds the limit;
+the replacement is ready in milliseconds. Messages are JSON. Server and workers end when the parent does,
+however it ends: the server's input pipe closes, and the kernel kills the workers along with the server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxlora.runtime.errors import MachineError, UserError, one_line
 Outcome = tuple[float | None, str | None]  # the value, or None and a short reason
 START_SECONDS = 120.0  # for importing a user's function
 MAX_WORKERS = 16
-MEMORY_BYTES = 4 * 2**30  # of a worker for mathematics
+MEMORY_BYTES = 4 * 2**30  # per worker, for the built-in graders
 BUILT_IN = ("math", "reasoning_gym")
 TIME_LIMIT, DIED = "time limit", "worker died"
 _PR_SET_PDEATHSIG = 1
@@ -45,11 +45,11 @@ _START += "from jaxlora.rl.pool import serve; serve(**job)"
 
 
 class Pool:
-    """Workers of one grader. One batch at a time; safe to call from any thread.
+    """Workers for one grader. Runs one batch at a time; safe to call from any thread.
 
     Args:
       name: `math`, `reasoning_gym`, or `module:function`.
-      workers: at most so many; None: one a core.
+      workers: at most this many; None: one per core.
     """
 
     def __init__(self, name: str, time_limit_s: float, workers: int | None = None):
@@ -72,7 +72,7 @@ class Pool:
 
         Raises:
           UserError: the grader cannot be loaded.
-          MachineError: the server was killed, twice.
+          MachineError: the server was killed twice.
         """
         if not jobs:
             return []
@@ -88,7 +88,7 @@ class Pool:
                         self._stop()
                         if last:
                             raise MachineError("the process that grades answers was killed twice") from None
-            except BaseException:  # stopped on the way, what comes next would be taken for an answer
+            except BaseException:  # interrupted midway: a late reply would be taken for the next answer
                 self._stop()
                 raise
         return [(value, reason) for value, reason in answer]
@@ -104,7 +104,7 @@ class Pool:
         self._stop()
         path = [os.getcwd(), *(entry for entry in sys.path if entry)]
         words = [sys.executable, "-c", _START, json.dumps({"path": path, **self._settings})]
-        # A grader that uses JAX itself must not take the accelerator, and one thread a worker is enough.
+        # A grader that uses JAX itself must not take the accelerator, and one thread per worker is enough.
         environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -157,12 +157,12 @@ class Pool:
 
 @dataclass(eq=False)
 class Worker:
-    """A forked process, the socket to it, and the job that it has."""
+    """A forked process, the socket to it, and its current job."""
 
     pid: int
     socket: socket.socket
     deadline: float
-    job: int | None = None  # None: it waits for one
+    job: int | None = None  # None: idle
     ready: bool = False
 
 
@@ -171,13 +171,13 @@ class Stopped(Exception):
 
 
 def serve(name: str, time_limit_s: float, workers: int) -> None:
-    """Read a line of jobs, write a line of outcomes, until there are no more."""
-    # The parent's: it saves, and closes the pipe when it ends. A function that does nothing, other than
-    # SIG_IGN, is not passed on to the programs that a grader starts.
+    """Read lines of jobs and write lines of outcomes until there are no more."""
+    # Signals are for the parent: it saves, and closes the pipe when it ends. Unlike SIG_IGN, a no-op handler
+    # is not inherited by programs that a grader starts.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)
     logging.disable(logging.CRITICAL)
-    # What graders print must not get between the answers, and they have no input.
+    # What graders print must not get in between the answers, and graders have no input.
     requests, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
@@ -206,7 +206,7 @@ def serve(name: str, time_limit_s: float, workers: int) -> None:
         traceback.print_exc()
     finally:
         server.end()
-        os._exit(0)  # whatever a grader left behind must not keep this process
+        os._exit(0)  # nothing that a grader left behind may keep this process alive
 
 
 class Server:
@@ -221,13 +221,13 @@ class Server:
         self.select.register(requests, selectors.EVENT_READ)
 
     def first(self) -> None:
-        """Start a worker and wait until it can be given jobs: whether the grader can be loaded shows here."""
+        """Start one worker and wait until it is ready, which shows whether the grader can be loaded."""
         worker = self.fork()
         while not worker.ready:
             self.wait([], {})
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Give every job to a worker; returns when all have an outcome."""
+        """Give every job to a worker; returns once all have an outcome."""
         waiting, outcomes = deque(range(len(jobs))), dict[int, Outcome]()
         while len(outcomes) < len(jobs):
             for worker in [one for one in self.workers if one.ready and one.job is None]:
@@ -235,7 +235,7 @@ class Server:
                     break
                 worker.job = waiting.popleft()
                 worker.deadline = time.monotonic() + self.limit
-                with suppress(OSError):  # it died: its socket says so next
+                with suppress(OSError):  # if it died, its socket will report that next
                     _send(worker.socket, jobs[worker.job])
             starting = sum(not worker.ready for worker in self.workers)
             for _ in range(min(len(waiting) - starting, self.most - len(self.workers))):
@@ -244,12 +244,12 @@ class Server:
         return [outcomes[i] for i in range(len(jobs))]
 
     def wait(self, waiting: Any, outcomes: dict[int, Outcome]) -> None:
-        """Take what workers answer, and end those whose time is over."""
+        """Collect workers' answers, and kill those that exceed their time limit."""
         busy = [worker for worker in self.workers if not worker.ready or worker.job is not None]
         ahead = min((worker.deadline for worker in busy), default=time.monotonic() + 60) - time.monotonic()
         for key, _ in self.select.select(max(0.0, ahead)):
             if key.data is None:
-                raise Stopped  # nothing is sent during a batch: it is the end of the pipe
+                raise Stopped  # nothing is sent during a batch, so the pipe has closed
             self.take(key.data, outcomes)
         now = time.monotonic()
         for worker in [one for one in busy if one in self.workers and one.deadline <= now]:
@@ -260,7 +260,7 @@ class Server:
                 self.kill(worker)
 
     def take(self, worker: Worker, outcomes: dict[int, Outcome]) -> None:
-        """One message of a worker; none means that it is dead."""
+        """Handle one message from a worker; no message means that it died."""
         message = _receive(worker.socket)
         if message is None:
             if not worker.ready:
@@ -277,7 +277,7 @@ class Server:
             worker.job = None
 
     def fork(self) -> Worker:
-        """A new worker."""
+        """Fork a new worker."""
         ours, theirs = socket.socketpair()
         if (pid := os.fork()) == 0:
             try:
@@ -295,7 +295,7 @@ class Server:
         return worker
 
     def kill(self, worker: Worker) -> None:
-        """End a worker and what it started."""
+        """Kill a worker and everything it started."""
         for end in (os.killpg, os.kill):
             with suppress(ProcessLookupError, PermissionError):
                 end(worker.pid, signal.SIGKILL)
@@ -306,7 +306,7 @@ class Server:
         self.workers.remove(worker)
 
     def end(self) -> None:
-        """End all workers."""
+        """Kill all workers."""
         for worker in list(self.workers):
             self.kill(worker)
 
@@ -315,8 +315,8 @@ class Server:
 
 
 def work(name: str, score: Callable[[Job], Any] | None, link: socket.socket) -> None:
-    """Score jobs until the link ends."""
-    os.setpgid(0, 0)  # what a grader starts ends with it
+    """Score jobs until the socket closes."""
+    os.setpgid(0, 0)  # a process group of its own, so that what a grader starts ends with it
     _die_with_parent()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if name in BUILT_IN:
@@ -333,7 +333,7 @@ def work(name: str, score: Callable[[Job], Any] | None, link: socket.socket) -> 
 
 
 def outcome(score: Callable[[Job], Any], job: Mapping[str, Any]) -> Outcome:
-    """The score of a job, or in a few words why there is none, whatever the grader does."""
+    """The score of a job, or a short reason why there is none, whatever the grader does."""
     try:
         value = score(job)
     except BaseException as error:  # also SystemExit and RecursionError
@@ -342,7 +342,7 @@ def outcome(score: Callable[[Job], Any], job: Mapping[str, Any]) -> Outcome:
         return as_number(value), None
     except ValueError as error:
         return None, str(error)
-    except BaseException:  # the value's own methods
+    except BaseException:  # raised by the value's own methods
         return None, f"returned {type(value).__name__}"
 
 
@@ -379,7 +379,7 @@ def _exactly(link: socket.socket, size: int) -> bytes | None:
 
 
 def _read_line(requests: Any) -> bytes:
-    """A whole line; empty at the end of the pipe. Not buffered: `select` must see what was not read."""
+    """Read a whole line; empty at the end of the pipe. Unbuffered, so that `select` sees unread data."""
     parts = bytearray()
     while not parts.endswith(b"\n"):
         if not (part := requests.read(1 << 20)):

@@ -14,7 +14,7 @@ r"""Problems with a checkable answer, from files of several schemas and from gen
 | `problem`, `expected_answer` or `answer` | that |
 | `prompt` (text or messages), `answer` or `solution` | that, read as above |
 
-No row is left out in silence: see `ProblemReport`.
+No row is dropped silently: see `ProblemReport`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jaxlora.runtime.progress import console
 GENERATED = "reasoning_gym:"
 DEFAULT_SIZE, MAX_SIZE = 1000, 1_000_000
 _QUESTIONS = ("problem", "question", "prompt")
-_STATED = ("final_answer", "expected_answer")  # columns that hold nothing but the reference
+_STATED = ("final_answer", "expected_answer")  # columns that contain only the reference
 _IDS = ("id", "row_id", "unique_id", "example_id")
 
 
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class ProblemReport:
-    """What was read: rows looked at, problems made, and how many rows were left out for each reason."""
+    """What was read: rows seen, problems made, and how many rows were skipped for each reason."""
 
     path: str
     rows: int
@@ -77,17 +77,17 @@ class ProblemReport:
 def load_problems(
     path: str, limit: int | None = None, *, system: str | None = None, suffix: str = ""
 ) -> list[Problem]:
-    """The problems of a source, in its order; rows that are left out are counted on the terminal.
+    """The problems of a source, in its order; the number of skipped rows is printed.
 
     Args:
       path: a local file, `embedded:...`, `hf://OWNER/NAME/PATH`, `reasoning_gym:TASK?size=1000&seed=0`, or
         `arithmetic:SPLIT?digits=2,1`.
-      limit: the first so many; None: all.
-      system: the system message; None: that of the row, if it has one; empty: none.
-      suffix: text after every question.
+      limit: keep only the first `limit` problems; None: all.
+      system: the system message; None: the row's own, if it has one; empty: none.
+      suffix: text appended to every question.
 
     Raises:
-      UserError: the source cannot be read, or holds no problem that can be used.
+      UserError: the source cannot be read, or has no usable problem.
     """
     problems, report = read_problems(path, limit, system=system, suffix=suffix)
     if report.skipped:
@@ -98,7 +98,7 @@ def load_problems(
 def read_problems(
     path: str, limit: int | None = None, *, system: str | None = None, suffix: str = ""
 ) -> tuple[list[Problem], ProblemReport]:
-    """As `load_problems`, with the report instead of a line on the terminal."""
+    """Like `load_problems`, but returns the report instead of printing it."""
     if limit is not None and limit < 1:
         raise UserError(f"the limit of problems is {limit}; it must be at least 1, or none")
     records: Iterator[tuple[str, Record | ValueError]]
@@ -117,7 +117,7 @@ def read_problems(
         except ValueError as error:
             skipped[str(error)] += 1
             continue
-        raw = dict(record)  # type: ignore[arg-type]  # a record that is none was skipped
+        raw = dict(record)  # type: ignore[arg-type]  # records that are errors were skipped
         problem_id = _id_of(raw, place, known)
         problems.append(Problem(problem_id, messages, answer, raw))
         if len(problems) == limit:
@@ -152,7 +152,7 @@ def _read(record: Record | ValueError, system: str | None, suffix: str) -> tuple
     """Prompt and reference of a row.
 
     Raises:
-      ValueError: it cannot be used; the message is a reason that other rows share.
+      ValueError: the row cannot be used; the message is a generic reason, so that rows can be counted by it.
     """
     if isinstance(record, ValueError):
         raise ValueError("not a JSON object") from None
@@ -194,7 +194,7 @@ def _reference(record: Record, answered: Any) -> str:
 
 
 def _stated(answer: Any) -> str:
-    """The reference in an answer: what follows `####`, or is in its last box, or the whole text."""
+    """The reference in an answer: what follows `####`, or the content of its last box, or the whole text."""
     if not isinstance(answer, str):
         return _as_text(answer)
     _, mark, last = answer.rpartition("####")
@@ -214,7 +214,7 @@ def _as_text(value: Any) -> str:
 
 
 def _messages(asked: Any, system: str | None, suffix: str) -> list[dict]:
-    """The prompt: one turn of the user, or the messages as given, with system and suffix as asked."""
+    """The prompt: a single user turn, or the given messages, with the requested system message and suffix."""
     given = [{"role": "user", "content": asked}] if not isinstance(asked, list) else asked
     messages = []
     for message in given:
@@ -237,7 +237,7 @@ def _is_generated(record: Record) -> bool:
 
 
 def _id_of(raw: Record, place: str, known: set[str]) -> str:
-    """The row's own id where it has one that no earlier row has; else its place."""
+    """The row's own id if it has one that no earlier row used; otherwise its position."""
     own = next((str(raw[name]) for name in _IDS if isinstance(raw.get(name), str | int)), "")
     chosen = own if own and own not in known else place
     known.add(chosen)
@@ -248,7 +248,7 @@ def _id_of(raw: Record, place: str, known: set[str]) -> str:
 
 
 def _generated(path: str) -> Iterator[tuple[str, Record]]:
-    """Problems of a reasoning-gym task, a function of the options alone."""
+    """Problems of a reasoning-gym task, determined by the options alone."""
     task, options = _task(path)
     try:
         made = dataset(task, json.dumps(options, sort_keys=True))

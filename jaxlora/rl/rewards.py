@@ -1,12 +1,12 @@
-r"""Rewards: what each sampled answer earns, and never an exception.
+r"""Rewards: what each sampled answer earns. Grading never raises because of an answer.
 
     with grader_named("math", format_weight=0.1) as grader:
         grader.grade([(problem, r"\boxed{4}", False)])[0].reward          # 1.0: correct, and well formed
 
     reward = value + format_weight * (well formed - 1)
 
-The value is 1 or 0, or what a Python function returns. A grader that hangs, raises, dies, or returns what is
-no finite number gives the value 0, with the reason in `failed`: see `count_failures`.
+The value is 1 or 0, or whatever a Python function returns. A grader that hangs, raises, dies, or returns
+anything but a finite number yields the value 0, with the reason in `failed`; see `count_failures`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from jaxlora.runtime.files import sha256_of
 NAMED = ("gsm8k_strict", "gsm8k_numeric", "last_number", "math", "deepmath", "reasoning_gym")
 Answer = tuple[
     Problem, str, bool
-]  # the text without its end token, and whether it was cut at the token limit
+]  # the text without its end token, and whether it was truncated at the token limit
 MAX_TIME_LIMIT_S = 600.0
-_QUICK = ("gsm8k_strict", "gsm8k_numeric", "last_number")  # take linear time and cannot fail
+_QUICK = ("gsm8k_strict", "gsm8k_numeric", "last_number")  # linear in time and cannot fail
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _PACKAGES = {"math": "math_verify", "deepmath": "math_verify", "reasoning_gym": "reasoning_gym"}
 
 
 @dataclass(frozen=True)
 class Graded:
-    """One answer's reward. `correct`: the value is 1 or more. `failed`: why the grader gave no value."""
+    """One answer's reward. `correct`: the value is at least 1. `failed`: why the grader gave no value."""
 
     reward: float
     correct: bool
@@ -53,7 +53,7 @@ class Graded:
 
 
 class Grader:
-    """A reward by name. Leaving it ends its worker processes; entering it starts them."""
+    """A reward by name. Entering it as a context starts its worker processes; leaving it ends them."""
 
     def __init__(self, name: str, format_weight: float, time_limit_s: float):
         self.name, self.format_weight = name, format_weight
@@ -74,7 +74,7 @@ class Grader:
         """The reward of each answer, in order; answers are graded in parallel.
 
         Raises:
-          UserError: a function cannot be imported, or `reasoning_gym` is given other problems than its own.
+          UserError: a function cannot be imported, or `reasoning_gym` is given problems other than its own.
         """
         check_problems(self.name, [problem for problem, _, _ in texts])
         values = self._values(texts)
@@ -94,7 +94,7 @@ class Grader:
         found = {pair: _quick(*pair) for pair in pairs}
         rest = [
             pair for pair, outcome in found.items() if outcome is None
-        ]  # each once: groups repeat answers
+        ]  # each once: answers repeat within groups
         outcomes = self._pool.run([_job({}, gold, f"\\boxed{{{box}}}") for gold, box in rest])
         found |= dict(zip(rest, outcomes, strict=True))
         return [outcome for pair in pairs if (outcome := found[pair]) is not None]
@@ -108,17 +108,17 @@ class Grader:
 
 
 def grader_named(name: str, *, format_weight: float = 0.0, time_limit_s: float = 1.0) -> Grader:
-    """The grader of this name: one of `NAMED`, or `module:function`.
+    """The grader with this name: one of `NAMED`, or `module:function`.
 
-    A function is called with the problem's row, in which `id` is the problem's, and the answer's text, in a
-    worker process; it returns a number or a bool.
+    A function is called in a worker process with the problem's row, whose `id` is the problem's, and the text
+    of the answer; it returns a number or a bool.
 
     Args:
-      format_weight: what an answer that is not well formed loses.
-      time_limit_s: for one answer; then the grader is stopped.
+      format_weight: the penalty for an answer that is not well formed.
+      time_limit_s: per answer; then the grader is stopped.
 
     Raises:
-      UserError: the name, a number, or the package that it needs is not there.
+      UserError: the name is unknown, a number is out of range, or a required package is missing.
     """
     if not isinstance(format_weight, int | float) or not 0 <= format_weight < math.inf:
         raise UserError(f"rl.format_weight: {format_weight!r:.80} is not allowed; give a number >= 0")
@@ -139,10 +139,10 @@ def grader_named(name: str, *, format_weight: float = 0.0, time_limit_s: float =
 
 
 def try_import(grader: Grader) -> None:
-    """Import a grader's function once, in a worker process, which ends then.
+    """Import a grader's function once, in a worker process that ends afterwards.
 
     Raises:
-      UserError: it cannot be imported, or is no function.
+      UserError: it cannot be imported, or is not a function.
     """
     try:
         with grader:
@@ -153,10 +153,10 @@ def try_import(grader: Grader) -> None:
 
 def source_sha256(name: str) -> str | None:
     """SHA-256 of the file that the function of a reward `module:function` is imported from, without running
-    it; None where it is not a file, and of the named rewards."""
+    it; None if there is no such file, and for the named rewards."""
     if name in NAMED:
         return None
-    path: Sequence[str] | None = [os.getcwd(), *sys.path]  # as of workers
+    path: Sequence[str] | None = [os.getcwd(), *sys.path]  # the same path as in workers
     module, spec = name.partition(":")[0], None
     for end in [match.start() for match in re.finditer(r"\.|$", module)]:
         spec = None if path is None else PathFinder.find_spec(module[:end], path)
@@ -166,7 +166,7 @@ def source_sha256(name: str) -> str | None:
 
 
 def check_problems(name: str, problems: Sequence[Problem]) -> None:
-    """Whether a reward can judge answers to these problems.
+    """Check that a reward can judge answers to these problems.
 
     Raises:
       UserError: it cannot; names the problem.
@@ -182,7 +182,7 @@ def check_problems(name: str, problems: Sequence[Problem]) -> None:
 
 
 def count_failures(graded: Sequence[Graded]) -> dict[str, int]:
-    """How many answers the grader gave no value, by reason; the most frequent first."""
+    """How many answers got no value from the grader, by reason, the most frequent first."""
     return dict(Counter(one.failed for one in graded if one.failed is not None).most_common())
 
 
@@ -197,13 +197,13 @@ def _job(raw: dict, answer: str, text: str) -> dict:
 
 
 def _quick(gold: str, box: str | None) -> Outcome | None:
-    """What is known of a box without algebra."""
+    """The outcome for a box if it can be decided without algebra."""
     quick = quick_match(gold, box)
     return None if quick is None else (float(quick), None)
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module's top package can be found, without running it; in the working directory, too."""
+    """Whether a module's top-level package, here or on the path, can be found, without running it."""
     top = module.partition(".")[0]
     with suppress(ImportError, ValueError):
         if top in sys.modules or importlib.util.find_spec(top) is not None:

@@ -1,14 +1,14 @@
-"""Answers to problems: the sampler over the learner's own base, groups of answers, and their rewards.
+"""Sample answers to problems on the learner's own base, in groups, and grade them.
 
     sampler = Sampler(job, frozen)
     groups = sampler.groups(trained, step=1, positions=range(32))     # ungraded, `group` answers each
     groups = grade_groups(groups, grader)                             # with rewards
     texts = sampler.greedy(trained, prompts)
 
-The base is on the device once: the sampler reads the learner's arrays, with the adapter beside them, so that
-nothing of an update is lost in a rounded sum. (Where `fsdp` splits the learner's base it keeps a copy, split
-by heads, see `jaxlora.rl.mesh`.) What is drawn follows from the seed, the step, the problem's place in the
-stream of problems, and the answer's number in its group.
+The base is on the device only once: the sampler reads the learner's arrays and applies the adapter
+separately, so no part of an update is lost to rounding in a merged sum. (If `fsdp` splits the learner's base,
+the sampler keeps a copy, split by heads; see `jaxlora.rl.mesh`.) Every random draw is determined by the seed,
+the step, the problem's position in the problem stream, and the answer's number in its group.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxlora.runtime import hosts
 
 @dataclass(frozen=True)
 class Episode:
-    """One answer: tokens with the end token if it came, their log-probabilities as drawn, its text."""
+    """One answer: its tokens (with the end token, if reached), their log-probabilities as drawn, its text."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -46,7 +46,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Group:
-    """The answers to one problem. `position` is its place in the stream of problems."""
+    """The answers to one problem. `position` is its position in the problem stream."""
 
     position: int
     problem: Problem
@@ -65,12 +65,12 @@ class Group:
 
 
 class Sampler:
-    """Answers from what is trained now, over a base that stays where it is."""
+    """Samples from the current trained weights, over a base that stays in place."""
 
     def __init__(self, job: RLJob, frozen: Tree, tail_slots: Sequence[int] | None = None):
-        """`tail_slots` as of `jaxlora.generate.decode.generate`."""
+        """`tail_slots` as in `jaxlora.generate.decode.generate`."""
         self._job, self._frozen, self._tails = job, frozen, tail_slots
-        self._base: tuple[Any, Tree, Any] | None = None  # of an adapter: form, weights, mesh
+        self._base: tuple[Any, Tree, Any] | None = None  # cached with an adapter: form, weights, mesh
 
     def groups(
         self,
@@ -80,10 +80,10 @@ class Sampler:
         progress: Callable[[int], None] | None = None,
         limits: Sequence[int] | None = None,
     ) -> list[Group]:
-        """`rl.group` answers to each problem at these places of the stream.
+        """Sample `rl.group` answers to each problem at these positions of the stream.
 
         Args:
-          limits: most tokens of each answer; None: `rl.max_new_tokens`.
+          limits: maximum tokens of each answer; None: `rl.max_new_tokens`.
         """
         job, rl = self._job, self._job.config.rl
         chosen = [job.at(position) for position in positions]
@@ -108,7 +108,7 @@ class Sampler:
         prompts: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> list[Episode]:
-        """The most likely answer to each prompt."""
+        """The greedy answer to each prompt."""
         answers = self._generate(trained, prompts, sampling=GREEDY, progress=progress)
         return [self._episode(answer) for answer in answers]
 
@@ -130,7 +130,7 @@ class Sampler:
             )
 
     def decoding(self, trained: Tree) -> tuple[Any, Tree, Tree, Any]:
-        """Model, adapter, weights and mesh. The base's form is made once; copies of all weights each time."""
+        """Model, adapter, weights and mesh. A frozen base is converted once, trained weights each time."""
         spec = self._job.spec
         if spec.full:
             with jax.set_mesh(self._job.mesh):
@@ -157,8 +157,10 @@ def grade_groups(groups: Sequence[Group], grader: Grader) -> list[Group]:
 
 
 def grade(problems: Sequence[Problem], episodes: Sequence[Episode], grader: Grader) -> list[Episode]:
-    """Answers with their rewards, each to the problem at its place. Of several processes the main one grades:
-    time limits differ."""
+    """The episodes with their rewards; `problems` has the problem of each.
+
+    With several processes only the main one grades, because time limits may strike differently.
+    """
     found = None
     if hosts.is_main():
         pairs = zip(problems, episodes, strict=True)
@@ -171,7 +173,7 @@ def grade(problems: Sequence[Problem], episodes: Sequence[Episode], grader: Grad
 
 
 def episode_keys(seed: int, step: int, positions: Sequence[int], group: int) -> np.ndarray:
-    """The raw keys of a batch's random numbers, uint32 `[positions * group, 2]`."""
+    """Raw PRNG keys for a batch, uint32 `[positions * group, 2]`."""
     keys = _keys(np.uint32(seed), np.uint32(step), np.asarray(positions, np.uint32), group)
     return np.asarray(keys).reshape(-1, 2)
 
@@ -185,7 +187,7 @@ def _keys(seed: jax.Array, step: jax.Array, positions: jax.Array, group: int) ->
 
 
 def shared_bytes(base: Tree, others: Tree) -> tuple[int, int]:
-    """Bytes of a base on this process' devices, and how many of them another tree holds a second time."""
+    """Bytes of a base on this process's devices, and the bytes that another tree adds to them."""
 
     def buffers(tree: Tree) -> dict[tuple[int, int], int]:
         shards = [shard for x in jax.tree.leaves(tree) for shard in x.addressable_shards]

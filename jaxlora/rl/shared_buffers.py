@@ -1,8 +1,8 @@
-"""Rows of one prompt in buffers that hold the prompt once; see `jaxlora.models.shared`.
+"""Pack rows that share a prompt into buffers that hold the prompt once; see `jaxlora.models.shared`.
 
     buffers = shared_buffers(rows, sizes=(2048, 4096), ...)     # rows of one `prompt_id` share their prompt
 
-A prompt's last token is not shared: its next token is another one in each row.
+A prompt's last token is not shared, because the token after it differs between rows.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import numpy as np
 from jaxlora.data.packing import Batch, empty, place, round_up
 from jaxlora.data.render import RenderedRow
 
-WIDER = (1.25, 1.5, 2.0)  # lengths of the wider buffer, in lengths of the buffer
+WIDER = (1.25, 1.5, 2.0)  # lengths of the wider buffer, relative to the buffer
 
 
 @dataclass(frozen=True)
 class _Size:
-    """What rows take of a buffer."""
+    """The space that rows take up in a buffer."""
 
     used: int = 0  # positions
     wide: int = 0  # positions of the wider buffer
     rows: int = 0
-    shared: int = 0  # positions that have copies: those of all prompts
-    copies: int = 0  # rows of the prompt that has most of them
+    shared: int = 0  # positions with copies: those of all prompts
+    copies: int = 0  # rows of the prompt with the most rows
 
     @property
     def summed(self) -> int:
-        """Positions of the wider buffer whose gradients are added up, with those that stand for nothing."""
+        """Positions of the wider buffer whose gradients are summed, including unused ones."""
         return self.shared * self.copies
 
     def within(self, other: _Size) -> bool:
@@ -40,14 +40,14 @@ class _Size:
 
 
 class _Bin:
-    """Rows that lie in one buffer, by their prompts, and what they take of it."""
+    """The rows in one buffer, by prompt, and the space they take up."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[RenderedRow]] = {}
         self.size = _Size()
 
     def with_row(self, row: RenderedRow, shared: int) -> _Size:
-        """What it all takes with one more row, whose prompt has so many positions."""
+        """The total size with one more row, whose prompt has `shared` positions."""
         size, others = self.size, self.rows.get(row.prompt_id, ())
         new = 0 if others else shared
         return _Size(
@@ -60,20 +60,20 @@ class _Bin:
 
 
 def shared_length(row: RenderedRow) -> int:
-    """Positions of a row that it shares with the others of its prompt."""
+    """The number of positions that a row shares with the other rows of its prompt."""
     return max(0, int(np.argmax(row.weights != 0)) - 1)
 
 
 def shared_buffers(
     rows: Sequence[RenderedRow], sizes: Sequence[int], most_rows: int, multiple: int, dense: bool = False
 ) -> list[Batch]:
-    """The rows in buffers `[1, 1, length]`, each length one of these sizes, with the places of their copies.
+    """Pack the rows into buffers `[1, 1, length]`, with length from `sizes`, and index their copies.
 
     Args:
-      sizes: rising; the largest holds any row.
-      most_rows: of one buffer.
-      multiple: of the lengths of the wider buffers.
-      dense: attention compares all positions with all, whatever the rows: no wider buffer is then longer than
+      sizes: ascending; the largest holds any row.
+      most_rows: maximum rows per buffer.
+      multiple: the lengths of the wider buffers are multiples of this.
+      dense: attention compares all positions with all, whatever the rows. No wider buffer is then longer than
         the largest size, so that it takes no more memory than without copies.
     """
     whole = sizes[-1]
@@ -90,8 +90,11 @@ def shared_buffers(
 
 
 def _shapes(sizes: Sequence[_Size], most: int) -> list[tuple[int, int]]:
-    """Room for each buffer's shared positions and copies of each: the same for all unless that were more
-    than `most` copies, else as many copies for all. Few programs."""
+    """Room for each buffer's shared positions and for copies of each.
+
+    To keep programs few, it is the same for all buffers, or at least its product is if there would otherwise
+    be more than `most` copies.
+    """
     own = [(power_of_two(size.shared, 128), power_of_two(size.copies, 2)) for size in sizes]
     common = max(shared for shared, _ in own), max(copies for _, copies in own)
     if math.prod(common) <= most:
@@ -101,10 +104,10 @@ def _shapes(sizes: Sequence[_Size], most: int) -> list[tuple[int, int]]:
 
 
 def _fitted(rows: Sequence[RenderedRow], most: _Size) -> list[_Bin]:
-    """Prompt by prompt, the fullest first: each row where its prompt is, or else in the first with room.
+    """Assign rows by prompt, largest first: to the bin with that prompt, or else the first with room.
 
-    A long prompt of few rows and a short one of many do not lie together: each shared position has room for
-    as many copies as any other, and those are no more than the positions of the wider buffer.
+    A long prompt with few rows and a short one with many are kept apart: every shared position has room for
+    the same number of copies, and their total must not exceed the positions of the wider buffer.
     """
     groups: dict[str, list[RenderedRow]] = defaultdict(list)
     for row in rows:
@@ -126,12 +129,12 @@ def _fitted(rows: Sequence[RenderedRow], most: _Size) -> list[_Bin]:
 
 
 def _buffer(one: _Bin, length: int, wide_length: int, shape: tuple[int, int]) -> Batch:
-    """One buffer. Indices of nothing lie beyond the end."""
+    """Build one buffer. Unused indices point past the end."""
     batch = empty(next(iter(one.rows.values())), 1, 1, length)
     wide = np.full(wide_length, length, np.int32)
     segments = np.zeros(wide_length, np.int32)
     back = np.full(length, wide_length, np.int32)
-    shared = length + np.arange(shape[0], dtype=np.int32)  # each another one beyond the end
+    shared = length + np.arange(shape[0], dtype=np.int32)  # each a different one past the end
     copies = np.full(shape, wide_length, np.int32)
     at = wide_at = segment = n_shared = 0
     for group in one.rows.values():
@@ -159,7 +162,7 @@ def _buffer(one: _Bin, length: int, wide_length: int, shape: tuple[int, int]) ->
 
 
 def power_of_two(n: int, least: int) -> int:
-    """The first power of two times `least` that is no less: few programs."""
+    """The smallest `least` times a power of two that is at least `n`; this keeps programs few."""
     while least < n:
         least *= 2
     return least

@@ -1,10 +1,10 @@
-"""What a batch asks of sampler and learner, from lengths alone: calls of programs, and tokens in buffers.
+"""The work of a batch for sampler and learner, from lengths alone: program calls, and tokens in buffers.
 
     lengths = drawn_lengths(prompts=64, group=16, prompt_tokens=120, answer_tokens=170, most=512)
     sampling = sampling_calls(lengths, slots=384, shards=1)         # 30 prefills, 1,300 steps
     learning_buffers(lengths, config.train, multiple=128)           # a buffer of 4,096 tokens, 73.0
 
-The rules are those of `jaxlora.generate.decode` and `jaxlora.rl.learning`, without any tokens.
+Follows the rules of `jaxlora.generate.decode` and `jaxlora.rl.learning`, without any tokens.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from jaxlora.rl.learning import buffers_of
 from jaxlora.rl.mesh import shares_prompts, slots_of
 from jaxlora.runtime.devices import memory_rate_of, peak_flops
 
-USUAL_SHARE = 1 / 3  # of the longest answer: the mean one, where nothing else is said
-SPREAD = 0.5  # of the logarithms of answers' lengths: about that of grade-school problems
+USUAL_SHARE = 1 / 3  # default mean answer length, as a share of the longest
+SPREAD = 0.5  # standard deviation of log answer length; about that of grade-school problems
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each prompt of a batch, and of each answer, those to one prompt side by side."""
+    """Tokens of each prompt of a batch, and of each answer; answers to one prompt are adjacent."""
 
     prompts: np.ndarray  # int [prompts]
     answers: np.ndarray  # int [prompts * group]
@@ -54,18 +54,21 @@ class SamplingCalls:
     """How often the sampler's programs run for a batch."""
 
     prefills: int
-    steps: int  # of decoding
-    window: int  # positions of the cache that a step reads, on average
-    busy: float  # share of the slots that hold an unfinished answer, on average
+    steps: int  # decode steps
+    window: int  # positions of the cache read by a step, on average
+    busy: float  # share of the slots with an unfinished answer, on average
 
 
 def drawn_lengths(prompts: int, group: int, prompt_tokens: float, answer_tokens: float, most: int) -> Lengths:
-    """A batch with these mean lengths; always the same one. Prompts vary by half their mean, answers as the
-    logarithms of grade-school answers do, cut at `most` tokens."""
+    """A deterministic batch with these mean lengths.
+
+    Prompts vary by half their mean; answers are log-normal, spread like grade-school answers, and cut at
+    `most`.
+    """
     rng = np.random.default_rng(0)
     asked = np.linspace(0.5, 1.5, prompts) * prompt_tokens
     drawn = rng.lognormal(0, SPREAD, prompts * group)
-    low, high = 0.0, 100.0 * most  # cutting lowers the mean: look for the scale that reaches it
+    low, high = 0.0, 100.0 * most  # cutting lowers the mean, so search for the scale that reaches it
     for _ in range(60):
         scale = (low + high) / 2
         low, high = (scale, high) if np.minimum(scale * drawn, most).mean() < answer_tokens else (low, scale)
@@ -74,11 +77,11 @@ def drawn_lengths(prompts: int, group: int, prompt_tokens: float, answer_tokens:
 
 
 def sampling_calls(lengths: Lengths, slots: int, shards: int = 1) -> SamplingCalls:
-    """The calls that sample a batch; the smaller programs of its last answers are counted as whole ones.
+    """The calls that sample a batch; the smaller programs for its last answers are counted as full ones.
 
     Args:
       slots: on all devices together.
-      shards: devices with slots of their own.
+      shards: number of devices with slots of their own.
     """
     each, begun = slots // shards, lengths.of_answers
     left, capacity = order_of(begun.tolist()), begun.max() + lengths.answers.max()
@@ -118,12 +121,12 @@ def least_seconds(
     memory_rate: float,
     shares: bool = False,
 ) -> dict[str, float]:
-    """Sampling and learning of a batch at `REACHED` of the peak rates, without grading and collectives.
+    """Seconds of sampling and learning of a batch at `REACHED` of peak rates, without grading or collectives.
 
     Args:
       slots: on all devices together.
-      flops, memory_rate: peaks of one device, of bfloat16 products and of its memory in bytes/s.
-      shares: the learner computes a prompt once.
+      flops, memory_rate: peaks of one device, for bfloat16 products in FLOP/s and for its memory in bytes/s.
+      shares: whether the learner computes a prompt only once.
     """
     model, devices = spec.config, mesh.size
     weights = count_matrix_parameters(model)
@@ -140,8 +143,7 @@ def least_seconds(
 
 
 def told_time(job: RLJob) -> str:
-    """How long a run takes at least on the devices that are here, in words; answers are taken to be a third
-    as long as they may be."""
+    """The least time of a run on these devices, in words, if answers have a third of the maximum length."""
     device, rl = jax.devices()[0], job.config.rl
     flops, memory_rate = peak_flops(device), memory_rate_of(device)
     if flops is None or memory_rate is None:
@@ -162,12 +164,11 @@ def told_time(job: RLJob) -> str:
 def learning_buffers(
     lengths: Lengths, train: TrainConfig, multiple: int, shares: bool = False
 ) -> tuple[Batch, float]:
-    """The largest buffer that answers of a batch lie in, and as many tokens as all of their buffers have, in
-    buffers like this one.
+    """The largest buffer of a batch's answers, and the tokens in all their buffers, in units of that buffer.
 
     Args:
-      multiple: of the buffers' lengths, as the mesh needs it.
-      shares: answers to a prompt share it, for attention that is dense, as that of TPUs.
+      multiple: the buffers' lengths are multiples of this, as the mesh requires.
+      shares: answers share their prompt, laid out for dense attention, such as the TPU's.
     """
     rows = [
         RenderedRow(

@@ -1,10 +1,10 @@
 """The study: trials, sweep, comparison, figures and report, each a stage of one command.
 
-Here are the stages' names alone, in their order, so that `--help` need not import what they do
+Only the stages' names are here, in order, so that `--help` need not import their implementation
 (`jaxlora.study.stages`).
 """
 
-STAGE_NAMES = {  # name on the command line: what it is, for people
+STAGE_NAMES = {  # name on the command line: description
     "gates": "data gates",
     "baseline": "untouched baseline",
     "learning-rates": "learning-rate trials",

@@ -1,8 +1,8 @@
-"""The command of a study: `launch/study.py` is its door.
+"""The command of a study, as started by `launch/study.py`.
 
     main(argv)        # 0: finished; 1: something failed and may work next time; 2: something waits for you
 
-JAX is imported once the options are known to be right, so that `--help` and mistakes answer at once.
+JAX is imported only after the options have been checked, so that `--help` and mistakes respond at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def main(
     """Run the command line `argv` (None: this process's own) and return the exit code.
 
     Args:
-      experiment: takes the configuration and the options where `config.regret` asks for one.
+      experiment: called with the configuration and the options if `config.regret` asks for an experiment.
 
     Raises:
-      UserError: a mistake in the options, the configuration or what is on the disk; one line.
+      UserError: a mistake in the options, in the configuration or in files on disk, in one line.
     """
     with stop_signals() as stop:
         return _run(description, argv, stop, experiment)
@@ -79,7 +79,7 @@ def _run(description: str | None, argv: Sequence[str] | None, stop: Stop, experi
 
 
 def _work(session: Session, only: str | None) -> int:
-    """Run all stages, or one; say in one line what is not done, and return the exit code."""
+    """Run all stages, or just one; report in one line what is not done, and return the exit code."""
     from jaxlora.runtime.progress import console
     from jaxlora.study.pipeline import run_stages
     from jaxlora.study.stages import STAGES

@@ -1,10 +1,11 @@
-"""Compare the evaluated models of a study: by condition, against the baseline, and problem by problem.
+"""Compare a study's evaluated models: by condition, against the baseline, and problem by problem.
 
     comparison = compare_evaluations([baseline, *adapters])   # plain values, ready for comparison.json
     comparison["pairs"][0]["strict"]["verdict"]          # "inconclusive" or the name of a condition
 
-Every score is computed twice, strict (the study's, which decides) and numeric (beside it, never instead of
-it). Counts and means are exact fractions until they are written. Tests and intervals come from `scipy`.
+Everything is computed for both scores: strict, the study's, which decides; and numeric, which is reported
+with it and never replaces it. Counts and means are exact fractions until they are written. Tests and
+intervals come from `scipy`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Evaluation:
 
     @property
     def condition(self) -> str | None:
-        """Where the adapter is; None for the base."""
+        """The adapter's placement; None for the base."""
         return None if self.setting is None else self.setting.condition
 
     def outcomes(self, score: str) -> np.ndarray:
@@ -52,11 +53,11 @@ class Evaluation:
 
 
 def compare_evaluations(evaluations: Sequence[Evaluation], resamples: int = RESAMPLES) -> dict[str, Any]:
-    """All tables of the comparison as plain values; `condition` there is a setting's label.
+    """All tables of the comparison as plain values, in which `condition` is a setting's label.
 
-    At most one evaluation may be the baseline. What needs an absent baseline or an unpaired seed is null or
-    left out, never guessed. Raises `UserError` if the evaluations are not of the same problems, or if two of
-    them have the same condition and seed.
+    At most one evaluation may be the baseline. Anything that needs a missing baseline or an unpaired seed is
+    null or omitted, never guessed. Raises `UserError` if the evaluations are not of the same problems, or if
+    two have the same condition and seed.
     """
     _check_comparable(evaluations)
     baseline = next((evaluation for evaluation in evaluations if evaluation.setting is None), None)
@@ -98,7 +99,7 @@ def _problems(evaluation: Evaluation) -> list[tuple[Any, ...]]:
 
 
 def _by_setting(evaluations: Sequence[Evaluation]) -> dict[Setting, list[Evaluation]]:
-    """Adapters by setting, in the order of settings; seeds ascending."""
+    """Adapters by setting, in the order of settings, with seeds ascending."""
     settings = {evaluation.setting for evaluation in evaluations if evaluation.setting is not None}
     return {
         setting: sorted((run for run in evaluations if run.setting == setting), key=lambda run: run.seed or 0)
@@ -107,7 +108,7 @@ def _by_setting(evaluations: Sequence[Evaluation]) -> dict[Setting, list[Evaluat
 
 
 def _pairs(settings: Iterable[Setting]) -> list[tuple[Setting, Setting]]:
-    """Two conditions that share all else: ranks, rates or batches of one condition are not paired."""
+    """Pairs that differ only in condition: ranks, rates or batch sizes of one condition are not paired."""
     return [
         (first, second)
         for first, second in combinations(settings, 2)
@@ -153,7 +154,7 @@ def _score_row(
     problems = len(runs[0].records)
     row = {
         "correct": correct,
-        "mean": sum(count / problems for count in correct) / len(correct),  # in floats, as the study does
+        "mean": sum(count / problems for count in correct) / len(correct),  # in floats, as in the study
         "min": min(correct) / problems,
         "max": max(correct) / problems,
         "delta_to_baseline": None,
@@ -173,8 +174,8 @@ def _mean_accuracy(runs: list[Evaluation], score: str) -> Fraction:
 def _format_share(runs: list[Evaluation], baseline: Evaluation | None) -> float | None:
     """The part of the strict gain over the baseline that vanishes when both are scored numerically.
 
-    1 - (numeric gain) / (strict gain): 0 means that no part of the gain is answer format, 1 that all of it
-    is; it is negative where the numeric gain is the larger one. Null without a baseline or a strict gain.
+    1 - (numeric gain) / (strict gain): 0 means that none of the gain is answer format, 1 that all of it is;
+    it is negative if the numeric gain is larger. Null without a baseline or a strict gain.
     """
     if baseline is None:
         return None
@@ -213,14 +214,14 @@ def _pair_row(
 
 
 def verdict(gap: Fraction, first: str, second: str) -> str:
-    """The better condition, or "inconclusive" where the difference of means is below WINNER_THRESHOLD."""
+    """The better condition, or "inconclusive" if the difference of means is below WINNER_THRESHOLD."""
     if abs(gap) < Fraction(str(WINNER_THRESHOLD)):
         return "inconclusive"
     return first if gap > 0 else second
 
 
 def _paired_row(first: np.ndarray, second: np.ndarray, resamples: int) -> dict[str, Any]:
-    """The paired table of two outcome vectors [problems], its exact test and its interval."""
+    """The paired table of two outcome vectors [problems], with its exact test and interval."""
     only_first = int(np.sum(first > second))
     only_second = int(np.sum(first < second))
     return {
@@ -235,10 +236,10 @@ def _paired_row(first: np.ndarray, second: np.ndarray, resamples: int) -> dict[s
 
 
 def _pooled_row(outcomes: list[tuple[np.ndarray, np.ndarray]], resamples: int) -> dict[str, Any]:
-    """All seeds together: counts added up; the interval draws problems, each with all of its seeds.
+    """All seeds pooled: counts are added up; the interval resamples problems, each with all of its seeds.
 
-    Answers of several seeds to one problem are not independent. The interval allows for that, the exact test
-    on the added counts does not, so its p-value tends to be too small.
+    Answers to one problem from several seeds are not independent. The interval allows for that; the exact
+    test on the pooled counts does not, so its p-value tends to be too small.
     """
     first, second = (np.concatenate(side) for side in zip(*outcomes, strict=True))
     mean_difference = np.mean([left - right for left, right in outcomes], axis=0)
@@ -254,9 +255,9 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 
 
 def bootstrap_interval(differences: np.ndarray, resamples: int) -> list[float] | None:
-    """Percentile interval of the mean of per-problem differences [problems]; problems are drawn anew.
+    """Percentile interval of the mean of per-problem differences [problems], resampling problems.
 
-    The generator is fixed, so that the same predictions always give the same report.
+    The generator's seed is fixed, so the same predictions always give the same report.
     """
     if resamples == 0 or len(differences) < 2:
         return None

@@ -1,9 +1,10 @@
-"""The drawings: each function turns one `Table` into one matplotlib figure.
+"""The drawing functions: each turns one `Table` into one matplotlib figure.
 
     figure = draw_validation_nll(table)      # figure.savefig(...) is for jaxlora.study.figures
 
-Conditions differ in lightness, marker and line style as well as in hue, so that they stay apart in grey and
-for colour-blind readers. An axis that does not begin at zero says so in its label; bars always begin at zero.
+Conditions differ in lightness, marker and line style as well as hue, so that they remain distinct in
+greyscale and for colour-blind readers. Axes that do not begin at zero say so in their label; bars always
+begin at zero.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxlora.study import tables
 from jaxlora.study.grid import Setting
 from jaxlora.study.tables import Table
 
-# Dark, light and middle: told apart by lightness alone. The hues are those of Okabe and Ito, adjusted.
+# Dark, light and middle: distinguishable by lightness alone. The hues are Okabe and Ito's, adjusted.
 _KNOWN_LOOKS: dict[str, dict[str, Any]] = {
     "attention_only": {"color": "#0B4F8A", "marker": "o", "linestyle": "-"},
     "all_layer": {"color": "#E08A00", "marker": "s", "linestyle": "--"},
@@ -34,7 +35,7 @@ _OTHER_LOOKS: list[dict[str, Any]] = [
     {"color": "#222222", "marker": "P", "linestyle": (0, (1, 1))},
 ]
 _MARKERS = "osD^vP*Xph"
-FEW = 4  # up to this many lines leave room for a legend and for words beside their points
+FEW = 4  # up to this many lines leave room for a legend and for labels next to points
 _INK = "#222222"
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 9}
 _NOT_FROM_ZERO = "(axis does not begin at zero)"
@@ -46,7 +47,8 @@ _NOT_FROM_ZERO = "(axis does not begin at zero)"
 def looks(settings: Iterable[Setting]) -> dict[Setting, dict[str, Any]]:
     """Colour, marker and line style by setting; the study's conditions look the same in every figure.
 
-    Several settings of one condition (ranks, say) keep its hue and go from dark to light, with a marker each.
+    Several settings of one condition (such as ranks) share its hue, from dark to light, each with its own
+    marker.
     """
     others = cycle(_OTHER_LOOKS)
     by_condition: dict[str, list[Setting]] = {}
@@ -64,7 +66,7 @@ def looks(settings: Iterable[Setting]) -> dict[Setting, dict[str, Any]]:
 
 
 def _mixed(color: str, white: float) -> str:
-    """The colour with a share of white."""
+    """The colour mixed with a share of white."""
     return to_hex(tuple(part + (1 - part) * white for part in to_rgb(color)))  # type: ignore[arg-type]
 
 
@@ -76,7 +78,7 @@ def _canvas(table: Table, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Inside the axes; beside them where it would cover the lines."""
+    """Place the legend inside the axes, or next to them if it would cover the lines."""
     if len(axes.get_legend_handles_labels()[1]) <= FEW + 2:
         axes.legend(fontsize=9)
     else:
@@ -103,7 +105,7 @@ def _groups(table: Table, *names: str) -> dict[tuple[Any, ...], list[Record]]:
 
 
 def draw_table(table: Table) -> Figure:
-    """The table itself, as a picture for slides."""
+    """Draw the table itself, as a picture for slides."""
     cells = [[column.title for column in table.columns], *table.shown()]
     widths = [max(len(row[i]) for row in cells) + 2 for i in range(len(table.columns))]
     figure = Figure(figsize=(max(6.0, 0.088 * sum(widths)), 0.55 + 0.27 * len(cells)))
@@ -125,7 +127,7 @@ def draw_table(table: Table) -> Figure:
 
 
 def draw_accuracy(table: Table, threshold: float) -> Figure:
-    """A dot for every seed and score, a line from the least to the greatest, a tick at the mean."""
+    """A dot for every seed and score, a line from minimum to maximum, a tick at the mean."""
     conditions = looks(row["condition"] for row in table.rows if row["condition"])
     figure, axes = _canvas(table, 1.9 + (0.85 if len(conditions) <= FEW else 0.42) * len(conditions))
     scores = (("accuracy", "strict score", -0.16, True), ("accuracy_numeric", "numeric score", 0.16, False))
@@ -152,7 +154,7 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
                     row[name], color=_INK, linestyle=line, linewidth=1.2, label=f"untouched base, {label}"
                 )
     high = max(*values, 2 * threshold)
-    low = min(*values, high - 2 * threshold)  # room for the ruler, also where all scores are alike
+    low = min(*values, high - 2 * threshold)  # room for the ruler, even if all scores are alike
     room = (high - low) * 0.12
     axes.set_xlim(low - room, high + room)
     axes.plot([], [], "o", color=_INK, label="one seed, strict score")
@@ -175,7 +177,7 @@ def draw_accuracy(table: Table, threshold: float) -> Figure:
 
 
 def draw_disagreement(table: Table) -> Figure:
-    """For each seed, how many problems only one of two conditions got right, from zero to both sides."""
+    """For each seed, how many problems only one of two conditions got right, on either side of zero."""
     rows = [row for row in table.rows if row["score"] == "strict" and row["seed"] != "all"]
     colors = looks(Setting(name) for row in rows for name in _conditions(row))
     several = len({_conditions(row) for row in rows}) > 1
@@ -205,14 +207,14 @@ def _conditions(row: Record) -> tuple[str, str]:
 
 
 def _row_label(row: Record, several: bool) -> str:
-    """What tells this row from the others: the conditions if they vary, what they share besides, the seed."""
+    """What distinguishes this row: the conditions if they vary, their other axes, the seed."""
     names = [" | ".join(_conditions(row))] if several else []
     shared = "-".join(row["first"].axes)
     return ", ".join([*names, *([shared] if shared else []), f"seed {row['seed']}"])
 
 
 def draw_validation_nll(table: Table) -> Figure:
-    """One line for each run; the selected checkpoints are ringed."""
+    """One line per run; the selected checkpoints are circled."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.9)
     shown = set()
@@ -236,7 +238,7 @@ def _ring(axes: Axes, x: Any, y: Any, label: str | None = None) -> None:
 
 
 def draw_learning_rates(table: Table) -> Figure:
-    """Lowest validation NLL against the learning rate; the selected rates are ringed, failed runs crossed."""
+    """Lowest validation NLL against the learning rate; selected rates are circled, failed runs crossed."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.6)
     for (setting,), rows in _groups(table, "setting").items():
@@ -267,7 +269,7 @@ def draw_learning_rates(table: Table) -> Figure:
 
 
 def draw_rate_minimum(table: Table) -> Figure:
-    """The lower envelope over learning rates by step; few lines have the rate beside each point."""
+    """The lower envelope over learning rates, by step; with few lines, points are labelled with the rate."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 3.6)
     groups = _groups(table, "setting")
@@ -285,7 +287,7 @@ def draw_rate_minimum(table: Table) -> Figure:
 
 
 def draw_throughput(table: Table) -> Figure:
-    """Median tokens a second of every run, from zero, with the 10th to 90th percentile of its steps."""
+    """Median tokens per second of every run, from zero, with the 10th to 90th percentile of its steps."""
     look = _table_looks(table)
     figure, axes = _canvas(table, 1.3 + 0.34 * len(table.rows))
     for y, row in enumerate(table.rows):

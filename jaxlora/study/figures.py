@@ -1,9 +1,9 @@
-"""Write the study's figures: each a PNG, a PDF, a CSV with its data, and a provenance JSON.
+"""Write the study's figures, each as a PNG, a PDF, a CSV of its data, and a provenance JSON.
 
     figures, left_out = plan_figures(study, comparison)
     draw_figures(figures, Path("results/report/figures"), study.directory)
 
-Every figure draws one `Table` and nothing else. Files hold no dates: the same inputs give the same bytes.
+Every figure draws exactly one `Table`. Files contain no dates, so the same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Drawing = Callable[[Table], Figure]
 
 
 def draw_figures(figures: Sequence[tuple[Table, Drawing]], folder: Path, root: Path) -> None:
-    """Write these figures into `folder`; the paths of their inputs are named relative to `root`."""
+    """Write these figures into `folder`; provenance names their inputs relative to `root`."""
     with progress_bar("drawing figures", total=len(figures), unit="figures") as advance:
         for table, draw in figures:
             write_figure(table, draw, folder, root)
@@ -58,7 +58,7 @@ def draw_figures(figures: Sequence[tuple[Table, Drawing]], folder: Path, root: P
 def plan_figures(
     study: Study, comparison: dict[str, Any] | None
 ) -> tuple[list[tuple[Table, Drawing]], list[str]]:
-    """The figures that the study has data for, and one sentence for each that it cannot draw."""
+    """The figures for which the study has data, and one sentence for each that cannot be drawn."""
     figures = _figures(study, comparison)
     absent = [table for table, _ in figures if isinstance(table, str)]
     return [(table, draw) for table, draw in figures if isinstance(table, Table)], absent
@@ -92,7 +92,7 @@ def _figures(study: Study, comparison: dict[str, Any] | None) -> list[tuple[Tabl
 
 @contextmanager
 def own_style() -> Iterator[None]:
-    """Our own settings of matplotlib: a user's must not change what is drawn and saved inside."""
+    """Use our own matplotlib settings; a user's must not affect what is drawn and saved inside."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -112,7 +112,7 @@ def write_figure(table: Table, draw: Callable[[Table], Figure], folder: Path, ro
 
 
 def is_current(table: Table, folder: Path, root: Path) -> bool:
-    """Whether the figure's files are there, and are what would be written now: same data, same code."""
+    """Whether the figure's files exist and match what would be written now: same data, same code."""
     files = [folder / f"{table.name}{end}" for end in (*ENDS, ".provenance.json")]
     if not all(file.is_file() for file in files):
         return False
@@ -120,12 +120,12 @@ def is_current(table: Table, folder: Path, root: Path) -> bool:
         return False
     try:
         return read_json(files[-1]) == provenance(table, folder, root)
-    except UserError:  # not JSON any more: drawn again
+    except UserError:  # no longer JSON: draw it again
         return False
 
 
 def provenance(table: Table, folder: Path, root: Path) -> Record:
-    """What a figure was made from and by, and the hashes of its own files as they are now."""
+    """What a figure was made from and with, and the current hashes of its own files."""
     code = b"".join(Path(module.__file__ or "").read_bytes() for module in (drawings, sys.modules[__name__]))
     return {
         "figure": table.name,
@@ -144,12 +144,12 @@ def _file_entry(path: Path, shown: Path) -> Record:
 
 
 def to_csv(table: Table) -> str:
-    """The table in full precision; an absent value is an empty cell."""
+    """The table in full precision; a missing value is an empty cell."""
     return csv_text([column.name for column in table.columns], table.rows)
 
 
 def csv_text(names: Sequence[str], rows: Iterable[Record]) -> str:
-    """These columns of rows, under their names."""
+    """These columns of the rows as CSV, with a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)

@@ -1,6 +1,6 @@
 """The sentences of the report: the question, the verdict, how it was run, and what it cannot say.
 
-Every sentence follows from the comparison and the runs' own records; what they do not record, it says.
+Every sentence follows from the comparison and the runs' own records; whatever they do not record is stated.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from jaxlora.study.results import Study, lowest_nll
 from jaxlora.study.tables import interval, percent, points, rate, share, whole
 from jaxlora.train.selection import select_learning_rate
 
-_MAX_LIST = 12  # longer lists, such as the row ids of the data, are counted instead of shown
+_MAX_LIST = 12  # longer lists, such as the row ids of the data, are counted, not shown
 
 
 def question(study: Study) -> str:
-    """What the study asks, from the conditions and the model that its runs name."""
+    """The study's question, from the conditions and the model named in its runs."""
     conditions = study.conditions()
     model = next((name for run in study.runs if (name := _model(run.manifest))), None)
     of = f"of {model}" if model else "of a model that no manifest names"
@@ -49,7 +49,7 @@ def headline(comparison: dict[str, Any] | None) -> str:
 
 
 def verdicts(comparison: dict[str, Any] | None) -> list[str]:
-    """What the headline rests on, a paragraph for each pair of conditions and each gain over the base."""
+    """The basis of the headline: a paragraph per pair of conditions and per gain over the base."""
     if comparison is None:
         return []
     rows = {row["condition"]: row for row in comparison["conditions"]}
@@ -112,9 +112,9 @@ def _gain_sentences(row: dict[str, Any], baseline: dict[str, Any] | None) -> str
 
 
 def how_it_was_run(study: Study) -> list[tuple[str, str]]:
-    """Name and value of what all runs share; where runs differ, the values with the runs that have them."""
+    """Names and values of everything the runs record; values that differ are listed with their runs."""
     manifests = {run.run_id: flatten(run.manifest) for run in study.runs}
-    for manifest in manifests.values():  # that a run was resumed is told only where it changed something
+    for manifest in manifests.values():  # that a run was resumed matters only if it changed something
         if manifest.get("resumed_with") == "none":
             del manifest["resumed_with"]
     names = list(dict.fromkeys(name for manifest in manifests.values() for name in manifest))
@@ -157,7 +157,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def totals(study: Study, accounting_rows: Sequence[Record]) -> list[tuple[str, str]]:
-    """Tokens of all training runs together; "not recorded" where one run lacks the number."""
+    """Tokens of all training runs together; "not recorded" if any run lacks the number."""
     return [
         ("training runs", str(len(study.runs))),
         ("train tokens, all runs", _added([row.get("train_tokens") for row in accounting_rows], whole)),
@@ -169,7 +169,7 @@ def totals(study: Study, accounting_rows: Sequence[Record]) -> list[tuple[str, s
 
 
 def measured(study: Study, throughput_rows: Sequence[Record]) -> list[tuple[str, str]]:
-    """Times and cost of the whole study: what differs when it is repeated."""
+    """Times and costs of the whole study, which vary when it is repeated."""
     hours = [row["hours"] for row in throughput_rows]
     hours += [None] * (len(study.runs) - len(hours))
     decoding = [
@@ -189,15 +189,15 @@ def measured(study: Study, throughput_rows: Sequence[Record]) -> list[tuple[str,
 
 
 def _dollars_an_hour(manifest: Record) -> float | None:
-    """Of all devices of a run; None where its configuration gives no price."""
+    """The price of all devices of a run; None if its configuration gives none."""
     price = (manifest.get("config") or {}).get("price")
-    device = manifest.get("device")  # a text, where another program wrote it
+    device = manifest.get("device")  # a string if another program wrote it
     count = device.get("count") if isinstance(device, dict) else None
     return None if price is None or count is None else price * count
 
 
 def _added(values: Sequence[Any], show: Callable[[Any], str]) -> str:
-    """The sum; "not recorded" where one value is missing."""
+    """The sum; "not recorded" if any value is missing."""
     if not values or None in values:
         return "not recorded for every run"
     return show(sum(values))
@@ -235,7 +235,7 @@ def evaluation_settings(study: Study) -> list[tuple[str, str]]:
 
 
 def _edges(study: Study) -> list[str]:
-    """Chosen rates that no larger, or no smaller, one was tried against."""
+    """Chosen rates at an edge of the grid, where no larger or no smaller one was tried."""
     lines = []
     for setting, by_rate in study.by_rate().items():
         lowest = {value: lowest_nll(runs) for value, runs in by_rate.items()}

@@ -1,11 +1,11 @@
-"""The runs of a study, from its one configuration: the trials, the sweep, and what they are called.
+"""The runs of a study, derived from its one configuration: the trials, the sweep, and their names.
 
     trials(config)[0].run_id                       # "qwen3-8b-attention_only-lr-1e-4"
     sweep_runs(config, {"all_layer": 3e-4, ...})   # 6 configurations, one for each run
     setting_of(manifest["config"], "all_layer")    # Setting("all_layer", rank=4): read back, as data
 
-Every run is a `RunConfig` of its own, and nothing else tells it from a run of `launch/train.py`. Its name
-says what differs between the runs: `<prefix>-<condition>[-rank-<r>][-lr-<rate>][-batch-<rows>]-seed-<seed>`.
+Every run is a `RunConfig` of its own, no different from a run of `launch/train.py`. Its name says what varies
+between the runs: `<prefix>-<condition>[-rank-<r>][-lr-<rate>][-batch-<rows>]-seed-<seed>`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 from jaxlora.config import RunConfig
 
-TRIALS = "lr-selection"  # the folder of the trials, below the results
+TRIALS = "lr-selection"  # the trials' folder, inside the results directory
 CONDITION_ORDER = ("attention_only", "mlp_only", "all_layer")
 
 
 def study_dir(config: RunConfig) -> Path:
-    """Where the study's own files are: report, figures, comparison, exported adapters."""
+    """The folder of the study's own files: report, figures, comparison, exported adapters."""
     return Path(config.results_dir) / f"{config.prefix}-report"
 
 
 def rate(value: float) -> str:
-    """A learning rate, as 3e-4."""
+    """Format a learning rate, as in 3e-4."""
     mantissa, exponent = f"{value:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
@@ -58,24 +58,24 @@ class Setting:
 
     @property
     def order(self) -> tuple[int, str, list[tuple[str, float]]]:
-        """Sort key: the study's conditions in the study's order, others after them; then by number."""
+        """Sort key: the study's conditions in the study's order, then others; then by number."""
         known = self.condition in CONDITION_ORDER
         place = CONDITION_ORDER.index(self.condition) if known else len(CONDITION_ORDER)
         axes = (("rank", self.rank), ("lr", self.rate), ("batch", self.batch_rows))
         return place, self.condition, [(name, value) for name, value in axes if value is not None]
 
     def without_rate(self) -> Setting:
-        """What runs share that differ in nothing but their learning rate and their seed."""
+        """The setting shared by runs that differ only in learning rate and seed."""
         return replace(self, rate=None)
 
 
 def setting_of(config: Mapping[str, Any], condition: str, trial: bool = False) -> Setting:
-    """The setting of a run, from the configuration that its manifest records.
+    """The setting of a run, from the configuration recorded in its manifest.
 
     Args:
-      config: nested plain values, as `to_dict` gives them; what is missing counts as not varied.
-      condition: as the run's records name it.
-      trial: a run of the learning-rate selection, which varies the rate alone.
+      config: nested plain values, as returned by `to_dict`; missing ones count as not varied.
+      condition: as named in the run's records.
+      trial: whether it is a run of the learning-rate selection, which varies only the rate.
     """
     peak = (config.get("optim") or {}).get("peak_lr")
     if trial:
@@ -92,12 +92,12 @@ def setting_of(config: Mapping[str, Any], condition: str, trial: bool = False) -
 
 
 def run_name(prefix: str, setting: Setting, seed: int | None = None) -> str:
-    """The name of a study's run; of a trial, whose seed is the same for all, without its seed."""
+    """The name of a study's run; trials, which all have the same seed, omit it."""
     return f"{prefix}-{setting}" + ("" if seed is None else f"-seed-{seed}")
 
 
 def selects_rates(config: RunConfig) -> bool:
-    """Whether trials choose the learning rates: not if the sweep names its own, or there are none."""
+    """Whether trials choose the learning rates: not if the sweep sets its own, or if there are no trials."""
     return bool(config.selection.learning_rates) and not config.sweep.learning_rates
 
 
@@ -130,10 +130,10 @@ def _least(first: int, second: int | None) -> int:
 
 
 def sweep_runs(config: RunConfig, rates: Mapping[str, float] | None = None) -> list[RunConfig]:
-    """The runs of the sweep, those of one condition next to each other.
+    """The runs of the sweep, grouped by condition.
 
     Args:
-      rates: the chosen learning rate by condition; None: `optim.peak_lr` stands where a choice belongs.
+      rates: the chosen learning rate by condition; None: use `optim.peak_lr` in its place.
     """
     sweep = config.sweep
     runs = []
@@ -149,7 +149,7 @@ def sweep_runs(config: RunConfig, rates: Mapping[str, float] | None = None) -> l
         runs.append(
             replace(
                 config,
-                # With nothing but condition and seed, it is the run that launch/train.py would make.
+                # If only condition and seed vary, this is the run that launch/train.py would make.
                 name=run_name(config.prefix, setting, seed) if setting.axes else None,
                 seed=seed,
                 lora=replace(config.lora, targets=condition, rank=rank or config.lora.rank),

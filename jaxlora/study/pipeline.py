@@ -1,12 +1,12 @@
-"""The study as one command: a row of stages, each of which sees what is there and makes what is missing.
+"""The study as one command: a sequence of stages, each of which makes whatever is missing.
 
     session = Session(config)
     unfinished = run_stages(session, STAGES)   # of jaxlora.study.stages; skips what is there and valid
 
-A stage is two functions: `check` lists its tasks with their states and writes nothing; `run` does those that
-are left. Nothing is remembered between two starts of the command: what is done is read from the files, and a
-file counts only while the hashes that it records are those of its inputs. So the command can be stopped or
-killed anywhere; started again, it ends in the same report.
+A stage is two functions: `check` lists its tasks with their states and writes nothing; `run` does the
+remaining ones. No state is kept between invocations: progress is read from the files, and a file counts only
+if the hashes that it records match its inputs. So the command can be stopped or killed at any point; when
+restarted, it arrives at the same report.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from jaxlora.study.state import Inputs, State, check_unchanged, read_inputs
 from jaxlora.train.job import Job, prepare
 from jaxlora.train.step import Machine, wire
 
-WAIT_SECONDS = 2.0  # between two looks while other processes do what is left
-LOOK_SECONDS = 120  # an NFS client may show an old view of a folder for a minute
+WAIT_SECONDS = 2.0  # between checks while other processes do the remaining tasks
+LOOK_SECONDS = 120  # an NFS client may show a stale view of a folder for a minute
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `on_every_host`: all processes of a job run it, because it computes; else the main one.
-    `waits`: the next stage needs what other processes of the same study are still doing of it."""
+    """One stage.
+
+    `on_every_host`: all processes of a job run it, because it computes; otherwise only the main one does.
+    `waits`: the next stage needs the tasks that other processes of the same study are still doing.
+    """
 
     name: str
     about: str
@@ -71,13 +74,13 @@ class Session:
 
     def __init__(self, config: RunConfig, stop: Stop | None = None):
         shape = find_base(config.model, with_weights=False).config
-        config = mesh_here(config, shape)  # one for all runs: they share the base
+        config = mesh_here(config, shape)  # one mesh for all runs, because they share the base
         self.config = replace(config, data=replace(config.data, gate_report=gate_report(config)))
         self.results_dir = Path(config.results_dir)
         self.folder = study_dir(config)
         self.stop = stop
-        self.accidents: list[str] = []  # runs that failed for a reason that may not come back
-        self.taken: list[str] = []  # tasks that another process of this study was found at
+        self.accidents: list[str] = []  # runs that failed for a reason that may not recur
+        self.taken: list[str] = []  # tasks that another process of this study is doing
         self.others: list[tuple[Stage, str]] = []  # the same, with the stage that waits for them
         self._job: Job | None = None
 
@@ -96,7 +99,7 @@ class Session:
 
     @cached_property
     def base(self) -> Tree:
-        """The frozen base in the form that training wants, loaded once for all runs and evaluations."""
+        """The frozen base in the form that training needs, loaded once for all runs and evaluations."""
         base, mesh = find_base(self.config.model), self.machine.mesh
         scheme = pick_scheme(self.config.model, training=True)
         spec = ModelSpec(base.config, None, self.config.model.dtype, self.machine.scan, scheme=scheme)
@@ -104,16 +107,16 @@ class Session:
             return base.load(spec, mesh)
 
     def left_to_others(self, task: Task) -> None:
-        """Note that another process of this study does this task now."""
+        """Note that another process of this study is doing this task."""
         self.taken.append(task.name)
 
     def job(self, config: RunConfig) -> Job:
-        """The prepared run; rows that the previous run has read are not read again."""
+        """Prepare a run, reusing the rows that the previous run has read."""
         self._job = prepare(config, like=self._job)
         return self._job
 
     def check_inputs(self) -> None:
-        """Refuse to go on where data, base or tokenizer are no longer those that the study began with.
+        """Refuse to continue if data, base or tokenizer have changed since the study began.
 
         Raises:
           UserError: names what has changed.
@@ -121,14 +124,14 @@ class Session:
         check_unchanged(self.inputs, self.config)
 
     def results(self, with_evaluations: bool = True) -> Study:
-        """All that the results directory holds now."""
+        """Everything in the results directory at this moment."""
         if not self.results_dir.is_dir():
             return Study(self.results_dir, self.config.prefix, (), (), (), {}, ())
         return load_study(self.results_dir, self.config.prefix, with_evaluations)
 
 
 def gate_report(config: RunConfig) -> str | None:
-    """Where the gates' report is: as configured; None, beside the data; or among the study's own files."""
+    """Where the gates' report is: as configured; None, next to the data; or among the study's own files."""
     beside = report_place(config.data.train_path)
     if config.data.gate_report or (beside is not None and beside.is_file()):
         return config.data.gate_report
@@ -136,12 +139,13 @@ def gate_report(config: RunConfig) -> str | None:
 
 
 def run_stages(session: Session, stages: Sequence[Stage]) -> list[str]:
-    """Run these stages in their order; each does only what is left of it.
+    """Run these stages in order; each does only what is left.
 
-    A stage without anything to work on, because no run has finished, is passed over; alone, it is an error.
+    A stage without anything to work on, because no run has finished, is skipped; if it is the only one, that
+    is an error.
 
     Returns:
-      What is not done at the end, in words; nothing where the stages are complete.
+      Descriptions of what is not done at the end; empty if the stages are complete.
 
     Raises:
       UserError: something that the user must decide or fix, such as a run of another configuration.
@@ -160,7 +164,7 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> list[str]:
 
 
 def _open_work(stage: Stage, tasks: Sequence[Task]) -> list[str]:
-    """What is left of a stage, tasks in the same state together."""
+    """The open tasks of a stage, with tasks in the same state grouped."""
     by_state: dict[State, list[str]] = {}
     for task in tasks:
         if not task.state.final:
@@ -176,10 +180,10 @@ def _open_work(stage: Stage, tasks: Sequence[Task]) -> list[str]:
 
 
 def _agreed(session: Session, stage: Stage) -> list[Task]:
-    """The stage's tasks in the states that process 0 sees: another may see a shared folder change later.
+    """The stage's tasks as seen by process 0; other hosts may see changes of a shared folder later.
 
     Raises:
-      UserError: this host still sees other tasks after `LOOK_SECONDS`.
+      UserError: this host still sees different tasks after `LOOK_SECONDS`.
     """
     tasks = stage.check(session)
     first = hosts.broadcast([[task.name, task.state.kind, task.state.why] for task in tasks])
@@ -231,14 +235,14 @@ def _run_stage(session: Session, stage: Stage, alone: bool) -> None:
 
 
 def _do(session: Session, stage: Stage, tasks: list[Task]) -> None:
-    """Run a stage; note what another process of this study is at."""
+    """Run a stage, and note the tasks that another process of this study is doing."""
     stage.run(session, tasks)
     session.others += [(stage, name) for name in session.taken]
     session.taken = []
 
 
 def _wait_for_others(session: Session) -> None:
-    """Wait until other processes of this study have done what they were at; take over what they leave."""
+    """Wait until other processes of this study have finished their tasks; take over those they abandon."""
     while session.others:
         time.sleep(WAIT_SECONDS)
         others, session.others = session.others, []

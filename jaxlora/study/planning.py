@@ -1,7 +1,7 @@
-"""What a study will do and how long it may take (`--dry-run`), and how far it is (`--status`).
+"""What a study will do and how long it may take (`--dry-run`), and how far it has come (`--status`).
 
-Neither writes anything. An estimate says what it rests on: the speed of this study's own runs if there are
-any, else that of one H100 as the README states it, scaled by the model's size and the devices at hand.
+Neither writes anything. An estimate states its basis: the speed of this study's own runs if there are any,
+otherwise that of one H100 as given in the README, scaled by the model's size and the available devices.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from jaxlora.study.stages import STAGES
 from jaxlora.train.job import Job, prepare, token_count
 
 # One H100 80GB, Qwen3-8B, rank 8, batches of 8 rows: `tools/bench.py`, see the README.
-H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_604, 34_939, 13_421  # tokens a second
+H100_TRAIN, H100_VALIDATION, H100_DECODE = 14_604, 34_939, 13_421  # tokens per second
 H100_FLOPS, H100_PARAMETERS = 989e12, 7.568e9
-# A smaller model is limited by more than its products: SmolLM2-135M, 56 times smaller, reaches a quarter.
+# A smaller model is limited by more than its matmuls: SmolLM2-135M, 56 times smaller, reaches a quarter.
 LARGEST_FACTOR = 10
-ANSWER_TOKENS = 200  # an answer of the study is 172 (adapters) to 283 (base) tokens long
+ANSWER_TOKENS = 200  # the study's answers have 172 (adapters) to 283 (base) tokens on average
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens a second, and where they come from in words."""
+    """Tokens per second, and a description of their source."""
 
     train: float
     validation: float
@@ -83,7 +83,7 @@ def speeds(config: RunConfig, study: Study | None) -> Speeds:
 
 
 def _source(runs: int, evaluations: int, assumed: str) -> str:
-    """Where the speeds come from: measured in this many runs and evaluations, or assumed."""
+    """The source of the speeds: measured in this many runs and evaluations, or assumed."""
     if not runs and not evaluations:
         return assumed
     training = (
@@ -109,8 +109,8 @@ class RunSize:
 def run_sizes(config: RunConfig) -> list[RunSize]:
     """The sizes of all trials and runs of the sweep, each prepared as if it started now.
 
-    Reads the rows, so files on the Hub are fetched; loads no weights. Until the trials have chosen a learning
-    rate, the configured one stands in; no count depends on it.
+    Reads the rows, so files on the Hub are fetched, but loads no weights. Until the trials have chosen a
+    learning rate, the configured one stands in; no count depends on it.
 
     Raises:
       UserError: something that would stop a run, perhaps hours from now.
@@ -130,7 +130,7 @@ def run_sizes(config: RunConfig) -> list[RunSize]:
 
 
 def _gates_to_come(config: RunConfig) -> GateStatus | None:
-    """The gates' state once the first stage has written their report; None if it will not write one."""
+    """The gates' status once the first stage has written their report; None if it will not write one."""
     data = config.data
     report = report_place(data.train_path, data.gate_report)
     if report is None or not report.is_file() or report.parent == grid.study_dir(config):
@@ -148,7 +148,7 @@ def _size(run: RunConfig, job: Job) -> RunSize:
 
 
 def plan_table(config: RunConfig) -> Table:
-    """The whole plan: every run with steps, tokens and hours, the evaluations, and the sum."""
+    """The whole plan: every run with steps, tokens and hours; the evaluations; and the totals."""
     results = Path(config.results_dir)
     at = speeds(config, load_study(results, config.prefix) if results.is_dir() else None)
     runs = run_sizes(config)
@@ -193,7 +193,7 @@ def plan_table(config: RunConfig) -> Table:
 
 
 def _name(config: RunConfig, run_id: str) -> str:
-    """A run's name without the study's prefix, which would be the same in each row."""
+    """A run's name without the study's prefix, which is the same in every row."""
     return escape(run_id.removeprefix(f"{config.prefix}-"))
 
 
@@ -214,7 +214,7 @@ _COLOURS = {
 
 
 def status_tables(session: Session) -> list[Table]:
-    """How far along each stage and each run is."""
+    """How far each stage and each run has come."""
     stages = Table(title="stages", title_justify="left")
     for name in ("stage", "state", "why"):
         stages.add_column(name, no_wrap=name != "why", overflow="fold")
@@ -250,5 +250,5 @@ def _run_row(config: RunConfig, task: Task) -> list[str]:
     if (folder / "evaluation" / "summary.json").is_file():
         score = f"{read_json(folder / 'evaluation' / 'summary.json')['accuracy']:.2%}"
     rate = "" if state.kind == "waiting" else grid.rate(task.item.optim.peak_lr)
-    why = "" if state.kind == "waiting" else escape(state.why)  # the stage says it once
+    why = "" if state.kind == "waiting" else escape(state.why)  # the stage already says it once
     return [_name(config, task.name), f"[{colour}]{state.kind}[/{colour}]", rate, step, nll, score, why]

@@ -4,8 +4,8 @@
     comparison = write_comparison(study, folder)               # `folder / "comparison.json"`
     files = render_report(study, comparison, folder)           # {"report.md": ..., "report.html": ...}
 
-The HTML file loads nothing: styles, script, figures and predictions are inside it. Whatever a model or a data
-set wrote is shown as text: Jinja escapes it, the predictions browser sets `textContent`, and a content
+The HTML file loads nothing: styles, script, figures and predictions are embedded. Anything written by a model
+or a dataset is shown as text: Jinja escapes it, the predictions browser sets `textContent`, and a content
 security policy allows no script but the report's own.
 """
 
@@ -33,9 +33,9 @@ from jaxlora.study.figures import plan_figures
 from jaxlora.study.results import Study
 
 TEMPLATES = Path(__file__).parent / "templates"
-_AS_TABLE = ("primary_comparison", "accounting")  # shown as a table; their pictures are for slides
-_WITH_ROWS = ("gsm8k_accuracy", "disagreement", "learning_rate_selection")  # a figure, and its rows below it
-_MEASURED = "throughput"  # all measured times are in its section, so that the rest can be compared
+_AS_TABLE = ("primary_comparison", "accounting")  # shown as tables; their pictures are for slides
+_WITH_ROWS = ("gsm8k_accuracy", "disagreement", "learning_rate_selection")  # a figure followed by its rows
+_MEASURED = "throughput"  # all measured times are in this section, so that the rest can be compared
 _OWN_ARTIFACTS = ("comparison.json", "selection.json", "contamination.json", "adapters", "figures")
 _ARTIFACTS = (
     "manifest.json",
@@ -51,7 +51,7 @@ _ARTIFACTS = (
 
 
 def write_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
-    """Compare and write `comparison.json`; without an evaluation, delete one that is left from before."""
+    """Compare and write `comparison.json`; without evaluations, delete an old one."""
     if not study.evaluations:
         (folder / "comparison.json").unlink(missing_ok=True)
         return None
@@ -61,7 +61,7 @@ def write_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
 
 
 def stored_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
-    """What `comparison.json` holds, if it is unchanged and of exactly these evaluations; else None."""
+    """The content of `comparison.json` if it is unmodified and of exactly these evaluations, else None."""
     if not study.evaluations:
         return None
     stored = read_derived(folder / "comparison.json")
@@ -69,12 +69,12 @@ def stored_comparison(study: Study, folder: Path) -> dict[str, Any] | None:
 
 
 def write_derived(file: Path, content: Record) -> None:
-    """Write a JSON object that can be made again at any time, with a hash of its own."""
+    """Write a JSON object that can be regenerated at any time, including a hash of its content."""
     write_json_atomic(file, content | {"content_sha256": _content_sha256(content)})
 
 
 def read_derived(file: Path) -> Record:
-    """What `write_derived` wrote; empty where the file is not there or has been changed since."""
+    """What `write_derived` wrote; empty if the file is missing or has been modified."""
     try:
         content = read_object(file)
     except UserError:
@@ -87,7 +87,7 @@ def _content_sha256(content: Record) -> str:
 
 
 def comparison_inputs(study: Study) -> dict[str, Any]:
-    """What a comparison follows from: the code, threshold included, and all predictions, by SHA-256."""
+    """What determines a comparison, by SHA-256: the code, including the threshold, and all predictions."""
     code = (
         Path(inspect.getfile(compare_evaluations)).read_bytes()
         + Path(inspect.getfile(strict_match)).read_bytes()
@@ -178,7 +178,7 @@ def _html(study: Study, content: dict[str, Any], figures: Path) -> str:
 
 
 def predictions(study: Study) -> dict[str, Any]:
-    """What the predictions browser shows: each problem once, and every model's answer to it.
+    """The data of the predictions browser: each problem once, with every model's answer to it.
 
     An answer is `[text, extracted answer or null, strict, numeric, truncated]`.
     """
@@ -227,7 +227,7 @@ def _environment() -> jinja2.Environment:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that stays one plain table cell or paragraph in Markdown."""
+    """Escape text so that it stays one plain table cell or paragraph in Markdown."""
     text = " ".join(str(text).split())
     for mark in "\\`*[]|":
         text = text.replace(mark, "\\" + mark)

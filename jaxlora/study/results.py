@@ -2,7 +2,7 @@
 
     study = load_study(Path("results"), prefix="qwen3-8b")
     study.runs[0].validation_nll()        # {1000: 0.3469, 2000: 0.3411, ...}
-    study.absent                          # what a report should have and this directory does not, in words
+    study.absent                          # what a report needs and this directory lacks, in words
 
 Expected layout, each run with the files that `jaxlora.runtime.files` describes:
 
@@ -11,7 +11,7 @@ Expected layout, each run with the files that `jaxlora.runtime.files` describes:
     <results>/<prefix>-base/evaluation/                    the untouched base
     <results>/lr-selection/<prefix>-<condition>-lr-<lr>/   one run for each learning rate
 
-What a run is, is read from its records, never from its name. Runs of one `Setting` differ in their seed only.
+A run is described by its records, never by its name. Runs of one `Setting` differ only in their seed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from jaxlora.train.selection import select_checkpoint
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Files that are not there are empty here: `{}` or `()`."""
+    """One training run. Missing files are empty values: `{}` or `()`."""
 
     run_id: str
     directory: Path
@@ -50,12 +50,12 @@ class Run:
 
     @property
     def condition(self) -> str:
-        """Where the adapter is, such as `all_layer`."""
+        """The adapter's placement, such as `all_layer`."""
         return self.setting.condition
 
     @property
     def status(self) -> str:
-        """`completed`, `failed`, or `unfinished` where the run wrote neither a summary nor a failure."""
+        """`completed`, `failed`, or `unfinished` if the run wrote neither a summary nor a failure."""
         if self.summary.get("status"):
             return str(self.summary["status"])
         return "failed" if self.failure else "unfinished"
@@ -74,19 +74,19 @@ class Run:
         return select_checkpoint(nll) if any(map(math.isfinite, nll.values())) else None
 
     def learning_rate(self) -> float | None:
-        """The peak learning rate; None where no manifest records it."""
+        """The peak learning rate; None if no manifest records it."""
         return ((self.manifest.get("config") or {}).get("optim") or {}).get("peak_lr")
 
     @property
     def adapter_file(self) -> Path | None:
-        """The exported PEFT adapter below the run's directory."""
+        """The exported PEFT adapter within the run's directory."""
         return next(iter(sorted(self.directory.rglob("adapter_model.safetensors"))), None)
 
     def adapter(self) -> dict[str, int] | None:
         """Bytes and parameters of the exported adapter, read from the file's own header."""
         if self.adapter_file is None:
             return None
-        from jaxlora.checkpoints.tensors import read_header  # imports JAX, which most reports do without
+        from jaxlora.checkpoints.tensors import read_header  # imports JAX, which most reports do not need
 
         tensors = read_header(str(self.adapter_file))
         parameters = sum(math.prod(tensor.shape) for tensor in tensors)
@@ -95,26 +95,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that a results directory holds of one study."""
+    """Everything in a results directory that belongs to one study."""
 
     directory: Path
     prefix: str
     runs: tuple[Run, ...]
     trials: tuple[Run, ...]  # learning-rate selection
-    evaluations: tuple[Evaluation, ...]  # the baseline first, if it is there
+    evaluations: tuple[Evaluation, ...]  # the baseline first, if there is one
     evaluation_summaries: dict[str, Record]  # by run id
     absent: tuple[str, ...]
 
     def conditions(self) -> list[str]:
-        """The placements that are compared, in the study's order."""
+        """The placements compared, in the study's order."""
         names = {run.condition for run in (*self.runs, *self.trials)}
         names |= {evaluation.condition for evaluation in self.evaluations if evaluation.condition}
         return sorted(names, key=lambda name: Setting(name).order)
 
     def by_rate(self) -> dict[Setting, dict[float, list[Run]]]:
-        """The runs that compare learning rates, by what they share and then by rate, seeds together.
+        """The runs that compare learning rates, by setting and then by rate, with seeds together.
 
-        They are the sweep's own where it varies the rate, else the trials of the selection.
+        These are the sweep's own runs if it varies the rate, otherwise the trials of the selection.
         """
         swept = [run for run in self.runs if run.setting.rate is not None]
         found: dict[Setting, dict[float, list[Run]]] = {}
@@ -125,7 +125,7 @@ class Study:
         return {setting: dict(sorted(found[setting].items())) for setting in settings}
 
     def benchmark(self) -> str:
-        """What the models were evaluated on, as a reader would call it."""
+        """The benchmark that the models were evaluated on, as a reader would call it."""
         names = sorted({str(summary.get("dataset")) for summary in self.evaluation_summaries.values()})
         if all("gsm8k" in name.lower() for name in names):
             return "GSM8K"
@@ -143,9 +143,9 @@ class Study:
 
 
 def lowest_nll(runs: Sequence[Run]) -> float | None:
-    """The lowest validation NLL of a run; of several that differ in their seed, the mean of each one's.
+    """The lowest validation NLL of a run; for several seeds, the mean of each one's lowest.
 
-    None where one of them failed, is unfinished or recorded no validation: it is then ineligible.
+    None if any of them failed, is unfinished or recorded no validation, which makes the rate ineligible.
     """
     lowest = [min(run.validation_nll().values(), default=None) for run in runs if run.status == "completed"]
     if not runs or len(lowest) < len(runs) or None in lowest:
@@ -157,7 +157,7 @@ def load_study(directory: Path, prefix: str, with_evaluations: bool = True) -> S
     """Read everything. A broken file is a `UserError`; a missing one is listed in `Study.absent`.
 
     Args:
-      with_evaluations: False: leave the evaluations unread, as what is chosen before them does.
+      with_evaluations: if False, skip the evaluations, as selections made before them do.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory; give the study's results directory")
@@ -189,7 +189,7 @@ def load_study(directory: Path, prefix: str, with_evaluations: bool = True) -> S
 
 
 def _runs(directory: Path, prefix: str, skip: str | None = None, trial: bool = False) -> list[Run]:
-    """The study's runs in a folder, in their order; not those with another study's name, or their own."""
+    """The study's runs in a folder, in order, excluding runs of other studies or with a name of their own."""
     if not directory.is_dir():
         return []
     runs = []
@@ -203,14 +203,14 @@ def _runs(directory: Path, prefix: str, skip: str | None = None, trial: bool = F
 
 def _belongs(run: Run, prefix: str, trial: bool) -> bool:
     config = run.manifest.get("config") or {}
-    given = config.get("name")  # None: the name is the plain one
+    given = config.get("name")  # None: the default name
     if given is not None and given != run_name(prefix, run.setting, None if trial else run.seed):
         return False
     return config.get("prefix", prefix) == prefix and run.run_id.startswith(f"{prefix}-{run.condition}-")
 
 
 def load_run(folder: Path, trial: bool = False) -> Run | None:
-    """One run's files; None where the folder holds no training run."""
+    """One run's files; None if the folder contains no training run."""
     manifest, summary, failure = (
         read(folder) if (folder / name).is_file() else {}
         for name, read in (
@@ -225,14 +225,14 @@ def load_run(folder: Path, trial: bool = False) -> Run | None:
     condition = next((found for record in records if (found := record.get("condition"))), None)
     condition = condition or _placement(config)
     if condition is None:
-        return None  # not a training run: an evaluation of the base, or a folder of something else
+        return None  # not a training run: an evaluation of the base, or something else
     seed = next((found for record in records if (found := record.get("seed")) is not None), None)
     setting = setting_of(config, condition, trial)
     return Run(folder.name, folder, setting, seed, manifest, metrics, summary, failure)
 
 
 def _placement(config: Record) -> str | None:
-    """What a configuration trains, by the name that records and run ids have for it."""
+    """What a configuration trains, under the name used in records and run ids."""
     if (config.get("train") or {}).get("what") == "full":
         return "full"
     lora = config.get("lora") or {}
@@ -248,10 +248,10 @@ def _reason(run: Run) -> str:
 def load_evaluation(
     folder: Path, run_id: str, setting: Setting | None, seed: int | None
 ) -> tuple[Evaluation, Record] | None:
-    """A finished evaluation, scored again from its text; None where it is missing or did not finish.
+    """A finished evaluation, scored again from its text; None if it is missing or unfinished.
 
     Raises:
-      UserError: it is of another model, or its scores are not those of its texts.
+      UserError: it is of another model, or its scores do not match its texts.
     """
     predictions = folder / "predictions.jsonl"
     if not predictions.is_file() or not (folder / "summary.json").is_file():
@@ -291,7 +291,7 @@ def step_of(checkpoint: Any) -> int | None:
 
 
 def _mismatches(runs: list[Run], summaries: dict[str, Record]) -> list[str]:
-    """Evaluations that are not of the checkpoint which the selection rule chooses."""
+    """Evaluations of a checkpoint other than the one that the selection rule chooses."""
     lines = []
     for run in runs:
         summary = summaries.get(run.run_id)

@@ -1,7 +1,8 @@
-"""What each stage of a study looks at and does, from the data gates to the report.
+"""What each stage of a study checks and does, from the data gates to the report.
 
 Each pair of functions `_check_...` and `_run_...` is one stage; see `jaxlora.study.pipeline`. A stage that
-only writes what is known already looks at what it would write now, and is done if that is what is there.
+only writes derived files computes what it would write now, and is done if the files already contain exactly
+that.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _run_gates(session: Session, tasks: list[Task]) -> None:
 
 
 def made_meanwhile(task: Task, now: Task) -> bool:
-    """Whether another process has done what was left when this one looked."""
+    """Whether another process has meanwhile done what was left."""
     return hosts.n_processes() == 1 and not task.state.final and now.state.final
 
 
@@ -138,7 +139,7 @@ def _check_trials(session: Session) -> list[Task]:
 
 
 def chosen_rates(session: Session) -> dict[str, float]:
-    """The learning rate by condition, for the conditions whose trials are over.
+    """The learning rate by condition, for the conditions whose trials are finished.
 
     Raises:
       UserError: all trials of a condition failed.
@@ -174,7 +175,7 @@ def _finished(session: Session) -> list[RunConfig]:
 
 
 def _train_all(session: Session, tasks: list[Task]) -> None:
-    # Another host may not see the last trial's files yet; it must train with the same rates nevertheless.
+    # Another host may not see the last trial's files yet, but must train with the same rates.
     rates = hosts.broadcast([task.item.optim.peak_lr for task in tasks])
     notes = read_derived(session.folder / "selection.json").get("runs", {})
     for task, peak in zip(tasks, rates, strict=True):
@@ -191,17 +192,17 @@ def _train_all(session: Session, tasks: list[Task]) -> None:
 
 
 def _reopen(run_dir: Path) -> None:
-    """Make a finished run unfinished: it goes on from its last checkpoint and ends in the same files."""
+    """Make a finished run unfinished: it continues from its last checkpoint and ends in the same files."""
     if hosts.is_main():
         write_json_atomic(run_dir / "summary.json", {"status": "unfinished"})
     hosts.barrier("reopened run")
 
 
 def _train_run(session: Session, config: RunConfig) -> None:
-    """Train one run. If it fails it leaves its `failure.json`, and the study goes on with the others."""
+    """Train one run. If it fails, it leaves a `failure.json`, and the study continues with the others."""
     name = config.run_id
     session.check_inputs()
-    if hosts.is_main():  # what it notes is of the run as it was
+    if hosts.is_main():  # its notes describe the run as it was
         (session.folder / "selection.json").unlink(missing_ok=True)
     try:
         result = train(session.job(config), session.base, session.stop)
@@ -213,7 +214,7 @@ def _train_run(session: Session, config: RunConfig) -> None:
     except (UserError, MachineError, Interrupted):
         raise
     except Exception as error:
-        if hosts.n_processes() > 1:  # perhaps here alone, and the others wait for this run
+        if hosts.n_processes() > 1:  # it may have failed only here, while the others wait for this run
             raise
         session.accidents.append(name)
         text = f"{name} failed: {type(error).__name__}: {error}; the next start tries again"
@@ -221,7 +222,7 @@ def _train_run(session: Session, config: RunConfig) -> None:
     else:
         text = f"{name}: step {result.step} is selected, validation mean NLL {result.mean_nll:.5f}"
         console.print(text, markup=False)
-    session.check_inputs()  # else its manifest might name files that came after its rows were read
+    session.check_inputs()  # otherwise its manifest might name files that changed after its rows were read
 
 
 # --- Selection and export -----------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def selection(session: Session) -> dict[str, Any]:
 
 
 def _check_same_rows(runs: Sequence[Run]) -> None:
-    """Refuse runs whose manifests name the same study but not the same rows, or not the same tokens."""
+    """Refuse runs whose manifests name the same study but different rows or tokens."""
     first: dict[tuple[str, str], tuple[str, Any]] = {}
     for run in runs:
         for split in ("train", "validation"):
@@ -310,7 +311,7 @@ def _check_export(session: Session) -> list[Task]:
 def _run_export(session: Session, tasks: list[Task]) -> None:
     for task in tasks:
         run, out = task.item
-        if not (out / SETTINGS).is_file():  # the remains of an export, which is not taken for one
+        if not (out / SETTINGS).is_file():  # the remains of an interrupted export
             shutil.rmtree(out, ignore_errors=True)
         write_adapter(load_selected(run.run_dir), out, overwrite=out.exists())
         if different := unlike(run.run_dir / SELECTED, out):
@@ -391,7 +392,7 @@ STAGES = tuple(
         about,
         *_WORK[name],
         on_every_host=_WORK[name][1] in (_train_all, _evaluate),
-        waits=name != "baseline",  # nothing is trained from its scores
+        waits=name != "baseline",  # no training depends on its scores
     )
     for name, about in STAGE_NAMES.items()
 )

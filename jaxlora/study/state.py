@@ -1,10 +1,10 @@
-"""How far the runs of a study are, judged against what the study would run now.
+"""The progress of a study's runs, judged against what the study would run now.
 
     run_state(config, inputs)       # State("unfinished", "at step 1,204 of 6,338")
 
-A run counts only if its own manifest says that it is the run asked for: the same configuration where that
-changes a result, the same bytes of data, the same base. A finished one counts only while its files are those
-that it finished with. That a folder exists means nothing.
+A run counts only if its own manifest identifies it as the requested run: the same configuration (as far as it
+affects results), the same data bytes, the same base. A finished run counts only if its files are still those
+it finished with. The existence of a folder means nothing.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from jaxlora.train.manifest import differences, identity
 from jaxlora.train.run_directory import is_finished
 
 Kind = Literal["done", "missing", "unfinished", "failed", "redo", "damaged", "foreign", "waiting"]
-DIVERGED = "Diverged"  # the error of a loss that is not finite: every repetition would end in it
-SELECTED = "selected"  # the folder of a run's selected adapter; a checkpoint can make it again
+DIVERGED = "Diverged"  # the error of a non-finite loss, which every repetition would hit
+SELECTED = "selected"  # the folder of a run's selected adapter, which can be restored from a checkpoint
 RUN_FILES = ("metrics.jsonl", *(f"{SELECTED}/{name}" for name in ADAPTER_FILES))  # read after a run has ended
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a piece of work is, and why, in a few words.
+    """The progress of a piece of work, and a short reason.
 
-    done: there and valid. missing: not begun. unfinished: goes on from where it stopped. failed: ended in an
-    error. redo: there, but what it follows from has changed since, or it can be made again from what is
-    sound. damaged: changed since it was written, and only training again would make it anew. foreign: of
-    another configuration, and never overwritten unless asked. waiting: what comes before it is not done.
+    done: present and valid. missing: not begun. unfinished: continues from where it stopped. failed: ended in
+    an error. redo: present, but its inputs have changed since, or it can be restored from intact files.
+    damaged: changed since it was written, and can only be restored by training again. foreign: of another
+    configuration, and never overwritten unless asked. waiting: its prerequisites are not done.
     """
 
     kind: Kind
@@ -49,16 +49,16 @@ class State:
 
     @property
     def final(self) -> bool:
-        """Nothing is left to do: done, or failed in a way that every repetition would fail."""
+        """Whether nothing is left to do: it is done, or failed in a way that every repetition would."""
         return self.kind == "done" or (self.kind == "failed" and self.why.startswith(DIVERGED))
 
 
-# --- What all runs read -------------------------------------------------------------------------------------
+# --- Inputs of all runs -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs of a study share, known by its bytes."""
+    """What all runs of a study share, identified by content."""
 
     train_sha256: str
     validation_sha256: str
@@ -71,7 +71,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     """Hash the data, the base and the tokenizer of a configuration.
 
     Raises:
-      UserError: one of them is not there, or the base is drawn at random, anew for every seed.
+      UserError: one of them is missing, or the base is random and so differs for every seed.
     """
     if config.model.random_weights:
         raise UserError("config.model.random_weights: the runs of a study share one base; give a real one")
@@ -97,10 +97,10 @@ def _tokenizer_sha256(folder: Path) -> str | None:
 
 
 def check_unchanged(then: Inputs, config: RunConfig) -> None:
-    """Refuse to go on where a file that runs have read is another one now.
+    """Refuse to continue if a file that runs have read has changed.
 
     Raises:
-      UserError: names the field of the configuration whose file has changed.
+      UserError: names the configuration field whose file has changed.
     """
     now = read_inputs(config)
     places = {
@@ -121,17 +121,17 @@ def check_unchanged(then: Inputs, config: RunConfig) -> None:
 
 
 def run_state(config: RunConfig, inputs: Inputs, note: Record | None = None) -> State:
-    """How far the training run of this configuration is.
+    """The progress of the training run with this configuration.
 
     Args:
-      note: what `selection.json` says of it; it stands in where the run itself recorded no hashes.
+      note: its entry in `selection.json`, used if the run itself recorded no hashes.
     """
     folder = config.run_dir
     if not (folder / "manifest.json").is_file():
         return State("missing")
     finished = _finished_state(folder, note or {}) if is_finished(folder) else None
     if finished is not None and finished.kind == "damaged":
-        return finished  # first, because a damaged manifest may look like that of another run
+        return finished  # first, because a damaged manifest may look like another run's
     manifest = read_json(folder / "manifest.json")
     if different := _differences(manifest, config, inputs):
         return State("foreign", "; ".join(different))
@@ -146,7 +146,7 @@ def run_state(config: RunConfig, inputs: Inputs, note: Record | None = None) -> 
 
 
 def selected_sha256(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a run's selected adapter, as RUN_FILES names them."""
+    """The SHA-256 of each file of a run's selected adapter, by its name in RUN_FILES."""
     return _hashes(folder, [name for name in RUN_FILES if name.startswith(SELECTED)])
 
 
@@ -155,14 +155,14 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def _finished_state(folder: Path, note: Record) -> State:
-    """Whether a finished run is still what it finished as."""
+    """Whether a finished run's files are still those it finished with."""
     summary, rows, wrong = read_summary(folder), [], {}
     try:
         rows = read_metrics(folder)
     except UserError as error:
         wrong["metrics.jsonl"] = str(error)
     expected = summary.get("sha256")
-    if expected is None:  # of an earlier version; a note about a run with other losses is not about this one
+    if expected is None:  # of an earlier version; a note about a run with other losses is about another run
         nll = {str(row["step"]): row.get("loss") for row in rows if row["split"] == "validation"}
         expected = note.get("selected_sha256", {}) if note.get("validation_nll") == nll else {}
     names = dict.fromkeys((*RUN_FILES, *expected))
@@ -182,13 +182,13 @@ def _finished_state(folder: Path, note: Record) -> State:
 
 
 def _differences(manifest: dict[str, Any], config: RunConfig, inputs: Inputs) -> list[str]:
-    """Where a run differs from the one asked for, as far as can be said without tokenising the rows."""
+    """How a run differs from the requested one, as far as can be determined without tokenising the rows."""
     data = {"train": {"sha256": inputs.train_sha256}, "validation": {"sha256": inputs.validation_sha256}}
     base = {"fingerprint": inputs.base, "parameters": inputs.parameters}
     asked = identity({"config": to_dict(config), "dataset": data, "base": base})
     unknown = ("tokenizer", *(name for name in asked if name.endswith("tokens_sha256")))
     known = {name: value for name, value in asked.items() if name not in unknown}
-    tokenizer = "model.tokenizer"  # stands for the tokens' hash, which a resumed run compares
+    tokenizer = "model.tokenizer"  # stands in for the hash of the tokens, which a resumed run compares
     own = (manifest.get("config") or {}).get("model") or {}
     return differences(
         identity(manifest) | {tokenizer: own.get("tokenizer")}, known | {tokenizer: config.model.tokenizer}

@@ -1,11 +1,11 @@
-"""What a table of the study is, how its values are shown, and the tables of the GSM8K evaluations.
+"""Tables: their definition, how their values are shown, and the tables of the GSM8K evaluations.
 
     table = primary(study, comparison)
     table.rows[0]["strict_mean"]       # full precision, as in the CSV file
     table.shown()[0]                   # ["untouched base", "–", "84.53 %", ...] as a reader sees it
 
-Figures draw tables, the report prints them, CSV files hold them: there is no second source of a number. A
-function that cannot make its table returns the sentence that says why.
+Figures draw tables, the report prints them, CSV files store them: every number has a single source. A
+function that cannot make its table returns a sentence that says why.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name in the CSV, its title for readers, and how a value is shown."""
+    """A column: its name in the CSV, its title for readers, and how its values are shown."""
 
     name: str
     title: str
@@ -44,7 +44,7 @@ class Table:
     inputs: tuple[Path, ...]
 
     def shown(self) -> list[list[str]]:
-        """The rows as text; a value that is absent is a dash."""
+        """The rows as text; a missing value is a dash."""
         return [
             [ABSENT if row.get(c.name) is None else c.show(row[c.name]) for c in self.columns]
             for row in self.rows
@@ -72,7 +72,7 @@ def signed(value: int) -> str:
 
 
 def _signed(text: str) -> str:
-    """A number with its sign, a true minus, and no sign before zero."""
+    """A signed number with a true minus, and no sign before zero."""
     return text.replace("-", "\u2212") if text.strip("+-0.") else text.lstrip("+-")
 
 
@@ -97,7 +97,7 @@ def yes(value: bool) -> str:
 
 
 def _settings(study: Study) -> dict[str, Setting]:
-    """The settings that were evaluated, by the labels that a comparison has for them."""
+    """The evaluated settings, by their labels in a comparison."""
     return {str(run.setting): run.setting for run in study.evaluations if run.setting is not None}
 
 
@@ -105,7 +105,7 @@ def _settings(study: Study) -> dict[str, Setting]:
 
 
 def primary(study: Study, comparison: dict[str, Any]) -> Table:
-    """Accuracy by condition, both scores side by side; the baseline first."""
+    """Accuracy by condition with both scores side by side, the baseline first."""
     columns = (
         Column("condition", "Condition"),
         Column("seeds", "Seeds"),
@@ -151,7 +151,7 @@ def primary(study: Study, comparison: dict[str, Any]) -> Table:
 
 
 def accuracy(study: Study, comparison: dict[str, Any]) -> Table:
-    """Each model's two scores: one row for each evaluated model, the baseline first."""
+    """The two scores of each model: one row per evaluated model, the baseline first."""
     columns = (
         Column("run_id", "Run"),
         Column("condition", "Condition"),
@@ -176,7 +176,7 @@ def accuracy(study: Study, comparison: dict[str, Any]) -> Table:
 
 
 def disagreement(study: Study, comparison: dict[str, Any]) -> Table | str:
-    """The paired tables: one row for each pair of conditions, score and seed, and one for all seeds."""
+    """The paired tables: one row per pair of conditions, score and seed, and one for all seeds."""
     columns = (
         Column("score", "Score"),
         Column("first", "First"),

@@ -1,6 +1,6 @@
 """The tables of the training runs: tokens and sizes, validation, learning-rate selection, throughput.
 
-As in `jaxlora.study.tables`, a function that cannot make its table returns the sentence that says why.
+As in `jaxlora.study.tables`, a function that cannot make its table returns a sentence that says why.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def validation(study: Study) -> Table | str:
 
 
 def learning_rates(study: Study) -> Table | str:
-    """What each learning rate reached in the trials, or in the sweep's own runs; the best one is marked."""
+    """The result of each learning rate in the trials, or in the sweep's own runs; the best one is marked."""
     by_setting = study.by_rate()
     if not by_setting:
         return "There are no runs that compare learning rates."
@@ -131,9 +131,9 @@ def learning_rates(study: Study) -> Table | str:
 
 
 def rate_minimum(study: Study) -> Table | str:
-    """At each validated step, the lowest validation NLL that any learning rate has reached there.
+    """At each validated step, the lowest validation NLL that any learning rate reached there.
 
-    Where a rate has several seeds, their mean stands for it, at the steps that all of them reached.
+    A rate with several seeds is represented by their mean, at the steps that all of them reached.
     """
     columns = (
         Column("setting", "Setting"),
@@ -170,7 +170,7 @@ def _finite(value: float | None) -> bool:
 
 
 def throughput(study: Study) -> Table | str:
-    """Training time and speed of every run: the one table that differs when a study is repeated."""
+    """Training time and speed of every run: the one table that changes when a study is repeated."""
     columns = (
         Column("run_id", "Run"),
         Column("setting", "Setting"),

@@ -1,4 +1,4 @@
-"""The pictures of an experiment that learns from rewards: accuracy by step, over rates, and bits.
+"""Plots of an experiment that learns from rewards: accuracy by step, over rates, and bits.
 
 for name, draw in FIGURES.items():
     save(draw(sweeps), folder / f"{name}.png")
@@ -24,11 +24,11 @@ from jaxlora.regret.rewards.findings import (
 )
 from jaxlora.regret.sweeps import Sweep
 
-SMOOTH = 5  # batches whose mean reward is drawn as one point
+SMOOTH = 5  # batches averaged into one point
 
 
 def draw_accuracy(sweeps: Sequence[Sweep]) -> Figure:
-    """Held-out accuracy with the range over seeds, and right answers of the batches, at the best rate."""
+    """At the best rate: held-out accuracy with its range over seeds, and right answers in the batches."""
     figure, (left, right) = canvas("Held-out accuracy at the best rate", 2)
     looks = looks_of(sweeps)
     for sweep in sweeps:
@@ -65,7 +65,7 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_rates(sweeps: Sequence[Sweep]) -> Figure:
-    """Accuracy at the end over the rate, and over the rate as a multiple of each arm's best."""
+    """Final accuracy over the rate, and over the rate as a multiple of each arm's best."""
     figure, (left, right) = canvas("Held-out accuracy at the end, first seed", 2)
     looks, start = looks_of(sweeps), start_of(sweeps)
     for sweep in sweeps:
@@ -92,7 +92,7 @@ def draw_rates(sweeps: Sequence[Sweep]) -> Figure:
 
 
 def draw_bits(sweeps: Sequence[Sweep]) -> Figure:
-    """What the adapter may hold, what the rewards of a run could teach, and what was learned, by arm."""
+    """What the adapter can hold, what a run's rewards could teach, and what was learned, by arm."""
     figure, (axes,) = canvas("Bits at the best rate")
     for x, sweep in enumerate(sweeps):
         runs = sweep.at_best

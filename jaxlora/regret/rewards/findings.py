@@ -1,10 +1,10 @@
-"""The claims of "LoRA Without Regret" about learning from rewards, answered by an experiment's runs.
+"""The claims of "LoRA Without Regret" about learning from rewards, tested on an experiment's runs.
 
     for finding in findings(sweeps): finding.claim, finding.figure, finding.verdict
 
-Sweeps are those of `jaxlora.regret.sweeps`, whose loss is here the share of held-out problems that are
-answered wrongly at temperature 0. An arm's accuracy is at the rate that was best with the first seed, as a
-mean over the other seeds; errors are from the scatter between those, pooled over arms.
+Sweeps are those of `jaxlora.regret.sweeps`; their loss is here the share of held-out problems answered
+wrongly at temperature 0. An arm's accuracy is taken at the rate that was best with the first seed, as a mean
+over the other seeds; errors come from the scatter between those, pooled over arms.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jaxlora.regret.findings import AGREES, CANNOT, DISAGREES, ERRORS, Finding, 
 from jaxlora.regret.sweeps import Sweep, find, ranks_of, scatter_of
 from jaxlora.runtime.files import Record
 
-KEPT_GAIN = 0.8  # of an arm's best gain in accuracy: rates with at least so much are its plateau
-SURE = 0.05  # accuracy: a tie is told only where a difference of so much would have been seen
-CURVE_ERRORS = 3.0  # standard errors, where many looks are compared at once
-VAGUE = 5.0  # times: a ratio's interval that spans more says nothing
+KEPT_GAIN = 0.8  # rates that keep at least this share of an arm's best gain in accuracy are its plateau
+SURE = 0.05  # accuracy: a tie is declared only if a difference this large would have been detected
+CURVE_ERRORS = 3.0  # standard errors, when many looks are compared at once
+VAGUE = 5.0  # a ratio's interval that spans more than this factor says nothing
 ENDS = 3  # batches at the start and at the end, for bits learned
 
 
 def findings(sweeps: Sequence[Sweep]) -> list[Finding]:
-    """Every claim that is asked of runs that learn from rewards."""
+    """Every claim about runs that learn from rewards."""
     scatter = scatter_of(sweeps)
     return [
         _same_peak(sweeps, scatter),
@@ -43,18 +43,17 @@ def findings(sweeps: Sequence[Sweep]) -> list[Finding]:
 
 
 def accuracies(sweep: Sweep) -> dict[float, float]:
-    """Held-out accuracy at the end by rate, with the first seed; runs that diverged have that of nothing."""
+    """Final held-out accuracy by rate, with the first seed; 0 for runs that diverged."""
     return {rate: 1 - loss if math.isfinite(loss) else 0.0 for rate, loss in sorted(sweep.losses().items())}
 
 
 def start_of(sweeps: Sequence[Sweep]) -> float:
-    """Held-out accuracy before the first step: a mean over runs, as full fine-tuning computes it in other
-    programs."""
+    """Held-out accuracy before the first step. It is a mean over runs, since programs differ between arms."""
     return float(np.mean([1 - record["held_out"][0][1] for sweep in sweeps for record in sweep.records]))
 
 
 def mean_curve(sweep: Sweep) -> dict[int, float]:
-    """Held-out accuracy at each look, a mean over the seeds at the best rate."""
+    """Held-out accuracy at each look, averaged over the seeds at the best rate."""
     curves = [{step: 1 - wrong for step, wrong, _ in record["held_out"]} for record in sweep.at_best]
     if not curves:
         return {}
@@ -64,7 +63,7 @@ def mean_curve(sweep: Sweep) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Plateau:
-    """Rates from `low` to `high` at which an arm keeps most of its best gain; an open end may lie beyond."""
+    """The rates at which an arm keeps most of its best gain; beyond an open end there may be more."""
 
     low: float
     high: float
@@ -84,8 +83,10 @@ class Plateau:
 
 
 def plateau(by_rate: dict[float, float], start: float, kept: float = KEPT_GAIN) -> Plateau | None:
-    """The rates around the best one that keep a share of its gain, ends interpolated in log rate; None where
-    nothing was gained."""
+    """The rates around the best one that keep the share `kept` of its gain; None if nothing was gained.
+
+    The ends are interpolated in log rate.
+    """
     rates = sorted(by_rate)
     gains = np.array([by_rate[rate] - start for rate in rates])
     best = int(np.argmax(gains))
@@ -98,7 +99,7 @@ def plateau(by_rate: dict[float, float], start: float, kept: float = KEPT_GAIN) 
 
 
 def _crossing(logs: np.ndarray, gains: np.ndarray, bar: float) -> tuple[float, bool]:
-    """Where gains first fall below the bar on the way out; the last rate, and True, where they do not."""
+    """Where gains first fall below the bar on the way out; if they never do, the last rate and True."""
     for i in range(1, len(logs)):
         if gains[i] < bar:
             share = (gains[i - 1] - bar) / (gains[i - 1] - gains[i])
@@ -107,15 +108,15 @@ def _crossing(logs: np.ndarray, gains: np.ndarray, bar: float) -> tuple[float, b
 
 
 def bits_available(record: Record) -> float:
-    """The most that the rewards of a run could teach: the entropy of each group's, summed."""
+    """The most that the rewards of a run could teach: the sum of each group's entropy."""
     return float(sum(x for x in record["train"]["bits"] if x is not None))
 
 
 def bits_learned(record: Record) -> float:
-    """By how much the right answers to all problems to learn from are shorter to write down at the end.
+    """How many bits shorter the right answers to all training problems are to encode at the end of the run.
 
-    Per problem it is the rise of the mean log2 of the share of right answers in a group, from the first to
-    the last batches.
+    Per problem, this is the rise of the mean log2 of the share of right answers in a group, from the first
+    batches to the last.
     """
     own = record["train"]["right_bits"]
     n = max(1, min(ENDS, len(own) // 2))
@@ -126,7 +127,7 @@ def bits_learned(record: Record) -> float:
 
 
 def _gaps(sweeps: Sequence[Sweep], scatter: float | None) -> dict[int, tuple[float, float]]:
-    """Accuracy of each rank minus that of full fine-tuning at the end, and its standard error."""
+    """Final accuracy of each rank minus that of full fine-tuning, and its standard error."""
     full = find(sweeps, None)
     theirs = None if full is None else full.final(scatter)
     found = {}
@@ -184,7 +185,7 @@ def _grid_factor(sweeps: Sequence[Sweep]) -> float:
 
 
 def _is_wider(one: Plateau, other: Plateau, by: float) -> bool | None:
-    """None where open ends, or a difference below the grid's resolution, leave it undecided."""
+    """Whether one plateau is wider; None if open ends or the grid's resolution leave that undecided."""
     if not other.is_open and one.factor > by * other.factor:
         return True
     return False if not one.is_open and other.factor * by > one.factor else None

@@ -1,7 +1,7 @@
-"""What the runs of one process share: problems, the base, the grader; the design is that of `jaxlora.regret`.
+"""What the runs of one process share: problems, the base, the grader. The design is that of `jaxlora.regret`.
 
 lab = RewardLab(config)            # checks everything that can be known before a model is loaded
-work(lab)                          # of `jaxlora.regret.worker`; other processes may do the same beside it
+work(lab)                          # of `jaxlora.regret.worker`; other processes may do the same concurrently
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxlora.runtime.files import Record
 from jaxlora.train.job import fresh_state, trained_spec
 from jaxlora.train.step import TrainState, init_state
 
-# Settings of `rl` that change no result, or are in the identity as what they lead to.
+# Settings of `rl` that do not affect results, or whose effect is recorded in the identity instead.
 _LEFT_OUT = ("problems", "problem_rows", "eval_problems", "eval_rows", "system", "suffix", "slots")
 
 
@@ -74,7 +74,7 @@ class RewardLab:
 
     @cached_property
     def masters(self) -> Tree:
-        """The base in float32, where full fine-tuning starts."""
+        """The base in float32, from which full fine-tuning starts."""
         return self._load("float32")
 
     def _load(self, dtype: Any) -> Tree:
@@ -83,7 +83,7 @@ class RewardLab:
             return self.first.base.load(plain, self.first.mesh)
 
     def state(self, job: RLJob) -> TrainState:
-        """The state before the first step, as `fresh_state`; the base is not read again."""
+        """The state before the first step, like `fresh_state` but without reading the base again."""
         if not job.spec.full:
             return fresh_state(job)
         return init_state(jax.tree.map(jnp.copy, self.masters), job.config.optim)
@@ -101,11 +101,11 @@ class RewardLab:
         return self.config.rl.steps
 
     def found(self, record: Record) -> str:
-        """What a run came to, in a few words."""
+        """The result of a run, in a few words."""
         return f"held-out accuracy {1 - record['held_out'][0][1]:.3f} to {1 - record['held_out'][-1][1]:.3f}"
 
     def left(self) -> list[RunId]:
-        """The runs that are still to be made, as far as can be known now; see `Lab.left`."""
+        """The runs still to be made, as far as is known now; see `Lab.left`."""
         records = self.folder.records()
         check_identity(records, self.identity, self.folder.runs)
         known = known_losses(records, self.cells, self.config)
@@ -113,7 +113,7 @@ class RewardLab:
 
 
 def open_ends(records: Mapping[str, Record], grid: Sequence[RunId]) -> set[str]:
-    """At which ends of a grid the range of good rates may go on."""
+    """The ends of a grid beyond which the range of good rates may extend."""
     (sweep,) = sweeps_of(records[run.name] for run in grid)
     found = plateau(accuracies(sweep), start_of([sweep]))
     if found is None:
@@ -122,7 +122,7 @@ def open_ends(records: Mapping[str, Record], grid: Sequence[RunId]) -> set[str]:
 
 
 def identity_of(job: RLJob) -> Record:
-    """What all runs of an experiment share: base, problems, and settings that change a result."""
+    """What all runs of an experiment share: base, problems, and settings that affect results."""
     config = job.config
     return {
         "base": job.base.fingerprint(),

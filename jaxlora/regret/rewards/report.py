@@ -1,8 +1,8 @@
-"""What an experiment that learns from rewards found, as files: a page in Markdown, tables in CSV, pictures.
+"""Write up an experiment that learns from rewards: a Markdown page, CSV tables and plots.
 
     path = write_report(lab)       # results/<prefix>-regret/REGRET.md, with *.csv and *.png beside it
 
-Nothing in it comes from anywhere but the runs' small files and the configuration.
+Everything in it comes from the runs' result files and the configuration.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ CAPTIONS = {
 
 
 def write_report(lab: RewardLab) -> Path:
-    """Write the page, the tables and the pictures, and return the page's path.
+    """Write the page, the tables and the plots, and return the page's path.
 
     Raises:
-      UserError: no run is there.
+      UserError: there are no runs.
     """
     records = list(lab.folder.records().values())
     if not records:
@@ -73,7 +73,7 @@ RUN_COLUMNS = (
 
 
 def runs_csv(records: Iterable[Record]) -> str:
-    """One line a run; accuracies at temperature 0, but `sampled_end`, which is of the last batches."""
+    """One line per run; accuracies are at temperature 0, except `sampled_end`, of the last batches."""
     rows = []
     for record in records:
         right = [1 - wrong for _, wrong, _ in record["held_out"]]
@@ -99,7 +99,7 @@ ARM_COLUMNS = (
 
 
 def arms(sweeps: Sequence[Sweep]) -> list[Record]:
-    """One row an arm: at its best rate, means over seeds."""
+    """One row per arm, at its best rate: means over seeds."""
     scatter, start = scatter_of(sweeps), start_of(sweeps)
     rows = []
     for sweep in sweeps:
@@ -127,7 +127,7 @@ _BITS = {"bits_available": bits_available, "bits_learned": bits_learned}
 
 
 def curves_csv(sweeps: Sequence[Sweep]) -> str:
-    """Held-out accuracy at each look at the best rate, a mean over seeds."""
+    """Held-out accuracy at each look at the best rate, averaged over seeds."""
     rows = [
         {"name": sweep.name, "step": step, "accuracy": value}
         for sweep in sweeps

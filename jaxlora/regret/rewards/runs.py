@@ -1,9 +1,9 @@
-"""One run of an experiment: learn from rewards at a constant rate, and answer held-out problems on the way.
+"""One run: learn from rewards at a constant rate, and answer held-out problems along the way.
 
     record = make_run(run, job, state, frozen, grader, identity)
 
 A record is one file of `jaxlora.regret.results`; its `held_out` rows are step, share of wrong answers at
-temperature 0, and share of answers that were cut. No checkpoints: a run that was stopped is made again.
+temperature 0, and share of truncated answers. There are no checkpoints: an interrupted run is made again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from jaxlora.rl.sampling import Group, Sampler, grade, grade_groups
 from jaxlora.runtime.files import Record
 from jaxlora.train.step import TrainState
 
-STILL = 3  # batches without a step after which the weights, and so the results, will not change any more
+STILL = 3  # batches without an update, after which the weights, and so the results, no longer change
 NO_TAILS: tuple[int, ...] = ()  # short answers end nearly together: fewer slots are not worth a program
-# What is kept of each batch, and under which name.
+# What is recorded of each batch, and under which name.
 KEPT = {
     "correct": "reward/correct",
     "truncated": "episode/truncated",
@@ -47,7 +47,7 @@ def make_run(
     """Learn to the end, or until the run diverges or stands still, and return the record.
 
     Args:
-      state: the fresh state; its memory is taken.
+      state: the fresh state; its buffers are donated.
       identity: what all runs of the experiment share, see `jaxlora.regret.rewards.lab.identity_of`.
     """
     sampler = Sampler(job, frozen, NO_TAILS)
@@ -74,7 +74,7 @@ def make_run(
         still = 0 if learned.updates else still + 1
         if step in looks or still == STILL:
             seen.append([step, *look(sampler, job, state.trained, grader)])
-        if still == STILL:  # what comes later is what is now
+        if still == STILL:  # later results would be the same
             seen += [[later, *seen[-1][1:]] for later in sorted(looks) if later > step]
             break
     return {
@@ -89,14 +89,14 @@ def make_run(
 
 
 def look(sampler: Sampler, job: RLJob, trained: Tree, grader: Grader) -> tuple[float | None, float | None]:
-    """Shares of held-out problems answered wrongly at temperature 0, and of answers that were cut."""
+    """Share of held-out problems answered wrongly at temperature 0, and share of truncated answers."""
     episodes = grade(job.eval_problems, sampler.greedy(trained, job.eval_prompts), grader)
     wrong = [not one.graded.correct for one in episodes if one.graded]
     return _short(np.mean(wrong)), _short(np.mean([one.truncated for one in episodes]))
 
 
 def right_bits(groups: Sequence[Group]) -> float:
-    """Mean over groups of log2 of the share of right answers, by Krichevsky and Trofimov's estimate."""
+    """Mean over groups of log2 of the share of right answers, by the Krichevsky-Trofimov estimator."""
     shares = [_share([bool(one.graded and one.graded.correct) for one in group.episodes]) for group in groups]
     return float(np.mean(np.log2(shares)))
 
@@ -106,7 +106,7 @@ def _share(right: Sequence[bool]) -> float:
 
 
 def _segments(job: RLJob) -> int | None:
-    """Places for rows in a packed line: the same for every batch, so that one program serves all."""
+    """Segments per packed line: the same for every batch, so that one program serves all."""
     return MAX_ROWS if job.config.train.layout == "packed" else None
 
 
@@ -126,8 +126,11 @@ def _keep(train: dict[str, list], groups: Sequence[Group], learned: Learned, job
 
 
 def _seconds(started: float, clocks: Sequence[Sequence[float]]) -> dict[str, float]:
-    """All; the first step, in which programs are compiled; medians of sampling and of learning; compiling as
-    the first step's excess over the median one."""
+    """Seconds in total and of a median step, its sampling and its learning.
+
+    Compile time is estimated as the excess of the first step, in which programs are compiled, over the
+    median.
+    """
     parts = np.diff(np.array(clocks), axis=1)
     whole = parts.sum(axis=1)
     found = {
@@ -141,7 +144,7 @@ def _seconds(started: float, clocks: Sequence[Sequence[float]]) -> dict[str, flo
 
 
 def _facts(run: RunId, job: RLJob) -> Record:
-    """What is known of a run before it begins."""
+    """What is known about a run before it begins."""
     arm, rl = run.cell.arm, job.config.rl
     return {
         "version": VERSION,
@@ -166,5 +169,5 @@ def _facts(run: RunId, job: RLJob) -> Record:
 
 
 def _short(value: Any) -> float | None:
-    """Six digits; None where there is no number, or none that is finite."""
+    """Six digits; None if there is no finite number."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
