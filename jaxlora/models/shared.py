@@ -34,7 +34,7 @@ class Places(NamedTuple):
 
 
 def attend_shared(q, k, v, places: Places, attention: Callable[..., jax.Array]) -> jax.Array:
-    """`attention` over the wider buffer, given q, k and v `[lines, length, heads, head_dim]` of the buffer."""
+    """`attention` over the wider buffer, for q, k and v `[lines, length, heads, head_dim]` of the buffer."""
     return _contract(attention(*(_expand(x, places) for x in (q, k, v))), places)
 
 
