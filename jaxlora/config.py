@@ -319,7 +319,7 @@ class RegretConfig:
         (),
     )
     marks: tuple[Positive, ...] = _doc(
-        "steps, beside the last, at which the best rate is read and must lie inside the grid", ()
+        "steps, besides the last, at which the best rate is read and must lie inside the grid", ()
     )
     by: Literal["likelihood", "reward"] = _doc(
         "what the arms learn from: rows of data, or rewards (rl)", "likelihood"

@@ -462,7 +462,7 @@ class Trainer:
             store.save(step, self.state, {"step": step})
 
     def resume(self, path: str | Path) -> int:
-        """Restore the newest state in a folder written by `save_state`, or in a run directory.
+        """Restore the newest state in a folder of `save_state` or a run directory; returns its step.
 
         Raises:
           UserError: there is no state, or it is damaged.
@@ -627,7 +627,7 @@ def _from_ids(i: int, row: Any) -> RenderedRow:
     return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights, extras=extras)
 
 
-# Per-token values of a row beside its weights, and the objectives' names for them.
+# Per-token values of a row besides its weights, and the objectives' names for them.
 _EXTRAS = {
     "advantages": "advantages",
     "logprobs": "sampler_logprobs",

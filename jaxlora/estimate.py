@@ -37,7 +37,7 @@ ROW_TOKENS = 340  # mean length of the study's rows
 EQUAL = 1.05  # step times within this ratio cannot be told apart by the estimate
 FULL = 0.9  # usable share of a chip's memory: the estimate is accurate to about a tenth
 REACHED = 0.75  # share of peak FLOPs and memory bandwidth that well-tuned programs sustain
-# Memory passes for a layer's experts beside their products, counted in programs compiled for four meshes: a
+# Memory passes for a layer's experts besides their products, counted in programs compiled for four meshes: a
 # forward pass's over all rows, and a step's over a chip's weights, to slice them out of the stacked arrays.
 EXPERT_PASSES, CUTS = 12, 6
 HIDDEN = 0.5  # share of the time of collectives that overlaps with products

@@ -68,7 +68,7 @@ def check_targets(spec: ModelSpec) -> None:
 
 
 def _check_experts(spec: ModelSpec) -> None:
-    """Check the adapters of experts: they divide the rank, and gate and up share one adapter in PEFT."""
+    """Check experts' adapters: their rank is divided by the experts per token, and PEFT fuses gate and up."""
     lora, experts = spec.lora, spec.config.experts
     names = {weight.name for weight in spec.adapted if weight.experts}
     if lora is None or experts is None or not names:

@@ -243,7 +243,7 @@ def decode_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def constrain_decode(state: Any) -> Any:
-    """Apply `decode_shardings` as constraints inside a jitted function; outside a mesh, do nothing."""
+    """Apply `decode_shardings` as constraints inside a jitted function; a no-op outside a mesh."""
     return jax.tree.map(lambda leaf: constrain(leaf, *_decode_axes(leaf)), state)
 
 
@@ -256,7 +256,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_trained(spec: Any, tree: Any) -> Any:
-    """Apply `trained_shardings` as constraints inside a jitted function; outside a mesh, do nothing."""
+    """Apply `trained_shardings` as constraints inside a jitted function; a no-op outside a mesh."""
     axes = _trained_axes(spec)
     return jax.tree.map_with_path(lambda path, x: constrain(x, *axes(path, x)), tree)
 

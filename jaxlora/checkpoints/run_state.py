@@ -57,7 +57,7 @@ def _without_closed_loops(found: Any) -> None:
 
 sys.unraisablehook = _without_closed_loops
 REWARD_FILE = "rl.reward's file"  # key of an identity; None: there is none, or an older run did not record it
-KEPT = 2  # number of newest checkpoints kept, beside the best
+KEPT = 2  # number of newest checkpoints kept, besides the best
 STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
 READ_BACK = 2**20  # bytes; larger arrays are opened before a checkpoint is published, but not read whole
 _OPEN_FOLDERS = Path("/proc/self/fd")  # on Linux, paths of this process's open files
@@ -110,7 +110,7 @@ class RunState:
     # --- Writing --------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, progress: dict[str, Any], best: int | None = None) -> None:
-        """Save without waiting for the disk; `best` is the step to keep beside the newest.
+        """Save without waiting for the disk; `best` is the step to keep besides the newest.
 
         Raises:
           UserError: the disk is full. Other file-system errors are raised unchanged. Either may belong to the

@@ -32,7 +32,7 @@ def decode_weights(
 ) -> tuple[ModelSpec, Tree, Tree, Mesh]:
     """Model, adapter, weights and mesh for decoding; unchanged arrays are shared with the base.
 
-    Works layer by layer, so beside the result it holds only one layer's copies.
+    Works layer by layer, so besides the result it holds only one layer's copies.
 
     Args:
       trained: the adapter, all weights if the spec is `full`, or `{}`.

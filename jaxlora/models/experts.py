@@ -158,7 +158,7 @@ class _Split(NamedTuple):
     """What is split over chips of the mesh."""
 
     experts: bool = False  # over `expert`
-    tokens: bool = False  # over `expert`, too
+    tokens: bool = False  # also over `expert`
     units: bool = False  # the experts' hidden units, over `tensor`
     embed: Mapping[str, int] = {}  # by projection, the axis of its weight that is split over `fsdp`
 

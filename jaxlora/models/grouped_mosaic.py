@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 Term = tuple[jax.Array, jax.Array]
 TILE = 128  # rows of a tile: 64 for each of two warpgroups
 SMS = 132  # multiprocessors of an H100 or H200
-COPIES_REGISTERS, PRODUCTS_REGISTERS = 40, 232  # per thread; 128 x (40 + 2 x 232) is the whole register file
+COPIES_REGISTERS, PRODUCTS_REGISTERS = 40, 232  # per thread; 128 x (40 + 2 x 232) is nearly all
 
 
 class Blocks(NamedTuple):

@@ -106,7 +106,7 @@ def chunked_loss(
       weights: float32 `[batch, length]`; positions of weight 0 have no loss and cost nothing.
       objective: see `jaxlora.train.objective`; static.
       extras: a tree of float32 arrays `[batch, length]` that the objective uses.
-      wanted: bool `[batch, length]`: where to return log-probabilities beside the loss (in addition to all
+      wanted: bool `[batch, length]`: where to return log-probabilities besides the loss (in addition to all
         positions with a weight). None: nowhere.
       temperature: logits are divided by this; static.
 

@@ -118,7 +118,7 @@ def objective_of(loss: str | Loss) -> Objective:
 
 
 def extras_of(loss: str | Loss) -> tuple[str, ...]:
-    """Names of the per-token arrays that this objective takes beside the weights."""
+    """Names of the per-token arrays that this objective takes besides the weights."""
     loss = Loss(loss) if isinstance(loss, str) else loss
     if loss.name not in POLICY:
         return ()

@@ -6,7 +6,8 @@
 
 The rule is `LR = 5e-5 x 10 x (2000 / hidden)^p`, without the 10 for full fine-tuning, where p is 0.781 for
 Llama and 0.0775 for Qwen. It was fitted to supervised runs of 14 models with 1,024 to 8,192 hidden units; it
-says nothing about reinforcement learning, and little about runs of under 100 steps, which need higher rates.
+says nothing about reinforcement learning, and little about runs of under 100 steps, which prefer higher
+rates.
 """
 
 from __future__ import annotations
