@@ -154,7 +154,7 @@ class DataConfig:
     ignore_columns: tuple[str, ...] = _doc("columns to leave out", ())
     loss_on: Literal["last", "all"] = _doc("which assistant turns carry loss", "last")
     enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
-    shuffle: bool = _doc("shuffle anew in each epoch, by config.seed; false: file order", True)
+    shuffle: bool = _doc("reshuffle in each epoch, by config.seed; false: file order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
     cache: bool = _doc("cache the tokens of large files in ~/.cache/jaxlora/rows", True)
     on_bad_row: Literal["error", "skip"] = _doc("on an unusable row: stop, or skip and count it", "error")
@@ -193,7 +193,7 @@ class TrainConfig:
     )
     grace_seconds: Rate = _doc("after SIGTERM, save and exit within this many seconds", 25.0)
     samples: Annotated[int, Field(ge=0, le=64)] = _doc(
-        "at each validation, write answers to this many validation prompts to samples.jsonl", 0
+        "at each validation, write answers to this many first prompts to samples.jsonl", 0
     )
     startup_check: bool = _doc("before step 1, check that the fresh adapter and the decoder agree", True)
 
@@ -237,8 +237,8 @@ class SelectionConfig:
     """Short trials that select a learning rate for each condition (`launch/study.py`)."""
 
     learning_rates: tuple[Rate, ...] = _doc("rates to try; none: optim.peak_lr for all", (1e-4, 3e-4, 1e-3))
-    train_rows: Positive = _doc("a trial trains on the first rows, once, at a constant rate", 512)
-    validation_rows: Positive = _doc("a trial validates on the first rows", 128)
+    train_rows: Positive = _doc("a trial trains once on this many first rows, at a constant rate", 512)
+    validation_rows: Positive = _doc("a trial validates on this many first rows", 128)
     validation_every: Positive = _doc("validate every this many steps, and at the end", 32)
     seed: Count = _doc("seed of every trial", 7)
 
@@ -294,7 +294,7 @@ class RLConfig:
     divide_by_length: bool = _doc("divide advantages by the answer's length in tokens", False)
     mask_truncated: bool = _doc("leave out answers that were truncated at the token limit", False)
     share_prompts: bool = _doc(
-        "on one device with train.layout=packed, learn from all answers to a prompt with it computed once",
+        "on one device with train.layout=packed, the learner computes a prompt once for all its answers",
         True,
     )
     updates_per_batch: Positive = _doc("optimizer steps per batch, each on its part of the prompts", 1)

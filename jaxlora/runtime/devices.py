@@ -232,7 +232,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def compute_capability(device: Any) -> tuple[int, ...]:
-    """Of an NVIDIA GPU: (9, 0) on an H100, (8, 9) on an L4. (0,) on any other device."""
+    """Compute capability of an NVIDIA GPU: (9, 0) on an H100, (8, 9) on an L4; (0,) for any other device."""
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return tuple(map(int, found.groups())) if found else (0,)
 
