@@ -1,6 +1,6 @@
-"""A learning-rate curve for each condition.
+"""A learning-rate sweep for each condition.
 
-The same as `--config lr_sweep`, by path; its fields stand in `jaxlora/configs/lr_sweep.py`.
+The same as `--config lr_sweep`, by path; its fields are set in `jaxlora/configs/lr_sweep.py`.
 """
 
 from jaxlora.configs.lr_sweep import get_config

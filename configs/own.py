@@ -1,6 +1,6 @@
-"""Your own rows, nothing to set but their path.
+"""Your own rows, with nothing to set but their path.
 
-The same as `--config own`, by path; its fields stand in `jaxlora/configs/own.py`.
+The same as `--config own`, by path; its fields are set in `jaxlora/configs/own.py`.
 """
 
 from jaxlora.configs.own import get_config

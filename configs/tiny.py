@@ -1,6 +1,6 @@
-"""The embedded default: a tiny Qwen3 that ships with the package.
+"""The embedded default: a tiny Qwen3 shipped with the package.
 
-The same as `--config tiny`, by path; its fields stand in `jaxlora/configs/tiny.py`.
+The same as `--config tiny`, by path; its fields are set in `jaxlora/configs/tiny.py`.
 """
 
 from jaxlora.configs.tiny import get_config

@@ -1,4 +1,4 @@
-"""Fine-tuning of language models in JAX, with LoRA or whole, checked against independent references.
+"""LoRA and full fine-tuning of language models in JAX, checked against independent references.
 
 import jaxlora
 trainer = jaxlora.load("embedded:base").lora(rank=8)

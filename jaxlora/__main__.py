@@ -1,4 +1,4 @@
-"""`python -m jaxlora`: the command where its script is not installed."""
+"""`python -m jaxlora`: the command when its script is not installed."""
 
 from jaxlora.commands import run
 

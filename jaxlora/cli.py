@@ -26,11 +26,11 @@ from jaxlora.config import RENAMED, RunConfig, allowed, closest, fields, from_di
 from jaxlora.runtime.errors import UserError
 
 CONFIG_HELP = "Python file with get_config(), or the name of a shipped one, such as tiny"
-SHIPPED = Path(__file__).parent / "configs"  # configurations that ship with the package, found by name
+SHIPPED = Path(__file__).parent / "configs"  # shipped with the package, found by name
 
 
 def shipped_names() -> list[str]:
-    """The names that `--config` takes instead of a file."""
+    """Names that `--config` accepts in place of a file."""
     files = (file.relative_to(SHIPPED).with_suffix("") for file in SHIPPED.rglob("*.py"))
     return sorted(file.as_posix() for file in files if not file.stem.startswith("_"))
 
@@ -72,7 +72,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Ru
 
 
 def with_overrides(values: dict[str, Any], overrides: dict[str, str]) -> dict[str, Any]:
-    """The nested values of a configuration with some fields set, by dotted name, from text.
+    """Set fields of a configuration, given as nested values, by dotted name from text.
 
     Raises:
       UserError: there is no such field.
@@ -109,7 +109,7 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = N
 
 
 def _epilog(argv: Sequence[str]) -> str:
-    """The fields for `--help`, with the values of the configuration that is given beside it, if it can be."""
+    """The fields for `--help`, with the values of the configuration on the command line if it can be read."""
     heading, values = "fields of the configuration, each settable as --config.FIELD=VALUE", None
     if "--help" in argv or "-h" in argv:
         words = [*argv, ""]
@@ -123,7 +123,7 @@ def _epilog(argv: Sequence[str]) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Folds at the terminal's width: paragraphs anew, indented lines (commands, tables) each by itself."""
+    """Wraps at the terminal's width: paragraphs as a whole, each indented line (command, table) by itself."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(_folded(text, max(width, 20)))
@@ -137,7 +137,7 @@ def _folded(text: str, width: int) -> Iterator[str]:
             continue
         yield from textwrap.wrap(" ".join(paragraph), width, break_on_hyphens=False)
         paragraph = []
-        second = re.match(r"\s*\S+\s{2,}", line)  # where the second column of a table begins
+        second = re.match(r"\s*\S+\s{2,}", line)  # up to the second column of a table
         column = second.end() if second else len(line) - len(line.lstrip()) + 4
         hanging = " " * (column if column <= width // 2 else 6)
         yield from textwrap.wrap(
@@ -146,10 +146,10 @@ def _folded(text: str, width: int) -> Iterator[str]:
 
 
 def field_table(values: dict[str, Any] | None = None) -> str:
-    """One line a field: name, allowed values, default and meaning; for `--help`.
+    """One line per field for `--help`: name, allowed values, default and meaning.
 
     Args:
-      values: of a configuration, as of `to_dict`, which then stand for the defaults.
+      values: of a configuration, as returned by `to_dict`, shown in place of the defaults.
     """
     lines = []
     for name, kind, default, text in fields():

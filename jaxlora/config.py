@@ -2,8 +2,8 @@
 
 A configuration is a Python file whose `get_config()` returns a `RunConfig` (`jaxlora.cli` reads it and
 applies `--config.FIELD=VALUE`). Types and allowed values are declared beside each field and checked by
-pydantic before anything else happens; a mistake becomes one line that names the field, what was given and
-what is allowed."""
+pydantic before anything else happens. A mistake is reported in one line that names the field, the value given
+and the values allowed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from jaxlora.runtime.text import holds_secret
 # Strict about names and about infinities; lenient about "8" for 8, because overrides arrive as text.
 _CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
-_LARGEST = 2**31 - 1  # of a whole number: array sizes and positions are int32
+_LARGEST = 2**31 - 1  # largest whole number: array sizes and positions are int32
 Positive = Annotated[int, Field(gt=0, le=_LARGEST)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Rank = Annotated[int, Field(gt=0, le=65_536)]
 Epochs = Annotated[int, Field(gt=0, le=10_000)]
-Length = Annotated[int, Field(gt=0, le=1 << 24)]  # of text in tokens
+Length = Annotated[int, Field(gt=0, le=1 << 24)]  # of a text, in tokens
 Axis = Annotated[int, Field(ge=-1, le=1 << 20)]
 Rate = Annotated[float, Field(gt=0)]
 Alpha = Annotated[float, Field(gt=0, le=1e30)]  # above it, float32 products overflow
@@ -35,11 +35,11 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Condition = Literal["attention_only", "mlp_only", "all_layer"]  # the placements that have a name
+Condition = Literal["attention_only", "mlp_only", "all_layer"]  # the named placements
 
 
 def _target_list(value: Any) -> Any:
-    """Module names as one comma list without spaces; a list or tuple of them is taken, too."""
+    """Module names as one comma-separated string without spaces; also accepts a list or tuple of names."""
     if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
         value = ",".join(value)
     return ",".join(name.strip() for name in value.split(",")) if isinstance(value, str) else value
@@ -72,27 +72,27 @@ class ModelSource:
     random_weights: bool = _doc("draw random weights for config.json instead of loading any", False)
     dtype: Literal["bfloat16", "float32"] = _doc("dtype of the frozen base and of activations", "bfloat16")
     base_dtype: BaseDtype | None = _doc(
-        "what the frozen base's projections are rounded to when they are loaded; none: model.dtype", None
+        "dtype that the frozen base's projections are rounded to on loading; none: model.dtype", None
     )
     base_products: Literal["auto", "weights", "both"] = _doc(
-        "over an 8-bit base: products of both factors in 8 bits, or with weights turned back to model.dtype;"
-        " auto: by device",
+        "with an 8-bit base: both operands of a product in 8 bits (both), or the weights dequantised to"
+        " model.dtype first (weights); auto: by device",
         "auto",
     )
     attention: Literal["auto", "xla", "splash", "cudnn"] = _doc("attention backend; auto: by device", "auto")
     layers: Literal["auto", "scan", "unroll"] = _doc(
-        "one loop over stacked layers, or each layer in turn", "auto"
+        "scan: one loop over stacked layers; unroll: each layer compiled separately", "auto"
     )
     remat: Remat = _doc(
-        "recompute activations in the backward pass: true, all (a third slower); elementwise, those that are"
-        " no product and no attention (a third of the memory)",
+        "recompute activations in the backward pass: true, all of them (a third slower); elementwise, all but"
+        " the outputs of matrix products and attention (a third of the memory)",
         False,
     )
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class LoraConfig:
-    """Which projections get an adapter, and its size."""
+    """Which projections get an adapter, and how large it is."""
 
     targets: Targets = _doc(
         "a named placement (attention_only, mlp_only, all_layer) or modules such as q_proj,v_proj",
@@ -100,20 +100,22 @@ class LoraConfig:
     )
     rank: Rank = _doc("r, the inner dimension", 8)
     alpha: Alpha = _doc("the update is scaled by alpha / rank", 32.0)
-    dropout: Decay = _doc("share of an adapter's input that a training step leaves out, as PEFT's", 0.0)
-    output_head: bool = _doc("adapt the output head as well; a tied one, apart from the embedding", False)
+    dropout: Decay = _doc("share of an adapter's input that is dropped in training, as in PEFT", 0.0)
+    output_head: bool = _doc(
+        "adapt the output head too; if it is tied, the embedding lookup is unaffected", False
+    )
     start: str | None = _doc(
-        "PEFT adapter to start from; its placement, rank and alpha hold; none: fresh", None
+        "PEFT adapter to start from; its placement, rank and alpha apply; none: a fresh one", None
     )
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that are named one by one; none where a placement has a name."""
+        """The individually named modules; empty for a named placement."""
         return () if self.targets in get_args(Condition) else tuple(self.targets.split(","))
 
     @property
     def condition(self) -> str:
-        """The placement in names of runs and in records, such as `all_layer` or `q_proj+v_proj`."""
+        """The placement as written in run names and records, such as `all_layer` or `q_proj+v_proj`."""
         return self.targets.replace(",", "+")
 
 
@@ -123,116 +125,121 @@ class OptimConfig:
 
     peak_lr: Rate = _doc("learning rate after warm-up", 3e-4)
     schedule: Literal["cosine", "linear", "constant"] = _doc(
-        "cosine, linear: warm-up, then so to the minimum", "cosine"
+        "after warm-up, cosine or linear decay to the minimum, or constant", "cosine"
     )
     warmup_fraction: Fraction = _doc("share of all steps spent warming up", 0.03)
     min_lr_fraction: Fraction = _doc("final learning rate as a share of the peak", 0.1)
     b1: Decay = _doc("decay of the first moment", 0.9)
     b2: Decay = _doc("decay of the second moment", 0.95)
     eps: Rate = _doc("added outside the square root, after bias correction", 1e-12)
-    weight_decay: NotNegative = _doc("decoupled (AdamW), of everything that is trained; 0: none", 0.0)
-    clip_norm: Rate | None = _doc("scale gradients down to this global norm; none: never", None)
+    weight_decay: NotNegative = _doc("decoupled (AdamW), on all trained parameters; 0: none", 0.0)
+    clip_norm: Rate | None = _doc("clip gradients to this global norm; none: no clipping", None)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class DataConfig:
-    """Rows to train and to validate on, in any of the known formats."""
+    """Training and validation rows, in any of the known formats."""
 
     train_path: str = _doc("training rows: a file, hf://owner/name/path, or a Hub dataset", "train.jsonl")
-    validation_path: str | None = _doc("validation rows; none: data.validation_fraction of the others", None)
+    validation_path: str | None = _doc(
+        "validation rows; none: data.validation_fraction of the training rows", None
+    )
     validation_fraction: Share | None = _doc(
-        "share of the training rows that is kept for validation; no prompt is in both parts", None
+        "share of the training rows held out for validation; no prompt is in both parts", None
     )
     train_rows: Positive | None = _doc("use only the first rows; none: all", None)
     validation_rows: Positive | None = _doc("use only the first rows; none: all", None)
     split: str | None = _doc("split of a Hub dataset, such as train; none: paths are files", None)
-    columns: tuple[str, ...] = _doc("the only columns that are read, such as prompt=question", ())
-    ignore_columns: tuple[str, ...] = _doc("columns that are left out", ())
-    loss_on: Literal["last", "all"] = _doc("the assistant's turns that carry loss", "last")
+    columns: tuple[str, ...] = _doc("the only columns to read, such as prompt=question", ())
+    ignore_columns: tuple[str, ...] = _doc("columns to leave out", ())
+    loss_on: Literal["last", "all"] = _doc("which assistant turns carry loss", "last")
     enable_thinking: bool = _doc("train on the reasoning of rows that have it", False)
-    shuffle: bool = _doc("another order in each epoch, by config.seed; false: the file's order", True)
+    shuffle: bool = _doc("reshuffle in each epoch, by config.seed; false: file order", True)
     max_length: Length = _doc("longest row in tokens; longer rows are bad rows", 4096)
-    cache: bool = _doc("keep the tokens of large files in ~/.cache/jaxlora/rows, and find them again", True)
-    on_bad_row: Literal["error", "skip"] = _doc(
-        "stop at a row that cannot be used, or count and skip", "error"
-    )
+    cache: bool = _doc("cache the tokens of large files in ~/.cache/jaxlora/rows", True)
+    on_bad_row: Literal["error", "skip"] = _doc("on an unusable row: stop, or skip and count it", "error")
     gate_report: str | None = _doc("contamination.json; none: beside the training rows", None)
-    allow_ungated: bool = _doc("train although the data gates are missing, stale or failed", False)
+    allow_ungated: bool = _doc("train even if the data gates are missing, stale or failed", False)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class TrainConfig:
-    """What is trained, steps, batches, validation and checkpoints."""
+    """What to train, steps, batches, validation and checkpoints."""
 
     what: Literal["lora", "full"] = _doc("adapters over a frozen base, or all weights", "lora")
-    batch_rows: Positive = _doc("rows of one optimizer step", 8)
+    batch_rows: Positive = _doc("rows per optimizer step", 8)
     epochs: Epochs = _doc("passes over the rows", 2)
-    max_steps: Positive | None = _doc("end after so many optimizer steps; none: after the epochs", None)
+    max_steps: Positive | None = _doc("stop after this many optimizer steps; none: after all epochs", None)
     early_stopping: Positive | None = _doc(
-        "end after so many validations in a row without a lower NLL; none: never", None
+        "stop after this many validations in a row without a lower NLL; none: never", None
     )
-    layout: Literal["packed", "padded"] = _doc("rows end to end in one buffer, or one row a line", "packed")
+    layout: Literal["packed", "padded"] = _doc(
+        "packed: rows end to end in one buffer; padded: one row per line", "packed"
+    )
     buffer_sizes: Count = _doc(
-        "at most this many buffer lengths, each compiled once; 0: 6, on GPUs as many as the run is worth, up"
-        " to 16",
+        "at most this many buffer lengths, each compiled once; 0: 6, or on GPUs up to 16, depending on the"
+        " length of the run",
         0,
     )
     buffer_multiple: Length = _doc("buffer lengths are multiples of this many tokens", 128)
-    max_buffer_tokens: Length = _doc("a step's rows are split over several buffers above this", 16384)
-    validation_every: Positive = _doc("validate and checkpoint each this many steps, and at epoch ends", 1000)
-    validation_merge: Count = _doc("skip such a step up to this many steps before an epoch's end", 250)
-    validation_batch_rows: Positive = _doc("rows of one validation batch", 16)
-    checkpoint_every: Positive | None = _doc(
-        "also checkpoint each this many steps, without validation; none: only after validations", None
+    max_buffer_tokens: Length = _doc("above this, a step's rows are split over several buffers", 16384)
+    validation_every: Positive = _doc(
+        "validate and checkpoint every this many steps, and at epoch ends", 1000
     )
-    grace_seconds: Rate = _doc("after SIGTERM, the process saves and ends within this many seconds", 25.0)
+    validation_merge: Count = _doc("skip a validation within this many steps before an epoch's end", 250)
+    validation_batch_rows: Positive = _doc("rows per validation batch", 16)
+    checkpoint_every: Positive | None = _doc(
+        "also checkpoint every this many steps, without validating; none: only after validations", None
+    )
+    grace_seconds: Rate = _doc("after SIGTERM, save and exit within this many seconds", 25.0)
     samples: Annotated[int, Field(ge=0, le=64)] = _doc(
-        "answers to the first validation prompts that each validation writes to samples.jsonl", 0
+        "at each validation, write answers to this many first prompts to samples.jsonl", 0
     )
     startup_check: bool = _doc("before step 1, check that the fresh adapter and the decoder agree", True)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class MeshConfig:
-    """Axes of the device mesh; one of them may be -1: all that is left.
+    """Axes of the device mesh; one of them may be -1: all remaining devices.
 
-    Where none is given, the mesh is chosen for TPU slices and GPUs (`jaxlora.estimate.mesh_here`), and
-    elsewhere fsdp takes all devices. Where only some are, the others are 1, and fsdp takes what is left.
+    If none is given, the mesh is chosen automatically on TPU slices and GPUs (`jaxlora.estimate.mesh_here`);
+    on other devices fsdp takes all of them. If only some are given, the others are 1 and fsdp takes the rest.
     """
 
-    data: Axis = _doc("copies of the base, each with its share of tokens; 0: chosen", 0)
-    fsdp: Axis = _doc("the base's weights and the tokens are split over these; 0: chosen", 0)
-    tensor: Axis = _doc("heads and hidden units are split over these; 0: chosen", 0)
-    expert: Axis = _doc("experts and tokens are split over these; 0: chosen", 0)
+    data: Axis = _doc("replicas of the base, each with its share of the tokens; 0: chosen automatically", 0)
+    fsdp: Axis = _doc("ways to split the base's weights and the tokens; 0: chosen automatically", 0)
+    tensor: Axis = _doc("ways to split heads and hidden units; 0: chosen automatically", 0)
+    expert: Axis = _doc("ways to split experts and tokens; 0: chosen automatically", 0)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class EvalConfig:
-    """A benchmark in GSM8K's form, or any questions with a rule, by greedy decoding."""
+    """Evaluation by greedy decoding: a benchmark in GSM8K's form, or any questions with a scoring rule."""
 
     benchmark: str | None = _doc(
-        "questions and answers: a JSONL file or openai/gsm8k; training is then gated against it", None
+        "questions and answers: a JSONL file or openai/gsm8k; training data is then gated against it", None
     )
     rule: str | None = _doc(
-        "boxed, last_number, exact or regex:PATTERN, for any file; none: GSM8K's form and score", None
+        "scoring rule for any file: boxed, last_number, exact or regex:PATTERN; none: GSM8K's form and score",
+        None,
     )
-    system: str | None = _doc("system prompt; none: the study's, and with a rule no system prompt", None)
-    columns: tuple[str, ...] = _doc("with a rule: names of columns, as question=task,answer=target", ())
+    system: str | None = _doc("system prompt; none: the study's, or with a rule no system prompt", None)
+    columns: tuple[str, ...] = _doc("with a rule: column names, as in question=task,answer=target", ())
     problems: Positive | None = _doc("use only the first problems; none: all", None)
     max_new_tokens: Length = _doc("longest answer in tokens", 512)
     batch_rows: Positive = _doc("answers decoded at once", 256)
-    merge_adapter: bool = _doc("fold the adapter into the weights before decoding", True)
+    merge_adapter: bool = _doc("merge the adapter into the weights before decoding", True)
     after_training: bool = _doc("evaluate the base and the selected adapter when training ends", False)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class SelectionConfig:
-    """Short trials that choose a learning rate for each condition (`launch/study.py`)."""
+    """Short trials that select a learning rate for each condition (`launch/study.py`)."""
 
     learning_rates: tuple[Rate, ...] = _doc("rates to try; none: optim.peak_lr for all", (1e-4, 3e-4, 1e-3))
-    train_rows: Positive = _doc("first training rows of a trial, seen once at a constant rate", 512)
-    validation_rows: Positive = _doc("first validation rows of a trial", 128)
-    validation_every: Positive = _doc("validate each this many steps, and at the end", 32)
+    train_rows: Positive = _doc("a trial trains once on this many first rows, at a constant rate", 512)
+    validation_rows: Positive = _doc("a trial validates on this many first rows", 128)
+    validation_every: Positive = _doc("validate every this many steps, and at the end", 32)
     seed: Count = _doc("seed of every trial", 7)
 
 
@@ -243,10 +250,10 @@ class SweepConfig:
     conditions: Annotated[tuple[Condition, ...], _NOT_EMPTY] = _doc(
         "adapter placements", ("attention_only", "all_layer")
     )
-    seeds: Annotated[tuple[Count, ...], _NOT_EMPTY] = _doc("seeds of every combination", (0, 1, 2))
+    seeds: Annotated[tuple[Count, ...], _NOT_EMPTY] = _doc("seeds for every combination", (0, 1, 2))
     ranks: tuple[Rank, ...] = _doc("ranks to compare; none: lora.rank", ())
-    learning_rates: tuple[Rate, ...] = _doc("rates to compare; none: the one that the trials choose", ())
-    batch_rows: tuple[Positive, ...] = _doc("rows a step to compare; none: train.batch_rows", ())
+    learning_rates: tuple[Rate, ...] = _doc("rates to compare; none: the one selected by the trials", ())
+    batch_rows: tuple[Positive, ...] = _doc("batch sizes in rows to compare; none: train.batch_rows", ())
 
 
 GroupSize = Annotated[int, Field(ge=2, le=4096)]
@@ -255,88 +262,94 @@ Policy = Literal["importance_sampling", "ppo", "cispo", "dro"]  # as in jaxlora.
 
 @dataclass(frozen=True, config=_CHECKED)
 class RLConfig:
-    """Learning from rewards (`jaxlora rl`): problems, sampling, rewards, the objective."""
+    """Reinforcement learning (`jaxlora rl`): problems, sampling, rewards, the objective."""
 
     problems: str = _doc("problems with answers: a file, or reasoning_gym:TASK", "embedded:data/train.jsonl")
     problem_rows: Positive | None = _doc("use only the first problems; none: all", None)
     eval_problems: str | None = _doc("held-out problems, answered greedily; none: no evaluation", None)
-    eval_rows: Positive | None = _doc("use only the first of them; none: all", None)
-    system: str | None = _doc("the system message; none: that of the row; empty: no message", None)
+    eval_rows: Positive | None = _doc("use only the first held-out problems; none: all", None)
+    system: str | None = _doc("system message; none: the row's; empty: no message", None)
     suffix: str | None = _doc("text after each question; none: nothing", None)
     reward: str = _doc("gsm8k_strict, gsm8k_numeric, math, ..., or module:function", "gsm8k_strict")
-    format_weight: NotNegative = _doc("what an answer that is not well formed loses", 0.0)
-    time_limit_s: Rate = _doc("longest grading of one answer in seconds; above it, it earns 0", 1.0)
-    steps: Positive = _doc("batches that are sampled and learned from", 100)
-    prompts: Positive = _doc("prompts of a batch", 32)
-    group: GroupSize = _doc("answers to each prompt, whose mean reward is the baseline", 16)
-    temperature: Rate = _doc("of sampling; the learner's log-probabilities are tempered alike", 1.0)
+    format_weight: NotNegative = _doc("deducted from the reward of a malformed answer", 0.0)
+    time_limit_s: Rate = _doc("time limit in seconds for grading one answer, which earns 0 beyond it", 1.0)
+    steps: Positive = _doc("batches to sample and learn from", 100)
+    prompts: Positive = _doc("prompts per batch", 32)
+    group: GroupSize = _doc("answers per prompt; their mean reward is the baseline", 16)
+    temperature: Rate = _doc("sampling temperature; also applied to the learner's log-probabilities", 1.0)
     top_p: Annotated[float, Field(gt=0, le=1)] = _doc(
-        "must be 1: a filter would change the sampler only", 1.0
+        "must be 1: a filter would change only the sampler's distribution", 1.0
     )
-    max_new_tokens: Length = _doc("longest answer in tokens, its end token included", 512)
+    max_new_tokens: Length = _doc("longest answer in tokens, including its end token", 512)
     slots: Positive = _doc("answers decoded at once", 256)
-    loss: Policy = _doc("the objective; sums over action tokens", "importance_sampling")
-    clip_low: NotNegative = _doc("lowest ratio, for ppo and cispo", 0.8)
-    clip_high: Rate = _doc("highest ratio, for ppo and cispo", 1.2)
-    beta: NotNegative = _doc("pull towards the sampler, for dro", 0.05)
-    kl: NotNegative = _doc("weight of the divergence from the base; 0: none", 0.0)
+    loss: Policy = _doc("the objective, summed over action tokens", "importance_sampling")
+    clip_low: NotNegative = _doc("lower clip of the probability ratio, for ppo and cispo", 0.8)
+    clip_high: Rate = _doc("upper clip of the probability ratio, for ppo and cispo", 1.2)
+    beta: NotNegative = _doc("strength of the pull towards the sampler, for dro", 0.05)
+    kl: NotNegative = _doc("weight of the KL divergence from the base; 0: none", 0.0)
     baseline: Literal["group", "leave_one_out"] = _doc(
-        "what is subtracted from a reward: the mean of its group, or of the others in it", "group"
+        "what is subtracted from a reward: the mean of its group, or of the rest of its group", "group"
     )
     divide_by_std: bool = _doc("divide advantages by their group's standard deviation", False)
-    divide_by_length: bool = _doc("divide advantages by the answer's tokens", False)
-    mask_truncated: bool = _doc("leave out answers that were cut at the token limit", False)
+    divide_by_length: bool = _doc("divide advantages by the answer's length in tokens", False)
+    mask_truncated: bool = _doc("leave out answers that were truncated at the token limit", False)
     share_prompts: bool = _doc(
-        "on one device with train.layout=packed, learn from a prompt's answers with the prompt computed once",
+        "on one device with train.layout=packed, the learner computes a prompt once for all its answers",
         True,
     )
-    updates_per_batch: Positive = _doc("optimizer steps of a batch, each on its part of the prompts", 1)
-    refill: Count = _doc("sample other prompts for constant groups, so many times a batch", 0)
+    updates_per_batch: Positive = _doc("optimizer steps per batch, each on its part of the prompts", 1)
+    refill: Count = _doc(
+        "up to this many times per batch, replace groups of constant reward by other prompts", 0
+    )
     overlap: bool = _doc("sample the next batch while learning from this one: one step off policy", False)
-    eval_every: Positive = _doc("evaluate and checkpoint each this many batches, and at the end", 10)
+    eval_every: Positive = _doc("evaluate and checkpoint every this many batches, and at the end", 10)
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class RegretConfig:
-    """Conditions that are each swept over learning rates, full fine-tuning among them (`jaxlora.regret`).
+    """Conditions, including full fine-tuning, each swept over learning rates (`jaxlora.regret`).
 
-    Where `arms` names some, `launch/study.py` runs this instead of the study.
+    If `arms` names any, `launch/study.py` runs this instead of the study.
     """
 
     arms: tuple[str, ...] = _doc(
         "conditions: full, PLACEMENT:RANK such as all_layer:16 or mlp_only+lm_head:8, or"
-        " PLACEMENT~OTHER:RANK, with the rank that has as many parameters as OTHER at RANK; each with @ROWS"
-        " a step where they are not train.batch_rows",
+        " PLACEMENT~OTHER:RANK, at the rank that gives as many parameters as OTHER at RANK; each may end in"
+        " @ROWS to replace train.batch_rows",
         (),
     )
     marks: tuple[Positive, ...] = _doc(
-        "steps where the best rate is read beside the last one, and must lie inside the grid", ()
+        "steps, besides the last, at which the best rate is read and must lie inside the grid", ()
     )
     by: Literal["likelihood", "reward"] = _doc(
-        "what arms learn from: rows of data, or rewards (rl)", "likelihood"
+        "what the arms learn from: rows of data, or rewards (rl)", "likelihood"
     )
-    rates: Positive = _doc("rates of each arm, at factors of 2 around the published formula's", 5)
-    factor: Annotated[float, Field(gt=1)] = _doc("between two rates; by likelihood always 2", 2.0)
-    extend: Count = _doc("more rates, one by one, while the best one lies on an edge; at most", 4)
-    repeats: Count = _doc("more seeds of each arm at its best rate", 1)
-    looks: Positive = _doc("held-out evaluations in each doubling of the step", 2)
-    lora_rate: Rate | None = _doc("middle of the adapters' rates; none: the formula's", None)
-    full_rate: Rate | None = _doc("middle of the rates of full fine-tuning; none: the formula's", None)
+    rates: Positive = _doc("learning rates per arm, at factors of 2 around the published formula's", 5)
+    factor: Annotated[float, Field(gt=1)] = _doc(
+        "ratio of neighbouring rates; with by=likelihood always 2", 2.0
+    )
+    extend: Count = _doc("at most this many more rates, one by one, while the best lies on an edge", 4)
+    repeats: Count = _doc("additional seeds for each arm at its best rate", 1)
+    looks: Positive = _doc("held-out evaluations per doubling of the step", 2)
+    lora_rate: Rate | None = _doc("middle of the grid of rates for adapters; none: the formula's", None)
+    full_rate: Rate | None = _doc(
+        "middle of the grid of rates for full fine-tuning; none: the formula's", None
+    )
 
 
 @dataclass(frozen=True, config=_CHECKED)
 class RunConfig:
-    """One training run: one placement, one seed. A study makes its runs from one of these."""
+    """One training run: one placement, one seed. A study derives its runs from one such configuration."""
 
     prefix: str = _doc("run ids are <prefix>-<placement>-seed-<seed>", "qwen3-8b")
     name: str | None = _doc("the run id itself; none: <prefix>-<placement>-seed-<seed>", None)
-    seed: Count = _doc("of the adapter's initialisation and, with model.random_weights, of the base", 0)
-    results_dir: str = _doc("where run directories are made", "results")
-    overwrite: bool = _doc("delete an existing run directory of this id first", False)
+    seed: Count = _doc("seed of the adapter's initialisation and, with model.random_weights, of the base", 0)
+    results_dir: str = _doc("where run directories are created", "results")
+    overwrite: bool = _doc("first delete an existing run directory with this id", False)
     tracking: Literal["wandb", "trackio"] | None = _doc(
-        "show the curves there as well (an extra of that name)", None
+        "also log the curves there (install the extra of that name)", None
     )
-    price: Rate | None = _doc("dollars of one chip for one hour, for the report's cost", None)
+    price: Rate | None = _doc("dollars per chip-hour, for the report's cost", None)
     model: ModelSource = dataclasses.field(default_factory=ModelSource)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -351,15 +364,15 @@ class RunConfig:
 
     @property
     def condition(self) -> str:
-        """What is trained, as records name it: the adapter's placement, or `full`."""
+        """What is trained, as named in records: the adapter's placement, or `full`."""
         return "full" if self.train.what == "full" else self.lora.condition
 
     @property
     def benchmark(self) -> str:
-        """The benchmark, where something needs one.
+        """The benchmark, for code that needs one.
 
         Raises:
-          UserError: none is named.
+          UserError: none is configured.
         """
         if self.eval.benchmark is None:
             raise UserError("config.eval.benchmark: none is named; give a JSONL file or openai/gsm8k")
@@ -367,7 +380,7 @@ class RunConfig:
 
     @property
     def validation_file(self) -> str:
-        """The file of validation rows, where something needs one; raises as `benchmark`."""
+        """The file of validation rows, for code that needs one; raises like `benchmark`."""
         if self.data.validation_path is None:
             raise UserError("config.data.validation_path: none is given; give a file of validation rows")
         return self.data.validation_path
@@ -382,10 +395,10 @@ class RunConfig:
 
 
 def check_study(config: RunConfig) -> None:
-    """Refuse what a study would ignore, because its sweep decides it, or what its runs cannot share.
+    """Refuse settings that a study would ignore because its sweep sets them, or that its runs cannot share.
 
     Raises:
-      UserError: names the field, and the one that a study takes.
+      UserError: names the field, and the one that a study uses instead.
     """
     if config.name is not None:
         raise UserError("config.name is ignored by studies, which name their runs; set config.prefix")
@@ -413,7 +426,7 @@ def check_study(config: RunConfig) -> None:
             )
 
 
-# Fields by the name that they had in earlier versions, whose runs and commands stay valid.
+# Names of fields in earlier versions, whose runs and commands stay valid.
 RENAMED = {"lora.condition": "lora.targets"}
 _RETIRED = ("sweep.fused",)
 
@@ -435,10 +448,10 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """A checked configuration from nested plain values.
+    """Build a checked configuration from nested plain values.
 
     Raises:
-      UserError: an unknown field, a wrong type or an impossible value; one line.
+      UserError: an unknown field, a wrong type or an impossible value, in one line.
     """
     try:
         config = TypeAdapter(RunConfig).validate_python(_with_todays_names(values))
@@ -449,7 +462,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 
 
 def fields(cls: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """Name, type, default and meaning of every field, in order."""
+    """Yield the name, type, default and meaning of every field, in order."""
     hints = get_type_hints(cls, include_extras=True)
     for name, info in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
         if dataclasses.is_dataclass(hints[name]):
@@ -459,7 +472,7 @@ def fields(cls: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, A
 
 
 def plain(value: Any) -> str:
-    """A value as the command line takes it."""
+    """A value as written on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
@@ -469,14 +482,14 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def allowed(kind: Any) -> str:
-    """What a field takes, in words: `a whole number from 1 to 65,536`, `a | b`, `text or none`."""
+    """The allowed values of a field in words: `a whole number from 1 to 65,536`, `a | b`, `text or none`."""
     if kind is type(None):
         return "none"
     if get_origin(kind) is Annotated:
         base, *extras = get_args(kind)
         words, bounds = [allowed(base)], []
         for extra in extras:
-            if isinstance(extra, BeforeValidator):  # of targets
+            if isinstance(extra, BeforeValidator):  # only `Targets` has one
                 return f"{allowed(Condition)}, or modules with commas, such as q_proj,v_proj"
             for rule in getattr(extra, "metadata", []):
                 if getattr(rule, "min_length", 0):
@@ -498,7 +511,7 @@ def allowed(kind: Any) -> str:
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-# Names that others give to our fields: TRL, Transformers, PEFT, Unsloth and Tinker.
+# Names of our fields in TRL, Transformers, PEFT, Unsloth and Tinker.
 _ELSEWHERE = {
     "optim.peak_lr": ("learning_rate", "lr", "lora_lr"),
     "optim.schedule": ("lr_scheduler_type", "lr_schedule", "lr_scheduler"),
@@ -531,7 +544,7 @@ _ELSEWHERE = {
 
 
 def closest(name: str) -> str:
-    """Advice for a field that does not exist."""
+    """A suggestion for an unknown field name."""
     import difflib
 
     last = name.rpartition(".")[2].lower()
@@ -543,11 +556,11 @@ def closest(name: str) -> str:
 
 
 def one_line(error: ValidationError) -> str:
-    """A validation error as one line: the field, what was given, what is allowed."""
+    """A validation error as one line: the field, the value given, the values allowed."""
     problem = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
     kinds = {field: kind for field, kind, *_ in fields()}
-    # A group built on its own, as in LoraConfig(rank=0), names its fields without the group.
+    # A group built on its own, as in LoraConfig(rank=0), reports its fields without the group's name.
     groups = {
         kind.__name__: field for field, kind in get_type_hints(RunConfig).items() if isinstance(kind, type)
     }
@@ -574,10 +587,10 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
             _check_texts(value, f"{group}{name}.")
         elif isinstance(value, str):
             most = 1000
-            if f"{group}{name}" in _PROMPTS:  # may be long, and have lines
+            if f"{group}{name}" in _PROMPTS:  # may be long and span several lines
                 value, most = value.replace("\n", " ").replace("\t", " "), 20_000
             if f"{group}{name}" == "config.rl.system" and not value:
-                continue  # no system message, where none at all is that of the row
+                continue  # empty: no system message (none: the row's own)
             if not value or not value.isprintable() or len(value) > most:
                 raise UserError(
                     f"{group}{name}: {value!r:.80} is not allowed; give up to {most} printable characters"
@@ -587,10 +600,10 @@ def _check_texts(values: dict[str, Any], group: str = "config.") -> None:
 
 
 def check_base_dtype(model: ModelSource) -> None:
-    """Refuse what a base cannot be rounded to.
+    """Refuse combinations of dtypes that a base does not support.
 
     Raises:
-      UserError: names the field, and what to give.
+      UserError: names the field and what to give instead.
     """
     if model.base_dtype == "bfloat16" and model.dtype != "bfloat16":
         raise UserError("config.model.base_dtype: bfloat16 needs model.dtype=bfloat16 as well")
@@ -633,7 +646,7 @@ def _check_combinations(config: RunConfig) -> None:
     if odd := [pair for pair in data.columns if "=" not in pair]:
         raise UserError(f"config.data.columns: {odd[0]!r} is no pair; give NAME=COLUMN, as prompt=question")
     _check_columns(config.eval)
-    for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix and its settings
+    for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix plus its settings
         given = getattr(config, field)
         if given is None:
             continue
@@ -648,7 +661,7 @@ def _check_combinations(config: RunConfig) -> None:
         )
     lists = {f"sweep.{name}": getattr(config.sweep, name) for name in _SWEPT}
     for field, values in (lists | {"selection.learning_rates": config.selection.learning_rates}).items():
-        # As run ids write them: of a learning rate seven digits, so that 1e-3 and 0.00100000001 are one.
+        # Compare values as run ids write them: learning rates to seven digits, so 1e-3 equals 0.00100000001.
         if len({f"{value:e}" if isinstance(value, float) else value for value in values}) < len(values):
             raise UserError(
                 f"config.{field}: {plain(values)} names a value twice (run ids hold seven digits); give"

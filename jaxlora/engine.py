@@ -1,14 +1,14 @@
-"""The five verbs: everything that is done with a model, in memory and one line each.
+"""The five verbs: everything you can do with a model, in memory and in one line each.
 
     engine = jaxlora.load("embedded:base")                 # a Hub name, a directory, gs://bucket/folder
     trainer = engine.lora(rank=8, targets="all_layer")     # or engine.full(), engine.open("adapter")
-    trainer.forward_backward(rows)                         # gradients add up until the next step
+    trainer.forward_backward(rows)                         # gradients accumulate until the next step
     trainer.optim_step(learning_rate=1e-3)
     trainer.logprobs(rows), trainer.sample(["What is 2 + 3?"], max_new_tokens=64)
-    trainer.save("adapter")                                # a PEFT folder; a full model as Hugging Face's
+    trainer.save("adapter")                                # a PEFT folder; a full model: Hugging Face format
 
-The verbs are those of Tinker. Behind them are the programs of a run (`jaxlora.train.step`,
-`jaxlora.generate`). Nothing is written that was not asked for, and no thread is special.
+The verbs are those of Tinker, implemented by the same programs as a training run (`jaxlora.train.step`,
+`jaxlora.generate`). Nothing is written to disk unless asked for, and no verb needs the main thread.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ from jaxlora.train.step import (
     wire,
 )
 
-MAX_BUFFER_TOKENS = 16_384  # rows are split over several buffers above this
-DENSE_BUFFER_TOKENS = 1024  # the same where attention costs the square of a buffer's length
-MULTIPLE = 128  # buffer lengths are multiples of this, and of powers of two above it: few programs
-MAX_ROWS = 256  # of one line of a buffer
+MAX_BUFFER_TOKENS = 16_384  # above this, rows are split over several buffers
+DENSE_BUFFER_TOKENS = 1024  # the same for attention whose cost is quadratic in a buffer's length
+MULTIPLE = 128  # buffer lengths are this (rounded up for the mesh) times a power of two: few programs
+MAX_ROWS = 256  # per line of a buffer
 _norm = jax.jit(optax.global_norm)
 LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
@@ -82,17 +82,17 @@ def load(
     mesh: MeshConfig | Mesh | None = None,
     base_dtype: str | None = None,
 ) -> Engine:
-    """Load a base, to train or sample from.
+    """Load a base to train or to sample from.
 
     Args:
       path: a Hub name, a directory, an address such as `gs://bucket/folder`, or `embedded:base`.
-      dtype: `bfloat16` or `float32`, of the base and of computing; None: float32 on CPUs, else bfloat16.
+      dtype: `bfloat16` or `float32`, for the base and for computation; None: float32 on CPUs, else bfloat16.
       mesh: a device mesh, or its sizes; None: all devices, as a run would use them.
-      base_dtype: what the base's projections are rounded to: `float8`, `int8` or `nf4`, see
+      base_dtype: the dtype that the base's projections are rounded to: `float8`, `int8` or `nf4`, see
         `jaxlora.models.quantised`; None: `dtype`.
 
     Raises:
-      UserError: there is no such base, or it is not one of a supported family.
+      UserError: there is no such base, or its family is not supported.
     """
     dtype = dtype or default_dtype()
     if dtype not in ("bfloat16", "float32"):
@@ -106,29 +106,29 @@ def load(
 
 
 def default_dtype() -> Literal["bfloat16", "float32"]:
-    """The dtype that suits this machine: CPUs only imitate bfloat16."""
+    """The dtype that suits this machine: CPUs only emulate bfloat16."""
     return "float32" if devices_here()[0].platform == "cpu" else "bfloat16"
 
 
 def engine_of(base: Base, mesh: MeshConfig | Mesh | None = None) -> Engine:
-    """An engine of a base that was found, on a mesh as of `load`."""
+    """An engine for a base already found; `mesh` as in `load`."""
     chosen = _chosen_mesh(base, "lora") if mesh is None else mesh
     return Engine(base, wire(base.source, chosen), chosen=mesh is None)
 
 
 def _chosen_mesh(base: Base, what: Literal["lora", "full"]) -> MeshConfig:
-    """The mesh on which a run of this machine would train adapters, or all weights."""
+    """The mesh on which a run on this machine would train adapters, or all weights."""
     config = RunConfig(model=base.source, train=TrainConfig(what=what))
     return mesh_here(config, base.config).mesh
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a forward and backward pass found."""
+    """The result of a forward and backward pass."""
 
-    loss: float  # the objective summed over all weighted targets, as Tinker's
+    loss: float  # the objective summed over all weighted targets, as in Tinker
     weight: float  # the sum of the targets' weights
-    logprobs: list[np.ndarray]  # float32 [tokens - 1] a row: log p of each token after the first
+    logprobs: list[np.ndarray]  # float32 [tokens - 1] per row: log p of each token after the first
 
     @property
     def mean_nll(self) -> float:
@@ -138,43 +138,43 @@ class Result:
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer. `tokens` ends with the one that stopped it, which `text` leaves out."""
+    """One answer. `tokens` includes the stop token, if there is one; `text` leaves it out."""
 
     text: str
     tokens: list[int]
-    logprobs: list[float]  # of the distribution that each token was drawn from
+    logprobs: list[float]  # under the distribution that each token was drawn from
     stop_reason: str  # `stop` or `length`
 
 
 class Engine:
-    """A base in memory. It is frozen: trainers share it."""
+    """A base in memory. It is frozen, and trainers share it."""
 
     def __init__(self, base: Base, machine: Machine, chosen: bool = False):
         self.base, self.machine = base, machine
-        self._chosen = chosen  # the mesh was chosen, for adapters
+        self._chosen = chosen  # the mesh was chosen automatically, for training adapters
         self.dtype = base.source.dtype
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The base's tokenizer; without a chat template, texts are prompts as they are."""
+        """The base's tokenizer; without a chat template, texts are used as prompts unchanged."""
         return self.base.tokenizer(chat=False)
 
     @cached_property
     def frozen(self) -> Tree:
-        """The base's weights, loaded when they are first needed."""
+        """The base's weights, loaded on first use."""
         with self.inside():
             return self.base.load(self._spec(), self.machine.mesh)
 
     def lora(
         self, rank: int, targets: str | Sequence[str] = "all_layer", alpha: float = 32.0, seed: int = 0
     ) -> Trainer:
-        """Train a fresh adapter.
+        """A trainer with a fresh adapter.
 
         Args:
           targets: a named placement (`attention_only`, `mlp_only`, `all_layer`) or module names.
 
         Raises:
-          UserError: the model cannot have this placement, or a size is impossible.
+          UserError: the model does not support this placement, or a size is impossible.
         """
         given = {"rank": rank, "targets": targets, "alpha": alpha}
         lora = from_dict({"lora": given}).lora
@@ -184,9 +184,9 @@ class Engine:
             return Trainer(self, spec, init_lora(spec, seed), seed)
 
     def full(self) -> Trainer:
-        """Train all weights: float32 master weights, copies in the engine's dtype for computing.
+        """A trainer of all weights: float32 master weights, and copies in the engine's dtype for computation.
 
-        Where no mesh was given, they may lie on another one than the engine's: the one that such a run takes.
+        If no mesh was given to `load`, they may be placed on a different one: the mesh of a full run.
         """
         if self._chosen and (mesh := _chosen_mesh(self.base, "full")) != _chosen_mesh(self.base, "lora"):
             return Engine(self.base, wire(self.base.source, mesh)).full()
@@ -196,14 +196,14 @@ class Engine:
         return Trainer(self, spec, weights)
 
     def untrained(self) -> Trainer:
-        """The base as it is, to look at and to sample from; there is nothing to train."""
+        """The base unchanged, to score and sample with; nothing can be trained."""
         return Trainer(self, self._spec(), {})
 
     def open(self, path: str | Path) -> Trainer:
-        """Take up what was trained: a PEFT folder, a finished run (its selected weights), or a full model.
+        """Open trained weights: a PEFT folder, a finished run (its selected weights), or a full model.
 
         Raises:
-          UserError: there is nothing of the kind, or it does not fit this base.
+          UserError: the folder holds none of these, or they do not fit this base.
         """
         folder = Path(path)
         seed = None
@@ -237,12 +237,12 @@ class Engine:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """The mesh, and products of float32 in all their bits (GPUs and TPUs would take fewer)."""
+        """Activate the mesh and full-precision float32 products (GPUs and TPUs would round their inputs)."""
         with jax.set_mesh(self.machine.mesh), self.precise():
             yield
 
     def precise(self) -> AbstractContextManager[None]:
-        """Products of float32 in all their bits."""
+        """Compute float32 products in full precision."""
         return jax.default_matmul_precision("highest" if self.dtype == "float32" else None)
 
 
@@ -250,7 +250,7 @@ Row = Mapping[str, Any] | RenderedRow
 
 
 class Trainer:
-    """Something trained on an engine's base: an adapter, or all weights."""
+    """Trainable weights on an engine's base: an adapter, or all weights."""
 
     def __init__(self, engine: Engine, spec: ModelSpec, trained: Tree, seed: int | None = None):
         self.engine, self.spec, self.seed = engine, spec, seed
@@ -266,24 +266,24 @@ class Trainer:
     # --- Training -------------------------------------------------------------------------------------------
 
     def forward_backward(self, rows: Sequence[Row], loss: str | Loss = "cross_entropy") -> Result:
-        """Compute loss and gradient of these rows now; gradients add up until the next `optim_step`.
+        """Compute loss and gradient of these rows; gradients accumulate until the next `optim_step`.
 
         Args:
-          rows: dictionaries with `messages`, or with `tokens` and `weights` (one a token, that of predicting
-            it; the first has none): see `jaxlora.data.render`. For objectives of policy gradients also with
-            `advantages` and the sampler's `logprobs`, one a token like the weights.
-          loss: an objective of `jaxlora.train.objective`, by name or with settings.
+          rows: dictionaries with `messages`, or with `tokens` and `weights` (one per token, for the loss of
+            predicting it; the first token has no loss): see `jaxlora.data.render`. Policy-gradient objectives
+            also need `advantages` and the sampler's `logprobs`, one per token like the weights.
+          loss: an objective from `jaxlora.train.objective`, by name or with settings.
 
         Raises:
-          UserError: a row cannot be used (names its number), or the loss is not known.
+          UserError: a row cannot be used (the message names its number), or the loss is unknown.
 
-        Stopped on its way (by Ctrl-C, or for want of memory), it drops the gradients since the last step.
+        If interrupted (by Ctrl-C, or out of memory), the gradients since the last step are dropped.
         """
         if not isinstance(loss, str | Loss):
             raise UserError(f"loss: {loss!r:.80} is not known; give a name or a jaxlora.train.objective.Loss")
         objective_of(loss)
         rendered = [_with_extras(i, row, extras_of(loss)) for i, row in enumerate(self._render(rows))]
-        # The step takes the memory of the gradients so far: stopped on the way, they are gone.
+        # The step donates the buffers of the accumulated gradients: if it is interrupted, they are lost.
         grads, self._grads = self._grads, None
         try:
             with self.engine.inside():
@@ -312,14 +312,14 @@ class Trainer:
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
     ) -> dict[str, float]:
-        """One step of Adam (AdamW with `weight_decay`) with the gradients so far, which are then forgotten.
+        """Take one Adam step (AdamW with `weight_decay`) on the accumulated gradients, then clear them.
 
         Returns:
           `grad_norm` and `update_norm`, global norms.
 
         Raises:
-          UserError: no gradient was computed, it is not finite (nothing is changed then, and the line names
-            the step), or settings other than the rate changed since the last step.
+          UserError: no gradient was computed, it is not finite (then nothing changes, and the message names
+            the step), or settings other than the learning rate changed since the last step.
         """
         if self._grads is None:
             raise UserError("optim_step: there is no gradient; call forward_backward first")
@@ -344,12 +344,12 @@ class Trainer:
 
     @property
     def trained(self) -> Tree:
-        """The trained arrays, float32. A step takes their memory: copy what must outlive it."""
+        """The trained arrays, float32. A step donates their buffers: copy what you need to keep."""
         return self._trained
 
     @property
     def state(self) -> TrainState:
-        """What is trained with its optimizer's state, as a run's checkpoints hold it."""
+        """The trained weights with their optimizer state, as stored in a run's checkpoints."""
         if self._opt_state is None:
             with self.engine.inside():
                 start = init_state(self._trained, self._optim or OptimConfig())
@@ -360,7 +360,7 @@ class Trainer:
     # --- Looking --------------------------------------------------------------------------------------------
 
     def logprobs(self, rows: Sequence[Row]) -> list[np.ndarray]:
-        """log p of each token after the first, float32 `[tokens - 1]` a row; see `forward_backward`."""
+        """log p of each token after the first, float32 `[tokens - 1]` per row; see `forward_backward`."""
         found = []
         with self.engine.inside():
             rendered = [_with_extras(i, row, ()) for i, row in enumerate(self._render(rows))]
@@ -382,17 +382,17 @@ class Trainer:
         stream: Callable[[int, str], None] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Sample]:
-        """Answers to prompts, in their order.
+        """Sample one answer to each prompt, in order.
 
         Args:
-          prompts: texts (a user's turn each), lists of messages, or token ids.
-          temperature: 0: the most likely token; ties take the lower id.
-          top_p: draw from the smallest set of most likely tokens with at least this probability.
-          seed: the tokens drawn follow from it, the prompt and the prompt's number.
-          stop_ids: tokens that end an answer; None: the model's and the template's ends of turn.
+          prompts: texts (each one user turn), lists of messages, or token ids.
+          temperature: 0: greedy decoding; ties take the lower id.
+          top_p: draw from the smallest set of most likely tokens with at least this total probability.
+          seed: determines the tokens drawn, together with the prompt and its number.
+          stop_ids: tokens that end an answer; None: the end-of-turn tokens of the model and its template.
           slots: answers decoded at once.
           stream: called every few tokens with the number of a prompt and the text of its answer so far.
-          progress: called with the number of answers newly finished.
+          progress: called with the number of newly finished answers.
 
         Raises:
           UserError: a prompt cannot be rendered, or a setting is impossible.
@@ -411,7 +411,7 @@ class Trainer:
         def show(i: int, tokens: list[int]) -> None:
             assert stream is not None
             text = self._text(tokens[:-1] if tokens[-1] in stops else tokens)
-            stream(i, text.rstrip("\ufffd"))  # the beginning of a character
+            stream(i, text.rstrip("\ufffd"))  # the first bytes of an incomplete character
 
         with jax.set_mesh(mesh), self.engine.precise():
             answers = generate(
@@ -457,15 +457,15 @@ class Trainer:
         save_model(path, self.spec, weights, self.engine.base.folder)
 
     def save_state(self, path: str | Path, step: int = 0) -> None:
-        """Write what `resume` takes up: what is trained, with its optimizer's state."""
+        """Write the trained weights and their optimizer state, for `resume`."""
         with self.engine.inside(), RunState(Path(path), {}) as store:
             store.save(step, self.state, {"step": step})
 
     def resume(self, path: str | Path) -> int:
-        """Go to the newest state in a folder of `save_state`, or in a run's directory; its step.
+        """Restore the newest state in a folder of `save_state` or a run directory; returns its step.
 
         Raises:
-          UserError: there is none, or it is damaged.
+          UserError: there is no state, or it is damaged.
         """
         folder = Path(path)
         folder = folder / "checkpoints" if (folder / "manifest.json").is_file() else folder
@@ -520,10 +520,11 @@ class Trainer:
         return found
 
     def _batches(self, rows: list[RenderedRow]) -> Iterator[tuple[Batch, Compute, Callable]]:
-        """Packed batches `[1, lines, length]` of all rows in order, how to compute them, and what takes their
-        results apart by rows.
+        """Yield packed batches `[1, lines, length]` of all rows in order, how to compute them, and a function
+        that splits their results by row.
 
-        One buffer each: a program for every number of buffers would be compiled for minutes, again and again.
+        Each batch is one buffer: every other number of buffers would be a program that takes minutes to
+        compile.
         """
         dense = self.engine.machine.backend == "xla"
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
@@ -531,7 +532,7 @@ class Trainer:
         lines = self.engine.machine.lines
         parts = cut_into_buffers(lengths, most * lines)
         own = [[lengths[i] for i in part] for part in parts]
-        whole = max(map(sum, own))  # so that each part is one buffer
+        whole = max(map(sum, own))  # makes each part exactly one buffer
         length = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
         longest = max(largest_buffer(part, whole, lines) for part in own)
         while length < longest:
@@ -566,8 +567,8 @@ class Trainer:
         return str(self.engine.tokenizer.decode(list(ids)))
 
     def _decoding(self, keep: bool) -> tuple[ModelSpec, Tree, Tree, Mesh]:
-        """Model, adapter, weights and mesh for decoding, kept until the next step where asked: a chat asks
-        often, and making them may copy the base."""
+        """Model, adapter, weights and mesh for decoding. With `keep` they are cached until the next step: a
+        chat needs them often, and preparing them may copy the base."""
         if self._decodes is not None:
             return self._decodes
         with self.engine.inside():
@@ -576,7 +577,7 @@ class Trainer:
         return made
 
     def _ids(self, values: Any, name: str) -> list[int]:
-        """Token ids of the model."""
+        """The values as valid token ids of the model."""
         listed, known = _listed(values, name), self.spec.config.vocab_size
         ids = _array(listed or np.zeros(0, int))
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ((ids >= 0) & (ids < known)).all():
@@ -589,7 +590,7 @@ class Trainer:
 
 
 def _check_settings(temperature: Any, top_p: Any, **whole: Any) -> None:
-    """Refuse settings of `sample` that cannot be."""
+    """Refuse impossible settings of `sample`."""
     for name, value in whole.items():
         least = -(2**63) if name == "seed" else 1
         if not isinstance(value, int | np.integer) or not least <= value < 2**63:
@@ -610,7 +611,7 @@ def _is_chat(row: Any) -> bool:
 
 
 def _from_ids(i: int, row: Any) -> RenderedRow:
-    """A row given as token ids, with a weight for each."""
+    """A row from token ids, with one weight per token."""
     if not isinstance(row, Mapping) or "tokens" not in row:
         raise UserError(f"row {i}: give `messages`, or `tokens` and `weights`")
     if odd := sorted(map(str, row.keys() - {"tokens", "weights", "row_id", *_EXTRAS})):
@@ -622,11 +623,11 @@ def _from_ids(i: int, row: Any) -> RenderedRow:
     extras = {own: _numbers(i, name, row[name], len(tokens)) for name, own in _EXTRAS.items() if name in row}
     within = np.clip(
         tokens.astype(np.int64), -1, np.iinfo(np.int32).max
-    )  # others must not come round to a valid id
+    )  # out-of-range ids must not wrap around to a valid one
     return RenderedRow(str(row.get("row_id", i)), within.astype(np.int32), weights, extras=extras)
 
 
-# Per-token numbers of a row beside its weights, and the objectives' names for them.
+# Per-token values of a row besides its weights, and the objectives' names for them.
 _EXTRAS = {
     "advantages": "advantages",
     "logprobs": "sampler_logprobs",
@@ -635,10 +636,10 @@ _EXTRAS = {
 
 
 def _numbers(i: int, name: str, values: Any, n_tokens: int) -> np.ndarray:
-    """One finite float32 a token."""
+    """One finite float32 per token."""
     numbers = _array(values)
     if numbers.dtype.kind in "biuf":
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused
             numbers = numbers.astype(np.float32)
     if numbers.shape != (n_tokens,) or numbers.dtype != np.float32 or not np.isfinite(numbers).all():
         raise UserError(f"row {i}: {n_tokens} tokens need as many finite {name}, not {numbers.shape}")
@@ -646,7 +647,7 @@ def _numbers(i: int, name: str, values: Any, n_tokens: int) -> np.ndarray:
 
 
 def _with_extras(i: int, row: RenderedRow, needed: Sequence[str]) -> RenderedRow:
-    """The row with the extras that an objective takes, and no others."""
+    """The row with only the extras that an objective uses."""
     if missing := [name for name in needed if name not in row.extras]:
         given = next(name for name, own in _EXTRAS.items() if own == missing[0])
         raise UserError(f"row {i}: this loss needs `{given}`, one number a token")
@@ -654,7 +655,7 @@ def _with_extras(i: int, row: RenderedRow, needed: Sequence[str]) -> RenderedRow
 
 
 def _array(values: Any) -> np.ndarray:
-    """The values as an array; of what is no array of numbers, one without a length."""
+    """The values as an array; if they do not form one, a scalar array."""
     try:
         return np.asarray(values)
     except (ValueError, TypeError, OverflowError):
@@ -665,7 +666,7 @@ def _listed(values: Any, name: str) -> list[Any]:
     """The members of a list, an array, a generator, ...
 
     Raises:
-      UserError: it is one text or one dictionary, which would be taken apart, or nothing of the kind.
+      UserError: it is not iterable, or a single text or dictionary, which would be split into its parts.
     """
     if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__iter__"):
         raise UserError(f"{name}: give a list, not one {type(values).__name__}")
@@ -673,5 +674,5 @@ def _listed(values: Any, name: str) -> list[Any]:
 
 
 def _by_row(values: Any, lengths: list[int], whole: int, lines: int) -> list[np.ndarray]:
-    """Values `[1, lines, length]` as one array a row."""
+    """Values `[1, lines, length]` as one array per row."""
     return rows_of(hosts.whole(values), lengths, whole, lines)

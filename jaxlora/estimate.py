@@ -1,13 +1,13 @@
-"""What a training step costs on a TPU slice, by arithmetic alone, and which mesh should make it fastest.
+"""Estimate the cost of a training step on a TPU slice by arithmetic alone, and pick the fastest mesh.
 
-GPUs of one host are joined so closely that copies of the base are fastest wherever they fit.
+The GPUs of one host are connected so fast that replicating the base is fastest wherever it fits.
 
     best = roofline(slice_named("v5e-8"), flops=20e12, hbm_bytes=60e9, ici_bytes=27e9)
     best.seconds, best.bound        # 0.27, "interconnect"
     candidates(model, lora, slice_named("v5e-8"), tokens=2720, multiple=128)[0].mesh   # the fastest
-    config = mesh_here(config, model)               # with the mesh that a run trains on, on this machine
+    config = mesh_here(config, model)               # with the mesh that a run on this machine would use
 
-Nothing is compiled here: `jaxlora.plan` compiles the few choices that look best.
+Nothing is compiled here: `jaxlora.plan` compiles the few most promising choices.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from jaxlora.runtime.devices import Slice, devices_here, memory_of, slice_of
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import SHARD_LORA_FROM_RANK
 
-What = Literal["lora", "full"]  # is trained: adapters on a frozen base, or every parameter
+What = Literal["lora", "full"]  # train adapters on a frozen base, or every parameter
 
 BF16, FLOAT32 = 2, 4  # bytes
 REMATS: tuple[Remat, ...] = (False, "elementwise", True)
-TOKEN_BLOCK = 128  # the splash kernel's: each chip's share of a buffer is a multiple of it
-ROW_TOKENS = 340  # mean of the study's rows
-EQUAL = 1.05  # the estimate cannot tell step times apart whose ratio is no greater
-FULL = 0.9  # usable share of a chip's memory: the estimate is good to about a tenth
-REACHED = 0.75  # of the peak rates of products and of memory: what well-tuned programs sustain
-# Of a layer's experts, as counted in programs compiled for four meshes: how often a forward pass goes over
-# all rows, and a step over the weights on a chip, beside the products: it cuts them out of the stacked ones.
+TOKEN_BLOCK = 128  # of the splash kernel: each chip's share of a buffer is a multiple of it
+ROW_TOKENS = 340  # mean length of the study's rows
+EQUAL = 1.05  # step times within this ratio cannot be told apart by the estimate
+FULL = 0.9  # usable share of a chip's memory: the estimate is accurate to about a tenth
+REACHED = 0.75  # share of peak FLOPs and memory bandwidth that well-tuned programs sustain
+# Memory passes for a layer's experts besides their products, counted in programs compiled for four meshes: a
+# forward pass's over all rows, and a step's over a chip's weights, to slice them out of the stacked arrays.
 EXPERT_PASSES, CUTS = 12, 6
-HIDDEN = 0.5  # of the time of collectives lies behind products
+HIDDEN = 0.5  # share of the time of collectives that overlaps with products
 
-# The splash kernel's two backward kernels take 3 + 4 products where the forward pass takes 2.
+# The splash attention's two backward kernels compute 3 + 4 products, its forward kernel 2.
 BACKWARD_PASSES = 3.5
 
 
@@ -51,9 +51,9 @@ BACKWARD_PASSES = 3.5
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that one run of a program spends on each of three resources.
+    """Seconds that one execution of a program spends on each of three resources.
 
-    They are taken to overlap fully, so the slowest of them is a lower bound on the program's time.
+    They are assumed to overlap fully, so the slowest is a lower bound on the program's time.
     """
 
     compute: float
@@ -62,25 +62,25 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """At best: a bound, not to be budgeted with."""
+        """The lower bound; do not budget with it."""
         return max(self.compute, self.memory, self.interconnect)
 
     @property
     def likely(self) -> float:
-        """At rates that are reached: 75% of the peaks, and half of the collectives waited for.
+        """The time at realistic rates: 75% of the peaks, and half of the collectives' time not overlapped.
 
-        A rule of thumb. No run on a real slice stands behind it.
+        A rule of thumb, not verified by a run on a real slice.
         """
         return max(self.compute, self.memory) / REACHED + (1 - HIDDEN) * self.interconnect
 
     @property
     def bound(self) -> str:
-        """Which of the three takes longest."""
+        """The resource that takes longest."""
         return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
 
 
 def roofline(slice_: Slice, flops: float, hbm_bytes: float, ici_bytes: float) -> Roofline:
-    """The three times of one chip's work."""
+    """The three times for one chip's work."""
     chip = slice_.chip
     return Roofline(flops / chip.flops, hbm_bytes / chip.hbm_rate, ici_bytes / slice_.ici_rate)
 
@@ -89,7 +89,7 @@ def attention_flops(config: ModelConfig, queries: float, keys: float, passes: fl
     """FLOPs of attention: 2 products x 2 x heads x head_dim x queries x keys, in each layer and pass.
 
     Args:
-      keys: how many keys a query sees; about half of them under a causal mask.
+      keys: number of keys that a query sees; about half of them under a causal mask.
       passes: 1 for the forward pass; `BACKWARD_PASSES` for the backward pass.
     """
     return (
@@ -98,7 +98,7 @@ def attention_flops(config: ModelConfig, queries: float, keys: float, passes: fl
 
 
 def keys_seen(length: int, shards: int) -> float:
-    """How many keys a query of the slowest chip sees on average, in a buffer split over `shards` chips.
+    """Mean number of keys seen by a query of the slowest chip, in a buffer split over `shards` chips.
 
     The chip with the last tokens of the buffer sees the most keys, and the others wait for it.
     """
@@ -110,15 +110,15 @@ def keys_seen(length: int, shards: int) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """A mesh, a remat setting and a number of micro-batches, with the estimate of an optimizer step."""
+    """A mesh, a remat setting and a number of micro-batches, with the estimate for an optimizer step."""
 
     mesh: MeshConfig
     remat: Remat
-    buffers: int  # micro-batches of a step, whose gradients are accumulated
+    buffers: int  # micro-batches of a step (gradient accumulation)
     tokens: int  # length of each buffer
     best: Roofline
     memory: float  # bytes per chip
-    resting: float  # of them what stays between steps: weights and optimizer's state
+    resting: float  # the part of it that stays between steps: weights and optimizer state
 
 
 def candidates(
@@ -135,13 +135,13 @@ def candidates(
     """Every mesh of the slice with every remat setting and 1, 2 or 4 micro-batches, fastest first.
 
     Args:
-      lora: the adapters; ignored where every parameter is trained.
+      lora: the adapters; ignored if every parameter is trained.
       tokens: real tokens of an optimizer step.
-      multiple: buffer lengths are multiples of this as well as of what the mesh requires.
+      multiple: buffer lengths are multiples of this and of what the mesh requires.
       what: which parameters are trained.
-      scheme: of a quantised base.
-      longest: most tokens of a line of a buffer; more micro-batches are taken where a step has more.
-      row_tokens: mean tokens of a row, where every chip has lines of its own (GPUs), whose kernels attend
+      scheme: the quantisation of the base, if any.
+      longest: most tokens in a line of a buffer; a step with more is split into more micro-batches.
+      row_tokens: mean tokens of a row, if every chip has its own lines (GPUs), where attention kernels work
         within rows.
     """
     choices = [
@@ -155,14 +155,14 @@ def candidates(
 
 
 def _micro_batches(line_tokens: float, longest: int | None) -> list[int]:
-    """Numbers of micro-batches to try for a step with so many tokens in a line."""
+    """Numbers of micro-batches to try for a step with this many tokens in a line."""
     least = 1 if longest is None else math.ceil(line_tokens / longest)
     return [least, 2 * least, 4 * least]
 
 
 def _ranked(choices: list[Choice]) -> list[Choice]:
-    """Fastest first. Of choices too close to the fastest one left to tell apart, the simplest comes first,
-    then the one that needs the least memory.
+    """Sort fastest first. Choices that the estimate cannot tell apart from the fastest remaining one are
+    sorted by simplicity, then by memory.
     """
     left = sorted(choices, key=lambda choice: choice.best.likely)
     ranked: list[Choice] = []
@@ -174,14 +174,14 @@ def _ranked(choices: list[Choice]) -> list[Choice]:
 
 
 def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> RunConfig:
-    """The configuration with its mesh filled in: the one it names, or the one that should be fastest.
+    """The configuration with its mesh filled in: the one it names, or the one estimated to be fastest.
 
-    The choice depends on nothing but the configuration and the slice, so all runs of a study and all hosts
-    make the same one. Rows are assumed to be as long as the study's.
+    The choice depends only on the configuration and the slice, so all runs of a study and all hosts make the
+    same one. Rows are assumed to be as long as the study's.
 
     Args:
-      slice_: None if the devices are no known TPU slice; the mesh is then left as it is, and fsdp takes all
-        devices.
+      slice_: None if the devices are not a known TPU slice; the mesh is then left unchanged, and fsdp takes
+        all devices.
     """
     if slice_ is None or config.mesh != MeshConfig():
         return config
@@ -198,7 +198,7 @@ def with_mesh(config: RunConfig, model: ModelConfig, slice_: Slice | None) -> Ru
 def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
     """The configuration with its mesh filled in for this machine's devices.
 
-    On TPUs as `with_mesh`; on several GPUs copies of the base, each split over as few as hold it.
+    On TPUs as in `with_mesh`; on several GPUs, copies of the base, each split over as few GPUs as hold it.
 
     Raises:
       UserError: experts are to be split, but the model has none.
@@ -216,7 +216,7 @@ def mesh_here(config: RunConfig, model: ModelConfig) -> RunConfig:
 
 
 def mesh_of_gpus(config: RunConfig, model: ModelConfig, n: int, memory: float) -> MeshConfig:
-    """The mesh of n GPUs with so many bytes each: the smallest `fsdp` whose step should fit, and copies."""
+    """The mesh of n GPUs with `memory` bytes each: the smallest `fsdp` that should fit, and copies of it."""
     train = config.train
     tokens = math.ceil(max(1, train.batch_rows / n) * ROW_TOKENS) * n
     scheme = pick_scheme(config.model, training=True)
@@ -236,7 +236,7 @@ def factors(n: int) -> list[tuple[int, int, int]]:
 
 
 def meshes(model: ModelConfig, n: int) -> list[MeshConfig]:
-    """Every mesh of n chips; of a model with experts also those that split them over copies of the rest."""
+    """Every mesh of n chips; for a model with experts also those that split them over copies of the rest."""
     found = [MeshConfig(*sizes) for sizes in factors(n)]
     if model.experts is None:
         return found
@@ -266,19 +266,19 @@ def estimate(
 ) -> Choice:
     """Work and memory of one optimizer step on one chip, counted from the shapes.
 
-    Products are computed in bfloat16. With LoRA the base is kept in bfloat16 alone, or its layers quantised,
-    and adapters, their gradients and moments in float32. Of products of 8-bit numbers each counts as the
-    share of one in bfloat16 that it takes; weights that are turned back for a product are written and read
-    once more. In full fine-tuning every parameter has a float32 master weight, a
-    gradient and two moments (16 bytes), and a bfloat16 copy for computing (2 bytes).
+    Products are computed in bfloat16. With LoRA the base is kept only in bfloat16, or with quantised layers;
+    adapters, their gradients and moments are float32. An 8-bit product counts as the fraction of a bfloat16
+    product that its time amounts to; weights dequantised for a product are written and read once more. In
+    full fine-tuning every parameter has a float32 master weight, gradient and two moments (16 bytes), and a
+    bfloat16 copy for computation (2 bytes).
 
     Args:
-      lora: the adapters; ignored where every parameter is trained.
+      lora: the adapters; ignored if every parameter is trained.
       buffers: micro-batches of the step.
       tokens: real tokens of the step; each buffer is padded to a multiple of `multiple` and of what the mesh
         requires.
       what: which parameters are trained.
-      scheme: of a quantised base.
+      scheme: the quantisation of the base, if any.
       row_tokens: as in `candidates`.
     """
     block = math.lcm(TOKEN_BLOCK * mesh.data * mesh.fsdp * (mesh.expert or 1), multiple)
@@ -296,7 +296,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Share:
-    """One chip's share of the work on one buffer. Weights are counted over all chips together."""
+    """One chip's share of the work on one buffer. Unless noted, weights are totals over all chips."""
 
     model: ModelConfig
     lora: LoraConfig
@@ -306,17 +306,17 @@ class _Share:
     buffers: int  # micro-batches of the step
     length: int  # tokens of the buffer
     scheme: Scheme | None  # of a quantised base
-    rate: float  # of products with the layers, relative to those in bfloat16
-    row_tokens: float | None = None  # of rows that are attended each by itself; None: over the buffer
+    rate: float  # speed of products with the layers, relative to bfloat16
+    row_tokens: float | None = None  # mean length of rows if attention is per row; None: over the buffer
 
     @property
     def shards(self) -> int:
-        """How many chips the tokens are split over."""
+        """Number of chips that the tokens are split over."""
         return self.mesh.data * self.mesh.fsdp * self.ways
 
     @property
     def ways(self) -> int:
-        """Over how many chips the experts are split."""
+        """Number of chips that the experts are split over."""
         return self.mesh.expert or 1
 
     @property
@@ -339,9 +339,9 @@ class _Share:
 
     @property
     def own_parameters(self) -> float:
-        """Parameters that one chip holds: they are split over `fsdp` and `tensor`, and copied over `data`.
+        """Parameters that one chip holds: split over `fsdp` and `tensor`, replicated over `data`.
 
-        Those of experts are split over `expert` as well, and the others copied over it.
+        Experts' parameters are also split over `expert`; the others are replicated over it.
         """
         return (self.parameters - self.elsewhere) / (self.mesh.fsdp * self.mesh.tensor)
 
@@ -357,22 +357,22 @@ class _Share:
 
     @cached_property
     def layer_weights(self) -> int:
-        """Of matrices; of all experts."""
+        """Weights in the layers' matrices, including all experts."""
         return self.model.num_hidden_layers * sum(math.prod(w.shape) for w in self._matrices)
 
     @cached_property
     def active_weights(self) -> int:
-        """Of the layers' matrices those that one token multiplies with."""
+        """Weights in the layers' matrices that one token is multiplied with."""
         return self.model.num_hidden_layers * sum(active_size(w, self.model) for w in self._matrices)
 
     @property
     def _matrices(self) -> list[Weight]:
-        """Those of a layer."""
+        """The matrices of a layer."""
         return [w for w in parameter_table(self.model) if w.stacked and len(w.shape) > 1]
 
     @property
     def saved(self) -> float:
-        """Bytes that all chips together save because the layers' weights are quantised."""
+        """Bytes that quantising the layers' weights saves, over all chips."""
         return 0.0 if self.scheme is None else self.layer_weights * (BF16 - bits_of(self.scheme) / 8)
 
     @property
@@ -387,7 +387,7 @@ class _Share:
 
     @cached_property
     def expert_adapters(self) -> int:
-        """Of the adapters' weights those of experts."""
+        """Weights in the experts' adapters."""
         return 0 if self.full else sum(self._spec.adapter_size(w) for w in self._spec.adapted if w.experts)
 
     @cached_property
@@ -396,8 +396,8 @@ class _Share:
 
     @property
     def own_adapters(self) -> float:
-        """Weights of adapters that one chip holds: all but those of other chips' experts, and from
-        `SHARD_LORA_FROM_RANK` on its part over `fsdp` of the others."""
+        """Adapter weights that one chip holds: all except those of other chips' experts; from rank
+        `SHARD_LORA_FROM_RANK` on, the others are split over `fsdp`."""
         dense = self.adapter_weights - self.expert_adapters
         return dense / (self.mesh.fsdp if self.splits_adapters else 1) + self.expert_adapters / self.ways
 
@@ -407,7 +407,7 @@ class _Share:
 
     @cached_property
     def active_adapters(self) -> float:
-        """Of the adapters' weights those that one token multiplies with."""
+        """Adapter weights that one token is multiplied with."""
         if not self.expert_adapters or self.model.experts is None:
             return self.adapter_weights
         share = self.model.experts.num_experts_per_tok / self.model.experts.num_experts
@@ -422,13 +422,13 @@ class _Share:
         return _gathered(BF16 * self.length * width, self.shards)
 
     def kept(self, remat: Remat) -> float:
-        """Bytes that one chip keeps of one token in one layer."""
+        """Bytes that one chip keeps per token and layer."""
         whole, split = kept_per_token(self.model, remat, math.ceil(self.tokens), self.ways)
         return BF16 * (whole + split / self.mesh.tensor)
 
     @property
     def one_layer(self) -> float:
-        """Bytes of one layer's weights as a chip multiplies with them, gathered over `fsdp`."""
+        """Bytes of one layer's weights as used by a chip, gathered over `fsdp`."""
         return BF16 * (self.layer_weights - self.elsewhere) / self.model.num_hidden_layers / self.mesh.tensor
 
     @property
@@ -438,43 +438,43 @@ class _Share:
 
 
 def _gathered(size: float, ways: int) -> float:
-    """Bytes that a chip receives when it gathers `size` bytes that are split over `ways` chips."""
+    """Bytes that a chip receives in an all-gather of `size` bytes split over `ways` chips."""
     return size * (ways - 1) / ways
 
 
 def _flops(share: _Share) -> float:
-    """Products and attention: 4N FLOPs per token with LoRA, and 6 for each weight of adapters; 6N in full
+    """FLOPs of products and attention: per token 4N with LoRA plus 6 per adapter weight, or 6N in full
     fine-tuning.
 
-    For N weights of matrices these are 2N forward, 2N for the gradients of activations and, where the weights
-    are trained, 2N for theirs. Remat computes the layers' 2N forward once more. Of the experts, N counts
-    those that a token goes to.
+    For N weights in matrices these are 2N in the forward pass, 2N for the gradients of activations and, if
+    the weights are trained, 2N for theirs. Remat repeats the layers' 2N of the forward pass. N counts only
+    the experts that a token is routed to.
     """
     products = (2 + share.again + share.full) * 2 * share.active_weights / share.rate
     products += (2 + share.full) * 2 * share.head_weights + (3 + share.again) * 2 * share.active_adapters
     passes = 1 + share.again + BACKWARD_PASSES
-    # Of rows of mixed lengths a token sees about as many keys as a mean row has tokens, not half as many.
+    # With rows of mixed lengths, a token sees about as many keys as a mean row has tokens, not half as many.
     keys = keys_seen(share.length, share.shards) if share.row_tokens is None else share.row_tokens
     attention = attention_flops(share.model, share.tokens, keys, passes)
     return share.tokens * products / share.mesh.tensor + attention / share.mesh.tensor
 
 
 def _read_weights(share: _Share) -> float:
-    """Bytes of the weights that one chip multiplies with: layers twice, the head once."""
+    """Bytes of weights read by one chip's products: the layers twice, the head once."""
     layers = share.layer_weights - share.elsewhere
     return (BF16 * (2 * layers + share.head_weights) - 2 * share.saved) / share.mesh.tensor
 
 
 def _interconnect_bytes(share: _Share) -> float:
-    """Bytes that one chip receives.
+    """Bytes that one chip receives for one buffer.
 
-    FSDP gathers weights in the forward and in the backward pass. Tensor parallelism sums activations after
-    o_proj and down_proj, and in the backward pass the gradients of what q, k and v read and of what gate and
-    up read, each added up first (with products of 8-bit factors, of each of the five). Keys and values are
-    gathered from all chips that share a buffer, and the adapters' gradients are summed over them. The
-    gradients of whole weights are summed in bfloat16, the dtype of their products: a reduce-scatter over
-    `fsdp`, and an all-reduce of what is then left on a chip over `data`. Chips that split the experts gather
-    their tokens and scatter the sums, in both passes.
+    FSDP gathers weights in both the forward and the backward pass. Tensor parallelism all-reduces activations
+    after o_proj and down_proj, and in the backward pass the gradients of the inputs of q, k, v and of gate,
+    up, locally summed over the projections of an input (with 8-bit products, separately for each of the
+    five). Keys and values are gathered from all chips that share a buffer, and adapter gradients are summed
+    over these chips. Gradients of fully trained weights are summed in bfloat16, the dtype of their products:
+    a reduce-scatter over `fsdp`, then an all-reduce of each chip's part over `data`. Chips that split the
+    experts gather their tokens and reduce-scatter the sums, in both passes.
     """
     stream = BF16 * share.tokens * share.model.hidden_size
     each = share.scheme is not None and share.scheme.activations
@@ -497,8 +497,8 @@ def _interconnect_bytes(share: _Share) -> float:
 def _hbm_bytes(share: _Share) -> float:
     """Bytes that one chip reads and writes for one buffer.
 
-    Gathered weights, kept activations and the gradients of whole weights are written, then read. Of experts,
-    arrays as long as the rows that there is room for are passed over many times, twice as often backward.
+    Gathered weights, kept activations and gradients of fully trained weights are written, then read. The
+    experts make many passes over arrays of the maximum number of rows, twice as many in the backward pass.
     """
     kept = share.tokens * share.model.num_hidden_layers * share.kept(False)
     weights = _read_weights(share) * (2 if share.mesh.fsdp > 1 else 1)
@@ -516,19 +516,19 @@ def _hbm_bytes(share: _Share) -> float:
 
 
 def _update_bytes(share: _Share) -> float:
-    """Bytes that one chip reads and writes for the update of whole weights, once per step.
+    """Bytes that one chip reads and writes per step to update fully trained weights.
 
-    In float32 it reads gradient, weight and two moments, and writes all but the gradient; it writes the
-    bfloat16 copy. (Adapters are so small that `_hbm_bytes` counts theirs with every buffer.)
+    It reads gradient, weight and two moments in float32, and writes all but the gradient, and the bfloat16
+    copy. (Adapters are so small that `_hbm_bytes` counts their update with every buffer.)
     """
     return (7 * FLOAT32 + BF16) * share.own_parameters if share.full else 0
 
 
 def _resting(share: _Share) -> float:
-    """Bytes on one chip that are there during and between steps.
+    """Bytes on one chip that are allocated both during and between steps.
 
-    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 beside its bfloat16, and 4
-    more where gradients are accumulated over several micro-batches.
+    In full fine-tuning each of the chip's own parameters takes 16 bytes in float32 besides its bfloat16 copy,
+    and 4 more if gradients are accumulated over several micro-batches.
     """
     size = BF16 * share.own_parameters - share.saved / (share.mesh.fsdp * share.mesh.tensor)
     if share.full:
@@ -537,10 +537,10 @@ def _resting(share: _Share) -> float:
 
 
 def _memory(share: _Share) -> float:
-    """Bytes on one chip at the peak, in the backward pass.
+    """Peak bytes on one chip, in the backward pass.
 
-    In full fine-tuning the head's gradient is summed in float32 over chunks of answers before it is split
-    over `fsdp`.
+    In full fine-tuning the head's gradient is accumulated in float32 over chunks of positions before it is
+    split over `fsdp`.
     """
     model, mesh = share.model, share.mesh
     head = BF16 * share.head_weights / mesh.tensor
@@ -551,6 +551,6 @@ def _memory(share: _Share) -> float:
     size += head + share.tokens * share.kept(False)  # the head, and all activations of one layer
     # Gathered keys and values are kept for the backward pass.
     size += share.gathered_keys * (1 if share.again else model.num_hidden_layers)
-    if model.experts is not None:  # their kernels take whole matrices: a layer's are cut out, and copied once
+    if model.experts is not None:  # kernels need whole matrices: a layer's are sliced out and copied once
         size += 2 * share.one_layer
     return size + (head if mesh.fsdp > 1 else 0)  # the embedding is gathered as well

@@ -1,7 +1,7 @@
-"""LoRA as a trainable subtree: initialisation, counts, merging.
+"""LoRA as a trainable subtree: initialisation, parameter counts, merging.
 
-y = W x + (alpha / r) B A x, with A uniform in ±1/sqrt(d_in) and B zero, so that training starts from the
-base exactly (Hu et al. 2021; the bound is PEFT's and that of "LoRA Without Regret"). The tree holds float32
+y = W x + (alpha / r) B A x, with A uniform in ±1/sqrt(d_in) and B zero, so that training starts exactly at
+the base (Hu et al. 2021; the bound is that of PEFT and of "LoRA Without Regret"). The tree holds float32
 arrays under the module paths of the parameter table, with a leading layer axis:
 
     lora = init_lora(spec, seed=0)
@@ -29,8 +29,8 @@ from jaxlora.runtime.errors import UserError
 def init_lora(spec: ModelSpec, seed: int) -> Tree:
     """A fresh adapter: A uniform in ±1/sqrt(d_in) of its own layer, B zero, float32.
 
-    Each weight draws from a key of its own, derived from its name, so that adding a target never changes
-    another weight's numbers; nor do the kind and number of devices and the compiler's options.
+    Each weight has its own random key, derived from its name, so adding a target never changes the values of
+    another weight. Nor do the kind and number of devices, or compiler options.
 
     Raises:
       UserError: no weight is adapted, or a target is not a module of this model.
@@ -41,14 +41,14 @@ def init_lora(spec: ModelSpec, seed: int) -> Tree:
         a_shape, b_shape = lora_shapes(spec, weight)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(weight.path.encode()))
         bound = 1.0 / math.sqrt(weight.shape[-1])
-        # The difference is exact and the product is rounded once, however a compiler orders or fuses them.
+        # The difference is exact and the product rounds once, however the compiler orders or fuses them.
         a = (jax.random.uniform(key, a_shape, jnp.float32) - 0.5) * (2 * bound)
         set_path(lora, weight.path, {"lora_a": a, "lora_b": jnp.zeros(b_shape, jnp.float32)})
     return lora
 
 
 def check_targets(spec: ModelSpec) -> None:
-    """Refuse a placement that this model cannot have.
+    """Refuse a placement that this model does not support.
 
     Raises:
       UserError: names the field and what is allowed.
@@ -68,7 +68,7 @@ def check_targets(spec: ModelSpec) -> None:
 
 
 def _check_experts(spec: ModelSpec) -> None:
-    """The adapters of experts have a rank of their own, and that of gate and up is one matrix in PEFT."""
+    """Check experts' adapters: their rank is divided by the experts per token, and PEFT fuses gate and up."""
     lora, experts = spec.lora, spec.config.experts
     names = {weight.name for weight in spec.adapted if weight.experts}
     if lora is None or experts is None or not names:
@@ -104,7 +104,7 @@ def count_trainable(spec: ModelSpec) -> int:
 
 
 def check_lora(spec: ModelSpec, lora: Tree) -> None:
-    """Refuse an adapter tree whose paths, shapes or dtypes are not exactly the placement's.
+    """Refuse an adapter tree with paths, shapes or dtypes other than those of the placement.
 
     Raises:
       UserError: names the first difference.
@@ -123,7 +123,7 @@ def check_lora(spec: ModelSpec, lora: Tree) -> None:
 
 
 def check_mergeable(spec: ModelSpec) -> None:
-    """Refuse to merge an adapter that has no place in the weights, see `ModelSpec.mergeable`.
+    """Refuse an adapter that cannot be merged into the weights, see `ModelSpec.mergeable`.
 
     Raises:
       UserError: says what to do instead.
@@ -136,19 +136,19 @@ def check_mergeable(spec: ModelSpec) -> None:
 
 
 def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None) -> Tree:
-    """Weights with W + (alpha / r) B A in place of W: the sum in float32, cast once to the weights' dtype.
+    """Replace W by W + (alpha / r) B A, summed in float32 and cast once to the weights' dtype.
 
     Arrays of unadapted weights are shared with `tree`; the adapted ones are new.
 
     Args:
-      tree: the base, or, with `layer`, the subtree of that layer of an unrolled or sliced base.
-      layer: its number; None: `tree` is the whole base in the spec's form of the layers.
+      tree: the base or, with `layer`, the subtree of that layer of an unrolled or sliced base.
+      layer: the layer's number; None: `tree` is the whole base, its layers stacked or not as in the spec.
 
     Raises:
-      UserError: as `check_mergeable`.
+      UserError: as in `check_mergeable`.
     """
     check_mergeable(spec)
-    merged = jax.tree.map(lambda x: x, tree)  # its dictionaries are changed below
+    merged = jax.tree.map(lambda x: x, tree)  # new dictionaries, modified below
     for weight in spec.adapted:
         if layer is not None and weight.stacked:
             module = get_path(merged, weight.path.removeprefix("layers."))
@@ -165,9 +165,9 @@ def merge_lora(spec: ModelSpec, lora: Tree, tree: Tree, layer: int | None = None
 def merged_weight(
     spec: ModelSpec, lora: Tree, weight: Weight, array: jax.Array, layer: int | None = None
 ) -> jax.Array:
-    """W + (alpha / r) B A of one weight: of this layer of a stacked one, or of all at once (None).
+    """W + (alpha / r) B A of one weight, for one layer of a stacked weight or for all at once (None).
 
-    Of a quantised weight, the numbers that it stands for, in the model's dtype.
+    A quantised weight is dequantised: the result has the model's dtype.
     """
     pair = get_path(lora, weight.path)
     a, b = (pair[name] if layer is None else pair[name][layer] for name in ("lora_a", "lora_b"))
@@ -198,7 +198,7 @@ def get_path(tree: Tree, path: str) -> Tree:
 
 
 def set_path(tree: Tree, path: str, value) -> None:
-    """Put a value at a dotted path, making the dictionaries on the way."""
+    """Set the value at a dotted path, creating dictionaries along the way."""
     *parents, leaf = path.split(".")
     for part in parents:
         tree = tree.setdefault(part, {})

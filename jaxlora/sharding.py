@@ -1,13 +1,13 @@
-"""Which axis of which array lies on which axis of the device mesh: one table.
+"""How arrays are sharded over the device mesh: one table from array axes to mesh axes.
 
-The mesh has three axes. `fsdp` splits the base's weights and the tokens of a step; `data` splits the tokens
-only; `tensor` splits heads, hidden units of the MLP and the vocabulary. The residual stream's hidden axis is
-never split: each layer's weights are gathered over `fsdp` just before they are used. A model with experts may
-have a fourth one, `expert`, which splits experts and tokens; of all other weights each part has a copy.
+The mesh has three axes. `fsdp` splits the base's weights and the tokens of a step; `data` splits only the
+tokens; `tensor` splits heads, hidden units of the MLP and the vocabulary. The hidden axis of the residual
+stream is never split: each layer's weights are gathered over `fsdp` just before use. A model with experts may
+add a fourth axis, `expert`, which splits experts and tokens and replicates all other weights.
 
-On GPUs a buffer has a line of whole rows for each device that tokens are split over. Without `tensor` a
-device then needs nothing of the others' lines, and a step is one program a device (`by_line`): its
-collectives are those written here, and none that a compiler finds.
+On GPUs a buffer has one line of whole rows for each device that tokens are split over. Without `tensor`, no
+device then needs another's lines, and a step runs as one program per device (`by_line`), whose collectives
+are exactly those written here rather than inserted by the compiler.
 
     mesh = make_mesh(MeshConfig(fsdp=8))
     with jax.set_mesh(mesh):
@@ -31,15 +31,15 @@ from jaxlora.config import MeshConfig
 from jaxlora.runtime.devices import devices_here, memory_of
 from jaxlora.runtime.errors import UserError
 
-# logical axis -> mesh axes. An array's first axis that they divide takes them; later ones stay whole.
+# logical axis -> mesh axes. They split the first array axis that they divide; later axes stay whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp", "expert"),  # rows, where there are enough: decoding, padded batches
+    "batch": ("data", "fsdp", "expert"),  # rows, if there are enough: decoding, padded batches
     "length": (
         "data",
         "fsdp",
         "expert",
-    ),  # a packed buffer is one row: its tokens are what is split over chips
-    "batch_of_copy": ("data", "expert"),  # the same over copies of the base only
+    ),  # a packed buffer is one line: its tokens are split over chips
+    "batch_of_copy": ("data", "expert"),  # the same, but over copies of the base only
     "length_of_copy": ("data", "expert"),
     "expert": ("expert",),
     "vocab": ("tensor",),
@@ -49,19 +49,19 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "adapter": ("fsdp",),  # the long axis of a LoRA matrix, from SHARD_LORA_FROM_RANK on
 }
-# Below this rank an adapter with its gradient and moments takes less than 6 GB at Qwen3-8B's size even when
-# every projection has one, and gathering it in every layer would cost more time than the memory is worth.
+# Below this rank, adapters with gradients and moments take less than 6 GB at Qwen3-8B's size even when every
+# projection has one; gathering them in every layer would cost more time than the memory is worth.
 SHARD_LORA_FROM_RANK = 256
-COPY_SHARE = 0.25  # of a GPU's memory that the decoder's copy of the weights may take
+COPY_SHARE = 0.25  # share of a GPU's memory that the decoder's copy of the weights may take
 LORA_AXES: dict[str, tuple[str | None, str | None]] = {
     "lora_a": (None, "adapter"),  # [r, in]
     "lora_b": ("adapter", None),  # [out, r]
 }
-EXPERTS = "layers.mlp.experts."  # the weights of experts, whose adapters lie where they do
+EXPERTS = "layers.mlp.experts."  # experts' weights; their adapters are sharded alike
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh `[data, fsdp, tensor]` over the devices (default: all); with `expert` before the last, if given.
+    """A mesh `[data, fsdp, tensor]` over the devices (default: all); `expert`, if given, is before `tensor`.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -76,7 +76,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
-    """The mesh's sizes on so many devices, those that are -1 or not given worked out.
+    """The mesh's sizes on `n_devices` devices, with those that are -1 or not given filled in.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -95,14 +95,16 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
 
 
 def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0, shares: bool = False) -> Mesh:
-    """The same devices for decoding.
+    """A mesh of the same devices for decoding.
 
-    On GPUs every device decodes with a copy of the weights (so many bytes) where that leaves memory for the
-    base and the caches; else, and on TPUs, they are split by key-value heads as far as these allow. Experts
-    are split over the same chips as slots, as far as they allow.
+    On GPUs every device decodes with its own copy of the weights if that leaves memory for the base and the
+    KV caches. Otherwise weights are split by key-value heads, as far as their number allows: on GPUs into as
+    few parts as fit, on TPUs over all chips. Experts are split over the same chips as slots, as far as their
+    number allows.
 
     Args:
-      shares: decode on the mesh itself where `fsdp` splits nothing: the weights then stay the same arrays.
+      weights: bytes of the weights.
+      shares: decode on the mesh itself if `fsdp` splits nothing: the weights then need no copy.
     """
     if shares and mesh.shape["fsdp"] == 1:
         return mesh
@@ -122,7 +124,7 @@ def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0, s
 def spec_for(mesh: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """The PartitionSpec of an array of this shape with these logical axes (None: not split).
 
-    An axis stays whole where its mesh axes do not divide it or are taken by an earlier axis.
+    An axis stays whole if its mesh axes do not divide it or are taken by an earlier axis.
     """
     spec: list[tuple[str, ...] | None] = []
     taken: set[str] = set()
@@ -145,39 +147,39 @@ def named(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> N
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def token_shards(mesh: Any) -> int:
-    """Over how many chips the tokens of a step are split."""
+    """The number of chips that the tokens of a step are split over."""
     return _ways(mesh, _axes_of(mesh, "length"))
 
 
 def token_lines(mesh: Mesh) -> int:
-    """Lines of a packed buffer: on GPUs one for each device that tokens are split over; elsewhere one in all.
+    """Lines of a packed buffer: on GPUs one per device that tokens are split over; elsewhere a single one.
 
-    GPUs' kernels need whole rows; that of TPUs attends over one line whose tokens lie on many chips.
+    GPU attention kernels need whole rows; the TPU kernel attends over one line spread across chips.
     """
     return token_shards(mesh) if mesh.devices.flat[0].platform == "gpu" else 1
 
 
 def token_multiple(mesh: Mesh) -> int:
-    """Lengths of lines must be multiples of this: whole blocks of the attention kernel on every chip."""
+    """Line lengths must be multiples of this, so that every chip has whole blocks of the attention kernel."""
     platform = mesh.devices.flat[0].platform
     return token_shards(mesh) // token_lines(mesh) * (128 if platform == "tpu" else 1)
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Host arrays `[buffers, batch, length]` onto the mesh: rows split over chips, or else tokens.
+    """Place host arrays `[buffers, batch, length]` on the mesh, splitting rows over chips, or else tokens.
 
-    Every process gives the same whole arrays; each device receives only its part.
+    Every process passes the same whole arrays; each device receives only its part.
     """
     return {name: _place(x, named(mesh, (None, "batch", "length"), x.shape)) for name, x in batch.items()}
 
 
 def base_shardings(mesh: Mesh, spec: Any) -> Any:
-    """The sharding of each weight of the base, in the form of `spec.abstract_base` (a `ModelSpec`)."""
+    """The sharding of each weight of the base, a tree like `spec.abstract_base` (of a `ModelSpec`)."""
     axes = _weight_axes(spec)
     return jax.tree.map_with_path(
         lambda path, x: _lying(mesh, path, axes[dotted(path)], x), spec.abstract_base
@@ -185,7 +187,7 @@ def base_shardings(mesh: Mesh, spec: Any) -> Any:
 
 
 def weight_shardings(mesh: Mesh, axes: tuple[str | None, ...], weight: Any) -> Any:
-    """The sharding of each array of one weight with these axes, which may be quantised or stacked."""
+    """The sharding of each array of one weight with these axes; the weight may be quantised or stacked."""
     return jax.tree.map_with_path(lambda path, x: _lying(mesh, path, axes, x), weight)
 
 
@@ -194,18 +196,18 @@ def _lying(mesh: Mesh, path: Any, axes: tuple[str | None, ...], x: Any) -> Named
 
 
 def _stacked(axes: tuple[str | None, ...], x: Any) -> tuple[str | None, ...]:
-    """The axes of x, which may have more in front, such as that of layers; those are not split."""
+    """The axes of x; additional leading axes, such as that of layers, are not split."""
     return (None,) * (np.ndim(x) - len(axes)) + axes
 
 
 def array_axes(path: Any, axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-    """The axes of one array of a weight that has these axes: the arrays of a quantised one lie as it does."""
+    """The axes of one array of a weight with these axes: a quantised weight's arrays are sharded like it."""
     turned = bool(path) and isinstance(path[-1], GetAttrKey) and path[-1].name == "turned"
     return axes[::-1] if turned else axes
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """What these arrays are and where they lie, without any array."""
+    """Shapes, dtypes and shardings of these arrays, without the arrays."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
@@ -220,33 +222,33 @@ def device_bytes(tree: Any) -> int:
 
 
 def place_trained(mesh: Mesh, spec: Any, tree: Any) -> Any:
-    """What is trained, or its optimizer state, onto the mesh by `trained_shardings`."""
+    """Place trained weights, or their optimizer state, on the mesh by `trained_shardings`."""
     return jax.tree.map(_place, tree, trained_shardings(mesh, spec, tree))
 
 
 def trained_shardings(mesh: Mesh, spec: Any, tree: Any) -> Any:
-    """The sharding of each leaf of what a `ModelSpec` trains, of its gradients, or of any optimizer's state.
+    """The sharding of each leaf of a `ModelSpec`'s trained weights, their gradients or any optimizer state.
 
-    A leaf lies as the array whose path it ends in. An adapter is whole on every device below rank
-    `SHARD_LORA_FROM_RANK`, split over `fsdp` along the long axis from there on; a trained weight lies as the
-    base's does. Leaves that belong to no array, such as Adam's step counter, are replicated.
+    A leaf is sharded like the array that its path ends in. Adapters are replicated below rank
+    `SHARD_LORA_FROM_RANK`, and split over `fsdp` along the long axis from that rank on; a trained weight is
+    sharded like the base's. Leaves that belong to no array, such as Adam's step counter, are replicated.
     """
     axes = _trained_axes(spec)
     return jax.tree.map_with_path(lambda path, x: named(mesh, axes(path, x), np.shape(x)), tree)
 
 
 def decode_shardings(mesh: Mesh, state: Any) -> Any:
-    """Slots are split over chips; the caches `[slots, length, kv_heads, head_dim]` by heads as well."""
+    """Slots are split over chips; KV caches `[slots, length, kv_heads, head_dim]` also by heads."""
     return jax.tree.map(lambda leaf: named(mesh, _decode_axes(leaf), leaf.shape), state)
 
 
 def constrain_decode(state: Any) -> Any:
-    """`decode_shardings` as constraints inside a jitted function; outside a mesh, the state itself."""
+    """Apply `decode_shardings` as constraints inside a jitted function; a no-op outside a mesh."""
     return jax.tree.map(lambda leaf: constrain(leaf, *_decode_axes(leaf)), state)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Ask the compiler to lay x out by its logical axes; outside a mesh, x itself."""
+    """Constrain the sharding of x to its logical axes; outside a mesh, return x unchanged."""
     mesh = auto_mesh()
     if mesh is None or mesh.size == 1:
         return x
@@ -254,22 +256,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_trained(spec: Any, tree: Any) -> Any:
-    """`trained_shardings` as constraints inside a jitted function; outside a mesh, the tree itself."""
+    """Apply `trained_shardings` as constraints inside a jitted function; a no-op outside a mesh."""
     axes = _trained_axes(spec)
     return jax.tree.map_with_path(lambda path, x: constrain(x, *axes(path, x)), tree)
 
 
 def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """The weight whole over `fsdp` (its `tensor` axis stays split): an all-gather where it is used."""
+    """The weight all-gathered over `fsdp` at its point of use (its `tensor` axis stays split)."""
     if fsdp_ways() == 1:
-        return weight  # not even a constraint: a scan would keep its result, a second copy of the base
+        return weight  # no constraint either: a scan would keep its result, a second copy of the base
     if auto_mesh() is None:
         return _whole_over_fsdp(weight, axes.index("embed")) if "embed" in axes else weight
     return constrain(weight, *(None if axis in ("embed", "adapter") else axis for axis in axes))
 
 
 def gathered_adapter(matrix: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """`gathered` for A `[r, in]` or B `[out, r]` with the axes of what it adapts; None for the axis of r."""
+    """`gathered` for A `[r, in]` or B `[out, r]`, with the axes of the adapted weight and None for r."""
     if fsdp_ways() == 1 or auto_mesh() is not None:
         return gathered(matrix, axes)
     long = next(i for i, axis in enumerate(axes) if axis is not None)
@@ -277,19 +279,19 @@ def gathered_adapter(matrix: jax.Array, axes: tuple[str | None, ...]) -> jax.Arr
 
 
 def _whole_over_fsdp(x: jax.Array, axis: int) -> jax.Array:
-    """Inside `by_line`: all parts of x, whose gradient is summed and split again."""
+    """Inside `by_line`: all-gather x over `fsdp`; the gradient is reduce-scattered."""
     return jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)
 
 
 def gather_again(function: Callable, *, in_loop: bool) -> Callable:
-    """Make the backward pass of `function(x, *weights)` gather its weights again.
+    """Make the backward pass of `function(x, *weights)` re-gather its weights.
 
-    Without this the gathered weights would be kept from the forward pass: the whole base on every chip.
-    Nothing else is computed twice, because the backward pass of a product needs only its inputs.
+    Otherwise the gathered weights would be kept from the forward pass: the whole base on every chip. Nothing
+    else is computed twice, because the backward pass of a product needs only its inputs.
 
     Args:
-      in_loop: the caller is the body of a scan, where forward and backward pass are loops of their own and
-        the compiler cannot merge their gathers.
+      in_loop: the caller is the body of a scan, where forward and backward pass are separate loops and the
+        compiler cannot merge their gathers.
     """
     if fsdp_ways() == 1:
         return function
@@ -297,9 +299,9 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
 
 
 def split_tokens(x: jax.Array) -> jax.Array:
-    """`[batch, length, ...]` as `[shards, tokens of a shard, ...]`, without moving anything between chips.
+    """Reshape `[batch, length, ...]` to `[shards, tokens of a shard, ...]`, with no transfers between chips.
 
-    Work that treats shards as rows of a batch then stays on each chip. One device is one shard.
+    Computation that treats shards as rows of a batch then stays local to each chip. One device is one shard.
     """
     mesh = auto_mesh()
     shards = 1 if mesh is None else token_shards(mesh)
@@ -313,32 +315,32 @@ def split_tokens(x: jax.Array) -> jax.Array:
     return constrain(y, "batch", *(None,) * (y.ndim - 1))
 
 
-# --- One program a device -----------------------------------------------------------------------------------
+# --- One program per device ---------------------------------------------------------------------------------
 
 
 def auto_mesh() -> Any:
-    """The mesh over which the compiler splits what is traced now; None outside one and inside `by_line`."""
+    """The mesh that the compiler partitions the current trace over; None outside one and inside `by_line`."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
 def fsdp_ways() -> int:
-    """Over how many devices the base is split, inside `by_line` too; 1 outside a mesh."""
+    """The number of devices that the base is split over, also inside `by_line`; 1 outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["fsdp"]
 
 
 def runs_by_line(spec: Any, lines: int) -> bool:
-    """Whether a step over buffers of so many lines may run by `by_line`, on the mesh of this context.
+    """Whether a step over buffers with this many lines may run by `by_line`, on the current mesh.
 
-    `fsdp` must divide all that it splits, because a device's part does not say what it is a part of.
+    `fsdp` must divide every axis that it splits: a device cannot tell from its array whether it is a part.
     """
     mesh = auto_mesh()
     if mesh is None or mesh.shape["tensor"] > 1 or lines % token_shards(mesh):
         return False
-    if spec.config.experts is not None:  # their products are programs a device of their own
+    if spec.config.experts is not None:  # their products already run as one program per device
         return False
-    if spec.scheme is not None and mesh.shape["fsdp"] > 1:  # scales are split or whole, as their sizes allow
+    if spec.scheme is not None and mesh.shape["fsdp"] > 1:  # whether scales are split depends on their size
         return False
     sizes = [spec.config.hidden_size]
     if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK:
@@ -349,11 +351,11 @@ def runs_by_line(spec: Any, lines: int) -> bool:
 def by_line(
     function: Callable, spec: Any, trained: Any, frozen: Any, batch: Any, out: tuple[str, ...]
 ) -> Any:
-    """`function(trained, frozen, batch)` on every device with its part of each and its own lines.
+    """Run `function(trained, frozen, batch)` on every device with its part of the weights and its own lines.
 
     Args:
       batch: arrays `[buffers, lines, length]`.
-      out: how each result lies: as what is `trained`, `whole` on every device, or split by `lines`.
+      out: the sharding of each result: like the `trained` weights, `whole` on every device, or by `lines`.
     """
     mesh = auto_mesh()
 
@@ -378,7 +380,7 @@ def by_line(
 
 
 def slot_shards() -> int:
-    """Over how many devices of this context's mesh `by_slot` splits slots: all, unless weights are split."""
+    """The number of devices that `by_slot` splits slots over: the whole mesh, unless weights are split."""
     mesh = auto_mesh()
     if mesh is None or mesh.shape["tensor"] > 1 or mesh.shape.get("expert", 1) > 1:
         return 1
@@ -386,10 +388,10 @@ def slot_shards() -> int:
 
 
 def by_slot(function: Callable, *arguments: Any, whole: tuple[int, ...] = ()) -> Any:
-    """`function(*arguments)` on every device with its part of each first axis, where all can be split.
+    """Run `function(*arguments)` on every device with its part of each first axis, if all can be split.
 
     Args:
-      whole: the numbers of the arguments that every device has whole.
+      whole: indices of arguments that every device receives whole.
     """
     shards = slot_shards()
     split = [x for i, argument in enumerate(arguments) if i not in whole for x in jax.tree.leaves(argument)]
@@ -401,9 +403,9 @@ def by_slot(function: Callable, *arguments: Any, whole: tuple[int, ...] = ()) ->
 
 
 def summed_over_lines(spec: Any, grads: Any) -> Any:
-    """Inside `by_line`: the sum over devices of each one's gradient of what is trained, once for all of it.
+    """Inside `by_line`: sum the gradients of the trained weights over devices, all at once.
 
-    What `fsdp` splits was summed over it where its parts were gathered.
+    Gradients of weights split over `fsdp` were already summed over it by the backward pass of their gather.
     """
     axes, mesh = _trained_axes(spec), jax.sharding.get_abstract_mesh()
 
@@ -421,9 +423,10 @@ def total(x: Any) -> Any:
 
 
 def embedded(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows `[batch, length, hidden]` of the table `[vocab, hidden]`, which is never gathered.
+    """Look up rows `[batch, length, hidden]` of the table `[vocab, hidden]` without gathering the table.
 
-    Every chip looks up all tokens of its copy of the base in its own columns; then the parts change places.
+    Every chip looks up all tokens of its copy of the base in its own columns, then an all-to-all exchanges
+    the parts.
     """
     if auto_mesh() is None and fsdp_ways() > 1:
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
@@ -443,12 +446,12 @@ def _weight_axes(spec: Any) -> dict[str, tuple[str | None, ...]]:
 
 
 def dotted(path: Any) -> str:
-    """The dotted path of an array, without the numbers of layers and what is outside the tree."""
+    """The dotted path of an array, without layer numbers and keys from outside the tree."""
     return ".".join(key.key for key in path if isinstance(key, DictKey) and isinstance(key.key, str))
 
 
 def _trained_axes(spec: Any) -> Callable[[Any, Any], tuple[str | None, ...]]:
-    """Logical axes of a leaf of what is trained, from its path."""
+    """A function from the path of a trained leaf to its logical axes."""
     weights = _weight_axes(spec) if spec.full else {}
     split_lora = spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK
 
@@ -471,5 +474,5 @@ def _decode_axes(leaf: Any) -> tuple[str | None, ...]:
 def _place(x: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    host = np.asarray(x)  # several processes: each gives its devices their part of the same array
+    host = np.asarray(x)  # several processes: each fills its devices from the same array
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -1,4 +1,4 @@
-"""Learn from rewards as a Python configuration file says: `jaxlora rl` by path."""
+"""Learn from rewards as configured by a Python file: `jaxlora rl` by path."""
 
 from jaxlora.commands.rl import main
 from jaxlora.runtime.errors import run_main

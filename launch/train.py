@@ -1,4 +1,4 @@
-"""Fine-tune as a Python configuration file says: `jaxlora train` by path."""
+"""Fine-tune as configured by a Python file: `jaxlora train` by path."""
 
 from jaxlora.commands.train import main
 from jaxlora.runtime.errors import run_main

@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face checkpoints, PEFT adapters, run state."""
+"""Reading and writing weights: Hugging Face checkpoints, PEFT adapters, run state."""

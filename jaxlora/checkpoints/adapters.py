@@ -1,10 +1,10 @@
-"""Adapters in: PEFT folders, ours, anybody's, or Tinker's.
+"""Reading adapters: PEFT folders written by this package, by PEFT or by Tinker.
 
     adapter = read_adapter("adapter", model_config)
     spec = ModelSpec(model_config, adapter.lora, shapes=adapter.shapes)
 
-Reading is strict: every key is used, none is missing, and a feature that this package does not compute is
-refused, because an adapter that is only partly applied still answers, just not as it was trained to.
+Reading is strict: every key must be used and none may be missing, and a feature that this package does not
+compute is refused, because a partly applied adapter still answers, just not as it was trained to.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from jaxlora.runtime.files import read_object
 from jaxlora.runtime.folders import file_in
 from jaxlora.runtime.remote import EMBEDDED, cached_name, is_hub_name, is_remote, resolve, weight_files
 
-# Settings of PEFT that do not change what an adapter computes once it is trained, or that are read below. All
-# others must be off: also those that a later PEFT adds.
+# PEFT settings that do not change what a trained adapter computes, or that are read below. All others must be
+# off, including those added by later versions of PEFT.
 _KNOWN = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"),
@@ -58,34 +58,34 @@ _KNOWN = {
     *("eva_config", "loftq_config", "runtime_config", "rank_pattern", "alpha_pattern", "layers_to_transform"),
     "target_parameters",
 }
-# Initialisations that leave the base as it is; PiSSA, OLoRA, LoftQ and others train against a changed one.
+# Initialisations that leave the base unchanged; PiSSA, OLoRA, LoftQ and others modify it.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _MAX_JSON_BYTES, _MAX_RANK, _MAX_ALPHA = 10**7, 65_536, 1e30  # above it, float32 products overflow
 _MAX_PATTERNS, _MAX_REPEATS, _PATTERN_SECONDS = 10_000, 10, 10.0
 
 
 class Adapter(NamedTuple):
-    """An adapter that was read."""
+    """An adapter read from a folder."""
 
-    lora: LoraConfig  # where its ranks or scales differ: the largest rank
-    tree: Tree  # as of `init_lora`: float32, stacked, A [layers, r, in], B [layers, out, r]
-    metadata: dict[str, Any]  # `jaxlora.json`, or as much of it as the adapter tells, with `base_model`
-    shapes: tuple[AdapterShape, ...]  # empty where rank and scale are the same everywhere
+    lora: LoraConfig  # with the largest rank, if ranks or scales vary
+    tree: Tree  # as from `init_lora`: float32, stacked, A [layers, r, in], B [layers, out, r]
+    metadata: dict[str, Any]  # `jaxlora.json`, or as much of it as is known, with `base_model`
+    shapes: tuple[AdapterShape, ...]  # empty if rank and scale are the same everywhere
 
 
 def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | None = None) -> Adapter:
     """Read a PEFT folder for a model of this shape.
 
-    Any subset of modules and layers is read, with ranks and alphas of their own (`rank_pattern`,
-    `alpha_pattern`), rank-stabilised or not. Tinker's archives are read too: the head is named
-    `unembed_tokens` there and `target_modules` may be null.
+    Any subset of modules and layers is supported, with individual ranks and alphas (`rank_pattern`,
+    `alpha_pattern`), rank-stabilised or not. So are Tinker's archives, in which the head is named
+    `unembed_tokens` and `target_modules` may be null.
 
     Args:
-      base: the directory of the base, with which copies of its weights in the file are compared; None: an
-        adapter that holds such copies is refused.
+      base: the directory of the base, for checking copies of its weights in the file; None: an adapter that
+        contains such copies is refused.
 
     Raises:
-      UserError: one line that names the file and what is wrong with it.
+      UserError: one line naming the file and what is wrong with it.
     """
     folder = resolve(str(directory))
     if not folder.is_dir():
@@ -120,10 +120,10 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
 
 
 def other_base(metadata: dict[str, Any], base: Base) -> str | None:
-    """Why an adapter cannot be one of this base, in words; None where nothing proves it.
+    """Why an adapter cannot belong to this base, in words; None if nothing proves it.
 
-    A fingerprint that the adapter records decides. Without one, only names of the same kind can differ: a
-    folder here may be a copy of what the adapter knows by a Hub name, and has the right shapes.
+    A fingerprint recorded with the adapter is decisive. Without one, only names of the same kind are
+    compared: a local folder with the right shapes may be a copy of the model known by a Hub name.
     """
     recorded, named, here = metadata.get(FINGERPRINT), metadata["base_model"], base.source.path
     rounded = metadata.get(BASE_DTYPE)
@@ -140,7 +140,7 @@ def other_base(metadata: dict[str, Any], base: Base) -> str | None:
     if theirs is not None and ours is not None:
         return f"names the base {named!r}, not {here!r}" if theirs != ours else None
     if theirs is None and base.has_weights and not is_remote(named) and Path(named).is_dir():
-        with suppress(UserError, OSError):  # what cannot be read proves nothing
+        with suppress(UserError, OSError):  # an unreadable folder proves nothing
             if weight_files(named) and fingerprint(named) != base.fingerprint():
                 return f"names the base {named!r}, whose files differ from those of {here!r}"
     return None
@@ -151,7 +151,7 @@ def _called(named: str | None) -> str:
 
 
 def _known_name(path: str) -> str | None:
-    """The name by which everybody knows a base: of the Hub, or shipped; None of any other place."""
+    """The public name of a base: a Hub name or a shipped one; None for any other location."""
     if path.startswith(EMBEDDED):
         return path
     name = cached_name(path) or (path if is_hub_name(path) else None)
@@ -159,16 +159,16 @@ def _known_name(path: str) -> str | None:
 
 
 def _our_name(key: str) -> str:
-    """A file's key as `model.layers.0.self_attn.q_proj.lora_A.weight` or `lm_head.lora_A.weight`."""
+    """A file's key in the form `model.layers.0.self_attn.q_proj.lora_A.weight` or `lm_head.lora_A.weight`."""
     name = key.removeprefix(PREFIX)
-    for head in ("model.unembed_tokens.", "unembed_tokens."):  # Tinker's name of the output head
+    for head in ("model.unembed_tokens.", "unembed_tokens."):  # Tinker's name for the output head
         if name.startswith(head):
             return "lm_head." + name.removeprefix(head)
     return f"model.{name}" if name.startswith("layers.") else name
 
 
 def _check_settings(settings: dict[str, Any], file: Path) -> None:
-    """Refuse every setting that this package does not compute, and values that cannot be meant."""
+    """Refuse every setting that this package does not compute, and values that make no sense."""
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{file}: peft_type is {kind!r}; only LORA is supported")
@@ -205,7 +205,7 @@ def _check_alpha(name: str, alpha: Any, file: Path) -> None:
 def _read_experts(
     settings: dict[str, Any], slices: dict[str, Any], config: ModelConfig, folder: Path
 ) -> dict[str, ExpertAdapter]:
-    """The adapters of experts, which `target_parameters` names; their tensors are taken out of `slices`."""
+    """The experts' adapters named by `target_parameters`; their tensors are removed from `slices`."""
     file, asked = folder / SETTINGS, settings.get("target_parameters") or []
     if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
         raise UserError(f"{file}: target_parameters is {json.dumps(asked)[:80]}; it must be a list")
@@ -221,19 +221,19 @@ def _read_experts(
 
 
 def _rank_and_alpha(settings: dict[str, Any], name: str, file: Path) -> tuple[int, float]:
-    """Of a module by its name. Rank-stabilised adapters are scaled by alpha / sqrt(r), ours by alpha / r."""
+    """Rank and alpha of a module by name; alpha is scaled if rank-stabilised (alpha / sqrt(r), not / r)."""
     rank = _own(settings.get("rank_pattern"), name, settings["r"], file)
     alpha = float(_own(settings.get("alpha_pattern"), name, settings["lora_alpha"], file))
     return rank, alpha * math.sqrt(rank) if settings.get("use_rslora") else alpha
 
 
 def _dense_modules(config: ModelConfig) -> dict[str, Place]:
-    """Every module that can carry an adapter of its own, which experts do not."""
+    """Every module that can have its own adapter, which excludes experts."""
     return {name: place for name, place in adaptable_modules(config).items() if not place[0].experts}
 
 
 def _places(slices: dict[str, Any], config: ModelConfig, file: Path, has_experts: bool) -> dict[str, Place]:
-    """The modules that the file adapts, in the order of the table; leftovers and halves are refused."""
+    """The modules that the file adapts, in table order; unknown tensors and lone halves are refused."""
     adaptable = _dense_modules(config)
     parts = [f".{part}.weight" for part in PARTS.values()]
     owner = {name + part: name for name in adaptable for part in parts}
@@ -254,16 +254,16 @@ def _require_tensors(wanted: list[str], slices: dict[str, Any], file: Path) -> N
 def _check_asked(
     settings: dict[str, Any], places: dict[str, Place], config: ModelConfig, folder: Path
 ) -> None:
-    """The tensors must be those that the settings ask for: PEFT loads only what these name.
+    """Check that the tensors are those that the settings name: PEFT loads only these.
 
     Raises:
-      UserError: tensors are missing, or some that PEFT would leave out are there.
+      UserError: tensors are missing, or there are some that PEFT would ignore.
     """
     file, adaptable = folder / SETTINGS, _dense_modules(config)
     asked = _asked(settings, places, adaptable, file)
     absent = {name: adaptable[name][0] for name in asked - set(places)}
     kinds = {weight.path for weight, _ in places.values()}
-    # Modules that are not there in any layer, or there though nobody asks: the two lists disagree.
+    # Modules present but not asked for, or asked for but absent in every layer: the two lists disagree.
     odd = [name for name in places if name not in asked]
     odd += [name for name, weight in sorted(absent.items()) if weight.path not in kinds]
     if odd:
@@ -282,9 +282,9 @@ def _check_asked(
 def _asked(
     settings: dict[str, Any], places: dict[str, Place], adaptable: dict[str, Place], file: Path
 ) -> set[str]:
-    """The modules that the settings ask for."""
+    """The modules that the settings name."""
     targets, layers = settings.get("target_modules"), settings.get("layers_to_transform")
-    if targets is None or targets == "all-linear":  # the kinds of modules that are there, in all layers
+    if targets is None or targets == "all-linear":  # the kinds of modules present, in all layers
         kinds = {weight.path for weight, _ in places.values()}
         asked = {name for name, (weight, _) in adaptable.items() if weight.path in kinds}
     else:
@@ -298,7 +298,7 @@ def _asked(
 
 
 def _names_module(targets: Any, name: str, file: Path) -> bool:
-    """Whether `target_modules`, a list of names or endings or one pattern, means this module, as in PEFT."""
+    """Whether `target_modules`, a list of names or suffixes or a pattern, matches this module, as in PEFT."""
     if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
         ours = [_our_name(f"{target}.").removesuffix(".") for target in targets]
         ours = ["lm_head" if target == "unembed_tokens" else target for target in ours]
@@ -309,7 +309,7 @@ def _names_module(targets: Any, name: str, file: Path) -> bool:
 
 
 def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
-    """A pattern of the file's, unless it could take for ever: repeated groups, references, many repeats."""
+    """Compile a file's pattern; refuse slow ones: with repeated groups, back-references or many repeats."""
     try:
         repeats = len(re.findall(r"(?<!\\)[*+]|\{\d*,\}", pattern))
         if (
@@ -325,7 +325,7 @@ def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
 
 @contextmanager
 def _bounded_patterns(file: Path) -> Iterator[None]:
-    """What the checks of each pattern let through may still be slow where there are thousands of them."""
+    """Bound the total time: patterns that pass the checks may still be slow if there are thousands."""
     try:
         with bounded(_PATTERN_SECONDS, memory=2**40):
             yield
@@ -343,12 +343,12 @@ def _shape(
     config: ModelConfig,
     folder: Path,
 ) -> tuple[LoraConfig, tuple[AdapterShape, ...]]:
-    """Placement, rank and alpha of the adapter; and those of each layer, where they are not the same."""
+    """Placement, rank and alpha of the adapter, and ranks and scales by layer if they vary."""
     ranks, alphas = {}, {}
     for name in places:
         ranks[name], alphas[name] = _rank_and_alpha(settings, name, folder / SETTINGS)
     active = config.experts.num_experts_per_tok if config.experts else 1
-    # The rank that divided by the active experts gives each expert's.
+    # The rank that, divided by the number of active experts, gives each expert's.
     rank = max(ranks.values(), default=0) or active * max(own.a.shape[1] for own in experts.values())
     usual = set(ranks.values()) | {active * own.a.shape[1] for own in experts.values()}
     ranks |= {name: own.a.shape[1] for name, own in experts.items()}
@@ -375,7 +375,7 @@ def _shape(
 
 
 def _own(pattern: dict[str, Any] | None, name: str, default: Any, file: Path) -> Any:
-    """What a pattern says of a module; the first key that matches its name or the name's end, as in PEFT."""
+    """A pattern's value for a module: of the first key that matches its name or a suffix, as in PEFT."""
     for key, value in (pattern or {}).items():
         if _compiled(rf"(.*\.)?({key})$" if len(key) < 900 else key, file).match(name):
             return value
@@ -383,7 +383,7 @@ def _own(pattern: dict[str, Any] | None, name: str, default: Any, file: Path) ->
 
 
 def _targets(paths: set[str], config: ModelConfig) -> str:
-    """The named placement of these weights, or their modules, the head left out."""
+    """The named placement of these weights, or the list of their modules, without the head."""
     inner = paths - {"lm_head"}
     for condition in get_args(Condition):
         spec = ModelSpec(config, LoraConfig(targets=condition))
@@ -394,7 +394,7 @@ def _targets(paths: set[str], config: ModelConfig) -> str:
 
 
 def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path | None, file: Path) -> None:
-    """Take copies of the base's weights, which PEFT may store, out of `slices`; they must equal them."""
+    """Remove copies of the base's weights, which PEFT may store, from `slices`; they must equal the base."""
     keys = {name: name for name in ("model.embed_tokens.weight", "lm_head.weight")}  # save_embedding_layers
     keys |= {f"{name}.base_layer.weight": f"{name}.weight" for name in adaptable_modules(config)}
     keys["model.embed_tokens.base_layer.weight"] = "model.embed_tokens.weight"
@@ -435,7 +435,7 @@ def _read_tree(
     slices: dict[str, Any],
     file: Path,
 ) -> Tree:
-    """The stacked float32 tree; shapes are checked before anything is read."""
+    """Read the stacked float32 tree; all shapes are checked first."""
     tree: Tree = {}
     plan = []
     for weight in spec.adapted:
@@ -462,7 +462,7 @@ def _read_tree(
 
 
 def _read_metadata(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """What is known of the adapter; `jaxlora.json`, where it is there, must agree with the tensors."""
+    """What is known about the adapter; `jaxlora.json`, if present, must agree with the tensors."""
     found: dict[str, Any] = {"condition": lora.condition, "output_head": lora.output_head}
     found |= {"rank": lora.rank, "alpha": lora.alpha}
     file = file_in(folder, METADATA)

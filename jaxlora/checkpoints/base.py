@@ -1,11 +1,11 @@
-"""The base: finding it, telling it from others, loading or drawing it, and writing a full checkpoint.
+"""The base model: finding, fingerprinting, loading or randomly drawing it, and writing a full checkpoint.
 
     base = find_base(config.model, seed=0)               # a directory, a Hub name, gs://, embedded:base
-    frozen = base.load(spec, mesh)                       # one or many *.safetensors, or random weights
-    save_model("out", spec, weights, base.folder)        # a checkpoint that Transformers loads
+    frozen = base.load(spec, mesh)                       # one or more *.safetensors, or random weights
+    save_model("out", spec, weights, base.folder)        # a checkpoint that Transformers can load
 
-Each tensor is placed on the devices as soon as it is read, and every host reads its share of the files
-once. Every key and every shape is checked, and anything left over is an error.
+Each tensor is placed on the devices as soon as it is read, and every host reads its share of the files once.
+Every key and shape is checked, and any tensor left over is an error.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ _MARK = "answer-of-the-assistant"
 
 @dataclass(frozen=True)
 class Base:
-    """A base that was found: where it is and what shape it has. No weights."""
+    """A base that was found: its location and shape, without weights."""
 
     source: ModelSource
-    folder: Path | None  # None: a published shape without files
+    folder: Path | None  # None: only a published shape, without files
     config: ModelConfig
-    seed: int  # of random weights
+    seed: int  # for random weights
     _seen: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -79,23 +79,23 @@ class Base:
 
     @property
     def has_weights(self) -> bool:
-        """Whether its weights can be had now: a plan fetches none."""
+        """Whether its weights are available: a plan fetches none."""
         return self.is_drawn or bool(weight_files(self.folder or ""))
 
     def fingerprint(self) -> str:
-        """Tells one base from another: by its files or, where it is drawn at random, by seed and shape."""
+        """Identifies the base, by its files or, if it is drawn at random, by seed and shape."""
         if self.folder is None or self.is_drawn:
             return f"random-{self.seed}-{hashlib.sha256(_shape_text(self.config).encode()).hexdigest()[:16]}"
         return fingerprint(self.folder)
 
     def load(self, spec: ModelSpec, mesh: Mesh, expected: str | None = None) -> Tree:
-        """Its weights in the spec's dtype and form, laid out over the mesh; hashed as they are read.
+        """Load its weights in the spec's dtype and form, sharded over the mesh and hashed as they are read.
 
         Args:
-          expected: the `weights_sha256` that was recorded, compared where this one is known.
+          expected: the recorded `weights_sha256`, compared if the present one is known.
 
         Raises:
-          UserError: the files cannot be used, or they are not those that were recorded.
+          UserError: the files cannot be used, or are not the recorded ones.
         """
         if self.folder is None or self.is_drawn:
             return random_base(spec, self.seed, mesh)
@@ -111,15 +111,15 @@ class Base:
 
     @property
     def weights_sha256(self) -> str | None:
-        """SHA-256 over all weights, once they were loaded: it sees every bit, which the fingerprint does not.
+        """SHA-256 over all weights, once loaded: unlike the fingerprint, it covers every bit.
 
-        None before that, of a drawn base, and on several hosts, each of which reads only a part.
+        None before loading, for a base drawn at random, and on several hosts, as each reads only a part.
         """
         return self._seen.get("weights")
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Every token that ends an answer: the end of turn that the template writes after an assistant's turn
-        (what training teaches), the tokenizer's, and those of `generation_config.json` and `config.json`.
+        """Every token that ends an answer: the end of turn that the template writes after an assistant turn
+        (which training teaches), the tokenizer's, and those of `generation_config.json` and `config.json`.
 
         Raises:
           UserError: there is none.
@@ -139,10 +139,10 @@ class Base:
         return tuple(found)
 
     def tokenizer(self, chat: bool = True) -> Tokenizer:
-        """The tokenizer named by the configuration, or the model's own; the model must know all of its ids.
+        """The tokenizer named by the configuration, or the model's own; the model must cover all its ids.
 
         Raises:
-          UserError: there is none, or it has ids that the model does not know.
+          UserError: there is none, or it has ids outside the model's vocabulary.
         """
         name = self.source.tokenizer or (str(self.folder) if self.folder else None)
         if name is None:
@@ -156,17 +156,17 @@ class Base:
         return tokenizer
 
     def tokenizer_folder(self) -> Path | None:
-        """Where the files of that tokenizer are; None where there is none."""
+        """The folder of that tokenizer's files; None if there is no tokenizer."""
         return self.folder if self.source.tokenizer is None else tokenizer_folder(self.source.tokenizer)
 
 
 def _shape_text(config: ModelConfig) -> str:
-    """A model's shape in words; of one without rope scaling as before there was any, for runs of then."""
+    """A model's shape as text; without RoPE scaling it is as it was before that existed, for older runs."""
     return repr(config).replace(", experts=None)", ")").replace(", rope_scaling=None)", ")")
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The token that the chat template writes after an assistant's turn, where it writes one."""
+    """The token that the chat template writes after an assistant turn, if any."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     try:
         after = chat_text(tokenizer, turns, generation_prompt=False).rpartition(_MARK)[2]
@@ -197,20 +197,20 @@ def tokenizer_folder(name: str | Path) -> Path:
 
 
 def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
-    """A hash of what renders text into tokens: the tokenizer's files, its chat template, and what `template`
-    adds (the date, the first token).
+    """A hash of everything that turns text into tokens: the tokenizer's files, its chat template, and what
+    `template` adds (the date, the first token).
 
-    The order of JSON keys, white space between them and the file that holds the template make no difference.
+    The order of JSON keys, white space between them and which file holds the template do not matter.
 
     Args:
-      tokenizer: one that was loaded, or where it is, as of `load_tokenizer`.
+      tokenizer: a loaded one, or its location as for `load_tokenizer`.
 
     Raises:
       UserError: there is none, or its files cannot be read.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer, chat=False)
-    # A tokenizer made in memory has no folder.
+    # A tokenizer created in memory has no folder.
     folder = tokenizer_folder(tokenizer.name_or_path) if tokenizer.name_or_path else None
     parts: dict[str, Any] = {"template": tokenizer.chat_template, **facts(tokenizer)}
     if folder is None or not (folder / "tokenizer.json").is_file():
@@ -225,15 +225,15 @@ def tokenizer_sha256(tokenizer: Tokenizer | str | Path) -> str:
 
 
 def find_base(source: ModelSource, seed: int = 0, with_weights: bool = True) -> Base:
-    """The base of a configuration; a Hub name is fetched (announced) and then cached. Of a model in a bucket
-    (`gs://bucket/folder`) only the small files are copied, see `jaxlora.runtime.remote`.
+    """Find the base of a configuration. A Hub model is fetched (with a message) and cached; of a model in a
+    bucket (`gs://bucket/folder`) only the small files are copied, see `jaxlora.runtime.remote`.
 
     Args:
-      seed: of random weights.
-      with_weights: fetch the weights too; without, only config.json (for plans).
+      seed: for random weights.
+      with_weights: also fetch the weights; otherwise only config.json (for plans).
 
     Raises:
-      UserError: no such directory or Hub model, or not a supported family.
+      UserError: there is no such directory or Hub model, or its family is not supported.
     """
     if source.random_weights and not Path(source.path).exists():
         published = None
@@ -268,7 +268,7 @@ def _fetch(source: ModelSource, with_weights: bool) -> Path:
 
 
 def _missing(folder: Path, with_weights: bool, with_tokenizer: bool) -> str:
-    """What is missing of a model in a folder, in words; empty if nothing is."""
+    """What is missing from a model's folder, in words; empty if nothing is."""
     for name in ["config.json"] + ["tokenizer_config.json"] * with_tokenizer:
         if not (folder / name).is_file():
             return f"{folder / name}: missing"
@@ -281,7 +281,7 @@ def _missing(folder: Path, with_weights: bool, with_tokenizer: bool) -> str:
 
 
 def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
-    """The frozen base of a Hugging Face directory (local, a mirror, or an address such as
+    """Load the frozen base from a Hugging Face directory (local, a mirror, or an address such as
     `gs://bucket/folder`), in the spec's dtype and form.
 
     Raises:
@@ -291,15 +291,15 @@ def load_base(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> Tree:
 
 
 def load_hashed(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> tuple[Tree, str | None]:
-    """As `load_base`, with a SHA-256 over every weight's key, shape and bytes; None of several processes.
+    """Like `load_base`, with a SHA-256 over every weight's key, shape and bytes (several processes: None).
 
-    The order of reading, the devices and how the weights are spread over files make no difference to it.
+    The hash does not depend on the order of reading, the devices, or how weights are spread over files.
     """
     if stale_index(directory):
         console.print(f"{directory}: {SINGLE} is loaded; {INDEX} beside it is passed over", markup=False)
     stored = open_tensors(directory)
     tied_head = stored.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
-    if tied_head is not None:  # stored alone, it is the embedding too
+    if tied_head is not None:  # if only the head is stored, it is also the embedding
         _check_tied(tied_head, stored.setdefault("model.embed_tokens.weight", tied_head), directory)
     wanted = []
     check_layout(stored, directory)
@@ -326,7 +326,7 @@ def load_hashed(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> tuple[Tre
 
 
 def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tree:
-    """A base of random normal weights (norms are one), for benchmarks and tests; nothing is read."""
+    """A base with random normal weights (norms are one) for benchmarks and tests; nothing is read."""
 
     @partial(jax.jit, static_argnums=(1, 2))
     def draw(key, shape, sharding):
@@ -347,9 +347,9 @@ def random_base(spec: ModelSpec, seed: int, mesh: Mesh, std: float = 0.02) -> Tr
 
 
 def _in_order(spec: ModelSpec) -> Iterator[tuple[Weight, str]]:
-    """Each weight of each layer with its Hugging Face key, in the order in which `_build` takes them.
+    """Yield each weight of each layer with its Hugging Face key, in the order in which `_build` takes them.
 
-    The key of experts keeps its `{expert}`: their tensors are read as one.
+    Keys of experts keep their `{expert}`: the tensors of all experts are read as one.
     """
     for weight in spec.table:
         for layer in range(spec.config.num_hidden_layers if weight.stacked else 1):
@@ -357,8 +357,8 @@ def _in_order(spec: ModelSpec) -> Iterator[tuple[Weight, str]]:
 
 
 def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str) -> Tree:
-    """The frozen tree from one array a weight and layer; each is quantised, where the spec asks for that, and
-    laid out over the mesh as it comes."""
+    """Build the frozen tree from one array per weight and layer; each is quantised, if the spec says so, and
+    sharded over the mesh as it arrives."""
     depth = spec.config.num_hidden_layers
     frozen: Tree = {}
     with progress_bar(title, sum(1 for _ in _in_order(spec)), "tensors") as advance:
@@ -371,7 +371,7 @@ def _build(spec: ModelSpec, mesh: Mesh, arrays: Iterator[jax.Array], title: str)
                 stacked = jax.tree.map(lambda x, s: jnp.zeros(x.shape, x.dtype, device=s), shapes, whole)
                 set_layer = _make_set_layer(whole, sharding)
                 for i in range(depth):
-                    # Waiting keeps the queue of layers on the devices short; reading goes on meanwhile.
+                    # Waiting keeps the device queue of layers short; reading continues meanwhile.
                     stacked = jax.block_until_ready(set_layer(stacked, kept.of(next(arrays)), i))
                     advance(1)
                 set_path(frozen, weight.place, stacked)
@@ -398,11 +398,11 @@ class _Kept:
 
     @property
     def shapes(self) -> Any:
-        """The shape of its array, or the shapes of those of a quantised one."""
+        """The shape of its array, or the shapes of the arrays of a quantised weight."""
         return jax.eval_shape(self._form, jax.ShapeDtypeStruct(self.weight.shape, self.dtype))
 
     def of(self, array: jax.Array) -> Any:
-        """The weight of one layer in this form; waits, so that few of them are in memory unrounded."""
+        """The weight of one layer in this form; waits, so that few unrounded ones are in memory at once."""
         return array if self.scheme is None else jax.block_until_ready(_quantise(self.scheme, array))
 
     def _form(self, array: jax.Array) -> Any:
@@ -414,11 +414,11 @@ _quantise = jax.jit(quantise, static_argnums=0)
 
 @cache
 def _make_set_layer(stacked_sharding: Any, sharding: Any):
-    """The jitted `(stacked, layer, i) -> stacked` with that layer set; it may come in another sharding."""
+    """The jitted `(stacked, layer, i) -> stacked` that sets a layer, which may have another sharding."""
 
     def set_one(i: int, stacked: jax.Array, layer: jax.Array, sharding: NamedSharding) -> jax.Array:
         layer = jax.lax.with_sharding_constraint(layer, sharding)
-        # As bits: on CPU, XLA would turn a bfloat16 update into a pass over all layers in float32.
+        # As bits: on CPUs, XLA would turn a bfloat16 update into a float32 pass over all layers.
         bits = jnp.dtype(f"uint{8 * stacked.dtype.itemsize}")
         places, values = (jax.lax.bitcast_convert_type(x, bits) for x in (stacked, layer))
         updated = jax.lax.dynamic_update_index_in_dim(places, values, i, 0)
@@ -431,7 +431,7 @@ def _make_set_layer(stacked_sharding: Any, sharding: Any):
 
 
 def _laid_out(weight: Any, sharding: Any) -> Any:
-    """The weight with this sharding; chips exchange their parts where they hold others."""
+    """The weight with this sharding; chips exchange parts as needed."""
     return jax.tree.map(_moved, weight, sharding)
 
 
@@ -447,7 +447,7 @@ def _make_move(sharding: NamedSharding):
 
 
 def _check_tree(spec: ModelSpec, frozen: Tree, mesh: Mesh) -> None:
-    """The parameter table and the modules must agree on every path, shape and dtype; and on the layout."""
+    """Check that parameter table and modules agree on every path, shape and dtype, and on the sharding."""
     ours = jax.tree.map(lambda x: (x.shape, x.dtype), frozen)
     modules = jax.tree.map(lambda x: (x.shape, x.dtype), spec.abstract_base)
     if ours != modules:
@@ -460,7 +460,7 @@ def _check_tree(spec: ModelSpec, frozen: Tree, mesh: Mesh) -> None:
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor, directory: str | Path) -> None:
-    """A tied checkpoint may repeat the embedding as its head; a different head would be lost in silence."""
+    """A tied checkpoint may store the embedding again as its head; another head would be lost silently."""
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if same and head != embedding:
         starts = range(0, head.shape[0], 8192)
@@ -484,13 +484,13 @@ def save_model(
 ) -> None:
     """Write a full checkpoint in shards with an index, with the source's config and tokenizer files.
 
-    The folder appears whole or not at all. Of several processes all call this, and the main one writes.
+    The folder is written completely or not at all. Every process calls this, and the main one writes.
 
     Args:
-      weights: all weights, in the spec's form of the layers, in the dtype to write.
+      weights: all weights, with layers in the spec's form, in the dtype to write.
       source: the directory of the base.
-      tokenizer: another tokenizer, which trained the model, as of `load_tokenizer`; None: the base's.
-      readme: the text of its README.md; None: it has none.
+      tokenizer: a different tokenizer used in training, as for `load_tokenizer`; None: the base's.
+      readme: the text of README.md; None: no README.md.
 
     Raises:
       UserError: the folder exists already.
@@ -522,12 +522,12 @@ def save_model(
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise `UserError` where there is something at this place."""
+    """Raise `UserError` if the path exists."""
     if folder.exists():
         raise UserError(f"{folder}: exists already; give a new folder")
 
 
-# What is copied beside the weights of a model that is written; nothing else of the base's folder is.
+# The files of the base's folder that are copied when a model is written, beside its tokenizer.
 MODEL_FILES = ("config.json", GENERATION)
 TOKENIZER_FILES = (
     *("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json"),
@@ -537,14 +537,14 @@ TOKENIZER_FILES = (
 
 
 def copy_files(source: str | Path, out: Path, names: Sequence[str]) -> None:
-    """Copy those of these files that a folder holds; no link out of it is followed."""
+    """Copy those of these files that exist in a folder; links leading out of it are not followed."""
     for name in names:
         if (Path(source) / name).is_file():
             shutil.copyfile(file_in(source, name), out / name)
 
 
 def _record_dtype(file: Path, dtype: str) -> None:
-    """Let config.json name the dtype of the weights beside it."""
+    """Set the dtype in config.json to that of the weights beside it."""
     values = read_json(file)
     names = [name for name in ("dtype", "torch_dtype") if values.get(name) not in (None, dtype)]
     if names:
@@ -552,7 +552,7 @@ def _record_dtype(file: Path, dtype: str) -> None:
 
 
 def _shards(spec: ModelSpec, weights: Tree) -> list[dict[str, Callable[[], jax.Array]]]:
-    """The weights by Hugging Face key, each as a function that gives it, in groups of a file's size."""
+    """The weights by Hugging Face key, each as a function that returns it, grouped into files by size."""
     shards: list[dict[str, Callable[[], jax.Array]]] = [{}]
     size = 0
     for key, nbytes, get in _arrays(spec, weights):
@@ -565,7 +565,7 @@ def _shards(spec: ModelSpec, weights: Tree) -> list[dict[str, Callable[[], jax.A
 
 
 def _arrays(spec: ModelSpec, weights: Tree) -> Iterator[tuple[str, int, Callable[[], jax.Array]]]:
-    """Hugging Face key, bytes, and a function that gives the array, of every weight."""
+    """Yield the Hugging Face key, the bytes, and a function returning the array, of every weight."""
     for weight in spec.table:
         if not weight.stacked:
             array = get_path(weights, weight.path)[weight.array]
@@ -590,7 +590,7 @@ def _cut(array: jax.Array, *place: int) -> jax.Array:
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 of the one safetensors file of a folder, or over those of all of them, by name."""
+    """SHA-256 of a folder's safetensors file or, if there are several, over their hashes by name."""
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return sha256_of(files[0])
@@ -601,14 +601,14 @@ def weights_sha256(folder: Path) -> str:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """A hash that tells one base from another without reading its weights twice.
+    """A hash that identifies a base without reading all its weights.
 
     SHA-256 over `config.json` and, for each safetensors file, its name, size and header, and the first and
     last 64 KiB of its tensors.
     """
     digest = hashlib.sha256()
     digest.update((Path(directory) / "config.json").read_bytes())
-    # Of a folder that was copied in part, or without its index, whatever is there.
+    # In a folder copied partly, or without its index, whatever files exist.
     for file in [file for file in loaded_files(directory) if exists(file)] or weight_files(directory):
         size = file_size(file)
         digest.update(f"{Path(file).name}\0{size}\0".encode())

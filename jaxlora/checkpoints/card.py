@@ -1,9 +1,9 @@
-"""The model card of what a run hands on: `README.md`, made from the run's own records and nothing else.
+"""The model card (`README.md`) of an exported model, generated only from the run's own records.
 
     text = model_card(selected, "adapter", base="Qwen/Qwen3-8B", license_name="apache-2.0")
 
-The same run gives the same card, to the byte. Text from records is shown as code, so that no name or path can
-change how a page looks; of local paths only the last part is shown.
+The same run gives the same card, byte for byte. Text from records is shown as code, so no name or path can
+change the page's layout; only the last part of local paths is shown.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from jaxlora.runtime.remote import cached_name, is_hub_name
 from jaxlora.runtime.text import harmless, without_secrets
 
 Kind = Literal["adapter", "merged", "model"]
-POINTS = 10  # of the training curve
+POINTS = 10  # on the training curve
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
 def base_name(selected: Selected, given: str | None = None) -> str:
-    """What others call the base: the name given, its name on the Hub, or else where it was for the run."""
+    """The public name of the base: the name given, its Hub name, or else its path as used by the run."""
     if given is not None:
         return given
     folder = selected.base.folder
@@ -39,11 +39,11 @@ def model_card(selected: Selected, kind: Kind, base: str, license_name: str | No
     """The text of the card.
 
     Args:
-      base: as of `base_name`.
-      license_name: as the Hub names licences; None: `unknown`.
+      base: as returned by `base_name`.
+      license_name: the Hub's name of the licence; None: `unknown`.
 
     Raises:
-      UserError: the licence is no such name, or a record of the run is broken.
+      UserError: the licence name is invalid, or a record of the run is broken.
     """
     if license_name is not None and not _LICENSE.fullmatch(license_name):
         raise UserError(
@@ -183,7 +183,7 @@ def _data(manifest: Record) -> str:
 
 
 def _curves(run: Path, summary: Record) -> str:
-    """Validation NLL by step, and the mean training loss of equal parts of the run."""
+    """Validation NLL by step, and mean training loss over equal parts of the run."""
     lines = []
     if validations := summary.get("validations"):
         lines += ["## Curves", "", "| step | validation NLL, nats per token |", "|---|---|"]
@@ -208,7 +208,7 @@ def _curves(run: Path, summary: Record) -> str:
 
 
 def _scores(selected: Selected) -> str:
-    """The run's own evaluation, and the base's beside it, where there are any."""
+    """The run's evaluation beside the base's, as far as they exist."""
     run = selected.run
     folders = {
         "base": run.parent / f"{selected.config.prefix}-base" / "evaluation",
@@ -243,13 +243,13 @@ def _number(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Text on one line; of a local path the last part."""
+    """Text on one line; only the last part of a local path."""
     text = harmless(str(value)).replace("\n", " ")
     return Path(text).name if text.startswith(("/", "./", "../", "~")) else text
 
 
 def _code(value: Any) -> str:
-    """Text as code in a cell: no mark-up, no links, no new cells."""
+    """Text as code in a table cell: no mark-up, links or cell separators."""
     return "not recorded" if value is None else f"`{_shown(value).replace('`', chr(39)).replace('|', '/')}`"
 
 

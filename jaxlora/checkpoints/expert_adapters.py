@@ -1,13 +1,13 @@
-"""Adapters of experts in PEFT's form: one pair of matrices for all experts of a layer.
+"""Adapters of experts in PEFT's format: one pair of matrices for all experts of a layer.
 
     tensors = dict(expert_tensors(spec, lora))     # "...mlp.experts.lora_A.weight": [rank * experts, in], ...
-    found = read_experts(slices, config, asked, rank_and_alpha, file)    # takes theirs out of `slices`
+    found = read_experts(slices, config, asked, rank_and_alpha, file)    # removes its tensors from `slices`
 
-PEFT adapts the fused parameters of Transformers 5, `target_parameters` `mlp.experts.gate_up_proj` and
-`mlp.experts.down_proj`. A is `[rank * experts, in]` with an expert's rows side by side, B is
-`[out, rank * experts]` with the experts of one rank side by side. Where both are adapted, the wrapper of the
-first is inside that of the second. Our gate and up have an A each: fused, one is above the other at twice the
-rank, and B holds a block for each.
+PEFT adapts the fused parameters of Transformers 5, with `target_parameters` `mlp.experts.gate_up_proj` and
+`mlp.experts.down_proj`. A is `[rank * experts, in]` with each expert's rows contiguous; B is
+`[out, rank * experts]` with all experts' columns of one rank index contiguous. If both parameters are
+adapted, the first one's wrapper is nested inside the second's. Our gate and up each have their own A: in the
+fused form they are stacked at twice the rank, and B is block-diagonal.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from jaxlora.runtime import hosts
 from jaxlora.runtime.errors import UserError
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-# A fused parameter's projections, and where its tensors lie if it is the only one or one of both.
+# The projections of each fused parameter; below, the prefix of its tensors: that of gate_up changes if down
+# is adapted too.
 FUSED = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
 _ALONE, _INNER = "mlp.experts", "mlp.experts.base_layer"
 _PARTS = ("lora_A", "lora_B")
 
 
 def fused_targets(spec: ModelSpec) -> dict[str, list[Weight]]:
-    """PEFT's `target_parameters` of an adapter, each with our weights."""
+    """PEFT's `target_parameters` for an adapter, each with our weights."""
     own = {weight.name: weight for weight in spec.adapted if weight.experts}
     return {name: [own[part] for part in parts] for name, parts in FUSED.items() if parts[0] in own}
 
@@ -42,11 +43,11 @@ def _where(name: str, both: bool) -> str:
     return _INNER if both and name == GATE_UP else _ALONE
 
 
-# --- Out ----------------------------------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------------------------
 
 
 def expert_tensors(spec: ModelSpec, lora: Tree) -> Iterator[tuple[str, np.ndarray]]:
-    """Name (without PEFT's prefix) and array of each tensor; layers without an adapter have none.
+    """Yield name (without PEFT's prefix) and array of each tensor; layers without an adapter are left out.
 
     Raises:
       UserError: a value is not finite.
@@ -80,7 +81,7 @@ def _fuse(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
 
 
 def expert_settings(spec: ModelSpec) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each target as PEFT's patterns have them; by layer where layers differ."""
+    """Rank and alpha of each target, as for PEFT's patterns; by layer if layers differ."""
     found: dict[str, tuple[int, float]] = {}
     for name, weights in fused_targets(spec).items():
         ranks, scales = spec.ranks(weights[0]), spec.scales(weights[0])
@@ -95,7 +96,7 @@ def expert_settings(spec: ModelSpec) -> dict[str, tuple[int, float]]:
     return found
 
 
-# --- In -----------------------------------------------------------------------------------------------------
+# --- Reading ------------------------------------------------------------------------------------------------
 
 
 class ExpertAdapter(NamedTuple):
@@ -103,7 +104,7 @@ class ExpertAdapter(NamedTuple):
 
     a: np.ndarray  # float32 [experts, rank, in]
     b: np.ndarray  # float32 [experts, out, rank]
-    alpha: float  # what is divided by this rank
+    alpha: float  # the scale is alpha divided by this rank
 
 
 def read_experts(
@@ -113,16 +114,16 @@ def read_experts(
     rank_and_alpha: Callable[[str], tuple[int, float]],
     file: Path,
 ) -> dict[str, ExpertAdapter]:
-    """The adapters of experts by module and layer, such as `model.layers.0.mlp.experts.up_proj`.
+    """Read the adapters of experts by module and layer, such as `model.layers.0.mlp.experts.up_proj`.
 
-    Their tensors are taken out of `slices`.
+    Their tensors are removed from `slices`.
 
     Args:
-      asked: the `target_parameters`, of those in `FUSED`.
-      rank_and_alpha: of a fused parameter by its whole name.
+      asked: the `target_parameters` that are in `FUSED`.
+      rank_and_alpha: returns both for the full name of a fused parameter.
 
     Raises:
-      UserError: tensors are missing or of the wrong shape or dtype.
+      UserError: tensors are missing, or have the wrong shape or dtype.
     """
     found: dict[str, ExpertAdapter] = {}
     for name in asked:
@@ -154,9 +155,9 @@ def _unfused(given: list[Any], keys: list[str], name: str, rank: int, config: Mo
 
 
 def _split(name: str, a: np.ndarray, b: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The projections of a fused parameter, which ours keep apart.
+    """Split a fused parameter into its projections, which are separate here.
 
-    Where the two halves of B use two halves of the rank, each has its own; else each takes the whole A.
+    If the two halves of B use separate halves of the rank, each gets its own; otherwise each gets all of A.
     """
     if name == DOWN:
         return [(a, b)]

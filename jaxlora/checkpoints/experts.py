@@ -1,9 +1,9 @@
-"""The tensors of experts in files: one for each expert, or fused ones that hold all of a layer.
+"""The tensors of experts in files: one per expert, or fused tensors for all experts of a layer.
 
-    check_layout(stored, "path/to/Qwen3-30B-A3B")          # a mix is refused
-    tensor = take(stored, weight, key, "path/to/...")      # reads as [experts, out, in], from any layout
+    check_layout(stored, "path/to/Qwen3-30B-A3B")          # refuses a mix
+    tensor = take(stored, weight, key, "path/to/...")      # reads as [experts, out, in] from any layout
 
-Files of the Hub have `...mlp.experts.{expert}.gate_proj.weight`. Transformers 5 holds in memory, and some
+Files on the Hub have `...mlp.experts.{expert}.gate_proj.weight`. Transformers 5 keeps in memory, and some
 tools write, `...mlp.experts.gate_up_proj` `[experts, 2 ffn, hidden]`, gate first, and
 `...mlp.experts.down_proj`.
 """
@@ -21,7 +21,7 @@ from jaxlora.checkpoints.tensors import StoredTensor
 from jaxlora.models.spec import Weight
 from jaxlora.runtime.errors import UserError
 
-# Of a projection: the fused tensor that holds it, and which half of its rows it is.
+# projection -> the fused tensor that contains it, and which half of its rows.
 FUSED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", None)}
 _SINGLE = re.compile(r"\.mlp\.experts\.\d+\.")
 _WHOLE = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
@@ -29,10 +29,10 @@ _WHOLE = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 
 @dataclass(frozen=True)
 class OfExperts(StoredTensor):
-    """Matrices of all experts, `[experts, out, in]`: from a tensor each, or from a half of a fused one."""
+    """Matrices of all experts, `[experts, out, in]`, from one tensor per expert or half of a fused one."""
 
     parts: tuple[StoredTensor, ...]
-    half: int | None = None  # of the rows of each expert's matrix in one fused tensor
+    half: int | None = None  # which half of the rows of each expert's matrix in a fused tensor
 
     @property
     def row_bytes(self) -> int:
@@ -51,10 +51,10 @@ class OfExperts(StoredTensor):
 
 
 def check_layout(stored: dict[str, StoredTensor], directory: str | Path) -> None:
-    """Refuse a checkpoint that has both kinds of tensors: one of them would be passed over.
+    """Refuse a checkpoint that has both kinds of tensors: one kind would be ignored.
 
     Raises:
-      UserError: it has.
+      UserError: it has both.
     """
     single = next(filter(_SINGLE.search, stored), None)
     whole = next(filter(_WHOLE.search, stored), None)
@@ -63,10 +63,10 @@ def check_layout(stored: dict[str, StoredTensor], directory: str | Path) -> None
 
 
 def take(stored: dict[str, StoredTensor], weight: Weight, key: str, directory: str | Path) -> StoredTensor:
-    """Take the tensor of one weight in one layer out of `stored`, that of all experts as one.
+    """Remove the tensor of one weight in one layer from `stored`, with all experts as one tensor.
 
     Args:
-      key: its Hugging Face key, of experts with `{expert}` in it.
+      key: its Hugging Face key, containing `{expert}` for experts.
 
     Raises:
       UserError: it is missing, or the experts' tensors differ in shape or dtype.
@@ -76,7 +76,7 @@ def take(stored: dict[str, StoredTensor], weight: Weight, key: str, directory: s
     fused, half = FUSED[weight.name]
     name = key.partition("{expert}")[0] + fused
     if name in stored:
-        # Up is the last to be read of the tensor that it shares with gate.
+        # gate and up share a tensor; up is read last.
         whole = stored[name] if half == 0 else stored.pop(name)
         shape = whole.shape
         if half is not None and len(shape) == 3 and shape[1] % 2 == 0:

@@ -1,8 +1,8 @@
-"""What a finished run selected, checked against what the run says of itself, and ways to hand it on.
+"""The selected weights of a finished run, checked against its records, and ways to export them.
 
 selected = load_selected("results/qwen3-8b-all_layer-seed-0")
 write_adapter(selected, "adapter")      # a PEFT folder
-write_merged(selected, "merged")        # a full checkpoint with the adapter folded in
+write_merged(selected, "merged")        # a full checkpoint with the adapter merged
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from jaxlora.sharding import make_mesh
 
 @dataclass(frozen=True)
 class Selected:
-    """What a run selected, and the base that it belongs to."""
+    """The selected weights of a run, and the base that they belong to."""
 
     run: Path
     config: RunConfig
     base: Base
-    fingerprint: str | None  # of the base that the run was trained on; None: not recorded
+    fingerprint: str | None  # of the base used in training; None: not recorded
     spec: ModelSpec
-    lora: Tree  # the adapter; `{}` of a full model, whose weights are in `<run>/selected`
+    lora: Tree  # the adapter; `{}` for a full model, whose weights are in `<run>/selected`
     metadata: dict[str, Any]
     weights_sha256: str | None = None  # of that base; None: not recorded
 
     def tokenizer_folder(self) -> Path | None:
-        """The files of the tokenizer and template that rendered the run's rows; None where there are none.
+        """The files of the tokenizer and template that rendered the run's rows; None if there are none.
 
         Raises:
-          UserError: what is there now is not what rendered them.
+          UserError: the present files are not those that rendered them.
         """
         folder = self.base.tokenizer_folder()
         if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -85,9 +85,9 @@ def load_selected(
 
     Args:
       run: the run's directory.
-      base: directory of the base; None: the one that the run was trained on.
-      with_weights: also make sure that the base's weights are here (a Hub model is fetched).
-      tokenizer: where the run's tokenizer is now; None: where the run says.
+      base: directory of the base; None: the one recorded by the run.
+      with_weights: also make sure that the base's weights are available (a Hub model is fetched).
+      tokenizer: the present location of the run's tokenizer; None: as recorded by the run.
 
     Raises:
       UserError: the run is not finished, or its parts contradict each other.
@@ -135,10 +135,10 @@ def load_selected(
 
 
 def check_selected(run: Path) -> None:
-    """Look at what a finished run selected before it is read.
+    """Verify the selected files of a finished run before they are read.
 
     Raises:
-      UserError: a file is gone, or is not what the run's summary has the hash of.
+      UserError: a file is missing, or does not match its hash in the run's summary.
     """
     for name, expected in (read_summary(run).get("sha256") or {}).items():
         if not name.startswith("selected/"):
@@ -154,14 +154,14 @@ def check_selected(run: Path) -> None:
 
 
 def rendered_by(manifest: dict[str, Any]) -> str | None:
-    """The hash of the tokenizer and template of a run's rows; None where its manifest does not say."""
+    """The hash of the tokenizer and template of a run's rows; None if its manifest does not record it."""
     recorded = manifest.get("tokenizer")
     return recorded.get("sha256") if isinstance(recorded, dict) else None
 
 
 def run_tokenizer(run: Path, named: str | None) -> str | None:
-    """The tokenizer of a run, as `config.model.tokenizer` names it: what the run put beside its weights, or,
-    where it put none there, the one that it was trained with."""
+    """The tokenizer of a run, in the form of `config.model.tokenizer`: the copy beside its weights or, if
+    there is none, the one used in training."""
     shipped = run / "selected"
     return str(shipped) if (shipped / "tokenizer_config.json").is_file() else named
 
@@ -178,7 +178,7 @@ def merged_bytes(selected: Selected) -> int:
 
 
 def is_exported(selected: Selected, out: Path, base_name: str) -> bool:
-    """Whether a folder holds just this adapter: an export that was stopped after it goes on from there."""
+    """Whether a folder holds exactly this adapter: an export stopped after writing it resumes from there."""
     if selected.spec.full or not (out / SETTINGS).is_file():
         return False
     named = read_object(out / SETTINGS).get("base_model_name_or_path")
@@ -186,7 +186,7 @@ def is_exported(selected: Selected, out: Path, base_name: str) -> bool:
 
 
 def unlike(own: Path, out: Path) -> str | None:
-    """The first file of an adapter in `out` that is not byte for byte that of `own`; None: all are."""
+    """The first file of the adapter in `out` that differs from the one in `own`; None if all are equal."""
     for name in (WEIGHTS, METADATA, SETTINGS):
         if not (out / name).is_file() or sha256_of(out / name) != sha256_of(own / name):
             return name
@@ -203,7 +203,7 @@ def write_adapter(
     """Write the adapter as a PEFT folder; see `export_adapter`.
 
     Args:
-      base_name: what the base is called there; None: as the run calls it.
+      base_name: the name to record for the base; None: the name used by the run.
 
     Raises:
       UserError: the run trained all weights, so there is no adapter.
@@ -229,12 +229,11 @@ def write_adapter(
 
 
 def write_merged(selected: Selected, out: str | Path, readme: str | None = None) -> None:
-    """Write the base with the adapter folded in, in the dtype of the base's files; see `save_model`.
+    """Write the base with the adapter merged, in the dtype of the base's files; see `save_model`.
 
-    The base is loaded to the first device, unrolled: each matrix is merged by itself, in float32. A run over
-    a quantised base is merged with the numbers that its weights stood for: with the base's own, the model
-    would be another than the one that was trained. Of a run that trained all weights, its own model is
-    written.
+    The base is loaded unrolled to the first device, and each matrix is merged separately in float32. An
+    adapter trained on a quantised base is merged with the dequantised weights: with the original ones, the
+    result would not be the trained model. For a run that trained all weights, its model is written.
     """
     check_mergeable(selected.spec)
     base = _base(selected)
@@ -245,7 +244,7 @@ def write_merged(selected: Selected, out: str | Path, readme: str | None = None)
         weights = load_base(selected.run / "selected", spec, mesh)
     else:
         dtype, scheme = _stored_dtype(base), selected.spec.scheme
-        # What is rounded to fewer bits is first read in the dtype that training read.
+        # Weights to be quantised are first read in the same dtype as in training.
         spec = replace(selected.spec, dtype=dtype) if scheme is None else selected.spec
         frozen = selected.base.load(spec, mesh, selected.weights_sha256)
         spec = replace(spec, dtype=dtype)
@@ -258,7 +257,7 @@ def write_merged(selected: Selected, out: str | Path, readme: str | None = None)
 
 
 def _base(selected: Selected) -> Path:
-    """The base to merge with, after checking that it is the one that the run was trained on."""
+    """The base to merge with, after checking that it is the one used in training."""
     folder = selected.base.folder
     if folder is None or (selected.fingerprint or "").startswith("random-"):
         raise UserError(f"{selected.run}: trained on random weights, so there is nothing to merge with")

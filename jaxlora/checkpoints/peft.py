@@ -1,4 +1,4 @@
-"""Adapters out, in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+"""Writing adapters in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
     export_adapter("adapter", spec, lora, "Qwen/Qwen3-8B", seed=0)     # PEFT and vLLM load it
 
@@ -28,16 +28,16 @@ from jaxlora.runtime.folders import claimed, new_folder
 
 WEIGHTS, SETTINGS, METADATA = "adapter_model.safetensors", "adapter_config.json", "jaxlora.json"
 ADAPTER_FILES = (WEIGHTS, SETTINGS, METADATA)
-BASE_DTYPE = "base_dtype"  # in `jaxlora.json` of an adapter that was trained on a quantised base
+BASE_DTYPE = "base_dtype"  # in `jaxlora.json` of an adapter trained on a quantised base
 FINGERPRINT, RENDERED_BY = "base_fingerprint", "tokenizer_sha256"  # in `jaxlora.json`
 PARTS = {"lora_a": "lora_A", "lora_b": "lora_B"}  # ours -> PEFT's
 PREFIX = "base_model.model."
 
-Place = tuple[Weight, int | None]  # an adapted weight, and the layer of it (None outside the layers)
+Place = tuple[Weight, int | None]  # an adapted weight and its layer (None outside the layers)
 
 
 def module_name(place: Place) -> str:
-    """The module's name in Hugging Face's tree, such as `model.layers.0.self_attn.q_proj`.
+    """The module's name in Hugging Face models, such as `model.layers.0.self_attn.q_proj`.
 
     The projections of experts are named as if they were one module, `model.layers.0.mlp.experts.up_proj`.
     """
@@ -46,7 +46,7 @@ def module_name(place: Place) -> str:
 
 
 def adaptable_modules(config: ModelConfig) -> dict[str, Place]:
-    """Every module that can carry an adapter, by its name, in the order of the table."""
+    """Every module that can have an adapter, by name, in table order."""
     found = {}
     for weight in ModelSpec(config).adaptable:
         for layer in range(config.num_hidden_layers) if weight.stacked else (None,):
@@ -67,21 +67,21 @@ def export_adapter(
     readme: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter as a PEFT folder, whole or not at all.
+    """Write an adapter as a PEFT folder, completely or not at all.
 
     Args:
-      out_dir: the folder to make. It is written beside its place and then renamed.
-      spec: the model and the placement that `lora` belongs to.
-      lora: the adapter's tree, float32, stacked over layers, on the devices in any layout. In a job of
-        several processes all of them call this, and the first one writes.
+      out_dir: the folder to create. It is written under a temporary name beside it and then renamed.
+      spec: the model and placement that `lora` belongs to.
+      lora: the adapter's tree, float32, stacked over layers, on the devices with any sharding. With several
+        processes, all call this and the main one writes.
       base_name: name or path of the base, for `base_model_name_or_path`.
-      seed: seed of the adapter's initialisation; None: not known.
-      extra: more to record in `jaxlora.json`, such as the run id and the step.
-      tokenizer: the folder of the tokenizer that rendered the rows; its files are put beside the adapter, and
-        its hash is recorded.
-      base_fingerprint: recorded, so that another base is refused; None: not known.
-      readme: the text of its README.md; None: it has none.
-      overwrite: replace `out_dir` if it is an adapter already.
+      seed: seed of the adapter's initialisation; None: unknown.
+      extra: further entries for `jaxlora.json`, such as the run id and the step.
+      tokenizer: the folder of the tokenizer that rendered the rows; its files are copied beside the adapter
+        and its hash is recorded.
+      base_fingerprint: recorded so that a different base is refused; None: unknown.
+      readme: the text of README.md; None: no README.md.
+      overwrite: replace `out_dir` if it already holds an adapter.
 
     Raises:
       UserError: the folder exists, the tree is not the placement's, or a value is not finite.
@@ -112,7 +112,7 @@ def export_adapter(
 
 
 def _metadata(spec: ModelSpec, lora: LoraConfig, seed: int | None, extra: dict[str, Any]) -> dict[str, Any]:
-    """What PEFT's own settings do not say of the adapter."""
+    """What PEFT's settings do not record about the adapter."""
     own: dict[str, Any] = {"condition": lora.condition, "output_head": lora.output_head, "seed": seed}
     own |= {"rank": lora.rank, "alpha": lora.alpha}
     if spec.scheme is not None:
@@ -123,7 +123,7 @@ def _metadata(spec: ModelSpec, lora: LoraConfig, seed: int | None, extra: dict[s
 
 
 def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:
-    """The file's tensors by PEFT's names: `[rank, in]` and `[out, rank]` of each module, without padding."""
+    """The tensors by PEFT's names: `[rank, in]` and `[out, rank]` for each module, without padding."""
     tensors = {PREFIX + name: array for name, array in expert_tensors(spec, lora)}
     for weight in spec.adapted:
         if weight.experts:
@@ -144,7 +144,7 @@ def _tensors(spec: ModelSpec, lora: Tree) -> dict[str, np.ndarray]:
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:
-    """An adapter is overwritten if asked; anything else never is."""
+    """Refuse an existing path, unless it is an adapter and `overwrite` is set."""
     if overwrite and folder.exists() and not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds no adapter, so it is not overwritten; give a new folder")
     if not overwrite:

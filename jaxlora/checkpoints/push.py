@@ -1,9 +1,9 @@
-"""A folder to the Hugging Face Hub: a new repository is private, and a public one is never written unasked.
+"""Push a folder to the Hugging Face Hub: new repositories are private, public ones need explicit consent.
 
-    hub = open_hub("OWNER/NAME", public=False)       # before anything is written: may this be done?
+    hub = open_hub("OWNER/NAME", public=False)       # before anything is written: is this allowed?
     address = push_folder(hub, Path("adapter"))
 
-The key is the Hub client's own (`HF_TOKEN`, or `hf auth login`); it is neither read nor written here.
+The Hub client finds its own key (`HF_TOKEN`, or `hf auth login`); it is neither read nor written here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxlora.runtime.text import harmless, without_secrets
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository that may be written."""
+    """A repository that may be written to."""
 
     api: Any
     name: str
@@ -28,10 +28,10 @@ class Hub:
 
 
 def open_hub(name: str, public: bool) -> Hub:
-    """Look at the place to push to; nothing is made there yet.
+    """Check the repository to push to; nothing is created yet.
 
     Raises:
-      UserError: no such name, no key, no network; or the repository is public and nobody said so.
+      UserError: invalid name, no key or no network; or the repository is public and `public` is false.
     """
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -53,13 +53,13 @@ def open_hub(name: str, public: bool) -> Hub:
 
 
 def push_folder(hub: Hub, folder: Path) -> str:
-    """Make the repository where there is none, and put a folder's files into it, in one commit.
+    """Create the repository if it does not exist, and upload a folder's files in one commit.
 
     Returns:
-      its address.
+      the repository's address.
 
     Raises:
-      UserError: the Hub does not take it.
+      UserError: the Hub refuses it.
     """
     try:
         if not hub.exists:

@@ -1,20 +1,20 @@
-"""Checkpoints of a run: published whole or not at all, and verified before they are used.
+"""Checkpoints of a run: published completely or not at all, and verified before use.
 
     with RunState(run_dir / "checkpoints", identity) as store:
-        found = store.restore(like=state)            # the newest sound one, or None
+        found = store.restore(like=state)            # the newest intact one, or None
         store.save(step, state, progress, best)      # returns once the arrays are copied to the host
 
     checkpoints/<step>/
-      state/           what is trained and the optimizer's state, written by Orbax
-      progress.json    the caller's position: step, validations, length of metrics.jsonl, what run it is
+      state/           trained weights and optimizer state, written by Orbax
+      progress.json    the caller's position: step, validations, length of metrics.jsonl, identity of the run
       sha256.json      size and SHA-256 of every file above, and of this list itself
 
-That is everything: the order of the rows is a function of the step, and the only random numbers of a run are
-those of its first adapter, which the seed gives.
+Nothing else is needed: the order of rows and all random numbers of a run are functions of its seed and the
+step.
 
-A checkpoint is written in a folder `.writing-<step>`, read back, hashed, synced to the disk, and renamed to
-its number; all this happens on a thread, beside training. Only folders named by a number count. The last two
-and the best are kept.
+A checkpoint is written to a folder `.writing-<step>`, read back, hashed, synced to disk and renamed to its
+step number, all in a thread while training continues. Only folders named by a number count. The last two and
+the best are kept.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ from jaxlora.runtime.files import Record, is_disk_full, read_object, sha256_of, 
 from jaxlora.runtime.folders import sync
 from jaxlora.runtime.progress import console
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traces of errors that are raised here
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs traces of errors raised here
 _unraisable = sys.unraisablehook
 
 
 def _without_closed_loops(found: Any) -> None:
-    """After an error Orbax closes its event loop; each writer still on its way would print a trace."""
+    """Drop these traces: after an error Orbax closes its event loop, and each running writer raises."""
     if "Event loop is closed" not in str(found.exc_value):
         _unraisable(found)
 
 
 sys.unraisablehook = _without_closed_loops
-REWARD_FILE = "rl.reward's file"  # of an identity; None: there is none, or an older run did not record it
-KEPT = 2  # newest checkpoints that are kept, beside the best
+REWARD_FILE = "rl.reward's file"  # key of an identity; None: there is none, or an older run did not record it
+KEPT = 2  # number of newest checkpoints kept, besides the best
 STATE, PROGRESS, HASHES = "state", "progress.json", "sha256.json"
 READ_BACK = 2**20  # bytes; larger arrays are opened before a checkpoint is published, but not read whole
-_OPEN_FOLDERS = Path("/proc/self/fd")  # of Linux: names for what this process has open
+_OPEN_FOLDERS = Path("/proc/self/fd")  # on Linux, paths of this process's open files
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint, with the arrays laid out as they were asked for."""
+    """A verified checkpoint, with arrays sharded as requested."""
 
     step: int
     state: Any
@@ -76,18 +76,18 @@ class RunState:
     """The checkpoints of one run directory. Leaving the context waits for the save in progress."""
 
     def __init__(self, folder: Path, identity: dict[str, Any] | None):
-        """`identity` says what run this is; a checkpoint that holds another one is refused. None: any."""
+        """`identity` identifies the run; checkpoints with a different one are refused. None: accept any."""
         self._folder = folder.resolve()
         self._identity = json.loads(json.dumps(identity))
         if hosts.is_main():
             self._folder.mkdir(parents=True, exist_ok=True)
         hosts.barrier("checkpoint folder")
-        # Orbax takes `[` and `\\` in a path for a pattern and `gs:/` for a bucket: it gets the open folder's
-        # number instead of its name.
+        # Orbax interprets `[` and `\\` in a path as a pattern and `gs:/` as a bucket: it gets the number of
+        # the open folder instead of its name.
         self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         number = _OPEN_FOLDERS / str(self._handle)
         self._for_orbax = number if number.exists() else self._folder
-        self._good = self._published()  # those that count for what is kept
+        self._good = self._published()  # the checkpoints considered when pruning
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -110,11 +110,11 @@ class RunState:
     # --- Writing --------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, progress: dict[str, Any], best: int | None = None) -> None:
-        """Save without waiting for the disk; `best` is the step to keep beside the newest ones.
+        """Save without waiting for the disk; `best` is the step to keep besides the newest.
 
         Raises:
-          UserError: the disk is full. Other errors of the file system as they come. Either may also be one
-            of the save before, and may also come from `check` or `wait`.
+          UserError: the disk is full. Other file-system errors are raised unchanged. Either may belong to the
+            previous save, and may also be raised by `check` or `wait`.
         """
         self.wait()
         staging = self._folder / f".writing-{step}"
@@ -122,7 +122,7 @@ class RunState:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
         hosts.barrier("checkpoint begins")
-        # Files take whole blocks: what the last checkpoint takes is the better measure, where there is one.
+        # Files take whole blocks, so the size of the last checkpoint on disk is the better measure.
         size = sum(x.nbytes for x in jax.tree.leaves(state))
         size = max([size, *(_disk_use(self._folder / str(good)) for good in self._good[-1:])])
         try:
@@ -137,7 +137,7 @@ class RunState:
         self._pending = self._thread.submit(self._finish, step, staging, size, shapes, progress, best)
 
     def check(self) -> None:
-        """Raise the error of the last save, if it has failed by now; never waits."""
+        """Raise the error of the last save if it has failed by now; never waits."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -151,7 +151,7 @@ class RunState:
         self, step: int, staging: Path, size: int, shapes: Counter, progress: Record, best: int | None
     ) -> None:
         try:
-            self._orbax.wait_until_finished()  # on every host; then all of them have written
+            self._orbax.wait_until_finished()  # on every host, so that all have written
             if hosts.is_main():
                 self._read_back(self._for_orbax / staging.name / STATE, shapes)
                 write_json_atomic(staging / PROGRESS, progress)
@@ -167,7 +167,7 @@ class RunState:
             self._prune()
 
     def _read_back(self, place: Path, shapes: Counter) -> None:
-        """Raises `UserError` where what was written cannot be read, or is not what was saved."""
+        """Raise `UserError` if what was written cannot be read, or is not what was saved."""
         found = self._stored(place)
         if found is None or Counter((array.shape, array.dtype.name) for array in found) != shapes:
             raise UserError(
@@ -176,7 +176,7 @@ class RunState:
             )
 
     def _stored(self, place: Path) -> list[Any] | None:
-        """Every array of a state, opened, the small ones also read; None: they cannot be."""
+        """Open every array of a state, and read the small ones; None if that fails."""
         found: Any = self._orbax.metadata(place).item_metadata
         if found is None:
             return None
@@ -195,23 +195,23 @@ class RunState:
 
     def _publish(self, step: int, staging: Path) -> None:
         place = self._folder / str(step)
-        if place.exists():  # damaged, or of before a validation that is in the new one
+        if place.exists():  # damaged, or from before a validation that the new one includes
             place.rename(_trash(place))
         staging.rename(place)
         sync(self._folder, below=False)
 
     def _prune(self) -> None:
-        """Delete what is not kept: older checkpoints, damaged ones, and what a crash left behind."""
+        """Delete everything not kept: older and damaged checkpoints, and leftovers of a crash."""
         for entry in self._folder.iterdir():
             if entry.name not in map(str, self._good):
-                if entry.name.isdigit():  # renamed first: half a checkpoint must never carry a number
+                if entry.name.isdigit():  # renamed first: a number must never name a partial checkpoint
                     entry = entry.rename(_trash(entry))
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _failed(self, error: Exception, step: int, staging: Path, size: int) -> None:
         if not hosts.is_main():
             raise error
-        _remove(staging)  # what was written of it may be what fills the disk
+        _remove(staging)  # its partial files may be what fills the disk
         if not is_disk_full(error):
             raise error
         stands = (
@@ -236,14 +236,14 @@ class RunState:
         before: int | None = None,
         usable: Callable[[dict[str, Any]], str | None] = lambda progress: None,
     ) -> Restored | None:
-        """The newest sound checkpoint (before a step); None where there is none to go back to.
+        """The newest intact checkpoint (before a step); None if there is none to go back to.
 
         Args:
-          like: arrays, or `jax.ShapeDtypeStruct` with shardings, in the form of the state.
-          usable: gets a checkpoint's progress and returns a reason to pass it over, or None.
+          like: arrays, or `jax.ShapeDtypeStruct` with shardings, in the structure of the state.
+          usable: given a checkpoint's progress, returns a reason to skip it, or None.
 
         Raises:
-          UserError: there are checkpoints, but all are damaged; or it belongs to another run.
+          UserError: all existing checkpoints are damaged, or the checkpoint belongs to another run.
         """
         self.wait()
         step = hosts.broadcast(self._newest_sound(before, usable) if hosts.is_main() else None)
@@ -251,10 +251,10 @@ class RunState:
         return None if step is None else self.read(step, like)
 
     def read(self, step: int, like: Any) -> Restored:
-        """One checkpoint, which has been verified.
+        """Read one checkpoint that has been verified.
 
         Raises:
-          UserError: it holds other arrays than `like`, or belongs to another run.
+          UserError: its arrays differ from `like`, or it belongs to another run.
         """
         progress = read_object(self._folder / str(step) / PROGRESS)
         self._check_identity(step, progress)
@@ -270,7 +270,7 @@ class RunState:
         return Restored(step, self._orbax.restore(place, args=args), progress)
 
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints after a step, to compute them again."""
+        """Delete the checkpoints after a step, to recompute them."""
         self.wait()
         self._good = [s for s in self._published() if s <= step]
         hosts.barrier("checkpoints listed")
@@ -278,7 +278,7 @@ class RunState:
             self._prune()
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with a checkpoint, in words; None if it is sound. The same on every host."""
+        """What is wrong with a checkpoint, in words; None if it is intact. The same on every host."""
         self.wait()
         return hosts.broadcast(damage(self._folder / str(step)) if hosts.is_main() else None)
 
@@ -331,7 +331,7 @@ def hashes(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if every one is as it was written."""
+    """What is wrong with a checkpoint's files, in words; None if all are as they were written."""
     try:
         listed = json.loads((folder / HASHES).read_bytes())
         table, own = listed["files"], listed["sha256"]
@@ -363,7 +363,7 @@ def _digest(table: Any) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a folder into which Orbax may still write: after an error its other writers go on."""
+    """Delete a folder that Orbax may still be writing to: after an error its other writers continue."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05)

@@ -1,11 +1,11 @@
-"""Reads tensors of safetensors files onto a mesh, by byte ranges, several at once.
+"""Read tensors from safetensors files onto a mesh, by byte ranges, several at once.
 
     tensors = open_tensors("gs://bucket/Qwen3-8B")          # or a local directory
     for array in stream([(tensors["model.norm.weight"], sharding)], "bfloat16"): ...
 
-One process reads what its devices need. Of several processes each reads a contiguous band of every tensor's
-rows, so that together they read the files once; a jitted function then lays the array out, and the chips
-exchange their parts over the interconnect. What is read ahead is bounded, and nothing is kept on the host.
+A single process reads what its devices need. With several, each reads a contiguous band of every tensor's
+rows, so together they read the files once; a jitted function then reshards the array, and the chips exchange
+their parts over the interconnect. Read-ahead is bounded, and nothing is kept on the host.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from jaxlora.runtime.remote import file_system, is_remote, weights_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READERS = 8  # threads; a bucket needs several requests in flight, a disk at least two
-AHEAD_BYTES = 256 * 2**20  # read ahead of placement, on one host
+AHEAD_BYTES = 256 * 2**20  # read ahead of placement, per host
 WHOLE_BYTES = 512 * 2**20  # a larger tensor is never held whole on a host
 HEADER_LIMIT = 100 * 2**20  # the format's own limit
 _MAX_DIMENSIONS = 8
@@ -42,7 +42,7 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """The location of a tensor."""
 
     file: str
     key: str
@@ -60,13 +60,13 @@ class StoredTensor:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows `[stop - start, ...]`, read now."""
+        """Read rows `[stop - start, ...]`."""
         begin, size = self.offset + start * self.row_bytes, (stop - start) * self.row_bytes
         return read_bytes(self.file, begin, size).view(self.dtype).reshape(stop - start, *self.shape[1:])
 
 
 def read_bytes(path: str, start: int, size: int) -> np.ndarray:
-    """Exactly these bytes of a local file or of an address such as `gs://bucket/file`, uint8 `[size]`.
+    """Read exactly these bytes of a local file or an address such as `gs://bucket/file`, uint8 `[size]`.
 
     Raises:
       UserError: the file is missing, unreadable or too short.
@@ -85,7 +85,7 @@ def read_bytes(path: str, start: int, size: int) -> np.ndarray:
 
 
 def _read_local(path: str, start: int, size: int) -> np.ndarray:
-    """Plain reads: a memory map would count every page it touched as this process' memory."""
+    """Plain reads: a memory map would count every touched page as this process's memory."""
     buffer = _empty(size)
     view, done = memoryview(buffer), 0  # type: ignore[arg-type]
     handle = os.open(path, os.O_RDONLY)
@@ -98,7 +98,7 @@ def _read_local(path: str, start: int, size: int) -> np.ndarray:
 
 
 def _empty(size: int) -> np.ndarray:
-    """Uninitialised bytes at a multiple of 64, which the CPU backend takes over without a copy."""
+    """Uninitialised bytes aligned to 64, which the CPU backend can use without a copy."""
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size]
@@ -113,7 +113,7 @@ def _contiguous(part: np.ndarray) -> np.ndarray:
 
 
 def exists(path: str) -> bool:
-    """Whether a local file or an address is there."""
+    """Whether a local file or an address exists."""
     if not is_remote(path):
         return os.path.isfile(path)
     filesystem, name = file_system(path)
@@ -121,7 +121,7 @@ def exists(path: str) -> bool:
 
 
 def file_size(path: str) -> int:
-    """Bytes of a local file or of an address."""
+    """Size in bytes of a local file or an address."""
     if not is_remote(path):
         return os.path.getsize(path)
     filesystem, name = file_system(path)
@@ -129,10 +129,10 @@ def file_size(path: str) -> int:
 
 
 def check_slice(tensor: Any, key: str, shape: tuple[int, ...], asking: str, file: Path) -> None:
-    """Refuse a tensor of an opened file that has not this shape, or whose numbers are no floats.
+    """Refuse a tensor of an opened file that does not have this shape or a floating-point dtype.
 
     Args:
-      asking: what asks for the shape, in words.
+      asking: what requires the shape, in words.
 
     Raises:
       UserError: names the tensor.
@@ -144,10 +144,10 @@ def check_slice(tensor: Any, key: str, shape: tuple[int, ...], asking: str, file
 
 
 def slice_values(tensor: Any, key: str, file: Path) -> np.ndarray:
-    """The numbers of a tensor of an opened file, float32.
+    """The values of a tensor of an opened file, float32.
 
     Raises:
-      UserError: one of them is not finite.
+      UserError: a value is not finite.
     """
     values = np.asarray(tensor[:]).astype(np.float32)
     if not np.isfinite(values).all():
@@ -156,7 +156,7 @@ def slice_values(tensor: Any, key: str, file: Path) -> np.ndarray:
 
 
 def open_tensors(directory: str | Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory's safetensors files, from the files' headers alone.
+    """Every tensor in a directory's safetensors files, from the file headers alone.
 
     Raises:
       UserError: a file is missing or damaged, or the index and the files disagree.
@@ -180,23 +180,23 @@ def open_tensors(directory: str | Path) -> dict[str, StoredTensor]:
 
 
 def loaded_files(directory: str | Path) -> list[str]:
-    """The safetensors files that `open_tensors` reads, sorted; those named by an index may be missing.
+    """The safetensors files that `open_tensors` reads, sorted; files named by an index may be missing.
 
     Raises:
-      UserError: a damaged index.
+      UserError: the index is damaged.
     """
     directory = weights_of(directory)
     return _files(directory, _listed(directory))
 
 
 def stale_index(directory: str | Path) -> bool:
-    """Whether an index lies beside a single file, which is then read instead, as Transformers does."""
+    """Whether there is an index beside a single file; the latter is then read, as in Transformers."""
     directory = weights_of(directory)
     return exists(f"{directory}/{SINGLE}") and exists(f"{directory}/{INDEX}")
 
 
 def _listed(directory: str) -> dict[str, str] | None:
-    """The index: the file of each tensor. None where the single file is there, or there is no index."""
+    """The index: the file of each tensor. None if there is a single file, or no index."""
     index = f"{directory}/{INDEX}"
     if exists(f"{directory}/{SINGLE}") or not exists(index):
         return None
@@ -222,10 +222,10 @@ def _files(directory: str, listed: dict[str, str] | None) -> list[str]:
 
 
 def read_header(file: str) -> list[StoredTensor]:
-    """The tensors of one file: 8 bytes of header length, a JSON header, then the data.
+    """The tensors of one file, which has 8 bytes of header length, a JSON header, then the data.
 
     Raises:
-      UserError: not a safetensors file, a damaged one, or a dtype that no base is stored in.
+      UserError: it is not a safetensors file, is damaged, or has a dtype that no base is stored in.
     """
     total = file_size(file)
     length = int.from_bytes(read_bytes(file, 0, min(8, total)).tobytes(), "little")
@@ -242,7 +242,7 @@ def read_header(file: str) -> list[StoredTensor]:
 
 
 def _parse(content: np.ndarray) -> Any:
-    """JSON in which no object names a key twice: the last one would win in silence."""
+    """Parse JSON, refusing duplicate keys in an object: the last one would silently win."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
@@ -270,7 +270,7 @@ def _stored(file: str, key: str, entry: dict[str, Any], data_start: int, total: 
 
 
 def _check_places(tensors: list[StoredTensor], data_start: int, total: int) -> None:
-    """The format's own rule: the tensors fill the data, one after the other, without gaps or overlaps."""
+    """Check the format's rule: the tensors fill the data without gaps or overlaps."""
     position = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
         if tensor.offset != position:
@@ -281,7 +281,7 @@ def _check_places(tensors: list[StoredTensor], data_start: int, total: int) -> N
 
 
 class _Digest:
-    """SHA-256 of one tensor, whose rows several readers take: each waits for those before its own."""
+    """SHA-256 of one tensor read by several readers: each waits for the rows before its own."""
 
     def __init__(self) -> None:
         self._sha256, self._next, self._failed = hashlib.sha256(), 0, False
@@ -295,7 +295,7 @@ class _Digest:
             self._turn.notify_all()
 
     def fail(self) -> None:
-        """Rows could not be read; nobody waits for them."""
+        """Rows could not be read; release the readers waiting for them."""
         with self._turn:
             self._failed = True
             self._turn.notify_all()
@@ -306,13 +306,13 @@ class _Digest:
 
 @dataclass(frozen=True)
 class _Read:
-    """Rows of one tensor that this host reads at once, and the devices that take columns of them."""
+    """Rows of one tensor that this host reads at once, and the devices that receive columns of them."""
 
     tensor: StoredTensor
     start: int
     stop: int
     takers: tuple[tuple[jax.Device, tuple[slice, ...]], ...]
-    sharding: NamedSharding  # of the array that its last read completes
+    sharding: NamedSharding  # of the whole array, which is complete after its last read
     is_last: bool
     digest: _Digest | None
 
@@ -321,7 +321,7 @@ class _Read:
         return (self.stop - self.start) * self.tensor.row_bytes
 
     def parts(self, dtype: np.dtype) -> list[np.ndarray]:
-        """Each taker's part, read now."""
+        """Read the rows, and return each taker's part."""
         try:
             rows = self.tensor.rows(self.start, self.stop)
             if self.digest is not None:
@@ -337,15 +337,15 @@ class _Read:
 def stream(
     wanted: Iterable[tuple[StoredTensor, NamedSharding]], dtype: str, hashes: list[str] | None = None
 ) -> Iterator[jax.Array]:
-    """The tensors in order, as arrays of this dtype.
+    """Yield the tensors in order, as arrays of this dtype.
 
-    An array has the sharding asked for, or, where that would have a host read what another host reads too,
-    its rows are split over all devices of the same mesh. Every process must ask for the same in the same
-    order.
+    An array has the requested sharding, except that with several processes (which would read the same bytes)
+    and for tensors larger than `WHOLE_BYTES` its rows are split over all devices of the mesh, if these divide
+    them. Every process must request the same tensors in the same order.
 
     Args:
-      hashes: takes the SHA-256 of each tensor's bytes as they are stored, in order. Only a single process
-        reads whole tensors; of several none may ask.
+      hashes: receives the SHA-256 of each tensor's stored bytes, in order. Only for a single process, which
+        reads whole tensors.
     """
     target = np.dtype(jnp.dtype(dtype))
     reads = (read for tensor, sharding in wanted for read in _reads(tensor, sharding, hashes is not None))
@@ -371,7 +371,7 @@ def stream(
 
 
 def _reads(tensor: StoredTensor, sharding: NamedSharding, hashed: bool = False) -> list[_Read]:
-    """The reads of this host for one tensor, rows in order."""
+    """The reads of this host for one tensor, in row order."""
     mesh = sharding.mesh
     size = tensor.shape[0] * tensor.row_bytes
     if (jax.process_count() > 1 or size > WHOLE_BYTES) and tensor.shape[0] % mesh.size == 0:

@@ -1,10 +1,10 @@
-"""The command `jaxlora`: one module a command, each with a `main` that reads `sys.argv`.
+"""The command `jaxlora`: one module per subcommand, each with a `main` that reads `sys.argv`.
 
     jaxlora train --config tiny
     jaxlora data check DIR --benchmark openai/gsm8k
 
-The scripts in `launch/` and `tools/` are doors to the same functions. JAX and other slow things are imported
-inside functions, so that help and mistakes answer at once.
+The scripts in `launch/` and `tools/` call the same functions. JAX and other slow modules are imported inside
+functions, so that `--help` and mistakes get an immediate answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OF_DATA = {
 
 
 def run() -> None:
-    """The console script."""
+    """The entry point of the console script."""
     run_main(main)
 
 
@@ -51,7 +51,7 @@ def main() -> int | None:
     """Run the command that `sys.argv` names.
 
     Raises:
-      UserError: there is no such command, or it was given something wrong.
+      UserError: there is no such command, or its input is wrong.
     """
     name = _chosen("jaxlora", DESCRIPTION, COMMANDS)
     if name == "data":
@@ -60,7 +60,7 @@ def main() -> int | None:
 
 
 def _chosen(program: str, description: str, commands: Mapping[str, str]) -> str:
-    """The command that the first word names, which then goes: the rest of `sys.argv` is the command's own."""
+    """Remove the command's name from `sys.argv` and return it; the rest belongs to the command."""
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         name = sys.argv.pop(1)
         sys.argv[0] = f"{program} {name}"

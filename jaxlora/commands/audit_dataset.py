@@ -1,4 +1,4 @@
-"""Audit a dataset: quality report, token statistics, and a pack of rows for a person to read.
+"""Audit a dataset: quality report, token statistics, and a sample of rows for human review.
 
     jaxlora data audit DIR --tokenizer Qwen/Qwen3-8B --out AUDIT_DIR
 

@@ -1,4 +1,4 @@
-"""Measure training, decoding and learning from rewards: real tokens per second, utilisation, memory.
+"""Benchmark training, decoding and learning from rewards: real tokens per second, utilisation, memory.
 
     jaxlora bench train  --model qwen3-8b --random-weights --condition all_layer --rows LENGTHS.json
     jaxlora bench decode --model qwen3-8b --random-weights --lengths LENGTHS.json
@@ -6,13 +6,13 @@
     jaxlora bench experts --model qwen3-30b-a3b --rank 32 --tokens 8192
     jaxlora bench scaling --model qwen3-8b --steps 16
 
-Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in ones
-like the study's are used. `--model` is a published name (only its shape is used; weights are random) or
-a directory with config.json. Fields of a configuration can be given as well, such as --config.mesh.data=2.
+Each has its own options: see `jaxlora bench train --help`. Without a file of lengths, built-in lengths
+similar to the study's are used. `--model` is a published name (only its shape is used; weights are random) or
+a directory with config.json. Fields of a configuration can also be given, such as --config.mesh.data=2.
 Prints a table and one line of JSON.
 
 A rows file is JSON with "rows": [[prompt_tokens, total_tokens], ...]; a lengths file has "prompt_tokens" and
-one or more lists of answer lengths, of which --answers names one (default: adapter_generated_tokens).
+one or more lists of answer lengths, one of which --answers selects (default: adapter_generated_tokens).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def parse() -> tuple[argparse.Namespace, dict[str, str]]:
-    """The options of one of the benchmarks, which takes only its own, and fields of the configuration."""
+    """The options of one benchmark, which accepts only its own, and fields of the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     train = commands.add_parser("train", help="training steps, then a validation pass")
@@ -171,7 +171,7 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
 
 
 def configuration(options: argparse.Namespace, overrides: dict[str, str]) -> RunConfig:
-    """The options as a checked configuration; fields without an option keep their defaults, or are given."""
+    """The options as a checked configuration; other fields have their defaults or are overridden."""
     values: dict[str, Any] = {
         "model": {
             "path": options.model,
@@ -197,7 +197,7 @@ def configuration(options: argparse.Namespace, overrides: dict[str, str]) -> Run
 
 
 def shape_of(config: RunConfig, num_layers: int | None) -> ModelConfig:
-    """The model's shape, with only its first layers if `num_layers` is given.
+    """The model's shape, truncated to its first layers if `num_layers` is given.
 
     Raises:
       UserError: there is no such model, or it has fewer layers.
@@ -267,7 +267,7 @@ def run_rl(options: argparse.Namespace, config: RunConfig, shape: ModelConfig) -
 
 
 def default_rows(n: int = 512) -> list[tuple[int, int]]:
-    """Prompt and total lengths shaped like the study's: mean 340 tokens a row, a long tail."""
+    """Prompt and total lengths distributed like the study's: mean 340 tokens per row, a long tail."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -277,7 +277,7 @@ def default_rows(n: int = 512) -> list[tuple[int, int]]:
 
 
 def default_answers(n: int = 1319) -> tuple[list[int], list[int]]:
-    """Prompt and answer lengths shaped like GSM8K after fine-tuning."""
+    """Prompt and answer lengths distributed like GSM8K's after fine-tuning."""
     import numpy as np
 
     rng = np.random.default_rng(1)
@@ -287,7 +287,7 @@ def default_answers(n: int = 1319) -> tuple[list[int], list[int]]:
 
 
 def correlated(prompts: list[int], answers: list[int], correlation: float) -> list[int]:
-    """The same prompt lengths in another order, so that their logs correlate so with those of the answers."""
+    """The prompt lengths reordered so that their logs have this correlation with those of the answers."""
     import numpy as np
 
     order = np.argsort(np.argsort(seen_earlier(answers, correlation, seed=3), kind="stable"), kind="stable")
@@ -295,7 +295,7 @@ def correlated(prompts: list[int], answers: list[int], correlation: float) -> li
 
 
 def seen_earlier(answers: list[int], correlation: float, seed: int = 2) -> list[float]:
-    """Lengths whose logs correlate so with those of the answers, as another model's answers would."""
+    """Lengths whose logs have this correlation with those of the answers, like another model's answers."""
     import numpy as np
 
     logs = np.log(answers)
@@ -320,7 +320,7 @@ def read_rows(path: Path) -> list[tuple[int, int]]:
 
 
 def read_answers(path: Path, name: str) -> tuple[list[int], list[int]]:
-    """The prompt lengths of a lengths file, and its list of answer lengths with this name.
+    """The prompt lengths in a lengths file, and its list of answer lengths with this name.
 
     Raises:
       UserError: the file cannot be read, has no such list, or its lists differ in length.
@@ -345,11 +345,11 @@ def _list_of(path: Path, name: str) -> list[Any]:
 
 
 def _is_length(value: Any) -> bool:
-    return type(value) is int and 0 < value <= 1 << 24  # the limit of `data.max_length`; True is no length
+    return type(value) is int and 0 < value <= 1 << 24  # the limit of `data.max_length`; True is not a length
 
 
 def show(result: dict) -> None:
-    """The result as a table on the terminal."""
+    """Print the result as a table."""
     from rich.table import Table
 
     from jaxlora.runtime.progress import console

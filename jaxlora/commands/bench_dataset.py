@@ -1,11 +1,11 @@
-"""Measure how long rows take to be ready, and how much memory: the first time, and from what was kept.
+"""Measure the time and memory for preparing rows: the first time, and from the cache.
 
-    jaxlora data bench --config own --rows 1000000           # made-up short rows
+    jaxlora data bench --config own --rows 1000000           # synthetic short rows
     jaxlora data bench --config own --config.data.train_path=rows.jsonl
 
-Each start is a process of its own that does all that training does before it loads a model: it reads the
-file, tokenises or finds the tokens kept, splits off validation rows, and plans steps and buffers. Rows are
-kept in a temporary folder, which is deleted; those of files below 8 MiB are not kept. Prints a table and one
+Each start is a separate process that does everything training does before it loads a model: it reads the
+file, tokenises it or finds its tokens in the cache, splits off validation rows, and plans steps and buffers.
+The cache is a temporary folder, which is deleted; files below 8 MiB are not cached. Prints a table and one
 line of JSON.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
             config = replace(
                 config, data=replace(config.data, train_path=made_up(Path(folder), options.rows))
             )
-        if config.eval.benchmark is not None:  # its gates are no part of this
+        if config.eval.benchmark is not None:  # the gates are not part of this measurement
             config = replace(config, eval=replace(config.eval, benchmark=None, after_training=False))
         results = {name: _start(config, Path(folder)) for name in (FIRST, AGAIN)}
     show(results)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def made_up(folder: Path, rows: int) -> str:
-    """Write short rows of prompt and completion, none twice; the file's path."""
+    """Write short, distinct rows of prompt and completion; return the file's path."""
     file = folder / "rows.jsonl"
     with file.open("w") as out:
         for n in range(rows):
@@ -58,7 +58,7 @@ def made_up(folder: Path, rows: int) -> str:
 
 
 def _start(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """What one start takes, in a process of its own."""
+    """Measure one start in a separate process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAXLORA_ROWS": str(folder / "kept")}
     words = [sys.executable, "-c", f"from {__name__} import measure; measure()"]
     given = json.dumps(to_dict(config))
@@ -69,7 +69,7 @@ def _start(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def measure() -> None:
-    """Prepare the run whose configuration is on standard input, and print what that took as JSON."""
+    """Prepare the run with the configuration on standard input, and print time and memory as JSON."""
     from jaxlora.runtime.errors import run_main
 
     run_main(_measure)
@@ -111,7 +111,7 @@ def _measure() -> None:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """A table of both starts."""
+    """Print a table of both starts."""
     from rich.table import Table
 
     from jaxlora.runtime.progress import console

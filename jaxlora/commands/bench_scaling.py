@@ -1,11 +1,11 @@
-"""Training and decoding on 1, 2, 4, ... GPUs of one host, one measurement a process.
+"""Benchmark training and decoding on 1, 2, 4, ... GPUs of one host, with one process per measurement.
 
     jaxlora bench scaling --model qwen3-8b --steps 16 --out scaling.jsonl
     jaxlora bench scaling --only weak-1,weak-2,fsdp-2
 
 Each measurement is a command `jaxlora bench train ...` or `decode ...`, which is printed, on some of the
-GPUs; as many run beside each other as there are GPUs for. The table compares each with one GPU of this host.
-Without a GPU, so many CPU devices are simulated as `XLA_FLAGS` says: a rehearsal, no measurement.
+GPUs; as many run concurrently as there are GPUs for. The table compares each with one GPU of this host.
+Without a GPU, as many CPU devices are simulated as `XLA_FLAGS` says: a rehearsal, not a measurement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 from jaxlora.runtime.errors import MachineError, UserError
 
-WEAK, STRONG = 8, 32  # rows a step: of each GPU, and of all together
+WEAK, STRONG = 8, 32  # rows per step: on each GPU, and on all together
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Case:
 
     name: str
     n: int  # GPUs
-    words: tuple[str, ...]  # of `jaxlora bench`
+    words: tuple[str, ...]  # arguments of `jaxlora bench`
     against: str  # the measurement on one GPU that it is compared with
-    ideal: float  # how many times its rate would be ideal
+    ideal: float  # the ideal ratio of the two rates
 
 
 def cases(n_devices: int) -> list[Case]:
-    """All measurements on 1, 2, 4, ... up to so many GPUs."""
+    """All measurements on 1, 2, 4, ... up to this many GPUs."""
     sizes = [2**i for i in range(n_devices.bit_length()) if 2**i <= n_devices]
     found: list[Case] = []
 
@@ -51,7 +51,7 @@ def cases(n_devices: int) -> list[Case]:
 
     for n in sizes:
         train("weak", n, WEAK * n, "weak-1", data=n, fsdp=1)
-        if WEAK * n != STRONG:  # those are measured already
+        if WEAK * n != STRONG:  # otherwise measured already
             train("strong", n, STRONG, "strong-1", data=n, fsdp=1)
         if n > 1:
             train("fsdp", n, WEAK * n, "weak-1", data=1, fsdp=n)
@@ -66,7 +66,7 @@ def cases(n_devices: int) -> list[Case]:
 
 
 def waves(chosen: Sequence[Case], n_devices: int) -> list[list[Case]]:
-    """The measurements in groups that run beside each other, none with more GPUs than there are."""
+    """Group the measurements that run concurrently, none with more GPUs than there are."""
     groups: list[list[Case]] = []
     for case in sorted(chosen, key=lambda case: (-case.n, case.words[0])):
         for group in groups:
@@ -79,10 +79,10 @@ def waves(chosen: Sequence[Case], n_devices: int) -> list[list[Case]]:
 
 
 def run_scaling(options: argparse.Namespace) -> int:
-    """Run the measurements and print the table; 1 where one failed.
+    """Run the measurements and print the table; returns 1 if one failed.
 
     Raises:
-      UserError: a name is not known, or this machine has no such devices.
+      UserError: a name is unknown, or this machine has no such devices.
     """
     gpus = visible_gpus()
     n_devices = len(gpus) or _simulated()
@@ -113,7 +113,7 @@ def run_scaling(options: argparse.Namespace) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that JAX would see, as CUDA_VISIBLE_DEVICES names them; none where there are none."""
+    """The GPUs visible to JAX, as CUDA_VISIBLE_DEVICES names them; empty if there are none."""
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in named.split(",") if name]
     if os.environ.get("JAX_PLATFORMS") == "cpu" or shutil.which("nvidia-smi") is None:
@@ -132,7 +132,7 @@ def _simulated() -> int:
 
 
 def measure(case: Case, gpus: list[str], options: argparse.Namespace) -> dict[str, Any] | str:
-    """The result of one measurement, or the last line of what went wrong."""
+    """The result of one measurement, or the last line of its error."""
     command = [sys.executable, "-m", "jaxlora", "bench", *case.words, *_shared(case, options)]
     environment = dict(os.environ)
     if gpus:
@@ -149,7 +149,7 @@ def measure(case: Case, gpus: list[str], options: argparse.Namespace) -> dict[st
 
 
 def _shared(case: Case, options: argparse.Namespace) -> Iterator[str]:
-    """The options of `bench scaling` that the measurement takes."""
+    """The options of `bench scaling` that are passed to the measurement."""
     names = ["model", "condition", "rank", "attention", "dtype", "num_layers"]
     names += ["steps", "buffer_sizes"] if case.words[0] == "train" else ["slots", "prompts"]
     for name in names:
@@ -158,7 +158,7 @@ def _shared(case: Case, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _write(options: argparse.Namespace, result: dict[str, Any]) -> None:
-    """The line of JSON on standard output, and in the file at once: a call may be cut off."""
+    """Write the line of JSON to standard output and, immediately, to the file: the run may be cut off."""
     print(json.dumps(result), flush=True)
     if options.out is not None:
         with options.out.open("a") as file:
@@ -171,7 +171,7 @@ def rate_of(result: dict[str, Any]) -> float:
 
 
 def show(chosen: Sequence[Case], results: dict[str, dict[str, Any]]) -> None:
-    """The measurements side by side."""
+    """Print the measurements side by side."""
     if not chosen:
         raise MachineError("scaling: no measurement succeeded")
     from rich.table import Table

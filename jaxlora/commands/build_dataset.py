@@ -7,7 +7,8 @@
 
 DIR gets raw/{train,val}.jsonl, rendered/{train,val}.jsonl and manifest.json. The source has the fields
 problem, generated_solution, expected_answer and problem_source; GSM8K's own rows (question, and answer with
-its `#### 72`) are taken, too: marks <<...>> go, and the answer ends in a box. Next: jaxlora data check DIR.
+its `#### 72`) are also accepted: <<...>> marks are removed, and the answer is boxed. Next: jaxlora data check
+DIR.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main() -> int:
 
 
 def _summarise(manifest: dict[str, Any]) -> None:
-    """Counts on standard output, one line a source and one a file."""
+    """Print counts, one line per source and one per file."""
     print(f"rows read: {manifest['rows_read']:,}")
     for source, candidates in manifest["candidates"].items():
         reasons = ", ".join(

@@ -1,13 +1,13 @@
-"""How much rank some rows ask for: a rule of thumb, from their bits and 2 bits a parameter.
+"""Estimate the rank that rows call for: a rule of thumb, from their bits and 2 bits per parameter.
 
     jaxlora capacity --rows rows.jsonl --model Qwen/Qwen3-0.6B
     jaxlora capacity --rows rows.jsonl --model llama-3.1-8b-folder --sample 0     # no weights are read
 
-Rows hold at most the bits by which the base is surprised: the sum of -log2 p over the tokens that carry loss,
-measured on a sample of rows, or about 1 bit a token. An adapter was found to store about 2 bits a parameter.
-The rank whose parameters hold all of it is where an adapter may begin to fall behind full fine-tuning on long
-runs over such rows; learning what they have in common takes less. It is no measurement of what a task needs:
-sweep ranks with `jaxlora study --config regret/rank`.
+The information in the rows is at most the base's surprise: the sum of -log2 p over the tokens that carry
+loss, measured on a sample of rows, or about 1 bit per token. An adapter was found to store about 2 bits per
+parameter. Below the rank whose parameters hold all of it, an adapter may fall behind full fine-tuning on long
+runs over such rows; learning what the rows have in common takes less. This does not measure what a task
+needs: sweep ranks with `jaxlora study --config regret/rank`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxlora.data.render import RenderedRow
 
 PLACEMENTS = ("all_layer", "mlp_only", "attention_only")
-USUAL_BITS = 1.0  # of a token that carries loss: 0.69 nats
+USUAL_BITS = 1.0  # per token that carries loss: 0.69 nats
 
 
 def main() -> int:
@@ -67,23 +67,23 @@ def main() -> int:
 
 
 def spread(rows: list[RenderedRow], count: int) -> list[RenderedRow]:
-    """So many rows at equal distances: a file may be sorted."""
+    """This many evenly spaced rows, as a file may be sorted."""
     return [rows[i * len(rows) // count] for i in range(count)] if count < len(rows) else rows
 
 
 def bits_a_token(rows, logprobs) -> float:
-    """Mean -log2 p of the weighted tokens of these rows."""
+    """Mean -log2 p over the weighted tokens of these rows."""
     loss = sum(float(-(row.weights[1:] * found).sum()) for row, found in zip(rows, logprobs, strict=True))
     return loss / loss_tokens(rows) / math.log(2)
 
 
 def loss_tokens(rows) -> float:
-    """Weighted targets of rows."""
+    """Number of weighted targets in the rows."""
     return sum(float(row.weights[1:].sum()) for row in rows)
 
 
 def lines(rows, measured: float | None, model) -> list[str]:
-    """What to print: the bits, and for each placement the rank that would hold them."""
+    """The lines to print: the bits, and for each placement the rank that would hold them."""
     from jaxlora.config import LoraConfig
     from jaxlora.lora import count_trainable
     from jaxlora.models.decoder import ModelSpec
@@ -94,7 +94,7 @@ def lines(rows, measured: float | None, model) -> list[str]:
     how = f"{USUAL_BITS:g} bit each, a usual value" if measured is None else f"{measured:.3f} bits each"
     found = [f"{tokens:,.0f} tokens carry loss, {how}: {bits / 1e6:.2f} Mbit"]
     for placement in PLACEMENTS:
-        # With experts a rank is a multiple of those of a token, by which it is divided for each.
+        # With experts, the rank is a multiple of the experts per token, by which it is divided for each.
         step = (
             1 if model.experts is None or placement == "attention_only" else model.experts.num_experts_per_tok
         )

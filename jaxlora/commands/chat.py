@@ -4,8 +4,8 @@
     jaxlora chat --adapter adapter --system "Answer in one sentence."
     jaxlora chat --base --model Qwen/Qwen3-8B --temperature 0
 
-Each line is a turn; /reset forgets the conversation, /quit or the end of the input ends it. From a pipe,
-answers alone go to standard output, so that `echo "What is 2 + 3?" | jaxlora chat ...` can be used by others.
+Each line is a turn; /reset clears the conversation, /quit or the end of the input ends it. With piped input
+only the answers go to standard output, so `echo "What is 2 + 3?" | jaxlora chat ...` works in scripts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
             if not chat.take(line.strip()):
                 break
         except UserError as error:
-            if not on_terminal:  # the answers that follow would be to another conversation
+            if not on_terminal:  # the following answers would belong to a different conversation
                 raise
             _say(f"error: {one_line(error)}")
         except KeyboardInterrupt:
@@ -56,23 +56,23 @@ def main() -> int:
 
 
 class Chat:
-    """A conversation so far, and the model that answers."""
+    """The conversation so far, and the model that answers."""
 
     def __init__(self, trainer: Trainer, options: argparse.Namespace):
         self.trainer, self.options = trainer, options
-        self.turns = 0  # never set back: each turn draws by a seed of its own
+        self.turns = 0  # never reset: each turn has its own seed
         self.reset()
 
     def reset(self) -> None:
-        """Forget all but the system prompt."""
+        """Clear everything but the system prompt."""
         system = self.options.system
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
     def take(self, line: str) -> bool:
-        """Obey or answer one line; whether the chat goes on.
+        """Obey or answer one line; returns whether the chat continues.
 
         Raises:
-          UserError: the line holds a control token, is no command, or the conversation is full.
+          UserError: the line contains a control token or an unknown command, or the conversation is full.
         """
         if line == "/quit":
             return False
@@ -107,7 +107,7 @@ class Chat:
         self.messages += [turn, {"role": "assistant", "content": text}]
 
     def _prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
-        """The prompt's tokens, and how many the answer may have."""
+        """The prompt's tokens, and the number of tokens left for the answer."""
         from jaxlora.data.render import render_chat
 
         ids = render_chat(self.trainer.engine.tokenizer, messages, enable_thinking=self.options.thinking)
@@ -122,7 +122,7 @@ class Chat:
 
         def show(_: int, text: str) -> None:
             nonlocal shown
-            if text.startswith(shown):  # a tokenizer may write the end anew when more follows: wait for it
+            if text.startswith(shown):  # the end of the text may still change with the next tokens
                 print(harmless(text[len(shown) :]), end="", flush=True)
                 shown = text
 
@@ -135,7 +135,7 @@ class Chat:
 
 
 def _lines(on_terminal: bool) -> Iterator[str]:
-    """The lines of standard input, edited as a shell's where a person types them."""
+    """The lines of standard input, with line editing on a terminal."""
     if not on_terminal:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
         yield from sys.stdin
@@ -151,5 +151,5 @@ def _lines(on_terminal: bool) -> Iterator[str]:
 
 
 def _say(text: str) -> None:
-    """What is not the model's, beside its answers."""
+    """Print text that is not part of the model's answers."""
     print(harmless(text), file=sys.stderr, flush=True)

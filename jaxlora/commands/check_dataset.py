@@ -1,4 +1,4 @@
-"""Run the data gates and write the report that training asks for.
+"""Run the data gates and write the report that training requires.
 
     jaxlora data check DIR --benchmark openai/gsm8k        # -> DIR/contamination.json
     jaxlora data check DIR --benchmark gsm8k/test.jsonl

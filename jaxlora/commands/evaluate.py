@@ -6,8 +6,9 @@
     jaxlora evaluate --config own --run results/own-all_layer-seed-0 --questions quiz.csv --rule last_number
     jaxlora evaluate --config own --run results/own-all_layer-seed-0 --questions b.csv --rule exact --out b
 
-A run is evaluated as its manifest says: --config gives only the benchmark, the limits, the mesh and the
-place of the base. Any other adapter runs on the base of --config; placement, rank and alpha are its own.
+A run is evaluated according to its manifest: --config provides only the benchmark, the limits, the mesh and
+the location of the base. Any other adapter runs on the base of --config, with its own placement, rank and
+alpha.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def with_questions(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """The configuration with what the short options say of the questions.
+    """The configuration with the questions given by the short options.
 
     Raises:
-      UserError: they do not go together, or the rule is not known.
+      UserError: the options conflict, or the rule is unknown.
     """
     columns = None if options.columns is None else options.columns.split(",")
     given = {

@@ -1,6 +1,6 @@
-"""Hand on what a run selected: a PEFT adapter, and a merged checkpoint if asked; or a model trained whole.
+"""Export a run's selected weights: a PEFT adapter and optionally a merged checkpoint, or a full model.
 
-Each folder has the tokenizer, its template and a model card made from the run's records.
+Each folder includes the tokenizer, its template and a model card generated from the run's records.
 
 jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter
 jaxlora export --run results/qwen3-8b-all_layer-seed-0 --out adapter --merged merged
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     options = parse()
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works beside the accelerator, in host memory
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # works in host memory, so the accelerator stays free
     from jaxlora.checkpoints.base import refuse_existing
     from jaxlora.checkpoints.card import base_name, model_card
     from jaxlora.checkpoints.export import is_exported, load_selected, write_adapter, write_merged
@@ -34,7 +34,7 @@ def main() -> None:
     selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
     if selected.spec.lora is None and options.merged:
         raise UserError("--merged: this run trained all weights; --out alone takes its model")
-    # Of an export with --merged that was stopped half-way, the adapter is there already.
+    # If an export with --merged was stopped halfway, the adapter already exists.
     name = base_name(selected, options.base_name)
     kept = options.merged is not None and is_exported(selected, options.out, name)
     if not options.overwrite and not kept:
@@ -61,7 +61,7 @@ def main() -> None:
             write_merged(selected, options.out, card)
         elif kept:
             with claimed(options.out):
-                pass  # clears away what the stopped one left beside it
+                pass  # removes leftovers of the stopped export
         else:
             write_adapter(selected, options.out, options.overwrite, name, card)
     if options.merged:
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options, once it is known that they do not contradict each other or the disk."""
+    """The options, checked against each other and against what is on disk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="directory of a finished run")
     parser.add_argument(

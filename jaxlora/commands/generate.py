@@ -4,10 +4,10 @@
     jaxlora generate PROMPTS --out ANSWERS.jsonl --base --model Qwen/Qwen3-8B --temperature 0
 
 PROMPTS is JSONL, a JSON list, CSV or Parquet, plain, .gz or .zst. Each row has `prompt` or `question`, a text
-that becomes a user's turn, or `messages`, which end with one. A base without a chat template continues the
-text as it is. An answer is a row with `prompt` (as it was given), `text`, `tokens`, `stop_reason` (stop or
-length), `logprob` (the sum over the tokens, of the distribution that they were drawn from) and the row's `id`
-or `row_id`. The same seed gives the same answers.
+that becomes a user turn, or `messages`, which end with one. A base without a chat template continues the
+unchanged text. An answer is a row with `prompt` (as given), `text`, `tokens`, `stop_reason` (stop or length),
+`logprob` (summed over the tokens, under the distribution that they were drawn from) and the row's `id` or
+`row_id`. The same seed gives the same answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxlora.engine import Sample, Trainer
 
 KEYS = ("prompt", "question", "messages")
-NAMES = ("id", "row_id")  # of a row, passed on
+NAMES = ("id", "row_id")  # fields of a row copied to its answer
 Row = dict[str, Any]
 
 
@@ -60,10 +60,10 @@ def main() -> int:
 
 
 def read_prompts(path: str) -> list[tuple[int, Row]]:
-    """The rows with their line numbers.
+    """Read the rows with their line numbers.
 
     Raises:
-      UserError: the file cannot be read, holds no row, or a row has no prompt.
+      UserError: the file cannot be read, has no rows, or a row has no prompt.
     """
     from jaxlora.data.containers import is_text, read_rows, strings_of
     from jaxlora.data.sources import locate
@@ -96,7 +96,7 @@ def answer(
     """Answers in the order of the rows, with progress on standard error.
 
     Raises:
-      UserError: a row cannot be rendered or is too long; names its line.
+      UserError: a row cannot be rendered or is too long; the message names its line.
     """
     from jaxlora.runtime.progress import progress_bar
 
@@ -129,7 +129,7 @@ def encode(trainer: Trainer, row: Row, options: argparse.Namespace) -> list[int]
     """Token ids of a row's prompt.
 
     Raises:
-      UserError: it holds a control token, or the template refuses it.
+      UserError: it contains a control token, or the template refuses it.
     """
     from jaxlora.data.control import guard_of
     from jaxlora.data.messages import check_text
@@ -150,7 +150,7 @@ def encode(trainer: Trainer, row: Row, options: argparse.Namespace) -> list[int]
 
 
 def check_turns(messages: list[Any]) -> None:
-    """Refuse messages that are none, or that do not ask for an answer."""
+    """Refuse malformed messages, and those that do not end with a user or tool turn."""
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise UserError(f"message {number}: give an object with role and content")
@@ -161,7 +161,7 @@ def check_turns(messages: list[Any]) -> None:
 
 
 def record(row: Row, sample: Sample) -> Row:
-    """A line of the answers."""
+    """A row of the answers file."""
     names = {name: row[name] for name in NAMES if name in row}
     return names | {
         "prompt": next(row[key] for key in KEYS if key in row),

@@ -7,11 +7,11 @@
     jaxlora plan --config regret/rank --topology h100-8 --train-rows 938319     # every arm of an experiment
     jaxlora plan --config rl_gsm8k --topology v5e-8 --answer-tokens 170     # learning from rewards
 
-Of a configuration that sets a field of `rl`, sampler and learner are compiled. The plan says how a batch's
-time splits into sampling, scoring (measured on this machine) and learning, and what the configuration's run
-and one of 10,000 problems x 32 answers take.
+For a configuration that sets a field of `rl`, sampler and learner are compiled. The plan shows how the time
+of a batch splits into sampling, scoring (measured on this machine) and learning, and the totals for the
+configured run and for one of 10,000 problems x 32 answers.
 
-Exit code 0: it fits; 1: it does not, and the output says what would; 2: a mistake in the request. Times are
+Exit code 0: it fits; 1: it does not fit, and the output says what would; 2: a mistake in the input. Times are
 lower bounds: compute, memory and interconnect are assumed to overlap fully and to reach their peak rates.
 """
 
@@ -99,7 +99,7 @@ def main() -> int:
 
 
 def plan_experiment(config: RunConfig, options: argparse.Namespace) -> int:
-    """Print what the arms of an experiment would take; 0 if all of them fit."""
+    """Print the plans of an experiment's arms; returns 0 if all of them fit."""
     from jaxlora.plan.programs import Workload
     from jaxlora.regret.planning import MACHINES, grid_table, machine_named, plan_grid
 
@@ -122,11 +122,11 @@ def plan_experiment(config: RunConfig, options: argparse.Namespace) -> int:
 
 
 def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Those of these options that were given."""
+    """Those of the named options that were given."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
-# What an option is for, where it says nothing of a plan of another kind.
+# Options that do not apply to each kind of plan, and what the error says about them.
 _ONLY = {
     "rewards": ("search", "train_rows", "validation_rows", "row_tokens"),
     "arms": ("search", "json", "validation_rows", "prompt_tokens", "answer_tokens"),
@@ -140,7 +140,7 @@ _INSTEAD = {
 
 
 def check_options(options: argparse.Namespace, kind: str) -> None:
-    """Refuse what could not be written afterwards before anything is compiled, which takes minutes."""
+    """Refuse options that do not apply, and output that cannot be written, before minutes of compiling."""
     of_lengths = ("train_rows", "validation_rows", "row_tokens", "prompt_tokens", "answer_tokens")
     of_slices = ("search", "json", "price", *of_lengths)
     if options.topology is None and (odd := [name for name in of_slices if getattr(options, name)]):
@@ -155,15 +155,15 @@ def check_options(options: argparse.Namespace, kind: str) -> None:
 
 
 def kind_of(config: RunConfig) -> str:
-    """What a configuration is planned as."""
+    """The kind of plan for a configuration."""
     if config.regret.arms:
         return "arms"
     return "rewards" if learns_from_rewards(config) else "rows"
 
 
 def plan_here(config: RunConfig) -> int:
-    """Print the plan of `jaxlora train --dry-run`, or of `jaxlora rl --dry-run`; 1 if its memory does not fit
-    the devices that are here."""
+    """Print the plan of `jaxlora train --dry-run` or `jaxlora rl --dry-run`; returns 1 if it does not fit in
+    the memory of this machine's devices."""
     from jaxlora.runtime.devices import setup
     from jaxlora.runtime.progress import console
 
@@ -184,7 +184,7 @@ def plan_here(config: RunConfig) -> int:
 
 
 def learns_from_rewards(config: RunConfig) -> bool:
-    """Whether the configuration is one of `jaxlora rl`: it sets a field of `rl`."""
+    """Whether the configuration is for `jaxlora rl`, that is, sets a field of `rl`."""
     return config.rl != RLConfig()
 
 
@@ -200,7 +200,7 @@ def plan_slices(
     """Compile and print a plan for each slice.
 
     Args:
-      any_mesh: search for the fastest mesh, remat and micro-batches instead of taking the configuration's.
+      any_mesh: search for the fastest mesh, remat and micro-batches instead of using the configured ones.
     """
     from jaxlora.plan.report import make_plan, print_comparison, print_plan, search
 
@@ -226,7 +226,7 @@ def plan_rewards(
     price: float | None,
     console: Console,
 ) -> list[RewardsPlan]:
-    """Compile and print a plan of learning from rewards for each slice."""
+    """Compile and print a reinforcement-learning plan for each slice."""
     from jaxlora.rl.planning import plan_rewards, print_rewards
 
     plans = []
@@ -237,7 +237,7 @@ def plan_rewards(
 
 
 def find_model(path: str) -> ModelConfig:
-    """The shape of a model in a directory, or of a published one; nothing is downloaded."""
+    """The shape of a model in a directory, or of a published model; nothing is downloaded."""
     from jaxlora.models.families import load_model_config, published_config
 
     folder = resolve(path)

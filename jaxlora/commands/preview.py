@@ -1,9 +1,9 @@
-"""Show rows as the model will see them: format, loss mask and control tokens in sight, tokens counted.
+"""Show rows as the model will see them: format, loss mask, control tokens and token counts.
 
     jaxlora preview --config tiny
     jaxlora preview --config main --rows 3 --config.data.train_path=rendered/train.jsonl
 
-Grey: no loss. Green, or between ⟦ and ⟧ where there is no colour: what carries loss, with its end-of-turn
+Grey: no loss. Green, or between ⟦ and ⟧ without colour: text that carries loss, including its end-of-turn
 token and newline. Characters that a terminal would act on are shown as escapes.
 """
 
@@ -60,14 +60,14 @@ def main() -> None:
 
 
 def describe_counts(row: RenderedRow) -> str:
-    """Token counts of a row, the shifted one last."""
+    """Token counts of a row, the shifted count last."""
     prompt = row.prompt_length
     answer = len(row.tokens) - prompt
     return f"{prompt} prompt + {answer} answer tokens; {row.n_tokens} after the shift by one"
 
 
 def coloured(row: RenderedRow, tokenizer: Tokenizer, marks: tuple[str, str] = ("", "")) -> Text:
-    """The row's text with its mask as colour, between `marks` where it carries loss; line ends as ↵."""
+    """The row's text with its loss mask as colour, between `marks` where it carries loss; newlines as ↵."""
     control = [*tokenizer.all_special_tokens, "\n"]
     splitter = re.compile("(" + "|".join(map(re.escape, control)) + ")")
     text = Text()
@@ -87,5 +87,5 @@ def coloured(row: RenderedRow, tokenizer: Tokenizer, marks: tuple[str, str] = ("
 
 
 def printable(text: str) -> str:
-    """The text with escapes for what is not printed but acted on, such as the codes of a terminal."""
+    """The text with escapes for characters that would be acted on, not printed, such as terminal codes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

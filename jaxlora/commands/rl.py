@@ -1,11 +1,11 @@
-"""Learn from rewards: sample answers, grade them, step towards the better ones; as a configuration says.
+"""Learn from rewards: sample answers, grade them, step towards the better ones, as configured.
 
     jaxlora rl --config rl_tiny
     jaxlora rl --config rl_gsm8k --config.lora.rank=1 --config.seed=1
     jaxlora rl --report results/rl-tiny-all_layer-seed-0     # a page of its answers so far, to browse
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 a mistake in what was given, 75 stopped
-by SIGTERM, 130 stopped by Ctrl-C, 1 anything else.
+The same command resumes a stopped run. Exit codes: 0 done, 2 a mistake in the input, 75 stopped by SIGTERM,
+130 stopped by Ctrl-C, 1 anything else.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def run(stop: Stop) -> int:
 
 
 def asked_report(words: list[str]) -> str | None:
-    """The run whose page is asked for, if one is; then nothing else may be."""
+    """The run whose page is requested, if any; it must be the only option then."""
     names = [i for i, word in enumerate(words) if word.partition("=")[0] == "--report"]
     if not names or "--help" in words or "-h" in words:
         return None

@@ -2,11 +2,11 @@
 
     jaxlora study --config tiny               # in miniature, on a laptop
     jaxlora study --config main --dry-run     # every run, with steps, tokens and hours
-    jaxlora study --config main --status      # how far it is
+    jaxlora study --config main --status      # progress so far
     jaxlora study --config main --stage report
     jaxlora study --config regret/tiny        # adapters against full fine-tuning, see jaxlora/regret
 
-What is there and valid is not done again: the same command goes on wherever it was stopped or killed.
+Existing valid results are not recomputed: the same command resumes wherever it was stopped or killed.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What `chat` and `generate` sample from: a run's selected weights, an adapter on its base, or a base.
 
-add_options(parser)                          # --run | --adapter | --base, and how to draw
+add_options(parser)                          # --run | --adapter | --base, and sampling options
 options = parser.parse_args()
 check(options)
 trainer = open_subject(options)
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Who answers, and how its tokens are drawn."""
+    """Add the options that choose the model and how it samples."""
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--run", type=Path, metavar="DIR", help="a finished run; its base is found by itself")
     who.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
@@ -40,10 +40,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that do not go together, before anything slow is imported.
+    """Refuse conflicting options before anything slow is imported.
 
     Raises:
-      UserError: says which.
+      UserError: names them.
     """
     if options.base and not (options.config or options.model):
         raise UserError("--base: of which model? give --model PATH, or --config FILE")
@@ -52,15 +52,15 @@ def check(options: argparse.Namespace) -> None:
 
 
 def open_subject(options: argparse.Namespace) -> Trainer:
-    """Load what the options name; nothing will be trained.
+    """Load the model that the options name, for sampling only.
 
     Raises:
-      UserError: it is not there, it is not finished, or it belongs to another base.
+      UserError: it does not exist, is not finished, or belongs to another base.
     """
     from jaxlora.runtime import hosts
     from jaxlora.runtime.devices import setup
 
-    setup("results", "bfloat16")  # the engine sees to the products of float32
+    setup("results", "bfloat16")  # the engine sets the precision of float32 products
     if hosts.n_processes() > 1:
         raise UserError("chat and generate run on one host; start them on a machine of one host")
     given = source_given(options)
@@ -72,19 +72,19 @@ def open_subject(options: argparse.Namespace) -> Trainer:
         assert given is not None, "checked"
         trainer = _engine(given).untrained()
     if not trainer.spec.full:
-        _ = trainer.engine.frozen  # the wait is now, not at the first question
+        _ = trainer.engine.frozen  # load now, not at the first question
     return trainer
 
 
 def source_given(options: argparse.Namespace) -> ModelSource | None:
-    """The base that `--config` or `--model` names; None where neither is given."""
+    """The base named by `--config` or `--model`; None if neither is given."""
     if options.config:
         return load_config(options.config).model
     return _source(options.model) if options.model else None
 
 
 def _source(path: str) -> ModelSource:
-    """A base in the dtype that suits the machine."""
+    """A base in the dtype that suits this machine."""
     from jaxlora.engine import default_dtype
 
     return ModelSource(path=path, dtype=default_dtype())
@@ -98,7 +98,7 @@ def _engine(source: ModelSource) -> Engine:
 
 
 def _open_run(run: Path, given: ModelSource | None) -> Trainer:
-    """The selected weights of a run; the base is the run's own, or a copy of it at another place."""
+    """The selected weights of a run, on the run's own base or a copy of it elsewhere."""
     from jaxlora.checkpoints.export import load_selected
     from jaxlora.engine import engine_of
 
@@ -107,7 +107,7 @@ def _open_run(run: Path, given: ModelSource | None) -> Trainer:
 
 
 def _open_adapter(address: str, given: ModelSource | None) -> Trainer:
-    """An adapter on the base that it names, or on the one that was given; with its own tokenizer, if any."""
+    """An adapter on the base that it names or on the given one, with its own tokenizer, if any."""
     from jaxlora.evals.subjects import adapter_folder, with_own_base_dtype, with_own_tokenizer
 
     folder = adapter_folder(address)
@@ -116,7 +116,7 @@ def _open_adapter(address: str, given: ModelSource | None) -> Trainer:
 
 
 def _named_base(folder: Path) -> str:
-    """The base that an adapter names."""
+    """The base named by an adapter."""
     from jaxlora.checkpoints.peft import SETTINGS
     from jaxlora.runtime.files import read_object
 

@@ -1,10 +1,10 @@
-"""Fine-tune with one placement (or whole) and one seed, as a Python configuration file says.
+"""Fine-tune with one adapter placement (or all weights) and one seed, as configured by a Python file.
 
     jaxlora train --config tiny
     jaxlora train --config main --config.lora.targets=attention_only --config.seed=1
 
-The same command resumes a run that was stopped. Exit codes: 0 done, 2 a mistake in what was given, 75 stopped
-by SIGTERM, 130 stopped by Ctrl-C, 1 anything else.
+The same command resumes a stopped run. Exit codes: 0 done, 2 a mistake in the input, 75 stopped by SIGTERM,
+130 stopped by Ctrl-C, 1 anything else.
 """
 
 from __future__ import annotations

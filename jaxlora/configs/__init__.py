@@ -1,1 +1,1 @@
-"""The configurations that ship with the package, by name: `jaxlora train --config tiny`."""
+"""Configurations shipped with the package, used by name: `jaxlora train --config tiny`."""

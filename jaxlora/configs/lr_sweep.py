@@ -1,8 +1,8 @@
-"""Another grid: a learning-rate curve for each condition, over whole runs. 10 runs of one epoch, one seed.
+"""A learning-rate sweep for each condition, over whole runs: 10 runs of one epoch, one seed.
 
     jaxlora study --config lr_sweep --dry-run
 
-The study chose its rates by 64 steps at a constant rate; would whole runs choose the same?
+The study selected its rates by 64 steps at a constant rate; would whole runs select the same?
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Another grid: how much rank each condition needs. 24 runs of one epoch, one seed.
+"""A rank sweep: how much rank each condition needs. 24 runs of one epoch, one seed.
 
     jaxlora study --config rank_sweep --dry-run
 
-The best learning rate may differ from rank to rank, so every rank is tried at three rates; the report shows
-the lowest validation loss over the rates, step by step.
+The best learning rate may vary with rank, so every rank is tried at three rates; the report shows the lowest
+validation loss over the rates at each step.
 """
 
 from dataclasses import replace

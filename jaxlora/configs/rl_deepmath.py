@@ -1,9 +1,9 @@
-"""Learning DeepMath from rewards at rank 1: Qwen3-8B's base, long answers.
+"""Learning DeepMath from rewards at rank 1: Qwen3-8B-Base, long answers.
 
     jaxlora rl --config rl_deepmath --config.rl.problems=deepmath.jsonl --config.rl.eval_problems=aime.jsonl
 
-Files with `question` and `final_answer`. Answers of up to 8,192 tokens leave room for few at once (the
-cache takes 1.2 GB each). The rate is a beginning, not a result: sweep it.
+The files have `question` and `final_answer`. Answers of up to 8,192 tokens leave room for few at once (the KV
+cache takes 1.2 GB each). The learning rate is a starting point, not a result: sweep it.
 """
 
 from jaxlora.config import LoraConfig, ModelSource, OptimConfig, RLConfig, RunConfig, TrainConfig

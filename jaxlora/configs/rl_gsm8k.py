@@ -1,10 +1,10 @@
-"""Learning GSM8K from rewards at rank 1: Qwen3-8B, 64 prompts x 16 answers a step, one H100.
+"""Learning GSM8K from rewards at rank 1: Qwen3-8B, 64 prompts x 16 answers per step, one H100.
 
     jaxlora rl --config rl_gsm8k \\
         --config.rl.problems=gsm8k/train.jsonl --config.rl.eval_problems=gsm8k/test.jsonl
 
-Files with `question` and `answer`, such as those of openai/gsm8k. The rate is a beginning, not a result:
-sweep it.
+The files have `question` and `answer`, such as those of openai/gsm8k. The learning rate is a starting point,
+not a result: sweep it.
 """
 
 from jaxlora.config import LoraConfig, ModelSource, OptimConfig, RLConfig, RunConfig, TrainConfig

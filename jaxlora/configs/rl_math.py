@@ -3,8 +3,8 @@
     jaxlora rl --config rl_math \\
         --config.rl.problems=math/train.jsonl --config.rl.eval_problems=math/math500.jsonl
 
-Files with `problem` and `solution`. Many answers a prompt: where few of them are right, small groups are
-constant and teach nothing. The rate is a beginning, not a result: sweep it.
+The files have `problem` and `solution`. There are many answers per prompt because, when few are right, small
+groups have constant rewards and teach nothing. The learning rate is a starting point, not a result: sweep it.
 """
 
 from jaxlora.config import LoraConfig, ModelSource, OptimConfig, RLConfig, RunConfig, TrainConfig

@@ -1,9 +1,9 @@
-"""Learning from rewards in miniature: the tiny base that ships with the package, on its own word problems.
+"""Learning from rewards in miniature: the tiny base shipped with the package, on its own word problems.
 
     jaxlora rl --config rl_tiny
 
-The adapter, of rank 1, begins where 20 supervised steps left it (`embedded:start`): a quarter of the answers
-are right. From there on it sees no solution, only which of its own answers are right. Minutes on a CPU.
+The rank-1 adapter starts from 20 supervised steps (`embedded:start`), where a quarter of its answers are
+right. From then on it sees no solutions, only which of its own answers are right. Takes minutes on a CPU.
 """
 
 from jaxlora.config import LoraConfig, ModelSource, OptimConfig, RLConfig, RunConfig, TrainConfig
@@ -15,7 +15,7 @@ def get_config() -> RunConfig:
         model=ModelSource(path="embedded:base", dtype="float32"),
         lora=LoraConfig(rank=1, start="embedded:start"),
         optim=OptimConfig(peak_lr=1e-3, schedule="constant"),
-        # On a CPU, attention over one long buffer costs more than padding short rows does.
+        # On a CPU, attention over one long buffer costs more than padding short rows.
         train=TrainConfig(layout="padded", buffer_multiple=32, max_buffer_tokens=4096),
         rl=RLConfig(
             problems="embedded:data/train.jsonl",

@@ -5,7 +5,7 @@
         --config.model.path=path/to/SmolLM2-135M-Instruct
 
 The model is fetched from the Hugging Face Hub unless `--config.model.path` names a directory. A tenth of the
-rows is kept for validation. For `HuggingFaceTB/SmolLM2-360M-Instruct` and `-1.7B-Instruct` only the path
+rows is held out for validation. For `HuggingFaceTB/SmolLM2-360M-Instruct` and `-1.7B-Instruct` only the path
 changes.
 """
 
@@ -15,11 +15,11 @@ from jaxlora.config import DataConfig, ModelSource, OptimConfig, RunConfig, Trai
 def get_config() -> RunConfig:
     return RunConfig(
         prefix="smollm2-135m",
-        # CPUs compute in float32 faster than in bfloat16, which most of them only imitate.
+        # CPUs are faster in float32 than in bfloat16, which most of them only emulate.
         model=ModelSource(path="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="float32"),
         data=DataConfig(train_path="rows.jsonl", validation_fraction=0.1, max_length=512),
         optim=OptimConfig(peak_lr=1e-3),
-        # On a CPU, attention over one long buffer costs more than padding short rows does.
+        # On a CPU, attention over one long buffer costs more than padding short rows.
         train=TrainConfig(
             epochs=1,
             layout="padded",

@@ -1,14 +1,14 @@
-"""The study in small, on a real model: SmolLM2-135M-Instruct, attention only against all layers, on GSM8K.
+"""A small study on a real model: SmolLM2-135M-Instruct, attention only versus all layers, on GSM8K.
 
     jaxlora data build --source train.jsonl --out gsm8k
     jaxlora study --config smollm2_gsm8k
 
 `train.jsonl` is GSM8K's own file, or `hf://openai/gsm8k/main/train-00000-of-00001.parquet`. Without the Hub,
-name the model and the test problems, too: `--config.model.path=DIR --config.eval.benchmark=test.jsonl`.
+also name the model and the test problems: `--config.model.path=DIR --config.eval.benchmark=test.jsonl`.
 
-With a tenth of the 7,473 rows for validation, these are six runs of 842 steps and seven evaluations of 1,319
-problems: seven minutes of one H200 with three processes. Start the command several times: the processes share
-the runs, each on the GPU of its CUDA_VISIBLE_DEVICES.
+With a tenth of the 7,473 rows for validation, this is six runs of 842 steps and seven evaluations of 1,319
+problems: seven minutes on one H200 with three processes. Start the command several times: the processes share
+the runs, each on the GPU in its CUDA_VISIBLE_DEVICES.
 """
 
 from jaxlora.config import (
@@ -25,7 +25,7 @@ from jaxlora.config import (
 def get_config() -> RunConfig:
     return RunConfig(
         prefix="smollm2-gsm8k",
-        # Scanned layers compile in seconds, and of a model so small they cost little.
+        # Scanned layers compile in seconds, and cost little with such a small model.
         model=ModelSource(path="HuggingFaceTB/SmolLM2-135M-Instruct", layers="scan"),
         data=DataConfig(
             train_path="gsm8k/rendered/train.jsonl",

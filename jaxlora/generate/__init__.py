@@ -1,1 +1,1 @@
-"""Decoding: weights in the form that it wants, a KV cache with slots, greedy answers."""
+"""Decoding: weights in a form suited to it, a KV cache with slots, greedy or sampled answers."""

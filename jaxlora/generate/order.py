@@ -1,11 +1,11 @@
-"""In which order prompts are read, and how many at once: plain functions of lengths, nothing on a device.
+"""The order in which prompts are prefilled, and how many at once: plain host functions of lengths.
 
-    queue = order_of([104, 65, 96], expected=[133, 400, 163])     # [0, 2, 1]: taken from the end
+    queue = order_of([104, 65, 96], expected=[133, 400, 163])     # [0, 2, 1], taken from the end
     take = take_packed(queue, lengths, free=20, rows=64, tokens=2048)
 
-Longest answers first: answers that begin last end last, and while the last ones run alone most slots idle.
-How long they will be is known from an earlier evaluation of the same prompts, of whatever model, or guessed:
-longer prompts have longer answers. What is generated depends on none of it.
+Prompts with the longest answers go first: answers started last finish last, and while the last few run, most
+slots idle. Lengths are known from an earlier evaluation of the same prompts, with any model, or guessed:
+longer prompts have longer answers. The generated text does not depend on the order.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 
 import numpy as np
 
-PACKED_TOKENS = 2048  # of a packed prefill: enough to fill a GPU, few enough that no slot waits for long
-PACKED_ROWS = 64  # prompts in one, at most
-WORTH = 0.75  # of its tokens: with less, waiting for more free slots costs less than padding
-PAGE = 8  # prefill batches whose prompts are sorted by length, where rows are padded to the longest
+PACKED_TOKENS = 2048  # per packed prefill: enough to fill a GPU, few enough that no slot waits for long
+PACKED_ROWS = 64  # most prompts in a packed prefill
+WORTH = 0.75  # share of its tokens below which waiting for more free slots is cheaper than padding
+PAGE = 8  # prefill batches within which prompts are sorted by length, if rows are padded to the longest
 
 
 def order_of(
     lengths: Sequence[int], expected: Sequence[float] | None = None, batch: int | None = None, first: int = 0
 ) -> list[int]:
-    """Numbers of prompts of these lengths; the last is read first.
+    """The numbers of prompts of these lengths, in order of prefill; the last goes first.
 
     Args:
-      expected: how long each answer may become; None: longer prompts first, the guess of any fit that grows.
-      batch: prompts are padded to the longest of so many: within pages of a few batches, they are sorted by
-        their own length. None: they are not padded.
-      first: so many are read at the start, before any answer begins: the first page.
+      expected: expected length of each answer; None: longer prompts first, as any increasing fit would guess.
+      batch: this many prompts are padded to the longest of them: within pages of a few batches they are
+        sorted by their own length. None: they are not padded.
+      first: this many are prefilled at the start, before any answer begins: the first page.
     """
     if expected is None:
         return sorted(range(len(lengths)), key=lambda i: lengths[i])
@@ -44,19 +44,19 @@ def order_of(
 
 
 def packed_tokens(lengths: Sequence[int]) -> int:
-    """Tokens of a packed prefill of prompts like these, before it is rounded up."""
+    """Tokens of a packed prefill for prompts like these, before rounding up."""
     return max(max(lengths), min(PACKED_TOKENS, sum(lengths)))
 
 
 def take_packed(
     queue: Sequence[int], lengths: Sequence[int], free: Sequence[int], rows: int, tokens: int, idle: bool
 ) -> list[list[int]]:
-    """The prompts, from the end of the queue, that devices read now; all empty if it is better to wait.
+    """The prompts, from the end of the queue, that each device prefills now; all empty if waiting is better.
 
     Args:
       free: free slots of each device.
-      rows, tokens: of one device's packed prefill, at most.
-      idle: nothing runs, so that there is nothing to wait for.
+      rows, tokens: upper limits of one device's packed prefill.
+      idle: no answer is being decoded, so there is nothing to wait for.
     """
     taken: list[list[int]] = [[] for _ in free]
     held = np.zeros(len(free), int)
@@ -79,11 +79,11 @@ def take_packed(
 def packed_line(
     prompts: Sequence[Sequence[int]], slots: np.ndarray, tokens: int, rows: int, nowhere: int
 ) -> dict[str, Any]:
-    """Prompts end to end, for their slots; what is no prompt goes to the slot `nowhere`.
+    """Pack prompts end to end for their slots; padding goes to the slot `nowhere`.
 
     Returns:
-      int32 `tokens`, `positions`, `segment_ids` and `slots` `[1, tokens]`, and the number of each prompt's
-      last token in it, `ends` `[rows]`.
+      int32 `tokens`, `positions`, `segment_ids` and `slots` `[1, tokens]`, and `ends` `[rows]`, the index of
+      each prompt's last token.
     """
     line: dict[str, Any] = {
         "slots": np.full((1, tokens), nowhere, np.int32),

@@ -1,12 +1,12 @@
-"""The weights in the form that decoding wants.
+"""The weights in a form suited to decoding.
 
     spec, lora, weights, mesh = decode_weights(spec, lora, frozen)
     with jax.set_mesh(mesh):
         answers = generate(spec, lora, weights, prompts, ...)
 
-One tree a layer, whose caches are then updated in place; the adapter merged, so that it costs nothing; q, k,
-v and gate, up joined to one product each. Every token reads all weights: on several chips each has a copy, or
-they are split by heads, and stay where they are, where training would gather them over `fsdp` in every step.
+Layers are unrolled, so that their KV caches are updated in place; the adapter is merged, so it costs nothing;
+q, k, v and gate, up are fused into one product each. Every token reads all weights: on several chips they are
+replicated or split by heads, and stay in place, whereas training gathers them over `fsdp` in every step.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 def decode_weights(
     spec: ModelSpec, trained: Tree, frozen: Tree, *, merge: bool = True, shares: bool = False
 ) -> tuple[ModelSpec, Tree, Tree, Mesh]:
-    """Model, adapter, weights and mesh for decoding; arrays that need no change are shared with the base.
+    """Model, adapter, weights and mesh for decoding; unchanged arrays are shared with the base.
 
-    Works layer by layer: beside its result it holds one layer's copies.
+    Works layer by layer, so besides the result it holds only one layer's copies.
 
     Args:
-      trained: what is trained: the adapter, all weights of a spec that is `full`, or `{}`.
-      frozen: the base, laid out over a mesh, or on one device; `{}` of a spec that is `full`.
-      merge: W + (alpha / r) B A in place of W, the sum in float32, cast once; otherwise, or where that
-        cannot be (`ModelSpec.mergeable`), the adapter is returned and applied at every step. So it is over a
-        quantised base: rounding the sum again would lose the update, which is smaller than the steps between
-        8-bit numbers.
-      shares: decode on the base's own mesh wherever no weight would have to be gathered there, though
-        another one were faster: arrays that need no change are then never copied.
+      trained: the adapter, all weights if the spec is `full`, or `{}`.
+      frozen: the base, laid out over a mesh or on one device; `{}` if the spec is `full`.
+      merge: replace W by W + (alpha / r) B A, summed in float32 and cast once. Otherwise, or if merging is
+        impossible (`ModelSpec.mergeable`), the adapter is returned and applied at every step. The same holds
+        for a quantised base: rounding the sum again would lose the update, which is smaller than the steps
+        between 8-bit numbers.
+      shares: decode on the base's own mesh if no weight would have to be gathered there, even if another mesh
+        were faster: unchanged arrays are then never copied.
     """
     lora, base = spec.computing(trained, frozen)
     if spec.scheme is not None:
@@ -66,10 +66,10 @@ def decode_weights(
 
 
 def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
-    """The form of a model in decoding on this mesh, see `decode_weights`."""
+    """The form of a model for decoding on this mesh, see `decode_weights`."""
     scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
     keep = spec.lora is not None and not (merge and scheme is None and spec.mergeable)
-    whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales go over the ends of rows
+    whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales cross the ends of rows
     joined = not keep and mesh.shape["tensor"] == 1 and whole_groups
     lora, shapes = (spec.lora, spec.shapes) if keep else (None, ())
     return replace(spec, lora=lora, shapes=shapes, scan=False, joined=joined, full=False, scheme=scheme)
@@ -77,10 +77,10 @@ def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
 
 @cache
 def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, Tree, int], Tree]:
-    """One program that cuts a layer out of the stacked ones, every chip its own part.
+    """A single program that slices a layer out of the stacked ones, each chip its own part.
 
-    Operation by operation, XLA would exchange parts between hosts many times: on CPUs they were seen to wait
-    for one another for ever.
+    Operation by operation, XLA would exchange parts between hosts many times; on CPUs this was seen to
+    deadlock.
     """
     return jax.jit(
         lambda stacked, lora, i: _layer(spec, form, jax.tree.map(lambda x: x[i], stacked), lora, i),
@@ -89,7 +89,7 @@ def _make_cut(spec: ModelSpec, form: ModelSpec, mesh: Mesh) -> Callable[[Tree, T
 
 
 def _changed(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) -> Tree:
-    """As `_layer`, by one program for all layers; arrays that need no change are the layer's own."""
+    """Like `_layer`, but with one program for all layers; unchanged arrays are those of the layer."""
     made = jax.tree.map(lambda x: x, layer)
     for path in _joined_paths(form):
         for part in JOINED[path]:
@@ -100,13 +100,13 @@ def _changed(spec: ModelSpec, form: ModelSpec, layer: Tree, lora: Tree, i: int) 
 
 
 def _joined_paths(form: ModelSpec) -> list[str]:
-    """The products that are computed as one; those of experts stay as they are."""
+    """Paths of the fused projections; those of experts are not fused."""
     return [path for path in JOINED if form.joined and not (form.config.experts and path.startswith("mlp."))]
 
 
 @cache
 def _make_changed(spec: ModelSpec, form: ModelSpec) -> Callable[[Tree, Tree, int], dict[str, jax.Array]]:
-    """One program that makes what differs in a layer, by dotted path."""
+    """A single program that computes the changed weights of a layer, by dotted path."""
     merged = {weight.place.removeprefix("layers.") for weight in spec.adapted if form.lora is None}
 
     def changed(layer: Tree, lora: Tree, i: int) -> dict[str, jax.Array]:
@@ -133,11 +133,11 @@ def _mesh_of(frozen: Tree) -> Mesh:
 
 
 def _take(tree: Tree, path: str) -> Tree:
-    """Take a module out of the tree."""
+    """Remove a module from the tree and return it."""
     parent, _, name = path.rpartition(".")
     return get_path(tree, parent).pop(name)
 
 
 def _moved(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """x in this sharding; x itself where it has it already."""
+    """x with this sharding; x itself if it already has it."""
     return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(x, sharding)

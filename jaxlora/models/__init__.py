@@ -1,1 +1,1 @@
-"""The families in Flax NNX: configuration, parameter table, modules and attention backends."""
+"""Models in Flax NNX: configuration, parameter table, modules and attention backends."""

@@ -1,11 +1,11 @@
-"""The MLP of a mixture: a router sends each token to a few of many experts, and their outputs are summed.
+"""The MLP of a mixture of experts: a router sends each token to a few experts, whose outputs are summed.
 
     mlp = ExpertMLP(table, spec)                       # in place of the decoder's MLP
     y = mlp(x, real)                                   # real: bool [batch, length], or None: all tokens are
 
-The router's softmax is over all experts in float32; the most likely ones are taken, and their outputs
-weighted after the last product. Nothing is dropped, and padding goes nowhere. Every expert has an adapter of
-its own, at the adapter's rank divided by the experts of a token; the router has none.
+The router's softmax runs over all experts in float32; the top k are taken, and their outputs are weighted
+after the last product. No token is dropped, and padding is not routed. Every expert has its own adapter, of
+the configured rank divided by k, the number of experts per token; the router has none.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from jaxlora.models.spec import PRODUCT, Experts, How, Weight
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import EXPERTS, auto_mesh, spec_for
 
-GATHERED = "gathered"  # the name of weights that the backward pass gathers again
+GATHERED = "gathered"  # checkpoint name of weights that the backward pass re-gathers
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Router(nnx.Module):
-    """The logits of all experts; never adapted."""
+    """The logits over all experts; never adapted."""
 
     def __init__(self, weight: Weight, spec: Any, stack: tuple[int, ...]):
         self.weight = nnx.Param(jnp.zeros((*stack, *weight.shape), jnp.dtype(spec.dtype)))
@@ -52,7 +52,7 @@ class ExpertLinear(nnx.Module):
 
 
 class ExpertWeights(nnx.Module):
-    """The three projections of SwiGLU, of all experts."""
+    """The three SwiGLU projections of all experts."""
 
     def __init__(self, table: Mapping[str, Weight], spec: Any, stack: tuple[int, ...]):
         self.gate_proj, self.up_proj, self.down_proj = (
@@ -60,7 +60,7 @@ class ExpertWeights(nnx.Module):
         )
 
     def arrays(self) -> dict[str, dict[str, jax.Array]]:
-        """Weight and, where there is one, adapter of each projection."""
+        """The weight and, if any, the adapter of each projection."""
         found = {}
         for name in NAMES:
             module = getattr(self, name)
@@ -92,16 +92,16 @@ class ExpertMLP(nnx.Module):
 
 
 def route(x: jax.Array, weight: jax.Array, experts: Experts, real: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The experts of each token and their shares.
+    """The experts of each token and their mixing weights (shares).
 
     Args:
       x: `[tokens, hidden]`.
-      weight: the router's, `[experts, hidden]`.
-      real: bool `[tokens]`; others go to no expert.
+      weight: the router's weight, `[experts, hidden]`.
+      real: bool `[tokens]`; other tokens are routed to no expert.
 
     Returns:
-      choices int32 `[tokens, k]`, the number of experts where a token goes nowhere, and shares `[tokens, k]`
-      in the dtype of x.
+      choices int32 `[tokens, k]`, equal to the number of experts for tokens that are not routed, and shares
+      `[tokens, k]` in the dtype of x.
     """
     logits = jnp.einsum("ti,ei->te", x, weight, preferred_element_type=jnp.float32)
     shares, choices = jax.lax.top_k(jax.nn.softmax(logits), experts.num_experts_per_tok)
@@ -111,10 +111,10 @@ def route(x: jax.Array, weight: jax.Array, experts: Experts, real: jax.Array) ->
 
 
 def _experts(config: Experts, scale: float, how: How, own: _Split, x, real, router, arrays):
-    """The experts' sum for tokens `[batch, length, hidden]`, on every chip for its own tokens.
+    """The weighted sum of experts for tokens `[batch, length, hidden]`; every chip returns its own tokens.
 
-    Where experts are split over chips, the tokens of these come together, each chip computes its experts, and
-    the sums go back. Every token goes to several experts, so most chips need it anyway.
+    If experts are split over chips, these gather each other's tokens, compute their own experts, and
+    reduce-scatter the sums. Every token goes to several experts, so most chips need it anyway.
     """
     arrays = {name: one | {"weight": own.whole(name, one["weight"])} for name, one in arrays.items()}
     tokens = x.reshape(-1, x.shape[-1])
@@ -136,7 +136,7 @@ def _experts(config: Experts, scale: float, how: How, own: _Split, x, real, rout
 
 
 def own_experts(config: Experts, scale: float, how: How, tokens, choices, shares, arrays):
-    """The sum over these experts, of which there may be a part only."""
+    """The weighted sum over these experts, which may be only a part of all."""
     n_experts = arrays["gate_proj"]["weight"].shape[0]
     groups = group_tokens(choices, n_experts, tile_rows(choices.size, config.num_experts))
 
@@ -158,7 +158,7 @@ class _Split(NamedTuple):
     """What is split over chips of the mesh."""
 
     experts: bool = False  # over `expert`
-    tokens: bool = False  # over `expert`, too
+    tokens: bool = False  # also over `expert`
     units: bool = False  # the experts' hidden units, over `tensor`
     embed: Mapping[str, int] = {}  # by projection, the axis of its weight that is split over `fsdp`
 
@@ -166,14 +166,14 @@ class _Split(NamedTuple):
         """The weight of these experts and units, gathered over `fsdp`."""
         if name not in self.embed:
             return weight
-        # By its name the backward pass gathers it again, see `_over_mesh`.
+        # The name makes the backward pass gather it again, see `_over_mesh`.
         return checkpoint_name(
             jax.lax.all_gather(weight, "fsdp", axis=self.embed[name], tiled=True), GATHERED
         )
 
 
 def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacked: bool) -> Callable:
-    """`run(split, x, real, router, arrays)` on every chip for its tokens; on one device, as it is."""
+    """`run(split, x, real, router, arrays)` on every chip for its own tokens; on one device, `run` itself."""
     mesh = auto_mesh()
     if mesh is None or mesh.size == 1:
         return partial(run, _Split())
@@ -201,16 +201,16 @@ def _over_mesh(run: Callable, axes: Mapping[str, tuple[str | None, ...]], stacke
 
 
 def _keep_all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Whether the backward pass finds this result kept: all but weights, which it takes from where they lie,
-    and gathers again. A loop over layers would keep copies of all of them. (Of JAX's own policies, the one
-    that excludes names excludes nothing.)"""
+    """Checkpoint policy: save all results but weights, which the backward pass reads from their arguments and
+    re-gathers. A scan over layers would otherwise keep copies of all of them. (JAX's own policy that excludes
+    names excludes nothing.)"""
     if primitive.name == "name":
         return params["name"] not in (GATHERED, WEIGHTS)
     return not (primitive.name.startswith("all_gather") and "fsdp" in str(params["axis_name"]))
 
 
 def _places(mesh: Any, axes: tuple[str | None, ...], arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """How a projection's arrays are split over the mesh; adapters as the products need them."""
+    """Partition specs of a projection's arrays; adapters are split as the products need them."""
     expert, *both = axes
     out_axis, in_axis = (None if axis == "embed" else axis for axis in both)
     all_axes = {"weight": axes, "lora_a": (expert, None, in_axis), "lora_b": (expert, out_axis, None)}

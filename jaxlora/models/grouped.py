@@ -1,17 +1,17 @@
-"""Products of rows with the matrix of their own group: what the experts of a mixture compute.
+"""Grouped matrix products: each row times the matrix of its group, as computed by a mixture of experts.
 
-    groups = group_tokens(choices, n_experts, tile)        # choices int32 [tokens, k]; n_experts: nowhere
-    rows = to_rows(x, groups)                              # [rows, hidden], an expert's rows side by side
+    groups = group_tokens(choices, n_experts, tile)        # choices int32 [tokens, k]; n_experts: not routed
+    rows = to_rows(x, groups)                              # [rows, hidden], an expert's rows contiguous
     gate, up = expert_products(rows, [w_gate, w_up], [], 0.0, groups, "auto")
     y = to_tokens(expert_products(...)[0], shares, groups) # [tokens, hidden]
 
-Rows are sorted by expert, and each expert's are padded to whole tiles, so every tile multiplies with one
-matrix. Nothing is dropped, however uneven the choices are: the number of rows is the most that there can be.
-Nowhere is there an array of tokens times experts times anything.
+Rows are sorted by expert and each expert's rows are padded to whole tiles, so every tile is multiplied with a
+single matrix. No token is dropped, however uneven the choices: there is room for the worst case. No array
+has the size of tokens times experts times anything.
 
-Implementations: `triton`, kernels for GPUs (`jaxlora.models.grouped_triton`); `mosaic`, the same with faster
-ones for the large products of Hopper GPUs (`jaxlora.models.grouped_mosaic`); `ragged_dot`, that of JAX, for
-which the TPU compiler has kernels; `loop`, one tile after the other, for CPUs.
+Implementations: `triton`, GPU kernels (`jaxlora.models.grouped_triton`); `mosaic`, the same with faster
+kernels for large products on Hopper GPUs (`jaxlora.models.grouped_mosaic`); `ragged_dot`, JAX's own, for
+which the TPU compiler has kernels; `loop`, one tile at a time, for CPUs.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from jaxlora.models.spec import Experts, How
 
 Adapter = tuple[jax.Array, jax.Array]  # A float32 [experts, r, in], B float32 [experts, out, r]
 Term = tuple[jax.Array, jax.Array]  # rows [rows, in], matrices [experts, out, in]
-WEIGHTS = "expert weights"  # the name of frozen matrices that the backward pass multiplies with
-TILES = (16, 128)  # least and most rows of a tile: what tensor cores take, and what keeps them busy
+WEIGHTS = "expert weights"  # checkpoint name of the frozen matrices used by the backward pass
+TILES = (16, 128)  # fewest and most rows of a tile: the minimum of tensor cores, and enough to keep them busy
 RANK_MULTIPLE = 16  # the inner dimension of adapters is padded to this for the kernel
 
 
 class Groups(NamedTuple):
-    """Where every token goes. Rows are numbered through all tiles."""
+    """Where every token goes. Rows are numbered consecutively through all tiles."""
 
-    place: jax.Array  # int32 [tokens, k]: the row of each choice; the number of rows: none
-    token: jax.Array  # int32 [rows]: the token in each row; the number of tokens: none, the row is padding
-    choice: jax.Array  # int32 [rows]: which of the token's choices
-    expert: jax.Array  # int32 [tiles]: whose rows a tile holds, ascending; the number of experts: nobody's
-    tiles: jax.Array  # int32 [experts]: tiles of each expert
-    counts: jax.Array  # int32 [experts]: rows of each expert that hold a token
+    place: jax.Array  # int32 [tokens, k]: the row of each choice; the number of rows means none
+    token: jax.Array  # int32 [rows]: the token in each row; the number of tokens means padding
+    choice: jax.Array  # int32 [rows]: which of the token's k choices
+    expert: jax.Array  # int32 [tiles]: the expert of each tile, ascending; the number of experts means none
+    tiles: jax.Array  # int32 [experts]: number of tiles of each expert
+    counts: jax.Array  # int32 [experts]: number of rows of each expert that hold a token
 
 
 def resolve(how: How) -> How:
-    """The implementation that `auto` means on this machine."""
+    """The implementation, with `auto` resolved for this machine."""
     if how != "auto":
         return how
     by_platform: dict[str, How] = {"tpu": "ragged_dot", "gpu": "triton"}
@@ -55,7 +55,7 @@ def resolve(how: How) -> How:
 
 
 def tile_rows(choices: int, n_experts: int) -> int:
-    """Rows of a tile for so many choices: a power of two about as large as an expert's mean share."""
+    """Rows per tile for this many choices: a power of two close to the mean number per expert."""
     tile = TILES[0]
     while tile < TILES[1] and 2 * tile * n_experts <= 2 * choices:
         tile *= 2
@@ -63,30 +63,30 @@ def tile_rows(choices: int, n_experts: int) -> int:
 
 
 def most_rows(choices: int, n_experts: int, tile: int) -> int:
-    """Rows for which there is room: of whole tiles, however the choices fall on the experts."""
+    """Rows needed in the worst case, in whole tiles, however the choices fall on the experts."""
     return (choices + min(n_experts, choices) * (tile - 1)) // tile * tile
 
 
 def rows_of(experts: Experts, tokens: int, ways: int = 1) -> int:
-    """Rows for which a chip with so many tokens has room, where its experts are split over `ways` chips."""
+    """Rows allocated on a chip with this many tokens, if experts are split over `ways` chips."""
     choices = ways * experts.num_experts_per_tok * tokens
     return most_rows(choices, experts.num_experts // ways, tile_rows(choices, experts.num_experts))
 
 
 def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
-    """Sort the choices int32 `[tokens, k]` by expert; any other number than 0 to n_experts - 1 is nowhere."""
+    """Sort choices int32 `[tokens, k]` by expert; numbers outside 0 to n_experts - 1 are not routed."""
     n_tokens, k = choices.shape
     flat = choices.reshape(-1)
     flat = jnp.where((flat >= 0) & (flat < n_experts), flat, n_experts)
     counts = jnp.zeros(n_experts + 1, jnp.int32).at[flat].add(1)
-    starts = jnp.cumsum(counts) - counts  # of each expert among the sorted choices
+    starts = jnp.cumsum(counts) - counts  # first of each expert's sorted choices
     tiles = (counts[:-1] + tile - 1) // tile
     ends = jnp.cumsum(tiles)
     n_rows = most_rows(flat.size, n_experts, tile)
     n_tiles = n_rows // tile
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     sorted_experts = flat[order]
-    # The row of each sorted choice, and from there that of each choice.
+    # The row of each sorted choice, and from it the row of each choice.
     first = jnp.append((ends - tiles) * tile, n_rows)
     row = first[sorted_experts] + jnp.arange(flat.size, dtype=jnp.int32) - starts[sorted_experts]
     row = jnp.where(sorted_experts < n_experts, row, n_rows)
@@ -107,7 +107,7 @@ def group_tokens(choices: jax.Array, n_experts: int, tile: int) -> Groups:
 
 @jax.custom_vjp
 def to_rows(x: jax.Array, groups: Groups) -> jax.Array:
-    """Each row's token `[rows, hidden]` of x `[tokens, hidden]`; zeros where there is none."""
+    """Gather each row's token of x `[tokens, hidden]`: `[rows, hidden]`, zeros in padding rows."""
     return _filled(x, groups.token)
 
 
@@ -116,7 +116,7 @@ def _to_rows_forward(x, groups):
 
 
 def _to_rows_backward(groups, d_rows):
-    # A sum of what was gathered, where a scatter would add in an order that differs from run to run.
+    # Gathers and a fixed sum: a scatter-add would sum in an order that varies from run to run.
     return _summed(d_rows, groups, lambda j: jnp.float32(1)).astype(d_rows.dtype), _no_gradient(groups)
 
 
@@ -125,7 +125,7 @@ to_rows.defvjp(_to_rows_forward, _to_rows_backward)
 
 @jax.custom_vjp
 def to_tokens(rows: jax.Array, shares: jax.Array, groups: Groups) -> jax.Array:
-    """Each token's rows times its shares `[tokens, k]`, summed in float32: `[tokens, hidden]`."""
+    """Sum each token's rows, weighted by its shares `[tokens, k]`, in float32: `[tokens, hidden]`."""
     return _summed(rows, groups, lambda j: shares[:, j, None].astype(jnp.float32)).astype(rows.dtype)
 
 
@@ -151,7 +151,7 @@ def _filled(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _summed(rows: jax.Array, groups: Groups, share: Callable[[int], jax.Array]) -> jax.Array:
-    """Sum of a token's rows with these shares, float32 `[tokens, hidden]`; one gather for each choice."""
+    """Weighted sum of each token's rows, float32 `[tokens, hidden]`; one gather per choice."""
     total = jnp.float32(0)
     for j in range(groups.place.shape[1]):
         total += share(j) * _filled(rows, groups.place[:, j]).astype(jnp.float32)
@@ -173,16 +173,16 @@ def expert_products(
     groups: Groups,
     how: How = "auto",
 ) -> list[jax.Array]:
-    """W x of each row with its expert's matrix, plus (alpha / r) B A x where there are adapters.
+    """W x for each row with its expert's matrix, plus (alpha / r) B A x if there are adapters.
 
     Args:
       rows: `[rows, in]`.
-      weights: matrices `[experts, out, in]` of several projections of one input.
-      adapters: one for each of them, or none.
+      weights: matrices `[experts, out, in]` of several projections of the same input.
+      adapters: one for each projection, or none.
       scale: alpha / r; static.
 
     Returns:
-      `[rows, out]` of each; zeros in tiles that are nobody's.
+      `[rows, out]` for each; zeros in tiles without an expert.
     """
     return _products(resolve(how), scale, rows, list(weights), list(adapters), groups)
 
@@ -193,7 +193,7 @@ def _products(how, scale, rows, weights, adapters, groups):
 
 
 def _forward(how, scale, rows, weights, adapters, groups):
-    """The products, and (alpha / r) A x of all adapters side by side (None without any)."""
+    """The products, and (alpha / r) A x of all adapters side by side (None if there are none)."""
     if not adapters:
         return [_sum(how, [(rows, w)], groups) for w in weights], None
     all_a, own_b = _side_by_side(adapters, rows.dtype)
@@ -203,9 +203,9 @@ def _forward(how, scale, rows, weights, adapters, groups):
 
 
 def _side_by_side(adapters: Sequence[Adapter], dtype: Any) -> tuple[jax.Array, list[jax.Array]]:
-    """All A one above the other, `[experts, ranks, in]`, each B `[experts, out, ranks]` in its own columns.
+    """All A stacked, `[experts, ranks, in]`, and each B `[experts, out, ranks]` in its own columns.
 
-    There are zeros up to whole blocks of the kernel.
+    Both are padded with zeros to whole blocks of the kernel.
     """
     ranks = [a.shape[1] for a, _ in adapters]
     width = -(-sum(ranks) // RANK_MULTIPLE) * RANK_MULTIPLE
@@ -219,16 +219,16 @@ def _side_by_side(adapters: Sequence[Adapter], dtype: Any) -> tuple[jax.Array, l
 
 
 def _products_forward(how, scale, rows, weights, adapters, groups):
-    """Keeps what the gradients of those matrices need that are differentiated, and no more."""
+    """Keep only the residuals needed for the matrices that are differentiated."""
     trained = tuple(w.perturbed for w in weights)
     rows, weights, adapters, groups = jax.tree.map(
         lambda x: x.value, (rows, weights, adapters, groups), is_leaf=_is_primal
     )
     ys, low = _forward(how, scale, rows, weights, adapters, groups)
     own_rows = rows if adapters or any(trained) else None
-    # A weight that is not trained has no gradient, and its rows are not kept for one.
+    # A frozen weight needs no gradient, so its rows are not kept.
     marks = [jnp.zeros((0,)) if one else None for one in trained]
-    # Under this name a checkpoint's policy can leave them out: they are copies of what the caller holds.
+    # Named so that a checkpoint policy need not save them: they are copies of what the caller holds.
     own_weights = [checkpoint_name(w, WEIGHTS) for w in weights]
     return ys, (own_rows, own_weights, adapters, low, groups, marks)
 
@@ -263,14 +263,14 @@ def _is_primal(x: Any) -> bool:
 
 
 def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = False) -> jax.Array:
-    """Sum over terms (x, W) of W x of each row with its tile's matrix, or of W^T x: `[rows, out or in]`."""
+    """Sum over terms (x, W) of W x, or of W^T x, with each tile's matrix: `[rows, out or in]`."""
     if how == "mosaic":
         from jaxlora.models import grouped_mosaic
 
         if grouped_mosaic.supports(terms, groups.expert, transposed):
             return grouped_mosaic.sum_of_products(terms, groups.expert, transposed)
     if how in ("triton", "mosaic"):
-        from jaxlora.models import grouped_triton  # not everywhere: it imports a compiler
+        from jaxlora.models import grouped_triton  # imported only where used: it imports a compiler
 
         return grouped_triton.sum_of_products(terms, groups.expert, transposed)
     if how == "ragged_dot":
@@ -279,7 +279,7 @@ def _sum(how: How, terms: Sequence[Term], groups: Groups, transposed: bool = Fal
 
 
 def _outer(how: How, left: jax.Array, right: jax.Array, groups: Groups) -> jax.Array:
-    """Sum over an expert's rows of left x right: float32 `[experts, left's width, right's width]`."""
+    """Sum of outer products over each expert's rows: float32 `[experts, left's width, right's width]`."""
     if how in ("triton", "mosaic"):
         from jaxlora.models import grouped_triton
 
@@ -293,7 +293,7 @@ def _tile(rows: jax.Array, groups: Groups) -> int:
     return rows.shape[0] // groups.expert.shape[0]
 
 
-_THIN = 128  # widths of adapters, for which the products of all tiles are small beside the rows
+_THIN = 128  # up to this width (adapters), the products of all tiles are small compared with the rows
 _ROWS = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 _ROWS_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 
@@ -301,7 +301,7 @@ _ROWS_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [
 def _ragged_sum(terms, groups, transposed):
     sizes = groups.tiles * _tile(terms[0][0], groups)
     numbers = _ROWS_TRANSPOSED if transposed else _ROWS
-    dtype = terms[0][0].dtype  # of each product: in float32 they would take twice the memory
+    dtype = terms[0][0].dtype  # of each product: float32 would take twice the memory
     ys = [jax.lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=dtype) for x, w in terms]
     total = ys[0].astype(jnp.float32)
     for y in ys[1:]:
@@ -327,8 +327,8 @@ def _loop_sum(terms, groups, transposed):
 
 
 def _tiles_outer(left, right, groups):
-    """The products of all tiles at once, then their sums. (`ragged_dot` has this product, too, but the TPU
-    compiler makes it a dense one, of every row with every expert.)"""
+    """The products of all tiles at once, then their sums per expert. (`ragged_dot` also offers this product,
+    but the TPU compiler turns it into a dense one, of every row with every expert.)"""
     n_tiles = groups.expert.shape[0]
     own_left, own_right = (x.reshape(n_tiles, -1, x.shape[-1]) for x in (left, right))
     products = jnp.einsum("tml,tmr->tlr", own_left, own_right, preferred_element_type=jnp.float32)

@@ -1,10 +1,10 @@
-"""The large products of `jaxlora.models.grouped` for Hopper GPUs, written in Pallas for Mosaic GPU.
+"""Large products of `jaxlora.models.grouped` for Hopper GPUs, written in Pallas for Mosaic GPU.
 
     y = sum_of_products([(rows, weights), (low, b)], expert, transposed=False)    # [rows, out]
 
-Every multiprocessor runs one program, which takes block after block. One of its warpgroups copies rows and
-matrices into a ring of buffers in shared memory (TMA), two multiply them (wgmma), each for half of a tile's
-rows. Terms are added in the accumulator, so that an adapter costs no pass over the result.
+Every multiprocessor runs one persistent program that processes block after block. One warpgroup copies rows
+and matrices into a ring of buffers in shared memory (TMA); two others multiply them (wgmma), each half of a
+tile's rows. Terms are summed in the accumulator, so an adapter costs no extra pass over the result.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 Term = tuple[jax.Array, jax.Array]
 TILE = 128  # rows of a tile: 64 for each of two warpgroups
 SMS = 132  # multiprocessors of an H100 or H200
-COPIES_REGISTERS, PRODUCTS_REGISTERS = 40, 232  # of a thread; 128 x (40 + 2 x 232) are all there are
+COPIES_REGISTERS, PRODUCTS_REGISTERS = 40, 232  # per thread; 128 x (40 + 2 x 232) is nearly all
 
 
 class Blocks(NamedTuple):
-    """Columns of a block, numbers that one step contracts, buffers of the ring, columns stored at once."""
+    """Columns of a block, depth contracted per step, buffers of the ring, columns stored at once."""
 
     width: int = 256
     depth: int = 64
@@ -37,12 +37,12 @@ BLOCKS = Blocks()  # the fastest of those tried at Qwen3-30B-A3B's shapes
 
 
 def supports(terms: Sequence[Term], expert: jax.Array, transposed: bool) -> bool:
-    """Whether the kernel takes these shapes: whole tiles, and widths that are multiples of its blocks."""
+    """Whether the kernel supports these shapes: whole tiles, and widths that are multiples of its blocks."""
     rows = terms[0][0]
     width = terms[0][1].shape[2 if transposed else 1]
     if rows.dtype != jnp.bfloat16 or rows.shape[0] != TILE * expert.shape[0] or width % 128:
         return False
-    depths = [x.shape[1] for x, _ in terms if x.shape[1] % 64]  # those of adapters
+    depths = [x.shape[1] for x, _ in terms if x.shape[1] % 64]  # of adapters
     return len(depths) < 2 and set(depths) <= {16, 32}
 
 
@@ -57,8 +57,8 @@ def sum_of_products(
 
     Args:
       terms: rows `[rows, in]` and matrices `[experts, out, in]`; transposed, rows `[rows, out]`. bfloat16.
-      expert: int32 `[tiles]`; a number beyond the last expert: nobody's.
-      interpret: parameters of Pallas' simulation of a GPU; None: a GPU.
+      expert: int32 `[tiles]`; a number beyond the last expert means none.
+      interpret: parameters of Pallas' GPU simulation; None: run on a GPU.
     """
     rows, (n_experts, *sizes) = terms[0][0], terms[0][1].shape
     width = sizes[1 if transposed else 0]
@@ -66,7 +66,7 @@ def sum_of_products(
     work = partial(
         _kernel, blocks=blocks, n_experts=n_experts, transposed=transposed, n_terms=len(terms), width=width
     )
-    if transposed:  # the matrices of adapters, which are small, as the forward pass has them
+    if transposed:  # adapter matrices are small: lay them out as in the forward pass
         terms = [(x, w.mT if _is_thin(x, blocks) else w) for x, w in terms]
     kernel = plgpu.kernel(
         work,
@@ -82,7 +82,7 @@ def sum_of_products(
 
 
 def _is_thin(x: Any, blocks: Blocks) -> bool:
-    """Whether these are rows of an adapter's few numbers."""
+    """Whether these are an adapter's rows, of small width."""
     return bool(x.shape[1] % blocks.depth)
 
 
@@ -94,7 +94,7 @@ def _swizzled(shape: tuple[int, ...], columns: int) -> Any:
 
 
 class _Ring(NamedTuple):
-    """Buffers for the operands of several steps, and who may use them."""
+    """Buffers for the operands of several steps, and the barriers that guard them."""
 
     x: Any  # [stages, tile, depth]
     w: Any  # [stages, width, depth]; transposed, [stages, depth, width]
@@ -123,15 +123,15 @@ class _Stream(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of one block."""
+        """Number of steps per block."""
         return sum(x.shape[1] // self.ring.depth for x, _ in self.terms)
 
 
 class _Items(NamedTuple):
-    """The blocks that one program computes, one after the other."""
+    """The blocks that one program computes in sequence."""
 
     count: Any
-    place: Callable[[Any], tuple[Any, Any, Any, Any]]  # tile, block, the tile's expert, whether it is one's
+    place: Callable[[Any], tuple[Any, Any, Any, Any]]  # tile, block, the tile's expert, whether it has one
 
 
 def _items(expert_ref, n_experts: int, across: int) -> _Items:
@@ -181,7 +181,7 @@ def _kernel(expert_ref, *refs, blocks: Blocks, n_experts: int, transposed: bool,
 
 
 def _copy_all(streams: list[_Stream], items: _Items, width: int) -> None:
-    """What the warpgroup does that copies."""
+    """The work of the copying warpgroup."""
 
     def one(i, steps):
         tile, block, owner, held = items.place(i)
@@ -199,7 +199,7 @@ def _copy_all(streams: list[_Stream], items: _Items, width: int) -> None:
 
 
 def _multiply_all(streams: list[_Stream], items: _Items, out, out_ref, wg, blocks: Blocks) -> None:
-    """What each of the two warpgroups does that multiply."""
+    """The work of each of the two multiplying warpgroups."""
 
     def one(i, steps):
         tile, block, _, held = items.place(i)
@@ -218,7 +218,7 @@ def _multiply_all(streams: list[_Stream], items: _Items, out, out_ref, wg, block
 
 
 def _copy(ring: _Ring, x, w, place, transposed: bool, k, at):
-    """Start the copies of the operands of one step, once their buffer is free; the number of the next."""
+    """Start copying the operands of one step once their buffer is free; return the next step's number."""
     tile, block, owner, width = place
     slot = jax.lax.rem(at, ring.stages)
 
@@ -234,7 +234,7 @@ def _copy(ring: _Ring, x, w, place, transposed: bool, k, at):
 
 
 def _drain(ring: _Ring, at) -> None:
-    """Wait until the last steps' buffers are free again: no barrier may be left behind."""
+    """Wait until the last steps' buffers are free again: no barrier may be left pending."""
 
     @pl.loop(jnp.maximum(at - ring.stages, 0), at)
     def _(step):
@@ -251,7 +251,7 @@ def _multiply(ring: _Ring, total, n, at, wg, transposed: bool) -> None:
         w = ring.w.at[slot]
         x = ring.x.at[slot, pl.ds(wg * (TILE // 2), TILE // 2)]
         plgpu.wgmma(total, x, w if transposed else plgpu.transpose_ref(w, (1, 0)))
-        late = 1 if ring.stages > 1 else 0  # the product before this one is done, then
+        late = 1 if ring.stages > 1 else 0  # after the wait, the product before this one is done
         plgpu.wgmma_wait(late)
 
         @pl.when(k >= late)

@@ -1,11 +1,11 @@
-"""The products of `jaxlora.models.grouped` as kernels for NVIDIA GPUs, written in Pallas for Triton.
+"""Products of `jaxlora.models.grouped` as kernels for NVIDIA GPUs, written in Pallas for Triton.
 
     y = sum_of_products([(rows, weights), (low, b)], expert, transposed=False)    # [rows, out]
     d_weights = outer_products(d_y, rows, tiles, tile)            # float32 [experts, out, in]
 
-A program computes one block of one tile; it reads the tile's expert and then that expert's matrix alone.
-Terms are added in the accumulator, so that an adapter costs no pass over the result. The blocks of a tile run
-side by side, then those of the expert's next tile: rows and matrices are read again from the cache.
+A program computes one block of one tile; it looks up the tile's expert and reads only that expert's matrix.
+Terms are summed in the accumulator, so an adapter costs no extra pass over the result. The blocks of a tile
+run concurrently, then those of the expert's next tile, so rows and matrices are re-read from the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 Term = tuple[jax.Array, jax.Array]
-BLOCK, DEPTH = 128, 64  # most columns of a block; most numbers that one step of its loop contracts
+BLOCK, DEPTH = 128, 64  # most columns of a block; largest depth contracted in one step of its loop
 
 
 def sum_of_products(
@@ -30,8 +30,8 @@ def sum_of_products(
 
     Args:
       terms: rows `[rows, in]` and matrices `[experts, out, in]`; transposed, rows `[rows, out]`.
-      expert: int32 `[tiles]`; a number beyond the last expert: nobody's.
-      interpret: run as plain operations, on any device.
+      expert: int32 `[tiles]`; a number beyond the last expert means none.
+      interpret: run as plain operations on any device.
     """
     rows = terms[0][0]
     n_tiles, n_experts = expert.shape[0], terms[0][1].shape[0]
@@ -47,7 +47,7 @@ def sum_of_products(
             specs.append(pl.BlockSpec((n_experts, block, w.shape[2]), lambda j, i: (0, j, 0)))
     return pl.pallas_call(
         partial(_sum_kernel, n_experts=n_experts, transposed=transposed),
-        grid=(width // block, n_tiles),  # the first one runs fastest
+        grid=(width // block, n_tiles),  # the first axis varies fastest
         in_specs=specs,
         out_specs=pl.BlockSpec((tile, block), lambda j, i: (i, j)),
         out_shape=jax.ShapeDtypeStruct((rows.shape[0], width), rows.dtype),
@@ -74,7 +74,7 @@ def _sum_kernel(expert_ref, *refs, n_experts: int, transposed: bool):
 
 
 def _accumulate(total, x_ref, w_ref, expert, transposed: bool):
-    """The sum so far plus one term, in steps along what is contracted."""
+    """Add one term to the sum so far, in steps along the contracted axis."""
     depth = _block(x_ref.shape[1], DEPTH)
 
     def step(i, total):
@@ -89,11 +89,11 @@ def _accumulate(total, x_ref, w_ref, expert, transposed: bool):
 def outer_products(
     left: jax.Array, right: jax.Array, tiles: jax.Array, tile: int, interpret: bool = False
 ) -> jax.Array:
-    """Sum over an expert's rows of left x right: float32 `[experts, left's width, right's width]`.
+    """Sum of outer products over each expert's rows: float32 `[experts, left's width, right's width]`.
 
     Args:
-      left, right: rows `[rows, width]`, zeros in one of them where there is no token.
-      tiles: int32 `[experts]`: tiles of each expert, one after the other.
+      left, right: rows `[rows, width]`, with zeros in at least one of them where there is no token.
+      tiles: int32 `[experts]`: number of tiles of each expert, which follow one another.
       tile: rows of a tile.
     """
     n_experts, n_rows = tiles.shape[0], left.shape[0]
@@ -129,7 +129,7 @@ def _outer_kernel(bounds_ref, left_ref, right_ref, out_ref, *, depth: int):
 
 
 def _block(width: int, most: int) -> int:
-    """The largest power of two that divides the width, at most this."""
+    """The largest power of two that divides the width, at most `most`."""
     return min(most, width & -width)
 
 

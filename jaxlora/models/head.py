@@ -1,14 +1,14 @@
-"""The output head: log-probabilities of targets in chunks, a loss over them, and its gradient in one pass.
+"""The output head: chunked log-probabilities of targets, a loss over them, and its gradient in one pass.
 
-`[positions, vocab]` in float32 would fill the memory, and often only some positions are wanted (the answers).
-So the wanted positions of a buffer are gathered, and the head runs over them in chunks; the number of chunks
-is decided at run time, so one compiled program serves any share of wanted positions. Gradients are made in
-the same pass, so logits are computed once, where a recomputing backward pass would compute them twice.
+Logits `[positions, vocab]` in float32 would fill the memory, and often only some positions matter (the
+answers). So these positions of a buffer are gathered and the head runs over them in chunks. The number of
+chunks is dynamic, so one compiled program serves any share of them. Gradients are computed in the same pass,
+so logits are computed once; a recomputing backward pass would compute them twice.
 
     loss, logprobs = chunked_loss(hidden, head_of(model), targets, weights, objective)
 
-Whatever is differentiated gets its true gradient: hidden states, the head's adapter, and the head's own
-matrix (a tied embedding too). What is frozen costs nothing.
+Everything that is differentiated gets its exact gradient: hidden states, the head's adapter, and the head's
+own matrix (also a tied embedding). Frozen arrays cost nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from jaxlora.sharding import auto_mesh, gathered, gathered_adapter, split_tokens
 
-CHUNK = 1024  # positions a chunk: float32 logits of 0.6 GB at Qwen3's vocabulary
-# objective(logprobs, weights, extras) -> loss of each position; float32 [...], extras a tree of such arrays
+CHUNK = 1024  # positions per chunk: 0.6 GB of float32 logits with Qwen3's vocabulary
+# objective(logprobs, weights, extras) -> loss per position; float32 [...], extras a tree of such arrays
 Objective = Callable[[jax.Array, jax.Array, Any], jax.Array]
 
 
@@ -36,7 +36,7 @@ class Head(NamedTuple):
 
 
 def head_of(model) -> Head:
-    """The head of a bound `Decoder`; of a tied model, its embedding, maybe with an adapter of this use."""
+    """The head of a bound `Decoder`; if tied, its embedding, with the head's own adapter if there is one."""
     head = model.lm_head
     if head is None:
         return Head(model.embed_tokens.weight[...])
@@ -47,9 +47,9 @@ def head_of(model) -> Head:
 
 
 def target_logprobs(hidden, head: Head, targets, temperature: float = 1.0) -> jax.Array:
-    """log p(target) in float32 `[...]` of hidden states `[..., hidden]`; logits are summed in float32.
+    """log p(target), float32 `[...]`, from hidden states `[..., hidden]`; logits are accumulated in float32.
 
-    With another temperature than 1, of the distribution of the logits divided by it.
+    The logits are divided by the temperature.
     """
     logits = _product(hidden, head.weight)
     if head.lora_a is not None and head.lora_b is not None:
@@ -58,7 +58,7 @@ def target_logprobs(hidden, head: Head, targets, temperature: float = 1.0) -> ja
         logits += jnp.einsum("...r,or->...o", low, b, preferred_element_type=jnp.float32)
     if temperature != 1:
         logits = logits / temperature
-    # A comparison, not a gather: the gradient of a gather is a scatter over all logits, this one's is fused.
+    # A comparison rather than a gather: a gather's gradient is a scatter over all logits; this one is fused.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     picked = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return picked - jax.nn.logsumexp(logits, axis=-1)
@@ -66,10 +66,10 @@ def target_logprobs(hidden, head: Head, targets, temperature: float = 1.0) -> ja
 
 @jax.custom_vjp
 def _product(hidden, weight) -> jax.Array:
-    """Logits `[..., vocab]`, summed in float32, of hidden states and the head `[vocab, hidden]`.
+    """Logits `[..., vocab]`, accumulated in float32, from hidden states and the head `[vocab, hidden]`.
 
-    Its backward pass rounds the logits' gradient to the dtype of the hidden states, as every other product
-    does. Left to itself, JAX would turn the whole head into float32 and multiply that, four times slower.
+    The backward pass rounds the logits' gradient to the dtype of the hidden states, as every other product
+    does. By default JAX would cast the whole head to float32 and multiply with that, four times slower.
     """
     return jnp.einsum("...i,oi->...o", hidden, weight, preferred_element_type=jnp.float32)
 
@@ -80,8 +80,8 @@ def _product_forward(hidden, weight):
 
 def _product_backward(saved, d_logits):
     hidden, weight = saved
-    d_logits = d_logits.astype(weight.dtype)  # that of the hidden states
-    # The compiler drops the second product where the head is frozen.
+    d_logits = d_logits.astype(weight.dtype)  # the dtype of the hidden states
+    # The compiler drops the second product if the head is frozen.
     return jnp.einsum("...o,oi->...i", d_logits, weight), jnp.einsum("...o,...i->oi", d_logits, hidden)
 
 
@@ -98,21 +98,21 @@ def chunked_loss(
     wanted=None,
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The objective summed over positions, and log p of the targets where they are asked for.
+    """The objective summed over positions, and log p of the targets where requested.
 
     Args:
-      hidden: `[batch, length, hidden]`, the states after the last norm.
+      hidden: `[batch, length, hidden]`, the hidden states after the last norm.
       targets: int32 `[batch, length]`.
       weights: float32 `[batch, length]`; positions of weight 0 have no loss and cost nothing.
       objective: see `jaxlora.train.objective`; static.
-      extras: a tree of float32 arrays `[batch, length]` that the objective takes.
-      wanted: bool `[batch, length]`: where log-probabilities are wanted beside the loss (all positions with a
-        weight are). None: nowhere.
-      temperature: log-probabilities are of the logits divided by this; static.
+      extras: a tree of float32 arrays `[batch, length]` that the objective uses.
+      wanted: bool `[batch, length]`: where to return log-probabilities besides the loss (in addition to all
+        positions with a weight). None: nowhere.
+      temperature: logits are divided by this; static.
 
     Returns:
-      the sum, a float32 scalar, and log p(target), float32 `[batch, length]`, 0 where it was not wanted
-      (None without `wanted`), which carries no gradient.
+      the sum, a float32 scalar, and log p(target), float32 `[batch, length]`, 0 where not requested (None
+      without `wanted`), which carries no gradient.
     """
     head = _gathered(head)  # once, outside the loop over chunks
     returns = wanted is not None
@@ -125,7 +125,7 @@ def chunked_loss(
 
 
 def _gathered(head: Head) -> Head:
-    """The head whole over `fsdp`."""
+    """The head, gathered over `fsdp`."""
     head = head._replace(weight=gathered(head.weight, ("vocab", "embed")))
     if head.lora_a is None or head.lora_b is None or auto_mesh() is not None:
         return head
@@ -152,7 +152,7 @@ def _chunked(objective, returns, temperature, head, hidden, targets, weights, ex
 
 
 def _chunk_loss(objective, temperature, hidden, head, targets, weights, extras):
-    """The chunk's sum, and log p of its targets."""
+    """The chunk's summed loss, and log p of its targets."""
     logprobs = target_logprobs(hidden, head, targets, temperature)
     return jnp.sum(objective(logprobs, weights, extras)), logprobs
 
@@ -200,7 +200,7 @@ def _forward(objective, returns, temperature, head, hidden, targets, weights, ex
 
 
 def _backward(objective, returns, temperature, residuals, cotangents):
-    g, _ = cotangents  # the log-probabilities carry none
+    g, _ = cotangents  # the log-probabilities carry no gradient
     d_head, d_hidden = jax.tree.map(lambda x: (g * x.astype(jnp.float32)).astype(x.dtype), residuals)
     return d_head, d_hidden, None, None, None, None
 
@@ -213,10 +213,10 @@ def _is_primal(x: Any) -> bool:
 
 
 def _over_chunks(add, carry, parts, chosen):
-    """Fold `add` over chunks of the chosen positions, as many chunks as they need."""
+    """Fold `add` over as many chunks as the chosen positions need."""
     length = chosen.shape[1]
     size = min(CHUNK, length)
-    # Chosen positions first, in order; the filler lies outside and is read as weight 0.
+    # Chosen positions first, in order; filler indices are out of range and get weight 0.
     order = jnp.argsort(~chosen, axis=1, stable=True).astype(jnp.int32)
     counts = jnp.sum(chosen, axis=1)
     order = jnp.where(jnp.arange(length)[None] < counts[:, None], order, length)
@@ -232,6 +232,6 @@ def _over_chunks(add, carry, parts, chosen):
     return jax.lax.fori_loop(0, n_chunks, body, carry)
 
 
-# Mapped over the lines, so that the compiler sees that each chip needs only its own.
+# Mapped over lines, so that the compiler sees that each chip needs only its own.
 _pick = jax.vmap(lambda line, index: line[index])
 _put = jax.vmap(lambda line, index, values: line.at[index].set(values, mode="drop"))

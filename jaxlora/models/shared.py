@@ -1,11 +1,11 @@
-"""Rows that share a prompt which is in their buffer once: everything but attention is computed once for it.
+"""Shared prompts: rows whose prompt is stored once in the buffer, and computed once except for attention.
 
-    y = attend_shared(q, k, v, places, attention)        # attention(q, k, v) over rows that stand whole
+    y = attend_shared(q, k, v, places, attention)        # attention(q, k, v) over whole rows
 
-A buffer holds a prompt and, after it, what follows it in each of its rows. Only attention must see whole
-rows: for it queries, keys and values are copied into a wider buffer, in which every row has the prompt before
-it, and the outputs are taken back. That is exact for any attention. The gradient of a prompt's position is
-the sum over its copies, added up in one order, so that the same rows give the same bits.
+A buffer holds a prompt, followed by the continuation of each of its rows. Only attention must see whole rows:
+queries, keys and values are copied into a wider buffer, in which every row includes the prompt, and the
+outputs are copied back. This is exact for any attention. The gradient at a prompt position is the sum over
+its copies, in a fixed order, so the same rows give the same bits.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import jax.numpy as jnp
 
 
 class Places(NamedTuple):
-    """Where positions are, int32 `[lines, n]` each; an index beyond the end stands for nothing."""
+    """Index arrays, int32 `[lines, n]` each; an index beyond the end means none."""
 
-    wide: jax.Array  # of each position of the wider buffer: its position in the buffer
-    back: jax.Array  # of each position of the buffer: its (first) position in the wider one
+    wide: jax.Array  # for each position of the wider buffer, its position in the buffer
+    back: jax.Array  # for each position of the buffer, its (first) position in the wider one
     shared: jax.Array  # positions of the buffer that have several copies
-    copies: jax.Array  # of each of these in turn: its positions in the wider buffer, all equally many
+    copies: jax.Array  # their positions in the wider buffer, the same number for each, concatenated
     wide_segment_ids: jax.Array  # of the wider buffer
 
     @classmethod
     def of(cls, buffer: Any) -> Places | None:
-        """The places that a buffer holds; None where its rows share nothing."""
+        """The places stored in a buffer; None if its rows share no prompt."""
         return cls(*(buffer[name] for name in cls._fields)) if "wide" in buffer else None
 
 
 def attend_shared(q, k, v, places: Places, attention: Callable[..., jax.Array]) -> jax.Array:
-    """`attention` over the wider buffer, of q, k and v `[lines, length, heads, head_dim]` in the buffer."""
+    """`attention` over the wider buffer, for q, k and v `[lines, length, heads, head_dim]` of the buffer."""
     return _contract(attention(*(_expand(x, places) for x in (q, k, v))), places)
 
 

@@ -1,8 +1,8 @@
-"""What a model is, without arrays: its shape and its table of weights.
+"""A model without its arrays: its shape and its table of weights.
 
 A family (`jaxlora.models.families`) reads a Hugging Face `config.json` into a `ModelConfig` and declares each
-weight once as a `Weight`. Loading, sharding, adapter placement, export, merging and parameter counts all read
-that table; anything that it does not name is an error.
+weight once as a `Weight`. Loading, sharding, adapter placement, export, merging and parameter counts all use
+that table; a weight that it does not name is an error.
 
     for weight in parameter_table(config):
         print(weight.path, weight.hf_key, weight.shape)   # such as: norm model.norm.weight (4096,)
@@ -24,7 +24,7 @@ Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Llama3Scaling:
-    """How Llama 3 scales its rotary frequencies, with the names of Hugging Face's `rope_scaling`."""
+    """Llama 3's scaling of rotary frequencies, with the names of Hugging Face's `rope_scaling`."""
 
     factor: Annotated[float, Field(ge=1, strict=True)]
     low_freq_factor: Annotated[float, Field(gt=0, strict=True)]
@@ -38,12 +38,12 @@ class Llama3Scaling:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Experts:
-    """The MLP of a mixture: every token goes to a few experts of many. Names as in Hugging Face's files."""
+    """The MLP of a mixture of experts: every token goes to a few of them. Names as in Hugging Face files."""
 
     num_experts: Size
     num_experts_per_tok: Size
     moe_intermediate_size: Size  # hidden units of one expert
-    norm_topk_prob: Annotated[bool, Field(strict=True)]  # whether a token's shares add up to one
+    norm_topk_prob: Annotated[bool, Field(strict=True)]  # whether a token's shares sum to one
 
     def __post_init__(self) -> None:
         if self.num_experts_per_tok > self.num_experts:
@@ -78,11 +78,11 @@ class ModelConfig:
 
 
 def check_positions(config: ModelConfig, longest: int, what: str) -> None:
-    """Refuse texts that are longer than the model has positions: it was never trained beyond them.
+    """Refuse texts with more tokens than the model has positions: it was never trained beyond them.
 
     Args:
-      longest: tokens of the longest one, with all that will be added to it.
-      what: names it, and the setting that makes it shorter, at the beginning of the error.
+      longest: tokens of the longest text, including everything that will be added to it.
+      what: begins the error message: names the text and the setting that shortens it.
 
     Raises:
       UserError: it does not fit.
@@ -92,9 +92,9 @@ def check_positions(config: ModelConfig, longest: int, what: str) -> None:
         raise UserError(f"{what} take {longest:,} tokens, but the model has {most:,} positions")
 
 
-# How experts' products are computed, see `models.grouped`.
+# Implementations of experts' products, see `models.grouped`.
 How = Literal["auto", "loop", "ragged_dot", "triton", "mosaic"]
-PRODUCT = "product"  # the name of results of products, which recomputing can be told to keep
+PRODUCT = "product"  # checkpoint name of products' results, which a remat policy can keep
 
 # The groups of weights that each named placement adapts.
 GROUPS: dict[Condition, tuple[str, ...]] = {
@@ -106,18 +106,18 @@ GROUPS: dict[Condition, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: `[out, in]` as in Hugging Face files, and for one layer when it is stacked.
+    """One weight, `[out, in]` as in Hugging Face files; the shape is per layer if it is stacked.
 
-    A bias `[out]` is an entry of its own, with the path of its module and `array="bias"`. One of experts is
-    `[experts, out, in]`, and its files have a tensor for each expert.
+    A bias `[out]` is a separate entry, with the path of its module and `array="bias"`. An experts' weight is
+    `[experts, out, in]`, stored in files as one tensor per expert.
     """
 
     path: str  # module path in our tree; layer weights are stacked under "layers"
-    hf_key: str  # with {layer} when there is one a layer, and {expert} when there is one an expert
+    hf_key: str  # with {layer} if there is one per layer, and {expert} if one per expert
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]  # logical axes, one a dimension; see jaxlora.sharding
+    axes: tuple[str | None, ...]  # logical axes, one per dimension; see jaxlora.sharding
     lora_group: str | None = None  # "attention", "mlp", "output_head"; None: never adapted
-    array: str = "weight"  # its name in the module; the other one is "bias"
+    array: str = "weight"  # its name in the module, "weight" or "bias"
 
     @property
     def stacked(self) -> bool:
@@ -125,11 +125,11 @@ class Weight:
 
     @property
     def experts(self) -> int:
-        """How many experts have one; 0: it is of no expert."""
+        """Number of experts that have this weight; 0: not an experts' weight."""
         return self.shape[0] if len(self.shape) == 3 else 0
 
     def keys(self, layer: int | None = None) -> list[str]:
-        """Its names in Hugging Face files: one, or one an expert."""
+        """Its names in Hugging Face files: one, or one per expert."""
         numbers = range(self.experts) if self.experts else (None,)
         return [self.hf_key.format(layer=layer, expert=number) for number in numbers]
 
@@ -145,15 +145,15 @@ class Weight:
 
 
 def tied_head(config: ModelConfig) -> Weight:
-    """What an adapter of a tied model's output head belongs to: the embedding as the head uses it.
+    """The weight that an adapter of a tied output head belongs to: the embedding in its use as the head.
 
-    It is no weight of its own, so the table does not hold it: the embedding's lookup has no adapter.
+    It is not a separate weight, so it is not in the table; the embedding lookup has no adapter.
     """
     shape = config.vocab_size, config.hidden_size
     return Weight("lm_head", "lm_head.weight", shape, ("vocab", "embed"), "output_head")
 
 
-# Products of one input, computed as one when decoding: fuller products, and nothing to concatenate.
+# Projections of the same input, fused for decoding: larger products, and nothing to concatenate.
 JOINED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -162,12 +162,12 @@ JOINED = {
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """Rank and scale of one weight's adapter in each layer, where they are not the same everywhere.
+    """Rank and scale of one weight's adapter in each layer, when they vary.
 
-    Its arrays have the largest rank; what a layer lacks of it is zero in both A and B, whose gradients are
-    then exactly zero, so that it stays zero in training.
+    The arrays have the largest rank; in layers of lower rank the rest is zero in both A and B, so its
+    gradient is exactly zero and it stays zero in training.
     """
 
     path: str  # of the weight
-    ranks: tuple[int, ...]  # one a layer (or one, for a weight outside the layers); 0: no adapter there
-    scales: tuple[float, ...]  # alpha / rank of each, or alpha / sqrt(rank) of a rank-stabilised adapter
+    ranks: tuple[int, ...]  # one per layer (or one, for a weight outside the layers); 0: no adapter there
+    scales: tuple[float, ...]  # alpha / rank of each, or alpha / sqrt(rank) for a rank-stabilised adapter

@@ -1,8 +1,8 @@
-"""Segment attention on TPU with the splash attention kernel (Pallas), over a mesh.
+"""Segment attention on TPUs with the splash attention kernel (Pallas), over a mesh.
 
-Queries stay on the chip that holds their tokens; keys and values, which grouped-query attention keeps
-small, are gathered from the chips that share the row. Heads are split over `tensor`. The tokens of a chip
-are padded, for attention alone, where that makes for fewer and larger blocks.
+Queries stay on the chip that holds their tokens; keys and values, which grouped-query attention keeps small,
+are gathered from the chips that share the row. Heads are split over `tensor`. For attention alone, a chip's
+tokens are padded if that allows fewer and larger blocks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jaxlora.sharding import auto_mesh, spec_for
 
 BLOCK = 128  # the kernel's blocks are multiples of this many tokens
 LARGEST_BLOCK = 512
-STEP = 1.35e5  # scores that a v5e could compute while the kernel goes from one block to the next (0.35 us)
+STEP = 1.35e5  # scores that a v5e could compute in the overhead between two blocks (0.35 us)
 
 
 def splash_attention(q, k, v, segment_ids, *, interpret: bool = False) -> jax.Array:
     """Causal attention within segments; shapes as in `jaxlora.models.attention.segment_attention`.
 
     Args:
-      interpret: run the kernel's Python on any platform, for tests.
+      interpret: run the kernel in interpret mode on any platform, for tests.
 
     Raises:
-      UserError: the tokens of a chip are no multiple of 128, or the mesh cannot split the heads.
+      UserError: a chip's tokens are not a multiple of 128, or the mesh cannot split the heads.
     """
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale
     mesh = auto_mesh()
@@ -66,7 +66,7 @@ def splash_attention(q, k, v, segment_ids, *, interpret: bool = False) -> jax.Ar
 
 
 def _attend(kernel: Any, q, k, v, q_segments, kv_segments) -> jax.Array:
-    """The kernel over each row of the batch; it wants heads first."""
+    """Apply the kernel to each row of the batch; it takes heads first."""
 
     def row(q, k, v, q_ids, kv_ids):
         out = kernel(*(x.swapaxes(0, 1) for x in (q, k, v)), segment_ids=splash.SegmentIds(q_ids, kv_ids))
@@ -76,12 +76,12 @@ def _attend(kernel: Any, q, k, v, q_segments, kv_segments) -> jax.Array:
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
-    """x `[batch, tokens, ...]` with zeros up to so many tokens: padding, which only padding attends to."""
+    """x `[batch, tokens, ...]` zero-padded to this many tokens; only padding attends to padding."""
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
 
 
 def _kernel(length: int, block: int, heads: int, q_shards: int, head_shards: int, interpret: bool):
-    """The kernel with its causal block structure, whose arrays become constants of the traced program."""
+    """The kernel with its causal block structure; its arrays become constants of the traced program."""
     blocks = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -101,8 +101,8 @@ def _kernel(length: int, block: int, heads: int, q_shards: int, head_shards: int
 
 
 def _block(length: int) -> tuple[int, int]:
-    """The size of blocks for a chip's tokens, a multiple of 128 up to 512, and the tokens padded to it: what
-    makes scores and steps between blocks together take least."""
+    """The block size for a chip's tokens, a multiple of 128 up to 512, and the padded number of tokens: the
+    pair that minimises the total time of scores and of the overhead between blocks."""
     if length % BLOCK:
         raise UserError(
             f"splash attention: {length} tokens on a chip are no multiple of {BLOCK};"

@@ -1,12 +1,11 @@
-"""A jitted function's programs, compiled in threads before they are needed.
+"""Compile the programs of a jitted function in threads before they are needed.
 
     step = Ahead(train_step, lambda state, frozen, batch, rate: batch["tokens"].shape)
-    step.start(state, frozen, batch, rate)       # abstract arrays will do: nothing needs to be loaded yet
+    step.start(state, frozen, batch, rate)       # abstract arrays suffice: nothing needs to be loaded yet
     state, metrics = step(state, frozen, batch, rate)
 
-A jitted function compiles when it is first given a shape, and the devices wait; this way they wait for the
-first program alone. What is computed is the same: each program is the one that the function would have
-compiled.
+A jitted function compiles when it first sees a shape, while the devices wait; this way they wait only for the
+first program. The results are the same: each program is the one that the function would have compiled.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ from typing import Any
 
 import jax
 
-COMPILES_AHEAD = ("gpu",)  # where compiling takes long and the host has cores to spare
-MOST = 32  # programs compiled ahead: those of further shapes are compiled when they come
+COMPILES_AHEAD = ("gpu",)  # platforms where compiling is slow and the host has cores to spare
+MOST = 32  # programs compiled ahead; those for further shapes are compiled when needed
 
 
 def compiles_ahead(platform: str | None = None) -> bool:
-    """Whether it is worth the threads on devices of this platform; None: on this machine's."""
+    """Whether compiling ahead is worthwhile on this platform; None: on this machine's."""
     return (platform or jax.default_backend()) in COMPILES_AHEAD
 
 
 class Ahead:
-    """A jitted function that may have been compiled already; one a function, for all threads.
+    """A jitted function whose programs may have been compiled ahead; one per function, for all threads.
 
-    All share the threads: programs are compiled in the order in which they are asked for.
+    All instances share the threads: programs are compiled in the order of their requests.
     """
 
     _pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2)), "compiling")
-    _tracing = threading.Lock()  # Python traces one at a time; what is asked for first comes first
-    _alone: Future | None = None  # what programs that are asked for now wait for
+    _tracing = threading.Lock()  # Python traces one at a time, in the order of requests
+    _alone: Future | None = None  # the program that newly requested ones wait for
 
     def __init__(self, function: Any, key: Callable[..., Hashable], static: tuple[int, ...] = ()):
-        """`key` tells from the arguments which program they need; `static` are the jitted function's own."""
+        """`key` maps arguments to the program they need; `static`: indices of the jit's static arguments."""
         self._function, self._key, self._static = function, key, static
         self._made: dict[Hashable, Future[Callable]] = {}
 
     def start(self, *arguments: Any, alone: bool = False) -> None:
-        """Compile for arguments like these, in a thread, unless that was begun before.
+        """Compile for arguments like these in a thread, unless already started.
 
         Args:
-          alone: programs that are asked for later, of any function, wait until this one is there, which
-            comes the sooner.
+          alone: programs requested later, of any function, wait until this one is compiled, so that it is
+            ready sooner.
         """
         key = self._key(*arguments)
         if key not in self._made and len(self._made) < MOST:
@@ -63,32 +62,32 @@ class Ahead:
     def _compile(self, mesh: Any, arguments: list, after: Future | None) -> Callable:
         if after is not None:
             wait([after])
-        with nullcontext() if mesh is None else jax.set_mesh(mesh):  # the context of a thread is its own
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):  # a thread has its own context
             with self._tracing:
                 lowered = self._function.lower(*arguments)
             return lowered.compile()
 
     def __call__(self, *arguments: Any) -> Any:
-        """The result; waits for its program where that is not ready, and raises what went wrong with it."""
+        """Call the function; waits until its program is ready, and raises its compilation error, if any."""
         made = self._made.get(self._key(*arguments))
         if made is None:
             return self._function(*arguments)
         return made.result()(*(x for i, x in enumerate(arguments) if i not in self._static))
 
     def lower(self, *arguments: Any, **named: Any) -> Any:
-        """The function lowered as by `jax.jit`, for whoever wants to look at a program."""
+        """Lower the function as with `jax.jit`, for inspecting its program."""
         return self._function.lower(*arguments, **named)
 
     def close(self) -> None:
-        """Compile nothing that was not begun."""
+        """Cancel all compilations not yet started."""
         for made in self._made.values():
             made.cancel()
         if Ahead._alone in self._made.values():
-            Ahead._alone = None  # or its program would stay
+            Ahead._alone = None  # otherwise its program would stay in memory
 
 
 def _abstract(tree: Any) -> Any:
-    """What a program needs to know of its arguments; an array that may lie anywhere may lie anywhere."""
+    """Shapes, dtypes and shardings of a program's arguments; uncommitted arrays have no sharding."""
 
     def abstract(x: Any) -> jax.ShapeDtypeStruct:
         anywhere = not hasattr(x, "sharding") or (isinstance(x, jax.Array) and not x.committed)

@@ -1,4 +1,4 @@
-"""The machine: JAX settings, accelerators and their public figures, compiler options, memory.
+"""The machine: JAX settings, accelerators and their published figures, compiler options, memory.
 
 setup(config.results_dir, config.model.dtype)   # once, before the first array
 peak_flops(jax.devices()[0])                    # 989e12 on an H100
@@ -27,10 +27,10 @@ from jaxlora.runtime.progress import console
 
 
 def cache_folder(results_dir: str) -> Path:
-    """Where compiled programs are kept: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxlora/compiled.
+    """The folder of compiled programs: $JAX_COMPILATION_CACHE_DIR, or ~/.cache/jaxlora/compiled.
 
-    With several hosts only the first writes them, so all of them use a folder that they share: `.compiled` in
-    the results directory.
+    With several hosts only the first writes them, so all use a shared folder: `.compiled` in the results
+    directory.
     """
     if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(named)
@@ -40,28 +40,28 @@ def cache_folder(results_dir: str) -> Path:
 
 
 def setup(results_dir: str, dtype: str) -> None:
-    """What must happen before the first array: memory, hosts, the compilation cache, float32 products.
+    """Set up what must precede the first array: memory, hosts, compilation cache, float32 precision.
 
     Args:
       results_dir: where runs are written; see `cache_folder`.
-      dtype: of the model, `bfloat16` or `float32`.
+      dtype: the model's dtype, `bfloat16` or `float32`.
     """
-    # By default JAX leaves a quarter of a GPU's memory unused, and decoding can use all of it.
+    # By default JAX leaves a quarter of a GPU's memory unused, but decoding can use all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     hosts.start()
     console.quiet = not hosts.is_first()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(results_dir)))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    if dtype == "float32":  # GPUs and TPUs would multiply float32 in fewer bits
+    if dtype == "float32":  # GPUs and TPUs would multiply float32 at lower precision
         jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def devices_here() -> list[jax.Device]:
-    """All devices; a CPU that stands in for a GPU is named, once.
+    """All devices; warns once if a CPU is used instead of a GPU.
 
     Raises:
-      MachineError: JAX has none, such as with JAX_PLATFORMS=cuda where there is no GPU.
+      MachineError: JAX finds none, such as with JAX_PLATFORMS=cuda on a machine without a GPU.
     """
     try:
         devices = jax.devices()
@@ -76,7 +76,7 @@ def devices_here() -> list[jax.Device]:
 
 @cache
 def _warn_of_cpu(platform: str) -> None:
-    """Say so, once, where JAX uses the CPU although a GPU was to be expected."""
+    """Warn once if JAX uses the CPU although a GPU was to be expected."""
     has_card = any(Path("/dev").glob("nvidia[0-9]*"))
     if warning := cpu_warning(platform, getattr(jax.config, "jax_platforms", None), os.environ, has_card):
         console.print(warning, style="yellow", markup=False, soft_wrap=True)
@@ -85,11 +85,11 @@ def _warn_of_cpu(platform: str) -> None:
 def cpu_warning(
     platform: str, asked: str | None, environment: Mapping[str, str], has_card: bool
 ) -> str | None:
-    """What is to be said of a CPU that is used; None: nothing.
+    """The warning for running on a CPU, or None.
 
     Args:
-      asked: JAX_PLATFORMS.
-      has_card: an NVIDIA card is in this machine.
+      asked: the value of JAX_PLATFORMS.
+      has_card: whether this machine has an NVIDIA card.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if platform != "cpu" or (asked or "").startswith("cpu") or (visible is None and not has_card):
@@ -112,22 +112,22 @@ class Chip:
     """One TPU chip as JAX sees it (v4 and v5p: both cores as one device)."""
 
     name: str
-    hbm_bytes: float  # the compiler lets a program use a little less
+    hbm_bytes: float  # the compiler lets a program use slightly less
     flops: float  # dense bfloat16, FLOP/s
     hbm_rate: float  # bytes/s
-    link_rate: float  # bytes/s that one link of the interconnect brings in
+    link_rate: float  # bytes/s received over one link of the interconnect
     int8_flops: float  # dense int8, operations/s
     platform: ClassVar[str] = "tpu"
 
     @property
     def device_kind(self) -> str:
-        """As JAX reports it."""
+        """The kind as reported by JAX."""
         return next(kind for kind, name in _KINDS.items() if name == self.name)
 
 
-# Cloud TPU documentation, "System architecture" pages of each version: peak compute, HBM capacity and
-# bandwidth per chip. Link rates are the documented interconnect bandwidth of a chip divided by its links (6
-# in a three-dimensional torus, 4 in a two-dimensional one): v4 2400, v5e 1600, v5p 4800, v6e 3200 Gbit/s.
+# From the "System architecture" pages of the Cloud TPU documentation: peak compute, HBM capacity and
+# bandwidth per chip. Link rates are the documented interconnect bandwidth per chip divided by its links (6 in
+# a 3D torus, 4 in a 2D one): v4 2400, v5e 1600, v5p 4800, v6e 3200 Gbit/s.
 CHIPS = {
     "v4": Chip("v4", 32 * 2**30, 275e12, 1228e9, 50e9, 275e12),
     "v5e": Chip("v5e", 16 * 2**30, 197e12, 819e9, 50e9, 394e12),
@@ -153,22 +153,22 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """The name that the TPU compiler takes, such as `v5e:2x4`."""
+        """The name used by the TPU compiler, such as `v5e:2x4`."""
         return f"{self.chip.name}:{'x'.join(map(str, self.grid))}"
 
     @property
     def ici_rate(self) -> float:
-        """Bytes/s into the least connected chip.
+        """Bytes/s received by the least connected chip.
 
-        Slices this small do not wrap around, so a corner has one link along each axis of the grid; and a
-        collective ends only when every chip has its share, the corners included.
+        Slices this small do not wrap around, so a corner has one link along each axis of the grid, and a
+        collective ends only when every chip has its share, including the corners.
         """
         if self.n_chips == 1:
-            return math.inf  # nothing comes in
+            return math.inf  # a single chip receives nothing
         return self.chip.link_rate * sum(size > 1 for size in self.grid)
 
     def to_json(self) -> dict[str, Any]:
-        """Its name, its number of chips, and its name for the compiler."""
+        """Its name, number of chips, and compiler name."""
         return {"name": self.name, "chips": self.n_chips, "topology": self.topology}
 
 
@@ -191,12 +191,12 @@ SLICES = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of this `device_kind`; None if it is no TPU in the table."""
+    """The chip with this `device_kind`; None if it is not a TPU in the table."""
     return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else None
 
 
 def slice_of(devices: Sequence[Any]) -> Slice | None:
-    """The slice that these JAX devices make up; None if they are no TPU in the table."""
+    """The slice formed by these JAX devices; None if they are not a TPU in the table."""
     chip = chip_of(devices[0].device_kind)
     if chip is None:
         return None
@@ -218,40 +218,40 @@ def slice_named(name: str) -> Slice:
 
 # --- Rates and memory ---------------------------------------------------------------------------------------
 
-# Dense bf16 peak of GPUs in FLOP/s, and bytes/s of their memory, by a part of `device_kind`, from the maker's
-# data sheets (H100 SXM, A100 80 GB).
+# Dense bf16 peak FLOP/s and memory bytes/s of GPUs, by a part of `device_kind`, from NVIDIA's data sheets
+# (H100 SXM, A100 80 GB).
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 _MEMORY_RATES = {"H200": 4800e9, "H100": 3350e9, "A100": 2039e9}
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bf16 peak of one device in FLOP/s, or None where it is not known (a CPU)."""
+    """Dense bf16 peak of one device in FLOP/s, or None if unknown (a CPU)."""
     if (chip := chip_of(device.device_kind)) is not None:
         return chip.flops
     return next((rate for name, rate in _PEAK_FLOPS.items() if name in device.device_kind), None)
 
 
 def compute_capability(device: Any) -> tuple[int, ...]:
-    """Of an NVIDIA GPU: (9, 0) on an H100, (8, 9) on an L4. (0,) on any other device."""
+    """Compute capability of an NVIDIA GPU: (9, 0) on an H100, (8, 9) on an L4; (0,) for any other device."""
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return tuple(map(int, found.groups())) if found else (0,)
 
 
 def memory_rate_of(device: jax.Device) -> float | None:
-    """Peak bytes/s of one device's memory, or None where it is not known (a CPU)."""
+    """Peak bytes/s of one device's memory, or None if unknown (a CPU)."""
     if (chip := chip_of(device.device_kind)) is not None:
         return chip.hbm_rate
     return next((rate for name, rate in _MEMORY_RATES.items() if name in device.device_kind), None)
 
 
 def memory_in_use(device: jax.Device) -> int | None:
-    """Peak bytes allocated on the device so far, or None where the platform does not say."""
+    """Peak bytes allocated on the device so far, or None if the platform does not report it."""
     stats = device.memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
 
 
 def memory_of(device: jax.Device) -> int | None:
-    """Bytes that programs on the device may use, of a CPU those that this process may; None: nothing says."""
+    """Bytes that programs on the device (for a CPU, this process) may use, or None if unknown."""
     if device.platform == "cpu":
         return _host_memory()
     stats = device.memory_stats()
@@ -262,19 +262,19 @@ def memory_of(device: jax.Device) -> int | None:
 
 
 def _host_memory() -> int | None:
-    """The machine's memory, or the bound of this process's control group where that is lower."""
+    """The machine's memory, or the limit of this process's control group if that is lower."""
     try:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no bound
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number: no limit
             whole = min(whole, int(Path(file).read_text()))
     return whole
 
 
 def out_of_memory(message: str) -> int | None:
-    """Bytes that a program needs beyond a chip's memory, from the compiler's error; None: another error.
+    """Bytes that a program needs beyond a chip's memory, from the compiler's error; None for other errors.
 
     The compiler says `Used 20.95G of 15.75G hbm. Exceeded hbm capacity by 5.20G.`, or `the total memory
     required for HLO temporaries (16.24G) exceeds available HBM (15.75G)`.
@@ -294,13 +294,13 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def decoder_options() -> dict[str, Any] | None:
-    """Compiler options of prefill and decoding on this machine's devices; None: JAX's own.
+    """Compiler options for prefill and decoding on this machine's devices; None: JAX's defaults.
 
     For GPUs (measured in `tools/bench.md`):
 
-    - No Triton products: where XLA tries one, it splits off the norm before it and computes that once for
-      each product. 2% of a training step.
-    - cuBLAS picks its own kernels: they are 1% faster than those that XLA finds by trying.
+    - No Triton GEMMs: where XLA tries one, it splits off the preceding norm and computes it once per product.
+      2% of a training step.
+    - cuBLAS picks its own kernels: they are 1% faster than those found by XLA's autotuning.
     """
     if jax.default_backend() != "gpu":
         return None
@@ -308,21 +308,20 @@ def decoder_options() -> dict[str, Any] | None:
 
 
 def decode_options() -> dict[str, Any] | None:
-    """Compiler options of decoding: the decoder's, and on GPUs products of one input stay apart.
+    """Compiler options for decoding: the decoder's, and on GPUs products of the same input are not merged.
 
-    XLA would put the weights of q, k, v and of gate, up together anew in each step. Where an adapter is kept
-    beside them, as in learning from rewards, that copies 250 MB a layer: a fifth of a step.
+    XLA would concatenate the weights of q, k, v and of gate, up anew in every step. With an unmerged adapter,
+    as in reinforcement learning, this copies 250 MB per layer: a fifth of a step.
     """
     options = decoder_options()
     return None if options is None else options | {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def step_options() -> dict[str, Any] | None:
-    """Compiler options of training and validation steps: the decoder's, and one more on GPUs.
+    """Compiler options for training and validation steps: the decoder's, and one more on GPUs.
 
-    The loop over chunks of answers runs inside the CUDA graph of the step. Outside the graph, the host
-    decides when the loop stops, and the GPU waits for the host to launch the whole backward pass: 6% of a
-    step.
+    It keeps the loop over chunks of the output head inside the step's CUDA graph. Outside, the host decides
+    when the loop stops, and the GPU waits for the host to launch the whole backward pass: 6% of a step.
     """
     options = decoder_options()
     graphs = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE"
@@ -330,5 +329,5 @@ def step_options() -> dict[str, Any] | None:
 
 
 def scan_layers(layers: str, platform: str) -> bool:
-    """Whether layers are scanned. `auto`: unrolled on GPUs, where it runs a quarter faster; else scanned."""
+    """Whether layers are scanned. `auto`: unrolled on GPUs, where this is a quarter faster; else scanned."""
     return platform != "gpu" if layers == "auto" else layers == "scan"

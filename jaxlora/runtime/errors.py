@@ -1,7 +1,7 @@
-"""Errors that a user can act on, and the one place where they become an exit code.
+"""Errors that a user can act on, and the single place where they become an exit code.
 
 raise UserError("lora.rank is 0; it must be at least 1")    # -> "error: lora.rank is 0; ...", exit code 2
-add_number(parser, "--steps", default=24)                   # --steps 0: such a line, from any tool
+add_number(parser, "--steps", default=24)                   # --steps 0 gives such a line, in any tool
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from typing import Any
 
 from jaxlora.runtime.text import harmless, without_secrets
 
-LONGEST = 1000  # characters of the line that a user is shown
-# A path that cannot be used is a mistake of whoever named it; other errors of a disk may pass.
+LONGEST = 1000  # characters of the line shown to the user
+# An unusable path is the user's mistake; other disk errors may be temporary.
 _PATH_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 _PATH_ERRORS |= {errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY}
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line that names it and says what to do. Exit code 2."""
+    """A mistake in the user's input: one line that names it and says what to do. Exit code 2."""
 
     exit_code = 2
 
 
 class MachineError(Exception):
-    """Something around the program failed, such as another host: one line. Exit code 1: try again."""
+    """A failure outside the program, such as of another host, in one line. Exit code 1: try again."""
 
     exit_code = 1
 
 
-# Called with the message and the exit code before a failed process ends (hosts.py tells the other hosts).
+# Called with message and exit code before a failed process ends (hosts.py uses it to tell the other hosts).
 on_failure: list[Callable[[str, int], None]] = []
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point; print a `UserError` or `MachineError` as one line on stderr and exit.
 
-    Any other error ends the process as in plain Python, but its traceback is printed without keys and tokens:
-    the log may go to a bucket or into a public issue. The same holds for errors of threads.
+    Any other error ends the process as in plain Python, but its traceback is printed without keys and tokens,
+    since the log may end up in a bucket or a public issue. The same applies to errors in threads.
     """
     sys.excepthook = _print_traceback
     threading.excepthook = lambda failed: _print_traceback(*failed[:3])
@@ -72,9 +72,9 @@ def add_number(
     most: float = 2**31 - 1,
     **settings: Any,
 ) -> None:
-    """Add an option whose value is a number above zero, or with `zero` from zero on, and at most `most`.
+    """Add an option whose value is a number above zero, or at least zero with `zero`, and at most `most`.
 
-    A default is taken as it is. Anything else is a `UserError` when the command line is parsed.
+    The default is not checked. Any other value is a `UserError` when the command line is parsed.
     """
 
     def number(text: str) -> int | float:
@@ -92,7 +92,7 @@ def add_number(
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text as one short line without control characters, keys and tokens."""
+    """The error's text as one short line without control characters, keys or tokens."""
     text = " ".join(without_secrets(str(error)).split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
@@ -101,8 +101,8 @@ def one_line(error: BaseException) -> str:
 def _print_traceback(
     kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
 ) -> None:
-    """As Python prints it, but without secrets and terminal escapes."""
-    if kind is not SystemExit:  # of a thread: it ends quietly
+    """Print a traceback like Python, but without secrets and terminal escapes."""
+    if kind is not SystemExit:  # in a thread: it ends quietly
         text = "".join(traceback.format_exception(kind, error, trace))
         print(harmless(without_secrets(text)), file=sys.stderr, end="", flush=True)
 

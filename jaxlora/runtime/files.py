@@ -1,10 +1,10 @@
-"""JSON and JSONL files, written whole or not at all, read within limits.
+"""JSON and JSONL files, written completely or not at all, and read within size limits.
 
     write_json_atomic(folder / "summary.json", {"status": "completed"})
     append_jsonl(folder / "metrics.jsonl", {"step": 1, "loss": 1.14})
     records = read_jsonl(folder / "metrics.jsonl")
 
-A crash never leaves half a JSON file, and at most one torn last line in a JSONL file, which the readers and
+A crash never leaves a partial JSON file, and at most one torn last line in a JSONL file, which readers and
 the next append repair.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 from jaxlora.runtime.errors import UserError
 
 Record = dict[str, Any]
-MAX_JSON_BYTES = 256 * 2**20  # larger files are not ours; they are refused before they are read
+MAX_JSON_BYTES = 256 * 2**20  # larger files are not ours, and are refused before reading
 MAX_JSONL_BYTES = 2 * 2**30
 
 
@@ -36,7 +36,7 @@ def _to_line(record: Record) -> str:
 
 
 def append_jsonl(path: Path, record: Record) -> None:
-    """Append one record; a torn last line that a crash left behind is removed first."""
+    """Append one record, first removing a torn last line left by a crash."""
     line = _to_line(record).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
@@ -46,22 +46,22 @@ def append_jsonl(path: Path, record: Record) -> None:
 
 
 def write_jsonl_atomic(path: Path, records: Iterable[Record]) -> None:
-    """Write the whole file at once: readers see the old content or the new, never a mixture."""
+    """Write the file atomically: readers see the old content or the new, never a mixture."""
     write_text_atomic(path, "".join(_to_line(record) for record in records))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
-    """Write an indented JSON file at once; `ValueError` for NaN and infinities."""
+    """Write an indented JSON file atomically; `ValueError` for NaN and infinities."""
     write_text_atomic(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a UTF-8 text file at once."""
+    """Write a UTF-8 text file atomically."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Write a file beside its place, and rename it once it is on the disk."""
+    """Write a file under a temporary name beside it, and rename it once it is on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,7 +75,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 
 
 def cut_jsonl(path: Path, size: int) -> None:
-    """Cut a JSONL file back to its first `size` bytes, which end with a whole line."""
+    """Truncate a JSONL file to its first `size` bytes, which end with a whole line."""
     with open(path, "ab") as file:
         file.truncate(size)
         file.flush()
@@ -83,7 +83,7 @@ def cut_jsonl(path: Path, size: int) -> None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether this error, or one that caused it, says that there is no room left on the disk."""
+    """Whether this error, or one of its causes, says that the disk is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -117,7 +117,7 @@ def _mend_last_line(file: Any) -> None:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The content of a JSON file; `UserError` where it is missing, broken or larger than `limit` bytes."""
+    """The content of a JSON file; `UserError` if it is missing, broken or larger than `limit` bytes."""
     try:
         return _parse(read_file(path, limit))
     except (ValueError, RecursionError) as error:
@@ -125,7 +125,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
 
 
 def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> Record:
-    """As `read_json`, of a file that holds one JSON object."""
+    """Like `read_json`, for a file that holds one JSON object."""
     value = read_json(path, limit)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not a JSON object")
@@ -134,16 +134,16 @@ def read_object(path: Path, limit: int = MAX_JSON_BYTES) -> Record:
 
 def _parse(content: bytes) -> Any:
     value = json.loads(content.decode("utf-8"))
-    if b"\\u" in content:  # an escape can hold half a surrogate pair, which nothing can write again
+    if b"\\u" in content:  # an escape can be a lone surrogate, which cannot be written again
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def read_file(path: Path, limit: int) -> bytes:
-    """The bytes of an ordinary text file without the UTF-8 mark that some editors put at its beginning.
+    """The bytes of an ordinary text file, without the byte-order mark that some editors put first.
 
     Raises:
-      UserError: it is missing, no file, or larger than `limit`.
+      UserError: it is missing, not a regular file, or larger than `limit`.
     """
     try:
         status = path.stat()
@@ -159,7 +159,7 @@ def read_file(path: Path, limit: int) -> bytes:
 
 
 def sha256_of(path: Path, size: int | None = None) -> str:
-    """Hex SHA-256 of a file's bytes, or of its first `size`, read piece by piece."""
+    """Hex SHA-256 of a file's bytes, or of its first `size` bytes, read in pieces."""
     with path.open("rb") as file:
         if size is None:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -173,15 +173,15 @@ def sha256_of(path: Path, size: int | None = None) -> str:
 def read_jsonl(path: Path, torn_last_line: str = "drop") -> list[Record]:
     """All records of a JSONL file, in order.
 
-    A last line without a newline that is not JSON is the trace of a crash: it is dropped, or refused with
+    A last line without a newline that is not JSON was left by a crash: it is dropped, or refused with
     `torn_last_line="refuse"`. Any other broken line is a `UserError` with file and line. Empty lines are
-    passed over.
+    skipped.
     """
     return [record for _, record in read_numbered_jsonl(path, torn_last_line)]
 
 
 def read_numbered_jsonl(path: Path, torn_last_line: str = "drop") -> list[tuple[int, Record]]:
-    """As `read_jsonl`, each record with its line number (the first line is 1)."""
+    """Like `read_jsonl`, with the line number of each record (the first line is 1)."""
     lines = read_file(path, MAX_JSONL_BYTES).split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):

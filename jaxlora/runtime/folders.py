@@ -1,11 +1,11 @@
-"""Folders: reading files of one that came from elsewhere, and making one whole or not at all.
+"""Folders: reading files from an untrusted one, and creating one completely or not at all.
 
-file_in("path/to/Qwen3-8B", "model-00001-of-00005.safetensors")   # no name leads out of the folder
-with claimed(Path("adapter")), new_folder(Path("adapter")) as folder:     # named so when all is written
+file_in("path/to/Qwen3-8B", "model-00001-of-00005.safetensors")   # no name can lead out of the folder
+with claimed(Path("adapter")), new_folder(Path("adapter")) as folder:     # renamed once all is written
     (folder / "adapter_config.json").write_text(text)
 
-A claim is a lock of the operating system: it goes when its process ends, however it ends. Whoever holds it
-knows that half-made copies beside the place are a dead process', and removes them.
+A claim is an operating-system lock: it is released when its process ends, for any reason. Its holder knows
+that partial copies beside the path are leftovers of a dead process, and removes them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Taken(UserError):
 
 
 def file_in(folder: str | Path, name: str) -> Path:
-    """The path of a file directly in `folder`; it need not be there.
+    """The path of a file directly in `folder`; it need not exist.
 
-    A link may lead to another place in the folder or, in a snapshot of the Hub's cache, to the cache's
-    `blobs`, where the Hub's client keeps the files. Where models are links into a store that many share, the
-    machine's owner names that store in `JAXLORA_TRUSTED_FOLDERS` (several are separated by colons): no file
-    that came with a model can set it.
+    A link may lead elsewhere within the folder or, in a snapshot of the Hub's cache, to the cache's `blobs`,
+    where the Hub client keeps the files. If models are links into a shared store, the machine's owner names
+    that store in `JAXLORA_TRUSTED_FOLDERS` (several are separated by colons), which no file of a model can
+    set.
 
     Raises:
       UserError: the name is a path, or a link leads out of the folder.
@@ -59,7 +59,7 @@ def file_in(folder: str | Path, name: str) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, which becomes `out` at the end; after an error nothing has changed."""
+    """A hidden folder beside `out` that becomes `out` at the end; after an error nothing has changed."""
     folder = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -72,19 +72,19 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, out: Path) -> None:
-    """Rename a finished folder to `out`; an older one is removed only after the new one stands."""
+    """Rename a finished folder to `out`; an older one is removed only once the new one is in place."""
     old = _aside(out)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     folder.rename(out)
     sync(out.parent, below=False)
-    if old.exists():  # also what a process left that was killed between the two names
+    if old.exists():  # also a leftover of a process killed between the two renames
         shutil.rmtree(old)
 
 
 def put_back(out: Path) -> None:
-    """Give an older folder its name again, where a process was killed before the new one had it."""
+    """Restore an older folder's name if a process was killed before the new one was in place."""
     if _aside(out).exists() and not out.exists():
         _aside(out).rename(out)
 
@@ -94,7 +94,7 @@ def _aside(out: Path) -> Path:
 
 
 def _settle(folder: Path) -> None:
-    """Give all files the mode that the user's umask asks for (some libraries write 0600), and sync them."""
+    """Give all files the mode of the user's umask (some libraries write 0600), and sync them."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -104,10 +104,10 @@ def _settle(folder: Path) -> None:
 
 
 def sync(folder: Path, below: bool = True) -> None:
-    """Wait until a folder's names, and with `below` all that is in it, are on the disk.
+    """Wait until a folder's entries, and with `below` all of its contents, are on disk.
 
     Raises:
-      OSError: some file systems say only now that they are full.
+      OSError: some file systems report only now that they are full.
     """
     for path in (*(folder.rglob("*") if below else ()), folder):
         handle = os.open(path, os.O_RDONLY)
@@ -119,14 +119,14 @@ def sync(folder: Path, below: bool = True) -> None:
 
 @contextmanager
 def claimed(out: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the right to write `out`, and clear away what dead processes left of it.
+    """Hold the exclusive right to write `out`, and remove leftovers of dead processes.
 
     Args:
-      wait: until the other process is done, instead of an error.
+      wait: wait until the other process is done instead of raising.
 
     Raises:
       Taken: another process is writing it.
-      UserError: the lock is a link.
+      UserError: the lock file is a link.
     """
     file = out.with_name(f".{out.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,12 +135,12 @@ def claimed(out: Path, wait: bool = False) -> Iterator[None]:
         _clear(out)
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: a new file is a new lock
+        file.unlink(missing_ok=True)  # while it is held, since a new file is a new lock
         os.close(handle)
 
 
 def is_claimed(out: Path) -> bool:
-    """Whether a process holds the claim to write `out` now."""
+    """Whether some process holds the claim to write `out`."""
     try:
         handle = os.open(out.with_name(f".{out.name}.lock"), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -156,7 +156,7 @@ def is_claimed(out: Path) -> bool:
 
 @contextmanager
 def enough_room(out: Path) -> Iterator[None]:
-    """Turn a full disk into one line (`MachineError`); what is written whole or not at all is unchanged."""
+    """Turn a full disk into one line (`MachineError`); atomically written files are unchanged."""
     try:
         yield
     except Exception as error:
@@ -166,7 +166,7 @@ def enough_room(out: Path) -> Iterator[None]:
 
 
 def _locked(file: Path, out: Path, wait: bool) -> int:
-    """The descriptor of the locked file; never one that its holder has removed meanwhile."""
+    """The descriptor of the locked file, never of one that its holder has meanwhile removed."""
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -188,7 +188,7 @@ def _locked(file: Path, out: Path, wait: bool) -> int:
 
 
 def _clear(out: Path) -> None:
-    """Remove half-made folders and files; put back an older folder that was only moved aside."""
+    """Remove partial folders and files; restore an older folder that was only moved aside."""
     put_back(out)
     left = re.compile(rf"\.{re.escape(out.name)}\.(\d+\.partial|\d+\.tmp|replaced)")
     for path in list(out.parent.iterdir()):
@@ -197,9 +197,9 @@ def _clear(out: Path) -> None:
 
 
 def replace_together(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files of a folder: all are on the disk before the first one takes its place, in this order.
+    """Write files in a folder: all are on disk before the first is renamed into place, in this order.
 
-    Whoever is stopped earlier has changed nothing. The caller has claimed the folder.
+    A process stopped before that has changed nothing. The caller has claimed the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staged = {folder / name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}

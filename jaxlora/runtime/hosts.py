@@ -1,15 +1,15 @@
-"""Several hosts: one process on each, all running the same program on their share of the devices.
+"""Multi-host runs: one process per host, all running the same program on their share of the devices.
 
-    hosts.start()                        # first of all: joins the processes; nothing on a single host
+    hosts.start()                        # first of all: joins the processes; does nothing on a single host
     stop = hosts.agree(asked_to_stop)    # the same answer on every host
     adapter = hosts.whole(state.trained)    # numpy arrays, whatever the sharding
     if hosts.is_main():                  # only process 0 writes files
         write(adapter)
     hosts.barrier("written")
 
-In one process every function is trivial. In several, each must be called by all of them in the same order.
-Hosts talk through JAX's coordination service, not through the devices: a call never waits for queued
-steps, and has a time limit. A host that fails tells the others, which stop at once with its message.
+In a single process every function is trivial. With several, all processes must make the same calls in the
+same order. Hosts communicate through JAX's coordination service, not through the devices: a call never waits
+for queued steps, and has a time limit. A failing host tells the others, which stop at once with its message.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from jax.experimental import multihost_utils
 from jaxlora.runtime.errors import MachineError, UserError, on_failure
 
 CONNECT_SECONDS = 600  # hosts of one slice are ready within minutes of each other
-LIMIT_SECONDS = 3600  # one host may compile, or fetch the base, while the others wait
-HEARTBEAT_SECONDS = 60  # a host that dies without a word is noticed after this long
+LIMIT_SECONDS = 3600  # one host may compile or fetch the base while the others wait
+HEARTBEAT_SECONDS = 60  # a host that dies silently is noticed after this long
 SHUTDOWN_SECONDS = 60
 _DEVICES = Path("/dev")
 _FAILED = "jaxlora/failed"
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _listeners: list[Callable[[str], None]] = []
-_calls: Counter[str] = Counter()  # by name; equal on all hosts, because all make the same calls
+_calls: Counter[str] = Counter()  # by name; the same on all hosts, which all make the same calls
 
 
 # --- Joining ------------------------------------------------------------------------------------------------
 
 
 def start() -> None:
-    """Join the processes, if the environment says that there are several. Before any use of devices.
+    """Join the processes, if the environment defines several. Must precede any use of devices.
 
-    Several hosts are: a Cloud TPU slice of more than one host (on GKE as the plugin's environment says,
-    else as the machine's metadata say), or JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, all three.
+    There are several on a Cloud TPU slice of more than one host (on GKE according to the plugin's
+    environment, otherwise to the machine's metadata), or if JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are all set.
 
     Raises:
       UserError: the variables are incomplete or impossible.
@@ -86,7 +86,7 @@ _VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 def _tpu_hosts() -> int:
-    """Hosts of the TPU slice that this machine belongs to; 1 without a TPU."""
+    """Number of hosts of this machine's TPU slice; 1 without a TPU."""
     if not (list(_DEVICES.glob("accel*")) or list(_DEVICES.glob("vfio/[0-9]*"))):
         return 1
     names = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
@@ -96,7 +96,7 @@ def _tpu_hosts() -> int:
 
 
 def _metadata() -> str | None:
-    """The addresses of the slice's hosts, with commas; None on a machine that is not Cloud TPU's."""
+    """The addresses of the slice's hosts, separated by commas; None if this is not a Cloud TPU machine."""
     request = urllib.request.Request(_METADATA, headers={"Metadata-Flavor": "Google"})
     for pause in (1, 3, 0):
         try:
@@ -108,11 +108,11 @@ def _metadata() -> str | None:
 
 
 def _connect(where: dict[str, Any]) -> None:
-    # The runtime would take SIGTERM for itself, and a run could no longer be stopped while it loads.
+    # The runtime would handle SIGTERM itself, and a run could not be stopped while it loads.
     jax.config.update("jax_enable_preemption_service", False)
-    # CPU devices would run programs that do not depend on each other in an order that differs by host.
+    # CPU devices would run independent programs in an order that differs between hosts.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # When time is up the runtime aborts with a stack trace; this ends the process a little earlier.
+    # At its timeout the runtime aborts with a stack trace; this ends the process a little earlier.
     text = f"the hosts did not find each other within {CONNECT_SECONDS} s"
     if where:
         text += f" (process {where['process_id']} of {where['num_processes']}, coordinator at "
@@ -128,45 +128,45 @@ def _connect(where: dict[str, Any]) -> None:
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
             **where,
         )
-    except (RuntimeError, ValueError) as error:  # a name that does not resolve, a port that is taken
+    except (RuntimeError, ValueError) as error:  # an unresolvable name, a port in use
         raise MachineError(f"several hosts: {error}") from None
     finally:
         limit.cancel()
 
 
-# --- Talking ------------------------------------------------------------------------------------------------
+# --- Communicating ------------------------------------------------------------------------------------------
 
 
 def is_main() -> bool:
-    """Whether this process writes files: exactly one does, the one that Orbax takes too."""
+    """Whether this process writes files: exactly one does, the same as Orbax's primary."""
     return n_processes() == 1 or jax.process_index() == 0
 
 
 def is_first() -> bool:
-    """Whether this process prints: the first by number, whose output people follow.
+    """Whether this process prints: the first by number, whose output users follow.
 
-    On a TPU slice that is worker 0. It need not be the main one: the runtime numbers the processes, too.
+    On a TPU slice that is worker 0. It need not be the main process: the runtime has its own numbering.
     """
     return _state().process_id in (None, 0)
 
 
 def n_processes() -> int:
-    """How many processes run this program together."""
+    """Number of processes that run this program together."""
     return _state().num_processes
 
 
 def barrier(name: str, seconds: float = LIMIT_SECONDS) -> None:
-    """Wait until every process is here.
+    """Wait until every process gets here.
 
     Raises:
-      MachineError: not all came within the time; the message has the name.
+      MachineError: not all arrived in time; the message contains the name.
     """
     if n_processes() > 1:
         _meet(_next(name), name, seconds)
 
 
 def agree(flag: bool) -> bool:
-    """True on every process if it is True on any. About a millisecond; does not wait for the devices."""
+    """True on every process if True on any. Takes about a millisecond; does not wait for the devices."""
     if n_processes() == 1:
         return flag
     key, client = _next("agree"), _state().client
@@ -177,7 +177,7 @@ def agree(flag: bool) -> bool:
 
 
 def broadcast(value: Any, seconds: float = LIMIT_SECONDS) -> Any:
-    """Process 0's value, on every process; anything that JSON can hold."""
+    """Process 0's value on every process; any JSON value."""
     if n_processes() == 1:
         return value
     key, client = _next("broadcast"), _state().client
@@ -190,7 +190,7 @@ def broadcast(value: Any, seconds: float = LIMIT_SECONDS) -> Any:
 
 
 def whole(tree: Any) -> Any:
-    """The tree as numpy arrays, on every process; arrays split over processes are gathered one by one."""
+    """The tree as numpy arrays on every process; arrays split over processes are gathered one by one."""
 
     def gather(x: Any) -> np.ndarray:
         if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
@@ -201,10 +201,10 @@ def whole(tree: Any) -> Any:
 
 
 def check_shared(folder: str | Path, seconds: float = 30) -> None:
-    """Check that every process sees what process 0 writes into this folder; it is made where missing.
+    """Check that every process sees what process 0 writes to this folder, which is created if missing.
 
-    All write parts of one checkpoint and read them when they resume, so each having its own folder would
-    lose the run.
+    All processes write parts of a checkpoint and read them when resuming, so separate folders would lose the
+    run.
 
     Raises:
       UserError: some process does not see it.
@@ -231,10 +231,10 @@ def check_shared(folder: str | Path, seconds: float = 30) -> None:
 
 
 def check_same(values: dict[str, Any], what: str) -> None:
-    """Check that every process has the values (JSON) that process 0 has: one run, not several.
+    """Check that every process has the same (JSON) values as process 0: one run, not several.
 
     Raises:
-      UserError: some process has others; there, with their names.
+      UserError: some process has different ones; raised there, with their names.
     """
     if n_processes() == 1:
         return
@@ -250,8 +250,8 @@ def check_same(values: dict[str, Any], what: str) -> None:
 
 
 def _tell_others(message: str, exit_code: int) -> None:
-    """Announce that this process ends with an error; it then ends without waiting for the others."""
-    with suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: nobody is left to tell
+    """Announce that this process is ending with an error; it then ends without waiting for the others."""
+    with suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: there is no one left to tell
         _state().client.key_value_set(f"{_FAILED}/{_state().process_id}", json.dumps([message, exit_code]))
         _state().client.wait_at_barrier(_FAILED, 5000)  # until all know: process 0 holds the announcement
     _leave(exit_code)
@@ -259,7 +259,7 @@ def _tell_others(message: str, exit_code: int) -> None:
 
 @contextmanager
 def on_other_failure(call: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `call(message)` runs when another process has failed, just before this one ends for it."""
+    """Within the context, `call(message)` runs if another process fails, just before this one ends too."""
     _listeners.append(call)
     try:
         yield
@@ -268,7 +268,7 @@ def on_other_failure(call: Callable[[str], None]) -> Iterator[None]:
 
 
 def _watch_others() -> None:
-    """Start looking for announcements of other hosts once a second, until this process ends in order."""
+    """Start polling for other hosts' announcements once a second, until this process ends normally."""
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(ended,), name="other hosts", daemon=True)
     thread.start()
@@ -301,14 +301,14 @@ def _watch(ended: threading.Event) -> None:
 
 
 def _end(message: str, exit_code: int) -> NoReturn:
-    """Leave now, from any thread: the main one may be inside a collective that never returns."""
+    """Exit now, from any thread: the main one may be inside a collective that never returns."""
     sys.stderr.write(f"error: {message}\n")
     _leave(exit_code)
 
 
 def _leave(exit_code: int) -> NoReturn:
-    """End without the exit handlers: one of them waits for the other hosts."""
-    if _state().process_id == 0:  # the runtime aborts the others when the one with the service is gone
+    """Exit without running exit handlers: one of them waits for the other hosts."""
+    if _state().process_id == 0:  # the runtime aborts the others once the process with the service is gone
         time.sleep(1)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -325,7 +325,7 @@ def _meet(key: str, name: str, seconds: float) -> None:
 
 
 def _next(name: str) -> str:
-    """A key that no earlier call had. Calls by different names may come from different threads."""
+    """A key unused by earlier calls. Calls with different names may come from different threads."""
     _calls[name] += 1
     return f"jaxlora/{name}/{_calls[name]}"
 
@@ -335,7 +335,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _state() -> Any:
-    # JAX has no public access to its coordination service; Orbax uses the same.
+    # JAX has no public API for its coordination service; Orbax uses the same.
     from jax._src import distributed
 
     return distributed.global_state

@@ -1,10 +1,10 @@
-"""Self-contained HTML pages: what every page of the package shares.
+"""Self-contained HTML pages: common parts of every page of the package.
 
     page_style()                        # the style sheet of reports
-    content_policy(style, script)       # allows these two and pictures in the page, and nothing else
-    script_json(value)                  # data for a script element; nothing in it can end the element
+    content_policy(style, script)       # allows only these two and inline pictures
+    script_json(value)                  # data for a script element that cannot end the element
 
-A page loads nothing. Text that a model or a data set wrote is escaped by Jinja, or set as `textContent`.
+A page loads nothing. Text from a model or a data set is escaped by Jinja, or set as `textContent`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def page_style() -> str:
 
 
 def content_policy(style: str, script: str) -> str:
-    """The content policy of a page with one inline style and one script, named by their hashes."""
+    """The content security policy of a page with one inline style and one script, given by their hashes."""
     return (
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"

@@ -1,10 +1,10 @@
-"""Progress bars and messages on the terminal, all through one rich console on standard error.
+"""Progress bars and messages on the terminal, all through a single rich console on standard error.
 
 with progress_bar("loading", total=399, unit="tensors") as advance:
     advance(1)
 
-In a file or a pipe, where nothing can be drawn over, a line with the time stands for the bar, at most one
-every `EVERY` seconds.
+In a file or a pipe, where nothing can be redrawn, timestamped lines replace the bar, at most one every
+`EVERY` seconds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-EVERY = 30.0  # seconds between two lines of what goes on, where there is no terminal
-LOG_WIDTH = 140  # columns of a file or a pipe, which has none of its own: tables stay whole
+EVERY = 30.0  # seconds between progress lines without a terminal
+LOG_WIDTH = 140  # columns assumed for a file or a pipe, so that tables fit
 
 
 def make_console(stderr: bool) -> Console:
-    """A console as wide as its terminal, or `COLUMNS`, or `LOG_WIDTH` where there is neither."""
+    """A console as wide as its terminal, or `COLUMNS`, or `LOG_WIDTH` if there is neither."""
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if is_terminal or "COLUMNS" in os.environ else LOG_WIDTH
     return Console(stderr=stderr, highlight=False, width=width)
@@ -33,13 +33,13 @@ console = make_console(stderr=True)
 
 
 class Heartbeat:
-    """Says when the next line of what goes on is due: `EVERY` seconds after the start, or the last one."""
+    """Tells when the next progress line is due: `EVERY` seconds after the start or the last line."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is; then the next one is due `EVERY` seconds from now."""
+        """Whether a line is due; if so, the next one is due `EVERY` seconds from now."""
         now = time.monotonic()
         if now - self._last < EVERY:
             return False
@@ -48,7 +48,7 @@ class Heartbeat:
 
 
 def say(text: str) -> None:
-    """Print a line of what goes on; where there is no terminal, with the time."""
+    """Print a progress message; without a terminal, with the time."""
     if not console.is_terminal:
         text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
     console.print(text, markup=False, soft_wrap=True)
@@ -56,12 +56,12 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress_bar(title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar that disappears when the work is done; yields a function that advances it. No total: a count."""
+    """A bar that disappears when done; yields a function that advances it. Without a total, it counts."""
     if not console.is_terminal:
         yield _lines(title, total, unit)
         return
     columns = (
-        TextColumn("{task.description}", markup=False),  # names of files may look like markup
+        TextColumn("{task.description}", markup=False),  # file names may look like markup
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -73,7 +73,7 @@ def progress_bar(title: str, total: int | None, unit: str) -> Iterator[Callable[
 
 
 def _lines(title: str, total: int | None, unit: str) -> Callable[[int], None]:
-    """What advances a bar that cannot be drawn."""
+    """The function that advances a bar that cannot be drawn."""
     heartbeat, done = Heartbeat(), 0
     of_all = "" if total is None else f" of {total:,}"
 

@@ -1,13 +1,13 @@
-"""The records of a run: which fields they have, written and read back.
+"""The records of a run: their fields, and how they are written and read back.
 
     append_jsonl(run_dir / "metrics.jsonl", metric_record(run_id=run_id, step=1, split="train", loss=1.14))
     write_json_atomic(run_dir / "summary.json", summary_record(run_id=run_id, status="completed"))
     manifest, summary = read_manifest(run), read_summary(run)
     for row in read_metrics(run): row["step"], row["loss"]
 
-Training and evaluation write the same records. A field that does not apply is null, never missing. Read back,
-what later code relies on has the right type, or is one line; fields that are not listed here are passed on as
-they are: nothing computes with them.
+Training and evaluation write the same records. A field that does not apply is null, never missing. On
+reading, fields that later code relies on are checked for type, with a one-line error; fields not listed here
+are passed on unchanged, as nothing computes with them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxlora.runtime.files import Record, read_numbered_jsonl, read_object
 
 METRIC_FIELDS = (
     "run_id",
-    "checkpoint",  # the checkpoint that was measured, as `step-3169`; null for a training step
+    "checkpoint",  # the checkpoint measured, such as `step-3169`; null for a training step
     "condition",  # `attention_only`, `mlp_only`, `all_layer`, or null for the untouched base
     "seed",
     "step",  # optimizer steps done; the first step is 1
@@ -52,14 +52,14 @@ SPLITS = get_args(Split)
 
 
 def metric_record(**fields: Any) -> Record:
-    """One row of `metrics.jsonl`: every field of METRIC_FIELDS, null where not given, then the extra ones."""
+    """One row of `metrics.jsonl`: every field of METRIC_FIELDS, null if not given, then extra ones."""
     if fields.get("split") not in SPLITS:
         raise ValueError(f"split is {fields.get('split')!r}; it must be one of {', '.join(SPLITS)}")
     return _with_nulls(METRIC_FIELDS, fields)
 
 
 def summary_record(**fields: Any) -> Record:
-    """The content of `summary.json`: every field of SUMMARY_FIELDS, null where not given, then extra ones."""
+    """The content of `summary.json`: every field of SUMMARY_FIELDS, null if not given, then extra ones."""
     return _with_nulls(SUMMARY_FIELDS, fields)
 
 
@@ -106,7 +106,7 @@ class _Validation(TypedDict):
 class _Summary(_Identity, total=False):
     status: str | None
     validations: list[_Validation] | None
-    sha256: dict[str, str] | None  # of the run's other files, by their names below its folder
+    sha256: dict[str, str] | None  # of the run's other files, by path relative to its folder
     selected_step: Count | None
     total: Count
     correct_strict: Count
@@ -180,26 +180,26 @@ class _Prediction(TypedDict):
 
 
 def read_manifest(run: Path) -> Record:
-    """`manifest.json` of a run's directory.
+    """Read `manifest.json` from a run directory.
 
     Raises:
-      UserError: it is missing or broken; names the field.
+      UserError: it is missing or broken; the message names the field.
     """
     return _object(run / "manifest.json", _Manifest)
 
 
 def read_summary(folder: Path) -> Record:
-    """`summary.json` of a run or of an evaluation; raises as `read_manifest`."""
+    """Read `summary.json` of a run or an evaluation; raises like `read_manifest`."""
     return _object(folder / "summary.json", _Summary)
 
 
 def read_failure(run: Path) -> Record:
-    """`failure.json` of a run; raises as `read_manifest`."""
+    """Read `failure.json` of a run; raises like `read_manifest`."""
     return _object(run / "failure.json", _Identity)
 
 
 def read_metrics(run: Path) -> list[Record]:
-    """The rows of `metrics.jsonl`; raises as `read_manifest`, with the line."""
+    """Read the rows of `metrics.jsonl`; raises like `read_manifest`, naming the line."""
     file = run / "metrics.jsonl"
     rows = read_numbered_jsonl(file)
     for line, row in rows:
@@ -210,7 +210,7 @@ def read_metrics(run: Path) -> list[Record]:
 
 
 def contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
-    """Where a run's metrics say something else than its summary, in words."""
+    """Where a run's metrics contradict its summary, in words."""
     said = {entry["step"]: entry["mean_nll"] for entry in summary.get("validations") or ()}
     found = {row["step"]: row.get("loss") for row in rows if row["split"] == "validation"}
     if said and said != found:
@@ -225,7 +225,7 @@ def contradiction(summary: Record, rows: Sequence[Record]) -> str | None:
 
 
 def progress_problem(progress: Record) -> str | None:
-    """What is wrong with the progress of a run's checkpoint, in words; None if it can be used."""
+    """What is wrong with the progress record of a checkpoint, in words; None if it is usable."""
     try:
         check_record("progress.json", progress, _Progress)
     except UserError as error:

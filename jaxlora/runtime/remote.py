@@ -1,12 +1,12 @@
-"""Where models and files are: shipped with the package, in a folder, on the Hub, or in a bucket.
+"""Locating models and files: shipped with the package, in a folder, on the Hub, or in a bucket.
 
-    resolve("embedded:base").name               # "base"; any other path is taken as it is
+    resolve("embedded:base").name               # "base"; any other path is returned unchanged
     folder = mirror("gs://bucket/Qwen3-8B")     # ~/.cache/jaxlora/bases/gs%3A%2F%2Fbucket%2FQwen3-8B
     weights_of(folder)                          # "gs://bucket/Qwen3-8B"
 
-Of a base in a bucket the small files are copied here, and the weights are read where they are. A mirror is a
-model's directory without its weights, and its name says where those are. So it is a directory like any other
-for all that reads configurations and tokenizers.
+For a base in a bucket, the small files are copied to this machine and the weights are read in place. A mirror
+is a model's directory without weights, and its name says where those are. To code that reads configurations
+and tokenizers it is a directory like any other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALL_BYTES = 200 * 2**20  # a tokenizer has 10 to 30 MiB
 def embedded_path(name: str) -> Path:
     """Path of a shipped file or folder, such as `base` or `data/train.jsonl`.
 
-    Raises `UserError` when the package ships nothing under that name.
+    Raises `UserError` if the package ships nothing of that name.
     """
     root = Path(str(resources.files("jaxlora.embedded")))
     path = root / name
@@ -53,14 +53,14 @@ def embedded_path(name: str) -> Path:
 
 
 def resolve(path: str) -> Path:
-    """The file or folder that a config path means: shipped if it starts with `embedded:`, else as given."""
+    """The file or folder named by a config path: shipped if it starts with `embedded:`, else as given."""
     if path.startswith(EMBEDDED):
         return embedded_path(path.removeprefix(EMBEDDED))
     return Path(path)
 
 
 def announce(text: str) -> None:
-    """Say on stderr what is about to be fetched."""
+    """Announce on stderr what is about to be fetched."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -71,21 +71,21 @@ def fetch_folder(
     missing: Callable[[Path], str],
     revision: str | None = None,
 ) -> Path:
-    """The Hub's own cache folder of a model repository, fetched (announced) unless all is there already.
+    """The folder of a model repository in the Hub's cache, fetched (with a message) unless complete.
 
     Args:
-      named: what the user gave, as errors name it.
-      patterns: of the files to fetch.
-      missing: what a folder lacks, in words; empty if nothing. The cache may hold a part only: whoever
-        fetched a tokenizer alone has left a folder with nothing else in it.
+      named: the user's input, for error messages.
+      patterns: patterns of the files to fetch.
+      missing: returns what a folder lacks, in words; empty if nothing. The cache may be incomplete: fetching
+        only a tokenizer leaves a folder with nothing else in it.
 
     Raises:
-      UserError: the Hub does not give it, or not all of it.
+      UserError: the Hub does not provide it, or not completely.
     """
     from huggingface_hub import snapshot_download
 
     fetch = partial(snapshot_download, repository, revision=revision, allow_patterns=list(patterns))
-    with suppress(Exception):  # not in the local cache yet: the Hub client raises several kinds
+    with suppress(Exception):  # not cached yet: the Hub client raises several kinds
         folder = Path(fetch(local_files_only=True))
         if not missing(folder):
             return folder
@@ -94,24 +94,24 @@ def fetch_folder(
         folder = Path(fetch())
     except Exception as error:
         raise UserError(f"{named}: cannot be fetched: {first_line(error)}") from None
-    if reason := missing(folder):  # without a network the client gives whatever its cache holds
+    if reason := missing(folder):  # without a network the client returns whatever is cached
         raise UserError(f"{named}: was not fetched whole: {reason}")
     return folder
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of its text; the Hub's clients write many."""
+    """The type of an error and the first line of its text, which for Hub clients has many."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this is `OWNER/NAME`, and no folder that is here."""
+    """Whether this is `OWNER/NAME` and not an existing folder."""
     return bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
 
 def cached_name(path: str | Path) -> str | None:
-    """`OWNER/NAME` of a folder in the Hub client's cache; None of any other."""
+    """`OWNER/NAME` of a folder in the Hub client's cache; None for any other folder."""
     for part in Path(path).parts:
         if part.startswith("models--") and part.count("--") == 2:
             return part.removeprefix("models--").replace("--", "/")
@@ -124,10 +124,10 @@ def is_remote(path: str | Path) -> bool:
 
 
 def file_system(address: str) -> tuple[Any, str]:
-    """The fsspec file system of an address, and the path in it.
+    """The fsspec file system of an address, and the path within it.
 
     Raises:
-      UserError: nothing here reads such addresses.
+      UserError: no installed package reads such addresses.
     """
     import fsspec
 
@@ -141,7 +141,7 @@ def file_system(address: str) -> tuple[Any, str]:
 
 @cache  # every run of a study asks for its base
 def mirror(address: str) -> Path:
-    """Copy a base's configuration and tokenizer files, once a process; the folder that they are in now.
+    """Copy a base's configuration and tokenizer files, once per process, and return their local folder.
 
     Raises:
       UserError: the address cannot be read, or there is no config.json.
@@ -155,9 +155,9 @@ def mirror(address: str) -> Path:
             raise UserError(f"{address}: no config.json there; give a Hugging Face model directory")
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.iterdir():
-            if file.name not in copies and not file.name.startswith("."):  # those another process may write
+            if file.name not in copies and not file.name.startswith("."):  # those may be being written
                 file.unlink(missing_ok=True)
-        for name, content in copies.items():  # each whole or not at all: other processes may read it
+        for name, content in copies.items():  # each atomically: other processes may be reading
             write_bytes_atomic(file_in(folder, name), content)
     except OSError as error:
         raise UserError(f"{address}: cannot be copied: {error}") from None
@@ -170,7 +170,7 @@ def mirrors() -> Path:
 
 
 def weights_of(directory: str | Path) -> str:
-    """Where the weights of a model's directory are: in it, or, for a mirror, at its address."""
+    """The location of a model directory's weights: the directory itself or, for a mirror, its address."""
     folder = Path(directory)
     if not is_remote(directory) and folder.parent == mirrors():
         return unquote(folder.name)
@@ -178,7 +178,7 @@ def weights_of(directory: str | Path) -> str:
 
 
 def weight_files(directory: str | Path) -> list[str]:
-    """The safetensors files of a model's directory, sorted; paths or addresses."""
+    """The safetensors files of a model's directory, sorted: paths or addresses."""
     place = weights_of(directory)
     if not is_remote(place):
         return sorted(map(str, Path(place).glob("*.safetensors")))

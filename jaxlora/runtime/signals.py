@@ -1,19 +1,20 @@
-"""Being asked to stop: SIGTERM, as before a spot machine is taken away, and Ctrl-C.
+"""Requests to stop: SIGTERM, as sent before a spot machine is preempted, and Ctrl-C.
 
     with stop_signals() as stop:
-        load()                       # a signal here ends the process at once: there is nothing to save
+        load()                       # a signal here ends the process at once: nothing to save yet
         with stop.saving(25.0) as begin:
-            begin()                  # from here on the caller looks at `stop.signum`, and saves
+            begin()                  # from here on the caller polls `stop.signum`, and saves
             ...
 
-The exit code is 75 after SIGTERM and 130 after Ctrl-C. A signal is seen even while the main thread compiles a
-program: the system writes its number into a pipe, and a thread waits on the other end. When the grace after a
-SIGTERM is over, or Ctrl-C comes a second time, the process ends wherever it is; every file that it writes is
-published whole or not at all, so that this is as harmless as a kill.
+The exit code is 75 after SIGTERM and 130 after Ctrl-C. A signal is noticed even while the main thread
+compiles a program: its number is written into a pipe, and a thread waits on the other end. When the grace
+period after a SIGTERM is over, or on a second Ctrl-C, the process ends wherever it is; every file is
+published completely or not at all, so this is as harmless as a kill.
 
-That is for a process of our own. Called from somebody's notebook or program (`ends_process=False`), the first
-signal is taken while there is something to save, and any other does what it did before. Python gives signals
-to the main thread alone: elsewhere none is taken, and a caller may set `signum` of the `Stop` that it gave.
+This is for a process of our own. When called from a user's notebook or program (`ends_process=False`), only
+the first signal while there is something to save is handled; any other has its previous effect. Python
+delivers signals only to the main thread: elsewhere none is handled, and a caller may set `signum` on its own
+`Stop`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _STOPPING = "stopping after this step; the run is saved and resumes with the sam
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and has saved; `signum` says by what, `exit_code` is for the process."""
+    """Training was stopped by signal `signum` and has saved; `exit_code` is for the process."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped at step {step}; the same command resumes")
@@ -44,17 +45,17 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """What has been asked so far, and what a further signal would do."""
+    """The requests so far, and the effect of a further signal."""
 
     def __init__(self, ends_process: bool = False) -> None:
         self.signum: int | None = None  # the first signal
         self._ends_process = ends_process
-        self._grace: float | None = None  # None: nothing to save, a signal ends the process at once
+        self._grace: float | None = None  # None: nothing to save, so a signal ends the process at once
         self._timer: threading.Timer | None = None
 
     @contextmanager
     def saving(self, grace_seconds: float) -> Iterator[Callable[[], None]]:
-        """Yields `begin`: from its first call to the end of the block, a signal only sets `signum`, and after
+        """Yield `begin`: from its first call to the end of the block, a signal only sets `signum`, and after
         a SIGTERM the process has `grace_seconds` to end."""
 
         def begin() -> None:
@@ -66,11 +67,11 @@ class Stop:
             self._grace = None
             if self._timer is not None:
                 self._timer.cancel()
-        if self.signum is not None and self._ends_process:  # it came after the last look
+        if self.signum is not None and self._ends_process:  # it came after the last check
             self._leave("stopped; the same command goes on from here")
 
     def taken(self, signum: int) -> bool:
-        """Whether a signal is the first while there is something to save; for a process that is not ours."""
+        """Whether to handle a signal in a process not ours: the first while there is something to save."""
         if self._grace is None or self.signum is not None:
             return False
         self.signum = signum
@@ -78,7 +79,7 @@ class Stop:
         return True
 
     def received(self, signum: int) -> None:
-        """Act on a signal; called on a thread of its own."""
+        """Act on a signal; called in a separate thread."""
         again, self.signum = self.signum is not None, self.signum or signum
         if self._grace is None:
             self._leave("stopped; nothing was lost, and the same command goes on")
@@ -107,10 +108,10 @@ class Stop:
 
 @contextmanager
 def stop_signals(ends_process: bool = True) -> Iterator[Stop]:
-    """Take over SIGTERM and Ctrl-C; outside the main thread, say that they cannot be.
+    """Handle SIGTERM and Ctrl-C; outside the main thread, report that this is impossible.
 
     Args:
-      ends_process: whether the process is ours to end; see above.
+      ends_process: whether we may end the process; see above.
     """
     stop = Stop(ends_process)
     if threading.current_thread() is not threading.main_thread():
@@ -123,7 +124,7 @@ def stop_signals(ends_process: bool = True) -> Iterator[Stop]:
 
 @contextmanager
 def _shared(stop: Stop) -> Iterator[None]:
-    """Take the signals that `stop` wants, and leave the others to whoever had them before."""
+    """Handle the signals that `stop` takes, and leave the others to their previous handlers."""
 
     def handle(signum: int, _frame: object) -> None:
         if not stop.taken(signum):
@@ -140,7 +141,7 @@ def _shared(stop: Stop) -> Iterator[None]:
 
 @contextmanager
 def _watched(stop: Stop) -> Iterator[None]:
-    """Tell `stop` of every signal, on a thread that runs whatever the main thread is doing."""
+    """Pass every signal to `stop` from a thread that runs whatever the main thread is doing."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 

@@ -1,10 +1,10 @@
-"""TensorBoard: the curves of a run, its settings, its answers, and in what it ended.
+"""TensorBoard: the curves of a run, its settings, its sample answers and its outcome.
 
     board = Board(run_dir / "tensorboard", config)
     board.write(metric_record(...))
     write_outcome(run_dir / "tensorboard", {"final/validation_nll": 0.336}, step=3169)
 
-With one folder a run, `tensorboard --logdir results` lists all runs of a sweep in its HParams table.
+With one folder per run, `tensorboard --logdir results` lists all runs of a sweep in its HParams table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NO_CURVE = {"seed", "step"}
 
 
 class _EventFile:
-    """A new event file of a folder. TensorBoard's own writer has a thread, whose errors print traces.
+    """A new event file in a folder. TensorBoard's own writer uses a thread, whose errors print traces.
 
     Raises:
       OSError: the disk is full.
@@ -38,25 +38,25 @@ class _EventFile:
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        seconds, rest = divmod(time.time_ns(), 10**9)  # names in order: TensorBoard reads the files so
+        seconds, rest = divmod(time.time_ns(), 10**9)  # TensorBoard reads files in order of name
         name = f"events.out.tfevents.{seconds:010d}.{rest:09d}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("wb", buffering=0)
         self.add(file_version="brain.Event:2")
 
     def add(self, **fields: Any) -> None:
-        """Write an event now."""
+        """Write an event immediately."""
         RecordWriter(self).write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self.add(step=step, summary=scalar_pb(name, value))
 
     def add_text(self, name: str, text: str, step: int = 0) -> None:
-        """As it is, in a block of code: TensorBoard would read it as Markdown."""
+        """Write text verbatim in a code block: TensorBoard would render it as Markdown."""
         block = "\n".join("    " + line for line in text.splitlines())
         self.add(step=step, summary=text_pb(name, block))
 
     def write(self, content: bytes) -> None:
-        """For `RecordWriter`; part of a record would hide all that follow it."""
+        """For `RecordWriter`; a partial record would hide all later ones."""
         if self._file.write(content) != len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
@@ -65,7 +65,7 @@ class _EventFile:
 
 
 class Board:
-    """The curves of one run; its settings are written when it is opened."""
+    """The curves of one run; its settings are written on opening."""
 
     def __init__(self, folder: Path, config: RunConfig):
         _write_settings(folder, config)
@@ -77,7 +77,7 @@ class Board:
             self._writer.add_scalar(name, value, record["step"])
 
     def write_sample(self, record: dict[str, Any], number: int) -> None:
-        """Add the answer to one of the prompts that validations show; see `jaxlora.train.samples`."""
+        """Add the answer to one of the validation prompts; see `jaxlora.train.samples`."""
         parts = (f"[{name}]\n{record[name]}" for name in ("prompt", "answer", "expected"))
         self._writer.add_text(f"samples/{number}", "\n\n".join(parts), record["step"])
 
@@ -86,8 +86,8 @@ class Board:
 
 
 def curves(record: dict[str, Any]) -> dict[str, float]:
-    """Every number of a metrics record under its split's name, and the gradient's norm per token: the loss is
-    a sum, so the norm itself grows with the tokens of a step."""
+    """Every number of a metrics record, named by split, and the gradient norm per token: the loss is a sum,
+    so the norm itself grows with the tokens of a step."""
     numbers = {
         name: float(value)
         for name, value in record.items()
@@ -99,7 +99,7 @@ def curves(record: dict[str, Any]) -> dict[str, float]:
 
 
 def write_outcome(folder: Path, values: Mapping[str, float], step: int) -> None:
-    """Say what came of the run in `folder`, in an event file of its own."""
+    """Write the outcome of the run in `folder` to a separate event file."""
     writer = _EventFile(folder)
     for name, value in values.items():
         writer.add_scalar(name, float(value), step)
@@ -107,7 +107,7 @@ def write_outcome(folder: Path, values: Mapping[str, float], step: int) -> None:
 
 
 def _write_settings(folder: Path, config: RunConfig) -> None:
-    """The settings that tell the runs of a sweep from one another."""
+    """Write the settings that distinguish the runs of a sweep."""
     lora, optim, train = config.lora, config.optim, config.train
     settings = {
         "condition": config.condition,

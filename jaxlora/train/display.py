@@ -1,11 +1,11 @@
-"""What a person sees while a run trains: a progress line, announcements, and the validation picture.
+"""What the user sees while a run trains: a progress line, announcements and the validation plot.
 
-    with TrainingDisplay(job, first_step=1) as display:      # a `ProgressLine`, as of every kind of run
-        with display.compiling("training step", batch["tokens"].shape):   # start, time so far, end
+    with TrainingDisplay(job, first_step=1) as display:      # a `ProgressLine`, as for every kind of run
+        with display.compiling("training step", batch["tokens"].shape):   # start, elapsed time, end
             state, metrics = train_step(...)
         display.show(step, loss, display.rate(tokens))
 
-Where there is no terminal, lines with the time stand for the progress line: see `jaxlora.runtime.progress`.
+Without a terminal, timestamped lines replace the progress line: see `jaxlora.runtime.progress`.
 """
 
 from __future__ import annotations
@@ -58,26 +58,26 @@ class ProgressLine:
             self._progress.stop()
 
     def put(self, line: str, step: int | None = None) -> None:
-        """Show what goes on, and that a step is done; where there is no terminal, print it when it is due."""
+        """Show the current activity and finished steps; without a terminal, print a line when one is due."""
         self._progress.update(self._task, completed=step, line=line)
         if not console.is_terminal and (self._heartbeat.due() or step == self._total):
             say(line if step is None else f"step {step:,} of {self._total:,} · {line}")
 
 
 class TrainingDisplay(ProgressLine):
-    """The progress line of a run that trains on rows, and the speeds that go into its metrics."""
+    """The progress line of a run that trains on rows, and the speeds recorded in its metrics."""
 
     def __init__(self, job: Job, first_step: int):
         super().__init__(job, job.plan.total_steps, first_step - 1)
         self._job = job
         self._shapes: set[tuple[str, tuple[int, ...]]] = set()
         self._times: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        # Forward 2N and the gradient of activations 2N; where all weights are trained, their gradient 2N.
+        # 2N forward, 2N for the gradient of activations; in full fine-tuning, 2N for that of the weights.
         self._flops_per_token = (6 if job.spec.full else 4) * count_matrix_parameters(job.spec.config)
         self._device = jax.local_devices()[0]
         peak = peak_flops(self._device)
         self._peak = peak * job.mesh.size if peak else None
-        # Counted once: the time to the end is asked for at every step, and there may be a million rows.
+        # Counted once: the remaining time is computed at every step, and there may be a million rows.
         self._step_tokens = token_count(job.train_rows) / job.plan.steps_per_epoch
         self._validation_tokens = token_count(job.validation_rows)
         self._validation_seconds: float | None = None
@@ -85,10 +85,10 @@ class TrainingDisplay(ProgressLine):
 
     @contextmanager
     def compiling(self, what: str, shape: tuple[int, ...]) -> Iterator[None]:
-        """Say that a program is being compiled, and how long it took, where it runs for the first time.
+        """Announce the compilation of a program on its first run, and how long it took.
 
-        That takes seconds to minutes; on a terminal, the progress line counts them. A call returns once it
-        is compiled: the device's own work is not waited for.
+        Compiling takes seconds to minutes; on a terminal, the progress line counts them. A call returns once
+        its program is compiled, without waiting for the device.
         """
         if (what, shape) in self._shapes:
             yield
@@ -106,13 +106,13 @@ class TrainingDisplay(ProgressLine):
         say(f"compiled {title} in {time.monotonic() - start:.1f} s")
 
     def rate(self, tokens: int) -> dict[str, float | None]:
-        """Seconds of a step, tokens a second over the last steps, model FLOPs utilisation, peak memory.
+        """Seconds per step, tokens per second over the last steps, model FLOPs utilisation, peak memory.
 
-        Utilisation counts 4N FLOPs a real token of LoRA, 6N of full training, against the devices' dense bf16
-        peak; null where the peak is not known.
+        Utilisation counts 4N FLOPs per real token for LoRA and 6N for full fine-tuning, relative to the
+        devices' dense bf16 peak; null if the peak is unknown.
 
         Args:
-          tokens: of the step.
+          tokens: tokens of the step.
         """
         now = time.monotonic()
         seconds = now - self._times[-1][0] if self._times else None
@@ -127,7 +127,7 @@ class TrainingDisplay(ProgressLine):
         }
 
     def show(self, step: int, loss: float, speed: dict[str, float | None]) -> None:
-        """Update the progress line with the loss at a step and the speed."""
+        """Update the progress line with a step's loss and the speed."""
         parts = [f"loss {loss:.4f}"]
         if speed["tokens_per_second"]:
             parts.append(f"{speed['tokens_per_second']:,.0f} tokens/s")
@@ -144,19 +144,19 @@ class TrainingDisplay(ProgressLine):
         self.put(f"validating, batch {batch} of {total}")
 
     def validated(self, step: int, nll: Mapping[int, float]) -> None:
-        """Print the result of the validation at a step, of all so far; leave its time out of the speed."""
+        """Print the result of the latest of all validations so far; exclude its time from the speed."""
         self._validation_seconds = time.monotonic() - self._validation_start
         mark = " (best so far)" if nll[step] <= min(nll.values()) else ""
         say(f"step {step}: validation mean NLL {nll[step]:.5f}{mark}")
         self._times.clear()
 
     def _speed(self) -> float | None:
-        """Tokens a second over the last steps."""
+        """Tokens per second over the last steps."""
         span = self._times[-1][0] - self._times[0][0]
         return sum(n for _, n in list(self._times)[1:]) / span if span > 0 else None
 
     def _remaining(self, step: int) -> str:
-        """Time to the end, validations included; a validation not yet timed counts a third of a pass."""
+        """Remaining time, including validations; until one is timed, it counts as a third of a pass."""
         job = self._job
         if not (speed := self._speed()):
             return "-"
@@ -169,7 +169,7 @@ class TrainingDisplay(ProgressLine):
 
 
 class _Line(ProgressColumn):
-    """The text of the progress line, and the seconds since something began."""
+    """The text of the progress line, and the seconds since the current activity began."""
 
     def render(self, task: Task) -> Text:
         since = task.fields["since"]
@@ -177,7 +177,7 @@ class _Line(ProgressColumn):
 
 
 def draw_validation(path: Path, validations: dict[int, float], selected: int, title: str) -> None:
-    """Validation mean NLL by step, the selected checkpoint marked, as PNG."""
+    """Plot validation mean NLL by step as PNG, with the selected checkpoint marked."""
     steps, label = sorted(validations), f"selected: {selected}"
     with picture(path, title) as axes:
         axes.plot(steps, [validations[s] for s in steps], "o-", color="#0072B2", label="validation")
@@ -187,13 +187,13 @@ def draw_validation(path: Path, validations: dict[int, float], selected: int, ti
 
 @contextmanager
 def picture(path: Path, title: str) -> Iterator[Any]:
-    """The axes of a run's picture, which is written as PNG once curves and their labels are there."""
+    """Yield the axes of a run's plot, which is written as PNG when the context ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     yield axes
-    axes.set_title(title, parse_math=False, usetex=False)  # `$`, `_` and `^` of a run's name are no formula
+    axes.set_title(title, parse_math=False, usetex=False)  # `$`, `_` and `^` in a run's name are not math
     axes.legend()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})

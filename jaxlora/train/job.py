@@ -1,4 +1,4 @@
-"""Everything about a run that can be known before a model is loaded, checked and counted.
+"""Check and compute everything about a run that can be known before a model is loaded.
 
 job = prepare(config)          # reads config.json, tokenizer and rows; UserError if anything is wrong
 print(describe(job))           # the plan: parameters, steps, tokens, memory
@@ -48,14 +48,14 @@ from jaxlora.train.schedule import RunPlan, plan_run
 from jaxlora.train.step import Compute, Machine, TrainState, init_state, wire
 from jaxlora.train.tracking import check_tracking
 
-SURE = 0.8  # of a memory: the estimate is good to about a fifth
-MOST_LENGTHS = 16  # of buffers: more leave 2% of padding where these leave 2.6%
-FLOPS_A_LENGTH = 2.5e16  # a minute of an H100, of which the next length saves about what compiling takes
-EARLY = (1e16, 1), (2.5e16, 8)  # FLOPs of a device until programs of more lengths than so many are compiled
+SURE = 0.8  # share of a device's memory that surely fits: the estimate is accurate to about a fifth
+MOST_LENGTHS = 16  # of buffers: with more, padding falls only from 2.6% to 2%
+FLOPS_A_LENGTH = 2.5e16  # a minute of an H100; per this much work, one more length repays its compile time
+EARLY = (1e16, 1), (2.5e16, 8)  # (FLOPs, n): until a device has done these FLOPs, only n lengths are used
 
 
 class Prepared(Protocol):
-    """What is known of a run of any kind before its weights are loaded."""
+    """What is known about a run of any kind before its weights are loaded."""
 
     @property
     def config(self) -> RunConfig: ...
@@ -91,22 +91,22 @@ class Job:
         return self.machine.mesh
 
     def compute(self, layout: Layout) -> Compute:
-        """How steps over buffers of this layout are computed."""
+        """How to compute steps over buffers of this layout."""
         return self.machine.compute(layout.rows_a_line, layout.longest_row)
 
 
 def prepare(
     config: RunConfig, with_weights: bool = True, like: Job | None = None, gates: GateStatus | None = None
 ) -> Job:
-    """Check and count everything; nothing is written and no weights are loaded.
+    """Check and compute everything; nothing is written and no weights are loaded.
 
     Args:
-      with_weights: fetch the weights of a Hub model; without, only its shape (for plans).
-      like: a job that may read the same rows with the same tokenizer; if it does, they are not read again.
-      gates: what to take for the state of the data's gates; None: look.
+      with_weights: fetch the weights of a Hub model; otherwise only its shape (for plans).
+      like: another job; if it has the same rows and tokenizer, they are not read again.
+      gates: the state to assume for the data's gates; None: look it up.
 
     Raises:
-      UserError: anything that would stop the run: one line that says what to do.
+      UserError: anything that would stop the run, in one line that says what to do.
     """
     data, train = config.data, config.train
     check_tracking(config)
@@ -158,10 +158,10 @@ def prepare(
 def buffer_lengths(
     train: TrainConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, tokens: float, steps: int
 ) -> tuple[TrainConfig, Stages]:
-    """The settings with how many buffer lengths a run over so many tokens has, and in what stages.
+    """The settings with the number of buffer lengths for a run over this many tokens, and its stages.
 
-    A length costs a program. Where programs are compiled in threads beside the first steps, there are as many
-    as the padding that they save is worth, and those steps do with few.
+    Each length is one more program to compile. Where programs are compiled in threads during the first steps,
+    there are as many lengths as the padding they save is worth, and the first steps make do with few.
     """
     if not compiles_ahead(mesh.devices.flat[0].platform):
         return train, ()
@@ -172,10 +172,10 @@ def buffer_lengths(
 
 
 def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
-    """The model with what is trained of it, and the configuration with the adapter that it starts from.
+    """The model with its trained part, and the configuration with the adapter that it starts from.
 
     Raises:
-      UserError: the model cannot have this placement, or the adapter to start from is not one for it.
+      UserError: the model does not support this placement, or the adapter to start from does not fit it.
     """
     scheme = pick_scheme(config.model, training=True)
     model = ModelSpec(base.config, None, config.model.dtype, scheme=scheme)
@@ -201,7 +201,7 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
 
 
 def fresh_state(job: Prepared) -> TrainState:
-    """The state before the first step; a function of the seed, and of what the run starts from."""
+    """The state before the first step, determined by the seed and by what the run starts from."""
     spec, start = job.spec, job.config.lora.start
     if spec.full:
         trained = job.base.load(replace(spec, dtype="float32", full=False), job.mesh)
@@ -214,12 +214,12 @@ def fresh_state(job: Prepared) -> TrainState:
 
 
 def abstract_state(job: Prepared) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without any array."""
+    """Shapes, dtypes and shardings of the state, without arrays."""
     return state_on(job.mesh, job.spec, job.config.optim)
 
 
 def state_on(mesh: jax.sharding.Mesh, spec: ModelSpec, optim: OptimConfig) -> TrainState:
-    """The same, of a model on a mesh."""
+    """The same, for a model on a mesh."""
 
     def make() -> TrainState:
         if not spec.full:
@@ -231,19 +231,19 @@ def state_on(mesh: jax.sharding.Mesh, spec: ModelSpec, optim: OptimConfig) -> Tr
 
 
 def abstract_frozen(job: Prepared) -> Tree:
-    """Shapes, dtypes and shardings of what `load_frozen` gives, without any array."""
+    """Shapes, dtypes and shardings of what `load_frozen` returns, without arrays."""
     if job.spec.full:
         return {}
     return abstract(job.spec.abstract_base, base_shardings(job.mesh, job.spec))
 
 
 def load_frozen(job: Prepared) -> Tree:
-    """The base of a job; `{}` where all weights are trained."""
+    """The frozen base of a job; `{}` if all weights are trained."""
     return {} if job.spec.full else job.base.load(job.spec, job.mesh)
 
 
 def _look_at_gates(config: RunConfig) -> GateStatus:
-    """The state of the data's gates; they are asked of data that a benchmark is to score."""
+    """The state of the data's gates, which are required if a benchmark is to be evaluated."""
     data = config.data
     if config.eval.benchmark is None or data.validation_path is None:
         reason = "no benchmark is named (eval.benchmark)"
@@ -256,7 +256,7 @@ def _look_at_gates(config: RunConfig) -> GateStatus:
 def _load_rows(
     data: DataConfig, tokenizer: Tokenizer, seed: int
 ) -> tuple[list[RenderedRow], list[RenderedRow], tuple[RowReport, RowReport]]:
-    """Training rows, validation rows, and what was read and skipped of each."""
+    """Training rows, validation rows, and a report for each of what was read and skipped."""
     kept = RowCache(default_folder(), cache(lambda: tokenizer_sha256(tokenizer)))
     load = partial(
         load_rendered_rows,
@@ -280,7 +280,7 @@ def _load_rows(
 
 
 def trained_tokens(job: Job, steps: int) -> int:
-    """Shifted tokens of the first steps of a run."""
+    """Shifted tokens in the first steps of a run."""
     epochs, rest = divmod(steps, job.plan.steps_per_epoch)
     last = range(steps - rest + 1, steps + 1)
     return epochs * token_count(job.train_rows) + sum(
@@ -294,30 +294,30 @@ def token_count(rows: list[RenderedRow]) -> int:
 
 
 def padding_efficiency(rows: list[RenderedRow], batches: Sequence[Sequence[int]], layout: Layout) -> float:
-    """Real tokens over buffer tokens of one pass."""
+    """Ratio of real tokens to buffer tokens in one pass."""
     parts = [[rows[i] for i in batch] for batch in batches]
     return sum(map(token_count, parts)) / sum(math.prod(layout.shape(part)) for part in parts)
 
 
 def estimate_memory(job: Job) -> dict[str, int]:
-    """Bytes that a run needs on all devices together, in the parts of `step_memory`."""
+    """Bytes that a run needs over all devices, split as in `step_memory`."""
     layout = job.train_layout
     return step_memory(job, max(layout.sizes) * (layout.lines if layout.packed else layout.batch_rows))
 
 
 def step_memory(job: Prepared, tokens: int) -> dict[str, int]:
-    """Bytes that steps over buffers of so many tokens need on all devices together, in four parts; an
-    estimate to about a fifth.
+    """Bytes that steps over buffers of this many tokens need over all devices, in four parts; accurate to
+    about a fifth.
 
-    Base: the weights that the model computes with. What is trained: weights, gradients and two moments in
-    float32. Activations: what the backward pass of one buffer keeps, see `kept_per_token`. Output head:
-    logits of one chunk and their gradient, in float32.
+    Base: the weights used for computation. Trained: weights, gradients and two moments in float32.
+    Activations: what is kept for the backward pass of one buffer, see `kept_per_token`. Output head: logits
+    of one chunk and their gradient, in float32.
     """
     config, width = job.spec.config, 2 if job.spec.dtype == "bfloat16" else 4
     ways = max(job.config.mesh.expert, 1)
     own = -(-tokens // token_shards(job.mesh))
     kept = sum(kept_per_token(config, job.config.model.remat, own, ways)) * config.num_hidden_layers
-    if job.config.model.remat is True:  # one layer at a time is whole
+    if job.config.model.remat is True:  # the recomputed layer's activations are all kept
         kept += sum(kept_per_token(config, False, own, ways))
     return {
         "base": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(job.spec.abstract_base)),
@@ -329,7 +329,7 @@ def step_memory(job: Prepared, tokens: int) -> dict[str, int]:
 
 def memory_per_device(job: Job) -> int:
     """Bytes that a run needs on one device, from `estimate_memory`: the base is split over fsdp and tensor,
-    activations over all devices, adapters are whole on each. On CPUs, which share their memory, those of all.
+    activations over all devices, and adapters are replicated. CPU devices share memory: the sum over all.
     """
     shape, parts = job.mesh.shape, estimate_memory(job)
     split = shape["fsdp"] * shape["tensor"]
@@ -341,7 +341,7 @@ def memory_per_device(job: Job) -> int:
 
 
 def fits(needed: int, device: jax.Device) -> bool | None:
-    """Whether so many bytes fit a device: None where it is too close to say, or nothing says what it has."""
+    """Whether this many bytes fit on a device; None if it is too close to tell or its memory is unknown."""
     room = memory_of(device)
     if room is None or SURE * room < needed <= room / SURE:
         return None
@@ -349,7 +349,7 @@ def fits(needed: int, device: jax.Device) -> bool | None:
 
 
 def room_of(needed: int, device: jax.Device, smaller: str) -> str:
-    """The same in words; `smaller` is what takes less."""
+    """The same in words; `smaller` names a setting that takes less."""
     room = memory_of(device)
     if room is None:
         return f"about {needed / 2**30:.2f} GiB a device, which does not say what it has"
@@ -374,7 +374,7 @@ def what_is_trained(job: Prepared) -> str:
 
 
 def describe_model(job: Prepared) -> dict[str, str]:
-    """The first lines of a plan: the run, its model, and what is trained of it."""
+    """The first lines of a plan: the run, its model and what is trained."""
     config, model = job.config, job.spec.config
     trainable, total = count_trainable(job.spec), count_parameters(model)
     return {
@@ -396,7 +396,7 @@ def table_of(rows: dict[str, str]) -> Table:
 
 
 def leaked_rows(job: Job) -> list[RenderedRow]:
-    """The validation rows whose prompts are trained on."""
+    """Validation rows with a prompt that is also in the training rows."""
     trained = {row.prompt_id for row in job.train_rows}
     return [row for row in job.validation_rows if row.prompt_id in trained]
 

@@ -1,10 +1,10 @@
 """The training loop: steps, validation, checkpoints, metrics; resumable at any step.
 
-    result = train(job)       # -> selected step and its validation NLL; the rest is in job.config.run_dir
+    result = train(job)       # selected step and its validation NLL; everything else is in job.config.run_dir
 
-The loop runs ahead of the device: metrics are read two steps late, so that the device never waits for the
-host. The order of work is a function of the step alone, so a run that was stopped or killed, however often,
-writes the bytes of one that was not.
+The host runs ahead of the device: metrics are read two steps late, so the device never waits for the host.
+The order of work depends only on the step, so a run that was stopped or killed, however often, writes the
+same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from jaxlora.train.startup import check_start
 from jaxlora.train.step import TrainState, make_eval_step, make_train_step
 
 AnyRun = TypeVar("AnyRun")
-LATE = 2  # steps between dispatch and reading the metrics
+LATE = 2  # steps between dispatching a step and reading its metrics
 
 
 class Diverged(UserError, FloatingPointError):
-    """The loss or the gradient of a step is NaN or infinite."""
+    """The loss or gradient of a step is NaN or infinite."""
 
     def __init__(self, step: int, message: str, saved: bool):
         advice = "The checkpoints before it are good" if saved else "Nothing was saved before it"
@@ -61,7 +61,7 @@ class Diverged(UserError, FloatingPointError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The selected checkpoint and the base it was trained on (kept for an evaluation right after)."""
+    """The selected checkpoint and the base it was trained on (kept for an evaluation right afterwards)."""
 
     step: int
     mean_nll: float
@@ -70,22 +70,22 @@ class TrainResult:
 
 
 def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> TrainResult:
-    """Train (or resume) the job's run and write its directory.
+    """Train or resume the job's run and write its directory.
 
     Args:
-      frozen: the base, as `load_frozen` gives it, where it is loaded already; None: it is loaded.
-      stop: from a `stop_signals` that the caller has open, or a `Stop` whose `signum` another thread sets;
-        None: of this process' signals, the first is taken over here.
+      frozen: the base as returned by `load_frozen`, if already loaded; None: load it.
+      stop: from the caller's own `stop_signals`, or a `Stop` whose `signum` another thread sets; None: handle
+        this process's first signal here.
 
     Raises:
       Diverged: a number is not finite.
-      UserError: the run exists and is finished, belongs to another configuration, is damaged beyond what its
-        checkpoints hold, or the disk is full.
+      UserError: the run is already finished, belongs to another configuration, is damaged beyond what its
+        checkpoints can restore, or the disk is full.
       Interrupted: a signal asked to stop; the run is saved and resumes with the same command.
     """
     with opened(Run, RunDirectory, job, stop) as run, closing(run.programs), closing(run.eval_programs):
         if compiles_ahead() and not run.store.has_any:
-            run.compile_ahead()  # before anything else: nothing takes longer
+            run.compile_ahead()  # first of all: nothing takes longer
         run.resume()
         if compiles_ahead():
             run.compile_ahead()
@@ -95,7 +95,7 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
             run.stage = "start-up check"
             check_start(job, run.state.trained, run.frozen)
         while (result := run.to_the_end()) is None:
-            pass  # the selected checkpoint was damaged, and its steps are computed again
+            pass  # the selected checkpoint was damaged: recompute its steps
         return result
 
 
@@ -103,10 +103,10 @@ def train(job: Job, frozen: Tree | None = None, stop: Stop | None = None) -> Tra
 def opened(
     make_run: Callable[[Any, Any, Stop], AnyRun], kind: type[RunDirectory], job: Prepared, stop: Stop | None
 ) -> Iterator[AnyRun]:
-    """A run of any kind in its directory, with the store of its checkpoints; failures are written down there.
+    """A run of any kind in its directory, with its checkpoint store; failures are recorded there.
 
     Args:
-      stop: as of `train`.
+      stop: as in `train`.
     """
     with ExitStack() as stack:
         stop = stop or stack.enter_context(stop_signals(ends_process=False))
@@ -119,15 +119,15 @@ def opened(
 
 
 def check_loaded(run: Any) -> None:
-    """Refuse a base, or an adapter to start from, that was replaced while it was loaded, or since the run
-    began; raises `UserError`."""
+    """Refuse a base, or an adapter to start from, that was replaced during loading or since the run began;
+    raises `UserError`."""
     if hosts.is_main():
         check_inputs(run.job, run.directory.manifest)
         run.directory.check_base()
 
 
 def not_yet_evaluated(job: Job) -> TrainResult | None:
-    """The result of this run where it is finished, but was stopped before its evaluation; else None."""
+    """The result of a run that finished but was stopped before its evaluation; otherwise None."""
     path = job.config.run_dir
     if not job.config.eval.after_training or not is_finished(path):
         return None
@@ -142,7 +142,7 @@ def not_yet_evaluated(job: Job) -> TrainResult | None:
 
 
 class Run:
-    """One run on its way: its directory, its checkpoints, how far it is, and what is being done now."""
+    """A run in progress: its directory, checkpoints, current step and current stage."""
 
     store: RunState
     state: TrainState
@@ -156,13 +156,13 @@ class Run:
         self.train_step = make_train_step(job.spec, job.config.optim, job.compute(job.train_layout))
         eval_step = make_eval_step(job.spec, job.compute(job.validation_layout))
         self.programs, self.eval_programs = (Ahead(step, _shape) for step in (self.train_step, eval_step))
-        self._again = False  # it went back once, because its selected checkpoint was damaged
+        self._again = False  # it has gone back once because its selected checkpoint was damaged
 
     def resume(self, before: int | None = None) -> None:
-        """Go to the newest sound checkpoint, or to the start where there is none.
+        """Go to the newest intact checkpoint, or to the start if there is none.
 
         Args:
-          before: go back to before this step, and drop what comes after.
+          before: go back to before this step, and drop later checkpoints.
         """
         found = self.store.restore(self._like, before, self.directory.unusable)
         self.step, self.validations, size = 0, {}, 0
@@ -179,10 +179,10 @@ class Run:
         self.directory.start_records(size, self.validations)
 
     def to_the_end(self) -> TrainResult | None:
-        """Train from the step where the run is to its last one, and close it.
+        """Train from the current step to the last one, and close the run.
 
         Returns:
-          the result; None where the selected checkpoint is damaged: the run has gone back to before it.
+          the result; None if the selected checkpoint is damaged and the run has gone back to before it.
         """
         job, last = self.job, self.job.plan.total_steps
         if self.step < last and jax.default_backend() == "tpu":
@@ -193,7 +193,7 @@ class Run:
             TrainingDisplay(job, self.step + 1) as display,
         ):
             log = StepLog(self, display)
-            if self._validates:  # stopped between a validation's step and the validation
+            if self._validates:  # the run was stopped between a step and its validation
                 self._after_step(log)
             if self.step < last and not self.stopped_early:
                 for step, batch in ahead(batch_of, range(self.step + 1, last + 1)):
@@ -203,7 +203,7 @@ class Run:
                     with display.compiling("training step", batch["tokens"].shape):
                         arguments = self.state, self.frozen, placed, jnp.asarray(rate)
                         self.state, metrics = self.programs(*arguments)
-                    begin_saving()  # until now there was nothing to save
+                    begin_saving()  # before this there is nothing to save
                     self.step = step
                     log.add(step, metrics, float(rate))
                     self.store.check()
@@ -216,8 +216,8 @@ class Run:
         return self._finish()
 
     def compile_ahead(self) -> None:
-        """Begin to compile the steps for every shape of the batches to come: the next one's first and alone,
-        so that training begins, and those of validations last."""
+        """Start compiling the steps for every upcoming batch shape: the next one first and alone, so that
+        training can begin, and those of validations last."""
         job = self.job
         steps = range(self.step + 1, job.plan.total_steps + 1)
         if not steps:
@@ -236,14 +236,14 @@ class Run:
             self.eval_programs.start(self._like.trained, abstract_frozen(job), batch)
 
     def _batch_of(self) -> Callable[[int], Batch]:
-        """What builds the batch of a step."""
+        """The function that builds the batch of a step."""
         job, lora = self.job, self.job.spec.lora
         seed = job.config.seed if lora is not None and lora.dropout else None
         return partial(step_batch, job.train_rows, job.plan.rows_of_step, job.train_layout, dropout_seed=seed)
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the validations so far end the run."""
+        """Whether the validations so far stop the run early."""
         return stops_early(self.validations, self.job.config.train.early_stopping)
 
     @property
@@ -258,13 +258,13 @@ class Run:
         return self._validates or (every is not None and self.step % every == 0)
 
     def _after_step(self, log: StepLog) -> None:
-        """What is due after a step: a validation, a checkpoint, the end if somebody asked for it."""
+        """Do what is due after a step: a validation, a checkpoint, stopping if requested."""
         job = self.job
         stopping = hosts.agree(self.stop.signum is not None)
         saves = self._saves
         if not stopping and not saves:
             return
-        log.read_all()  # nothing is saved or validated before its numbers are known to be finite
+        log.read_all()  # save and validate only what is known to be finite
         if self._validates and not stopping:
             self.stage = "validation"
             mean_nll = validate(self, log.display)
@@ -289,7 +289,7 @@ class Run:
             raise Interrupted(self.stop.signum or signal.SIGTERM, self.step)
 
     def _finish(self) -> TrainResult | None:
-        """Export the selected checkpoint and close the run; where it is damaged, go back to before it.
+        """Export the selected checkpoint and close the run; if it is damaged, go back to before it.
 
         Raises:
           UserError: it was damaged twice.
@@ -319,15 +319,15 @@ class Run:
         return TrainResult(best, self.validations[best], self.frozen, trained)
 
     def diverged(self, message: str, step: int | None = None) -> Diverged:
-        """The error that ends this run, with whether anything was saved."""
+        """The error that ends this run; it says whether anything was saved."""
         return Diverged(self.step if step is None else step, message, self.store.has_any)
 
     def _check_longest(self) -> None:
-        """Compile the step of the longest buffer: a TPU's compiler knows whether it fits, and a run should
-        not find that out after hours. When its turn comes, its program comes from the cache.
+        """Compile the step for the longest buffer: the TPU compiler knows whether it fits, and a run should
+        not fail after hours. Later the program comes from the cache.
 
         Raises:
-          UserError: it does not fit; names what would.
+          UserError: it does not fit; the message names what would.
         """
         job = self.job
         longest = max(job.train_layout.sizes)
@@ -351,25 +351,25 @@ class Run:
 
 
 def _shape(*arguments: Any) -> tuple[int, ...]:
-    """What tells the programs of a step apart: the shape of its batch."""
+    """The key of a step's programs: the shape of its batch."""
     return next(x["tokens"].shape for x in arguments if isinstance(x, dict) and "tokens" in x)
 
 
 def _abstract_batch(job: Job, like: Batch, shape: tuple[int, ...]) -> Tree:
-    """The shapes and shardings of a batch of this shape, with the arrays of another."""
+    """The shapes and shardings of a batch of this shape, with the same arrays as another."""
     sharding = named(job.mesh, (None, "batch", "length"), shape)
     return {name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding) for name, x in like.items()}
 
 
 class StepLog:
-    """The numbers of the steps, read late, checked and recorded."""
+    """The metrics of steps: read late, checked and recorded."""
 
     def __init__(self, run: Run, display: TrainingDisplay):
         self._run, self.display = run, display
         self._waiting: deque[tuple[int, dict[str, jax.Array], float]] = deque()
 
     def add(self, step: int, metrics: dict[str, jax.Array], rate: float) -> None:
-        """Take the metrics of a step just dispatched, and record those of `LATE` steps ago.
+        """Add the metrics of a step just dispatched, and record those of `LATE` steps ago.
 
         Raises:
           Diverged: a number is not finite.
@@ -379,7 +379,7 @@ class StepLog:
             self._read(*self._waiting.popleft())
 
     def read_all(self) -> None:
-        """Record every step dispatched so far; raises as `add`."""
+        """Record every step dispatched so far; raises like `add`."""
         while self._waiting:
             self._read(*self._waiting.popleft())
 
@@ -399,7 +399,7 @@ class StepLog:
 
 
 def validate(run: Run, display: TrainingDisplay) -> float | None:
-    """Mean NLL over all weighted validation tokens; None: somebody asked to stop meanwhile.
+    """Mean NLL over all weighted validation tokens; None if a stop was requested meanwhile.
 
     Raises:
       Diverged: it is not finite.
@@ -424,7 +424,7 @@ def validate(run: Run, display: TrainingDisplay) -> float | None:
 
 @contextmanager
 def _failures(run: Any) -> Iterator[None]:
-    """Write `failure.json` for whatever goes wrong, here or in another process."""
+    """Write `failure.json` for any error, here or in another process."""
 
     def write(error: BaseException, trace: str) -> None:
         step = error.step if isinstance(error, Diverged) else run.step

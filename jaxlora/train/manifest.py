@@ -1,7 +1,7 @@
-"""What a run was made of: `manifest.json`, and whether a run may be resumed by what is here now.
+"""The inputs of a run (`manifest.json`), and whether a run may be resumed with the present ones.
 
 different = differences(identity(old_manifest), identity(new_manifest))     # must be empty to resume
-rounding = rounding_differences(old_manifest, new_manifest)                 # may differ, and is said
+rounding = rounding_differences(old_manifest, new_manifest)                 # may differ, but is reported
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from jaxlora.runtime.remote import resolve
 from jaxlora.runtime.text import harmless, without_secrets
 from jaxlora.train.job import Job, Prepared, token_count
 
-# Fields of the configuration that change nothing in the result: they may differ when a run is resumed.
+# Fields of the configuration that do not affect the result: they may differ when a run is resumed.
 _FREE = {
     "results_dir",
     "overwrite",
     "tracking",
     "price",
     "eval",
-    "selection",  # what a study makes of the configuration; its runs hold their own values
+    "selection",  # used by studies only; their runs hold their own values
     "sweep",
     "regret",
     "train.checkpoint_every",
@@ -57,12 +57,12 @@ _FREE = {
     "model.path",  # the base's fingerprint is compared instead
     "lora.start",  # its weights' hash is compared instead
 }
-# Fields that older manifests lack, with the value that says what those runs did.
+# Fields missing from older manifests, with the values that those runs used.
 _ADDED = {"lora.dropout": 0.0, "train.max_steps": None, "train.early_stopping": None}
-# What a run that learns from rewards does not read, and what only such a run does.
+# Fields that a reinforcement-learning run does not read, and those that only such a run reads.
 _OF_ROWS, _OF_REWARDS = {"data", "train.epochs", "train.batch_rows", "train.validation_every"}, {"rl"}
 _FREE_OF_REWARDS = {"rl.problems", "rl.eval_problems"}  # their hashes are compared instead
-# Fields that change the order of float sums: the result is the same up to rounding, but not to the bit.
+# Fields that change the order of float sums: results agree up to rounding, but not bit for bit.
 _ROUNDING = {
     "mesh",
     "model.attention",
@@ -73,7 +73,7 @@ _ROUNDING = {
     "train.buffer_multiple",
     "train.max_buffer_tokens",
 }
-# The same of runs that learn from rewards, with the values that say what those did whose manifests lack them.
+# The same for reinforcement-learning runs, with the values used by runs whose manifests lack them.
 _ROUNDING_OF_REWARDS = {"rl.share_prompts": False}
 _PACKAGES = (
     "jax",
@@ -89,10 +89,10 @@ _PACKAGES = (
 
 
 def make_manifest(job: Job) -> dict[str, Any]:
-    """The manifest of a run that starts, or goes on, here and now.
+    """The manifest of a run that is now started or resumed.
 
     Raises:
-      UserError: a file of rows was replaced between its gate and its reading.
+      UserError: a file of rows was replaced between its gate check and its reading.
     """
     plan = job.plan
     _check_gated(job)
@@ -110,7 +110,7 @@ def make_manifest(job: Job) -> dict[str, Any]:
 
 
 def common_manifest(job: Prepared) -> dict[str, Any]:
-    """What the manifests of all kinds of runs hold: code, machine, configuration, base, what is trained."""
+    """Common to the manifests of all kinds of runs: code, machine, configuration, base, trained part."""
     config = job.config
     device = jax.devices()[0]
     return {
@@ -144,7 +144,7 @@ def common_manifest(job: Prepared) -> dict[str, Any]:
 
 
 def _datasets(job: Job) -> dict[str, Any]:
-    """The rows of each part: where they are from, their hashes, and what was skipped."""
+    """The rows of each part: their source, their hashes, and what was skipped."""
     data = job.config.data
     parts = {
         "train": (data.train_path, job.train_rows, job.reports[0]),
@@ -172,10 +172,10 @@ def _check_gated(job: Job) -> None:
 
 
 def check_inputs(job: Prepared, manifest: dict[str, Any]) -> None:
-    """Refuse to train on anything else than the manifest names; called once everything is loaded.
+    """Refuse to train on anything but what the manifest names; called once everything is loaded.
 
     Raises:
-      UserError: the base, or the adapter that the run starts from, has been replaced meanwhile.
+      UserError: the base, or the adapter that the run starts from, was replaced meanwhile.
     """
     now = {"model.path": job.base.fingerprint(), "lora.start": _start_hash(job.config)}
     then = {"model.path": manifest["base"]["fingerprint"], "lora.start": manifest["trained"]["start_sha256"]}
@@ -187,7 +187,7 @@ def check_inputs(job: Prepared, manifest: dict[str, Any]) -> None:
 
 
 def _lora(job: Prepared) -> dict[str, Any]:
-    """The adapter: its settings, and what it is on."""
+    """The adapter: its settings and the modules it adapts."""
     return {
         **dataclasses.asdict(job.config.lora),
         "condition": job.config.lora.condition,
@@ -202,7 +202,7 @@ def _start_hash(config: RunConfig) -> str | None:
 
 
 def identity(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What two manifests must share for one to resume the other, flat."""
+    """What two manifests must share for one to resume the other, as a flat dictionary."""
     config = _flat(manifest.get("config", {}), "")
     of_rewards = _OF_REWARDS
     if manifest.get("kind") == "rl":
@@ -216,12 +216,12 @@ def identity(manifest: dict[str, Any]) -> dict[str, Any]:
     start = (manifest.get("trained") or {}).get("start_sha256")
     flat["tokenizer"] = (manifest.get("tokenizer") or {}).get("sha256")
     flat[REWARD_FILE] = (manifest.get("reward") or {}).get("sha256")
-    flat["base.products"] = base.get("products")  # over a quantised base, what is rounded in them
+    flat["base.products"] = base.get("products")  # with a quantised base, which operands are rounded
     return flat | {"base": base.get("fingerprint"), "base.parameters": base.get("parameters"), "start": start}
 
 
 def rounding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs and changes how sums are rounded: layout, mesh, device, versions."""
+    """Differences that change how sums are rounded: layout, mesh, device, versions."""
 
     def parts(manifest: dict[str, Any]) -> dict[str, Any]:
         config = _flat(manifest.get("config", {}), "")
@@ -234,7 +234,7 @@ def rounding_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def same_but_for_command(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether two manifests say the same of a run, however it was started and wherever it lies."""
+    """Whether two manifests describe the same run, however it was started and wherever it is stored."""
 
     def told(manifest: dict[str, Any]) -> dict[str, Any]:
         given = manifest.get("config") or {}
@@ -279,7 +279,7 @@ def git_state(folder: Path) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     sha = git("rev-parse", "HEAD")
-    if sha is None and "JAXLORA_GIT_SHA" in os.environ:  # a copy without .git; the launcher says what it is
+    if sha is None and "JAXLORA_GIT_SHA" in os.environ:  # a copy without .git: the launcher sets the commit
         return {"git_sha": os.environ["JAXLORA_GIT_SHA"], "dirty": os.environ.get("JAXLORA_GIT_DIRTY") == "1"}
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {"git_sha": sha, "dirty": None if changes is None else bool(changes)}

@@ -1,19 +1,19 @@
-"""What is minimised: each objective turns log-probabilities of targets into a loss of each position.
+"""Objectives: each maps log-probabilities of targets to a loss per position.
 
     objective = objective_of("cross_entropy")
-    objective = objective_of(Loss("ppo", clip_low=0.8, clip_high=1.2))  # one with settings
+    objective = objective_of(Loss("ppo", clip_low=0.8, clip_high=1.2))  # with settings
     loss = objective(logprobs, weights, extras)                         # float32, in the shape of logprobs
 
-A step sums the losses over all positions of all its rows (as Tinker does), so how rows are packed, padded or
-split over buffers never changes a result. Nothing is divided by lengths, tokens or groups. A new objective is
-one function and one line of the table.
+A step sums the losses over all positions of all its rows (like Tinker), so the result does not depend on how
+rows are packed, padded or split over buffers. Nothing is divided by lengths, tokens or groups. A new
+objective takes one function and one line in the table.
 
-The objectives of policy gradients take two extras a token: its advantage A and its log-probability q under
-the policy that drew it. With lp of the policy that learns, and the ratio r = exp(lp - q), they are
+Policy-gradient objectives take two extras per token: its advantage A and its log-probability q under the
+policy that sampled it. With lp under the policy being trained and the ratio r = exp(lp - q), they are
 
 - `importance_sampling`: -r A
 - `ppo`: -min(r A, clip(r, low, high) A)
-- `cispo`: -clip(r, low, high) A lp, the ratio taken as a constant
+- `cispo`: -clip(r, low, high) A lp, with the ratio treated as a constant
 - `dro`: -(A lp - beta / 2 (lp - q)^2)
 """
 
@@ -33,14 +33,14 @@ from jaxlora.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Loss:
-    """An objective by its name, with its settings; each reads only its own. Hashable."""
+    """An objective's name and settings; each objective reads only its own. Hashable."""
 
     name: str = "importance_sampling"
-    clip_low: float = 0.8  # of the ratio, for `ppo` and `cispo`
+    clip_low: float = 0.8  # bound of the ratio, for `ppo` and `cispo`
     clip_high: float = 1.2
-    beta: float = 0.05  # of `dro`
-    kl: float = 0.0  # weight of the divergence from a reference, whose log-probabilities are then an extra
-    temperature: float = 1.0  # all log-probabilities are of the logits divided by this
+    beta: float = 0.05  # for `dro`
+    kl: float = 0.0  # weight of the divergence from a reference; its log-probabilities are then an extra
+    temperature: float = 1.0  # logits are divided by this before all log-probabilities
 
 
 def cross_entropy(logprobs: jax.Array, weights: jax.Array, extras: Any) -> jax.Array:
@@ -49,19 +49,19 @@ def cross_entropy(logprobs: jax.Array, weights: jax.Array, extras: Any) -> jax.A
 
 
 def importance_sampling(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
-    """-r A. On policy its gradient is that of REINFORCE: the ratio is 1, its derivative that of lp."""
+    """-r A. On policy its gradient is that of REINFORCE: the ratio is 1 and its derivative that of lp."""
     return -jnp.exp(log_ratio) * extras["advantages"]
 
 
 def ppo(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
-    """-min(r A, clip(r) A): no gradient where the ratio has moved past a bound in A's own direction."""
+    """-min(r A, clip(r) A): no gradient where the ratio has passed a bound in the direction A favours."""
     ratio, advantages = jnp.exp(log_ratio), extras["advantages"]
     clipped = jnp.clip(ratio, loss.clip_low, loss.clip_high)
     return -jnp.minimum(ratio * advantages, clipped * advantages)
 
 
 def cispo(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> jax.Array:
-    """-clip(r) A lp with a constant ratio: every token keeps a gradient, of bounded weight."""
+    """-clip(r) A lp with a constant ratio: every token keeps a gradient, with bounded weight."""
     clipped = jnp.clip(jnp.exp(log_ratio), loss.clip_low, loss.clip_high)
     return -jax.lax.stop_gradient(clipped) * extras["advantages"] * logprobs
 
@@ -72,11 +72,11 @@ def dro(loss: Loss, logprobs: jax.Array, log_ratio: jax.Array, extras: Any) -> j
 
 
 def divergence(logprobs: jax.Array, log_ratio: jax.Array, reference: jax.Array) -> jax.Array:
-    """A loss whose expected gradient is that of KL(policy || reference), token by token.
+    """A loss whose expected gradient is that of KL(policy || reference), per token.
 
-    It is r/2 (lp - ref)^2 with a constant ratio. Over tokens that q drew, the expectation of its gradient is
-    sum p (lp - ref) dlp, which is the divergence's, as sum p dlp = 0. Its value is not the divergence.
-    The estimator lp - ref has the divergence's value on policy, but as a loss no expected gradient at all.
+    It is r/2 (lp - ref)^2 with a constant ratio. Over tokens sampled from q, its expected gradient is
+    sum p (lp - ref) dlp, the gradient of the divergence, since sum p dlp = 0. Its value is not the
+    divergence. On policy, lp - ref estimates the divergence, but as a loss its expected gradient is 0.
     """
     return 0.5 * jax.lax.stop_gradient(jnp.exp(log_ratio)) * jnp.square(logprobs - reference)
 
@@ -91,7 +91,7 @@ POLICY: dict[str, Policy] = {
 NAMES = ("cross_entropy", *POLICY)
 
 
-@lru_cache(maxsize=64)  # one function for one setting: programs are told apart by it
+@lru_cache(maxsize=64)  # the same function for the same settings: it is part of the key of compiled programs
 def objective_of(loss: str | Loss) -> Objective:
     """The objective of this name, or with these settings.
 
@@ -106,7 +106,7 @@ def objective_of(loss: str | Loss) -> Objective:
     policy = POLICY[loss.name]
 
     def objective(logprobs: jax.Array, weights: jax.Array, extras: Any) -> jax.Array:
-        # Where nothing is weighted, what stands in the extras must not become infinite times 0.
+        # At positions of weight 0, the extras must not lead to infinity times 0.
         used = weights != 0
         log_ratio = jnp.where(used, logprobs - extras["sampler_logprobs"], 0)
         value = policy(loss, logprobs, log_ratio, extras)
@@ -118,7 +118,7 @@ def objective_of(loss: str | Loss) -> Objective:
 
 
 def extras_of(loss: str | Loss) -> tuple[str, ...]:
-    """The arrays, one number a token, that this objective takes beside the weights."""
+    """Names of the per-token arrays that this objective takes besides the weights."""
     loss = Loss(loss) if isinstance(loss, str) else loss
     if loss.name not in POLICY:
         return ()
@@ -126,5 +126,5 @@ def extras_of(loss: str | Loss) -> tuple[str, ...]:
 
 
 def temperature_of(loss: str | Loss) -> float:
-    """What logits are divided by before this objective sees log-probabilities."""
+    """The temperature that logits are divided by for this objective's log-probabilities."""
     return 1.0 if isinstance(loss, str) else loss.temperature

@@ -1,12 +1,13 @@
-"""The published rule for learning rates: the family, the width, and whether an adapter is trained.
+"""The published rule for learning rates, by model family, width, and LoRA or full fine-tuning.
 
     published_rate(config, "lora")          # 2.856e-4 for Llama 3.1 8B
     published_rate(config, "full")          # a tenth of it
-    rate_warning(config, "lora", 5e-7)      # a sentence; None where the rate is not far below the rule
+    rate_warning(config, "lora", 5e-7)      # a sentence; None if the rate is not far below the rule
 
-The rule is `LR = 5e-5 x 10 x (2000 / hidden)^p`, without the 10 for full fine-tuning, with p 0.781 for Llama
-and 0.0775 for Qwen. It was fitted to supervised runs of 14 models with 1,024 to 8,192 hidden units; it says
-nothing about reinforcement learning, and little about runs of under 100 steps, which like higher rates.
+The rule is `LR = 5e-5 x 10 x (2000 / hidden)^p`, without the 10 for full fine-tuning, where p is 0.781 for
+Llama and 0.0775 for Qwen. It was fitted to supervised runs of 14 models with 1,024 to 8,192 hidden units; it
+says nothing about reinforcement learning, and little about runs of under 100 steps, which prefer higher
+rates.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from jaxlora.runtime.errors import UserError
 POWERS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}  # by `model_type`
 WIDTHS = (1024, 8192)  # hidden units of the models that it was fitted to
 FULL_RATE, RATIO = 5e-5, 10.0
-FAR_BELOW = 30.0  # an adapter's rate this many times below the rule hardly moves it
+FAR_BELOW = 30.0  # an adapter hardly moves at a rate this many times below the rule
 
 
 def published_rate(config: ModelConfig, what: Literal["lora", "full"]) -> float:
     """The rule's learning rate for supervised fine-tuning.
 
     Raises:
-      UserError: the family is not one that the rule knows.
+      UserError: the rule does not cover this family.
     """
     if config.model_type not in POWERS:
         raise UserError(
@@ -38,7 +39,7 @@ def published_rate(config: ModelConfig, what: Literal["lora", "full"]) -> float:
 
 
 def outside_domain(config: ModelConfig) -> str | None:
-    """Why the rule is a guess for this model, in words; None where it was fitted to models of this width."""
+    """Why the rule is only a guess for this model; None if it was fitted to models of this width."""
     low, high = WIDTHS
     if low <= config.hidden_size <= high:
         return None
@@ -46,7 +47,7 @@ def outside_domain(config: ModelConfig) -> str | None:
 
 
 def rate_warning(config: ModelConfig, what: Literal["lora", "full"], rate: float) -> str | None:
-    """That an adapter's rate is far below the rule, in one line; None: it is not, or there is no rule."""
+    """A one-line warning if an adapter's rate is far below the rule; None if not, or if there is no rule."""
     if what != "lora" or config.model_type not in POWERS:
         return None
     usual = published_rate(config, "lora")

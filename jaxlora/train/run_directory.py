@@ -1,18 +1,18 @@
-"""The run directory: what is written where, and when a directory may be resumed.
+"""The run directory: what is written where, and when it may be resumed.
 
 <results>/<run_id>/
   manifest.json       what was run: code, versions, device, configuration, data hashes, row ids, plan
-  metrics.jsonl       one record a step and a validation
+  metrics.jsonl       one record per step and per validation
   summary.json        the outcome; its presence with status "completed" marks a finished run
   sample_render.txt   the first training row as the model sees it
-  checkpoints/        adapter, optimizer state and position, for resuming
-  selected/           the adapter with the lowest validation NLL, in PEFT format
+  checkpoints/        trained weights, optimizer state and position, for resuming
+  selected/           the weights with the lowest validation NLL: an adapter in PEFT format, or a full model
   tensorboard/        the same curves for TensorBoard
   samples.jsonl       only with train.samples: answers to validation prompts, at each validation
   validation.png      validation NLL by step
   failure.json        only if it failed: stage, step and trace
 
-Of several processes, the main one writes; `checkpoints/` is written by all.
+With several processes, only the main one writes, except `checkpoints/`, which all write.
 """
 
 from __future__ import annotations
@@ -72,31 +72,31 @@ from jaxlora.train.manifest import (
 from jaxlora.train.tracking import Tracker
 
 SAMPLES = "samples.jsonl"
-_LONGEST_NAME = 240  # bytes of a run's name: file systems take 255, and its lock's name is longer
+_LONGEST_NAME = 240  # bytes of a run's name: file systems allow 255, and the name of its lock is longer
 
 
 class RunDirectory:
     """An opened run directory; the main process holds its lock and is the only one that writes."""
 
-    job: Any  # a `Job`; of another kind of run, what is `Prepared`
+    job: Any  # a `Job`, or the `Prepared` of another kind of run
 
     def __init__(self, job: Prepared, manifest: dict[str, Any]):
         self.path, self.job = job.config.run_dir, job
         self.manifest, self.identity = manifest, identity(manifest)
         self._metrics = self.path / "metrics.jsonl"
-        self._size = 0  # of the metrics, as this process left them
+        self._size = 0  # bytes of the metrics as last written by this process
         self._board: Board | None = None
         self._tracker: Tracker | None = None
-        self._begun_on: str | None = None  # the hash of the base's weights, as a checkpoint has it
+        self._begun_on: str | None = None  # the hash of the base's weights, from a checkpoint
 
     @classmethod
     @contextmanager
     def open(cls, job: Any) -> Iterator[Self]:
-        """Make the directory, or take up an unfinished run of the same configuration.
+        """Create the directory, or resume an unfinished run of the same configuration.
 
         Raises:
-          UserError: the run is finished, belongs to another configuration, or is being written now; or its
-            name is longer than file systems take.
+          UserError: the run is finished, belongs to another configuration, or is being written by another
+            process; or its name is too long for file systems.
         """
         name = len(os.fsencode(job.config.run_id))
         if name > _LONGEST_NAME:
@@ -112,10 +112,10 @@ class RunDirectory:
             yield run
             return
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(os.path.realpath(run.path))  # the folder of a run may be a link to one elsewhere
+        place = Path(os.path.realpath(run.path))  # the run's folder may be a symbolic link
         metrics = place / "metrics.jsonl"
         with _lock(place.with_name(f".{place.name}.lock"), run.path), ExitStack() as stack:
-            # Whoever deletes the lock lets no second writer in: what is written is locked as well.
+            # Deleting the lock file does not admit a second writer: the metrics file is locked too.
             if metrics.exists():
                 with _exclusive(metrics, run.path):
                     pass
@@ -132,18 +132,18 @@ class RunDirectory:
 
     @staticmethod
     def manifest_of(job: Any) -> dict[str, Any]:
-        """The manifest of a run of this kind that starts, or goes on, here and now."""
+        """The manifest of a run of this kind that is now started or resumed."""
         return make_manifest(job)
 
     def sample_render(self) -> str:
-        """What the model sees first."""
+        """The first training row as the model sees it."""
         return str(self.job.tokenizer.decode(self.job.train_rows[0].tokens))
 
     # --- Metrics --------------------------------------------------------------------------------------------
 
     def start_records(self, size: int, validations: Collection[int] = ()) -> None:
-        """Cut the metrics back to the first `size` bytes and the samples to those of these validations, and
-        write the curves anew from what is left."""
+        """Truncate the metrics to the first `size` bytes and the samples to those of these validations, and
+        rewrite the curves from the rest."""
         if not hosts.is_main():
             return
         cut_jsonl(self._metrics, size)
@@ -159,7 +159,7 @@ class RunDirectory:
             self._tracker = Tracker(self.job.config)
 
     def _keep_samples(self, validations: Collection[int]) -> None:
-        """Drop the samples of validations that are still to come."""
+        """Drop the samples of validations that have yet to be repeated."""
         file = self.path / SAMPLES
         if not file.is_file():
             return
@@ -169,7 +169,7 @@ class RunDirectory:
         self.record_samples(records)
 
     def record_samples(self, records: list[dict[str, Any]]) -> None:
-        """Append the answers that a validation shows."""
+        """Append the sample answers of a validation."""
         if self._board is None:
             return
         for number, record in enumerate(records):
@@ -177,7 +177,7 @@ class RunDirectory:
             self._board.write_sample(record, number % max(1, self.job.config.train.samples))
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append one metrics record, and add it to the curves.
+        """Append one metrics record and add it to the curves.
 
         Raises:
           UserError: the folder is gone, or something else wrote the metrics.
@@ -191,7 +191,7 @@ class RunDirectory:
                 self._tracker.write(curves(record), record["step"])
 
     def _check_ours(self) -> None:
-        """A folder that was deleted under a run must not be made again without its manifest."""
+        """Refuse to recreate a folder that was deleted during the run: its manifest would be missing."""
         if not self._metrics.is_file():
             raise UserError(
                 f"{self.path}: was deleted or moved while the run was training, and is not made again. Put it"
@@ -204,7 +204,7 @@ class RunDirectory:
             )
 
     def progress(self, step: int, validations: dict[int, float]) -> dict[str, Any]:
-        """Where a run stands, for its checkpoint; the metrics up to here are on the disk."""
+        """The run's position, for its checkpoint; the metrics up to here are synced to disk."""
         size, sha256 = 0, None
         if hosts.is_main():
             with self._metrics.open("rb") as file:
@@ -222,18 +222,18 @@ class RunDirectory:
 
     @property
     def base_weights_sha256(self) -> str | None:
-        """Of the base that the run began with: where all weights are trained, it is loaded only then."""
+        """Hash of the base that the run began with; in full fine-tuning it is loaded only at the start."""
         return self._begun_on or self.job.base.weights_sha256
 
     def goes_on_from(self, progress: dict[str, Any]) -> None:
-        """Remember what a checkpoint says of the base."""
+        """Remember what a checkpoint recorded about the base."""
         self._begun_on = progress.get("base_weights_sha256")
 
     def check_base(self) -> None:
-        """Compare the base that was loaded now, where one was.
+        """Compare the base loaded now, if any, with the recorded one.
 
         Raises:
-          UserError: it is another one than the run began with.
+          UserError: it is not the one that the run began with.
         """
         now = self.job.base.weights_sha256
         if self._begun_on and now and now != self._begun_on:
@@ -259,7 +259,7 @@ class RunDirectory:
     def step_record(
         self, step: int, values: dict[str, float], tokens: int, rate: float, speed: dict[str, float | None]
     ) -> dict[str, Any]:
-        """The metrics record of one training step. `token_count` is the step's, in shifted tokens."""
+        """The metrics record of one training step. Its `token_count` is the step's shifted tokens."""
         return metric_record(
             **self._names(),
             step=step,
@@ -291,8 +291,8 @@ class RunDirectory:
     # --- The end --------------------------------------------------------------------------------------------
 
     def export_selected(self, trained: Tree, step: int) -> None:
-        """Write what the selected step trained: an adapter as a PEFT folder, all weights as a Hugging Face
-        directory in the dtype that the model computes in. Called on every process."""
+        """Write the weights of the selected step: an adapter as a PEFT folder, all weights as a Hugging Face
+        directory in the dtype of computation. Called on every process."""
         folder, job = self.path / "selected", self.job
         if hosts.is_main():
             self._check_ours()
@@ -302,7 +302,7 @@ class RunDirectory:
             _, weights = job.spec.computing(trained, {})
             assert (
                 job.base.folder is not None
-            )  # `prepare` refuses to train a base that is only a shape in full
+            )  # `prepare` refuses full fine-tuning of a base that is only a shape
             save_model(folder, job.spec, weights, job.base.folder, job.base.tokenizer_folder())
             return
         export_adapter(
@@ -317,11 +317,11 @@ class RunDirectory:
         )
 
     def finish(self, step: int, validations: dict[int, float], last: int) -> None:
-        """Write the picture and `summary.json`: the run is complete.
+        """Write the plot and `summary.json`, which completes the run.
 
         Args:
-          step: the selected one.
-          last: the one that the run ended with.
+          step: the selected step.
+          last: the last step of the run.
         """
         if not hosts.is_main():
             return
@@ -359,15 +359,15 @@ class RunDirectory:
         write_json_atomic(self.path / "summary.json", record)
 
     def _draw(self, name: str, draw: Callable[..., None]) -> None:
-        """Draw a picture of the run: it never decides whether a run is complete."""
+        """Draw a plot of the run; a failure to draw it never fails the run."""
         try:
             draw(self.path / name, title=self.job.config.run_id)
         except Exception as error:
             console.print(f"{name} is not drawn: {one_line(error)}", markup=False)
 
     def _end_curves(self, outcome: dict[str, float], step: int, last: int) -> None:
-        """Add what the run came to at its selected step to the curves, which end at the last one."""
-        if self._board is not None:  # TensorBoard leaves a file for good once a newer one is there
+        """Add the outcome at the selected step to the curves, which end at the last step."""
+        if self._board is not None:  # TensorBoard never returns to a file once there is a newer one
             self._board.close()
             self._board = None
         write_outcome(self.path / "tensorboard", outcome, step)
@@ -375,13 +375,13 @@ class RunDirectory:
             self._tracker.write(outcome, last)
 
     def _hashed(self) -> list[str]:
-        """What `summary.json` holds hashes of: all that is read after a run has ended."""
+        """The files hashed in `summary.json`: everything that is read after the run has ended."""
         selected = (path for path in (self.path / "selected").rglob("*") if path.is_file())
         names = sorted(path.relative_to(self.path).as_posix() for path in selected)
         return ["metrics.jsonl", "manifest.json", *names]
 
     def write_failure(self, stage: str, step: int, error: BaseException, trace: str) -> None:
-        """Write `failure.json`; on a full disk, say that it could not be written."""
+        """Write `failure.json`; if the disk is full, report that it could not be written."""
         if not hosts.is_main() or not (self.path / "manifest.json").is_file():  # deleted meanwhile
             return
         record = self._names() | {
@@ -399,7 +399,7 @@ class RunDirectory:
 
 
 def _end(job: Job, last: int) -> dict[str, Any]:
-    """Why a run ended before its epochs did; nothing where it did not."""
+    """Why a run ended before its last epoch; empty if it did not."""
     if last < job.plan.total_steps:
         patience = job.config.train.early_stopping
         reason = f"early stopping: no lower validation NLL in the last {patience} validations"
@@ -410,17 +410,17 @@ def _end(job: Job, last: int) -> dict[str, Any]:
     return {"last_step": last, "ended_by": reason}
 
 
-# --- Whose directory it is ----------------------------------------------------------------------------------
+# --- Ownership of the directory -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _lock(file: Path, run: Path) -> Iterator[None]:
-    """An exclusive lock that the system releases when this process ends, however it ends.
+    """An exclusive lock, released by the operating system when this process ends for any reason.
 
     Raises:
-      Taken: another process of this host has it.
-      UserError: the lock's name is a link: its target stays as it is.
-      MachineError: a process of another host has it.
+      Taken: another process on this host holds it.
+      UserError: the lock's path is a symbolic link, whose target is left unchanged.
+      MachineError: a process on another host holds it.
     """
     with _exclusive(file, run) as handle:
         if os.fstat(handle).st_nlink > 1:
@@ -433,7 +433,7 @@ def _lock(file: Path, run: Path) -> Iterator[None]:
 
 @contextmanager
 def _exclusive(file: Path, run: Path) -> Iterator[int]:
-    """A file of one process at a time, made where it is missing; raises as `_lock`."""
+    """A file open in one process at a time, created if missing; raises like `_lock`."""
     while True:
         try:
             handle = os.open(
@@ -451,7 +451,7 @@ def _exclusive(file: Path, run: Path) -> Iterator[int]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise _is_written(run, os.pread(handle, 200, 0)) from None
-            if file.exists() and os.path.samestat(file.stat(), opened):  # not deleted between the two
+            if file.exists() and os.path.samestat(file.stat(), opened):  # not deleted meanwhile
                 yield handle
                 return
         finally:
@@ -459,22 +459,22 @@ def _exclusive(file: Path, run: Path) -> Iterator[int]:
 
 
 def _is_written(run: Path, note: bytes) -> Exception:
-    """What to say to the second writer of a run."""
+    """The error for the second writer of a run."""
     owner = note.decode("utf-8", "replace").strip()
-    if not owner.startswith("process "):  # the lock itself was deleted
+    if not owner.startswith("process "):  # the lock file was deleted
         owner = "another process"
     text = f"{run}: {owner} is writing this run; wait for it or stop it"
     if owner == "another process" or f" on {socket.gethostname()} " in owner:
         return Taken(text)
-    # A host that has died may hold its lock on a shared folder a while longer: worth another try.
+    # A dead host may hold its lock on a shared folder for a while: worth a retry.
     return MachineError(text)
 
 
 def read_selected(job: Job) -> Tree:
-    """What a finished run selected, as its training held it, but rounded to what was written.
+    """The selected weights of a finished run, in the form held in training, as rounded on writing.
 
     Raises:
-      UserError: its files are not what the run wrote.
+      UserError: its files are not those that the run wrote.
     """
     check_selected(job.config.run_dir)
     folder = job.config.run_dir / "selected"
@@ -489,7 +489,7 @@ def is_finished(path: Path) -> bool:
 
 
 def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
-    """Make the directory ours: new, cleared, or with what it held of the same run. The lock is held."""
+    """Claim the directory: new, cleared, or with its contents of the same run. The lock is held."""
     _clear(path)
     if path.exists() and any(path.iterdir()):
         if not (path / "manifest.json").is_file():
@@ -498,7 +498,7 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
             )
         old = read_manifest(path)
         different = differences(identity(old), identity(manifest))
-        # A run that was itself started with overwrite, and has been stopped, is resumed by the same command.
+        # A stopped run that was itself started with overwrite is resumed by the same command.
         begun_by_it = (old.get("config") or {}).get("overwrite")
         same_command = begun_by_it and not different and not is_finished(path)
         if overwrite and not same_command:
@@ -516,19 +516,19 @@ def _take_over(path: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         else:
             if history := _resumed_with(old, manifest):
                 manifest["resumed_with"] = history
-            if same_but_for_command(old, manifest):  # a run that is closed once more has the same bytes
+            if same_but_for_command(old, manifest):  # closing a run again writes the same bytes
                 manifest = old
     path.mkdir(exist_ok=True)
     (path / "failure.json").unlink(missing_ok=True)
     write_json_atomic(path / "manifest.json", manifest)
     if overwrite:
-        # A copy of the run elsewhere, such as a bucket's, keeps its files until they are written again: the
-        # old summary must not stand there beside the new run.
+        # A copy of the run elsewhere, such as in a bucket, keeps its files until they are rewritten: the old
+        # summary must not remain there beside the new run.
         write_json_atomic(path / "summary.json", {"status": "unfinished"})
 
 
 def _resumed_with(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
-    """Every change of device, layout or versions that this run has gone through."""
+    """All changes of device, layout or versions in the course of this run."""
     history = old.get("resumed_with") or []
     if not (changed := rounding_differences(old, new)):
         return history
@@ -544,7 +544,7 @@ def _deleted(path: Path) -> Path:
 
 
 def _clear(path: Path) -> None:
-    """Remove what a process that was killed left half written or half deleted."""
+    """Remove what a killed process left half written or half deleted."""
     if _deleted(path).is_symlink():
         _deleted(path).unlink()
     elif _deleted(path).exists():

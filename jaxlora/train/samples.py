@@ -1,10 +1,10 @@
-"""Answers to the first validation prompts, shown at each validation: `samples.jsonl` and TensorBoard's texts.
+"""Answers to the first validation prompts at each validation, in `samples.jsonl` and TensorBoard's texts.
 
     for record in sample_records(job, trained, frozen, step=100):
         print(record["prompt"], record["answer"])
 
-They are decoded greedily by the evaluation's own programs with the adapter beside the weights, so that a
-resumed run writes the same. Where layers are scanned, that takes a second copy of the base meanwhile.
+They are decoded greedily by the programs of the evaluation, with the adapter unmerged, so a resumed run
+writes the same answers. With scanned layers this temporarily takes a second copy of the base.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jaxlora.models.decoder import Tree
 from jaxlora.runtime.files import Record
 from jaxlora.train.job import Job
 
-MOST_TOKENS = 128  # of an answer
+MOST_TOKENS = 128  # per answer
 
 
 def sample_records(job: Job, trained: Tree, frozen: Tree, step: int) -> list[Record]:
-    """One record for each of the first `train.samples` validation rows. Of several hosts, all call this."""
+    """One record for each of the first `train.samples` validation rows. Every host calls this."""
     rows = job.validation_rows[: job.config.train.samples]
     starts = [max(1, int(np.flatnonzero(row.weights)[0])) for row in rows]
     prompts = [row.tokens[:start].tolist() for row, start in zip(rows, starts, strict=True)]

@@ -1,4 +1,4 @@
-"""When things happen in a run: steps, learning rates, validations. Pure functions of the configuration.
+"""The schedule of a run: steps, learning rates, validations. Pure functions of the configuration.
 
 plan = plan_run(config.optim, config.train, n_rows=25348)
 plan.total_steps, plan.validation_steps       # 6338, (1000, 2000, 3169, 4000, 5000, 6000, 6338)
@@ -25,19 +25,19 @@ class RunPlan:
     total_steps: int
     warmup_steps: int
     validation_steps: tuple[int, ...]
-    order_seed: int | None = None  # of the shuffle; None: file order, the same in every epoch
+    order_seed: int | None = None  # seed of the shuffle; None: file order in every epoch
 
     def rows_of_step(self, step: int) -> Sequence[int]:
-        """Row numbers of a step: each row once an epoch; the last batch of one may be short."""
+        """Row numbers of a step: each row once per epoch; the last batch of an epoch may be short."""
         return rows_of_step(self.order_seed, self.n_rows, self.batch_rows, step)
 
 
 def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int, order_seed: int | None = None) -> RunPlan:
     """The steps of a run over `n_rows` training rows, shuffled by `order_seed` (None: in file order).
 
-    Validation falls on each epoch's end and on each multiple of `validation_every`, except a multiple that
-    lies up to `validation_merge` steps before an epoch's end. The run's last step counts as an end, also
-    where `max_steps` puts it in the middle of an epoch.
+    Validations fall on the end of each epoch and on multiples of `validation_every`, except multiples within
+    `validation_merge` steps before the end of an epoch. The run's last step counts as an end, even if
+    `max_steps` puts it in the middle of an epoch.
     """
     steps_per_epoch = math.ceil(n_rows / train.batch_rows)
     total = min(steps_per_epoch * train.epochs, train.max_steps or sys.maxsize)
@@ -52,8 +52,8 @@ def plan_run(optim: OptimConfig, train: TrainConfig, n_rows: int, order_seed: in
 def learning_rate(step: int, optim: OptimConfig, plan: RunPlan) -> float:
     """Learning rate of a step (the first is 1).
 
-    cosine: peak s/W up to W, then min + (peak - min) (1 + cos(pi (s - W) / (S - W))) / 2; linear: the same,
-    with 1 - (s - W) / (S - W) in place of that half; constant: peak.
+    cosine: peak s/W up to W, then min + (peak - min) (1 + cos(pi (s - W) / (S - W))) / 2; linear: the same
+    with 1 - (s - W) / (S - W) as the factor of (peak - min); constant: peak.
     """
     if optim.schedule == "constant":
         return optim.peak_lr

@@ -1,16 +1,16 @@
-"""A check before step 1: the fresh adapter changes nothing, and the decoder computes what the trainer does.
+"""A check before step 1: the fresh adapter has no effect, and decoder and trainer compute the same.
 
     check_start(job, state.trained, frozen)       # UserError, one line, if anything differs
 
-It runs on the first two layers of the model, so that it costs the same at any depth: a wrong scale, merge,
-mask or position is the same in every layer. The start of two training rows goes through
+It runs on the first two layers of the model, so its cost does not depend on depth: a wrong scale, merge, mask
+or position is wrong in every layer. The start of two training rows goes through
 
-- the trainer: packed into one buffer, as a validation batch of the run's own attention backend;
-- the decoder: one prompt a slot, prefilled in part and then decoded token by token from the cache, with the
-  adapter folded into the weights (or not) as the evaluation will have it,
+- the trainer: packed into one buffer, as a validation batch with the run's attention backend;
+- the decoder: one prompt per slot, partly prefilled, then decoded token by token from the KV cache, with the
+  adapter merged into the weights or not, as in the evaluation,
 
-once with the adapter as it is and once with B drawn at random. Log-probabilities of the same tokens must
-agree; with the fresh adapter they must be those of no adapter to the bit.
+once with the adapter as it is and once with random B. Log-probabilities of the same tokens must agree; with
+the fresh adapter they must equal those without an adapter bit for bit.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from jaxlora.train.job import Job
 from jaxlora.train.step import make_logprob_step
 
 LAYERS = 2
-PROMPT, LENGTH = 11, 16  # tokens prefilled, and tokens in all, of each row
-# Largest difference of a log-probability, in nats; and, with the random B, this share of its effect more.
+PROMPT, LENGTH = 11, 16  # tokens of each row that are prefilled, and in all
+# Largest difference of a log-probability, in nats; with random B, plus this share of its effect.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 SHARE = {"float32": 0.01, "bfloat16": 0.1}
 
@@ -52,15 +52,15 @@ class StartCheck:
     """Largest differences found, in nats."""
 
     fresh: float  # trainer and decoder, as training starts
-    perturbed: float | None  # trainer and decoder, B drawn at random; None without an adapter
-    effect: float | None  # the trainer with and without the random B
+    perturbed: float | None  # trainer and decoder, with random B; None without an adapter
+    effect: float | None  # the trainer with and without random B
 
 
 def check_start(job: Job, trained: Tree, frozen: Tree) -> StartCheck:
-    """Check what is trained before its first step; see above.
+    """Check the trained weights before their first step; see above.
 
     Raises:
-      UserError: names what differs and by how much.
+      UserError: names what differs, and by how much.
     """
     spec, trained, frozen = first_layers(job.spec, trained, frozen)
     rows = [
@@ -106,7 +106,7 @@ def _require(what: str, gap: float, limit: float) -> None:
 
 
 def first_layers(spec: ModelSpec, trained: Tree, frozen: Tree) -> tuple[ModelSpec, Tree, Tree]:
-    """The model cut to its first `LAYERS` layers, with the whole embedding and head."""
+    """The model truncated to its first `LAYERS` layers, with the whole embedding and head."""
     depth = min(LAYERS, spec.config.num_hidden_layers)
 
     def cut(tree: Tree, stacked: bool) -> Tree:
@@ -126,7 +126,7 @@ def _cut(layers: Tree, depth: int) -> Tree:
 
 
 def with_random_b(spec: ModelSpec, lora: Tree) -> Tree:
-    """The adapter with B so large that each adapted product changes by about its own size."""
+    """The adapter with random B, large enough to change each adapted product by about its own size."""
     assert spec.lora is not None
     size = 2 * spec.lora.rank**0.5 / spec.lora.alpha
 
@@ -143,7 +143,7 @@ def with_random_b(spec: ModelSpec, lora: Tree) -> Tree:
 def _by_trainer(
     job: Job, spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], trained: Tree
 ) -> np.ndarray:
-    """Log-probability of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, as a step computes it."""
+    """Log-probabilities of each row's last tokens `[rows, LENGTH - PROMPT + 1]`, as computed by a step."""
     n_tokens = sum(row.n_tokens for row in rows)
     lines = job.machine.lines
     batch = pack(rows, (round_up(n_tokens, token_multiple(job.mesh)),), n_tokens, lines)
@@ -155,7 +155,7 @@ def _by_trainer(
 def _by_decoder(
     spec: ModelSpec, frozen: Tree, rows: list[RenderedRow], merge: bool, trained: Tree
 ) -> np.ndarray:
-    """The same log-probabilities, by prefill and by decoding steps from the cache."""
+    """The same log-probabilities by prefill and decoding steps from the KV cache."""
     tokens = np.stack([row.tokens for row in rows])
     spec, lora, weights, mesh = decode_weights(spec, trained, frozen, merge=merge)
     with jax.set_mesh(mesh):
@@ -164,7 +164,7 @@ def _by_decoder(
 
 @partial(jax.jit, static_argnums=0)
 def _decode(spec: ModelSpec, lora: Tree, frozen: Tree, tokens) -> jax.Array:
-    """log p of the tokens after the prompt, `[rows, LENGTH - PROMPT + 1]`, of tokens `[rows, LENGTH + 1]`."""
+    """log p of tokens after the prompt, `[rows, LENGTH - PROMPT + 1]`, given tokens `[rows, LENGTH + 1]`."""
     model, backend = spec.bind(lora, frozen), decode_backend(spec.dtype)
     slots = jnp.arange(len(tokens))
     lengths = jnp.full(len(tokens), PROMPT, jnp.int32)

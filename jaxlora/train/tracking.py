@@ -1,13 +1,13 @@
-"""The curves of a run in Weights & Biases or Trackio as well, where `config.tracking` names one of them.
+"""Log the curves of a run to Weights & Biases or Trackio as well, if `config.tracking` names one.
 
-    tracker = Tracker(config)                # None of it where config.tracking is none
+    tracker = Tracker(config)                # only used if config.tracking is set
     tracker.write({"train/loss": 0.52}, step=1)
     tracker.close()
 
-Both are extras (`pip install 'jaxlora[wandb]'`). They are given the configuration and the numbers of
-`metrics.jsonl` and are asked for nothing else: no code, no command line, no environment, no console. Keys
-stay in the environment, where the libraries read them. Whether anything leaves the machine is theirs to say:
-`WANDB_MODE=offline` keeps a run in its directory, Trackio is local unless it is given a Space.
+Both are extras (`pip install 'jaxlora[wandb]'`). They receive only the configuration and the numbers of
+`metrics.jsonl`: no code, command line, environment or console output. Keys stay in the environment, where the
+libraries read them. Whether anything leaves the machine is up to the library: `WANDB_MODE=offline` keeps a
+run in its directory, and Trackio is local unless it is given a Space.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def check_tracking(config: RunConfig) -> None:
 
 
 class Tracker:
-    """One run in the tracker that its configuration names. What fails there never ends a run."""
+    """One run in the configured tracker. A failure of the tracker never ends a run."""
 
     def __init__(self, config: RunConfig):
-        """Open the run, or go on with it: its id follows from the place of its directory.
+        """Start the run in the tracker, or continue it: its id is derived from the run directory's path.
 
         Raises:
-          UserError: the tracker does not take it, as without a key and without `WANDB_MODE=offline`.
+          UserError: the tracker refuses it, for example without a key and without `WANDB_MODE=offline`.
         """
         self._name = str(config.tracking)
         run_id = hashlib.sha256(str(config.run_dir.resolve()).encode()).hexdigest()[:16]
         try:
             self._library = importlib.import_module(self._name)
             self._run = _OPEN[self._name](self._library, config, run_id)
-        except Exception as error:  # each library has kinds of its own
+        except Exception as error:  # each library raises its own kinds
             raise UserError(f"config.tracking: {self._name} cannot be started: {_line(error)}") from None
 
     def write(self, values: Mapping[str, float], step: int) -> None:
@@ -66,7 +66,7 @@ class Tracker:
             console.print(f"{self._name} takes no more numbers: {_line(error)}", markup=False)
 
     def close(self) -> None:
-        """Wait until the numbers are where they belong."""
+        """Wait until all numbers have been delivered."""
         if self._run is None:
             return
         self._run = None

@@ -1,1 +1,1 @@
-"""Experiments of `jaxlora.regret`: adapters against full fine-tuning, each at its own best learning rate."""
+"""Experiments of `jaxlora.regret`: adapters versus full fine-tuning, each at its own best learning rate."""

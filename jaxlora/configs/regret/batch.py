@@ -1,10 +1,10 @@
-"""Batch sizes from 8 to 512 at ranks 16, 256 and full fine-tuning, on 10,000 questions of OpenThoughts 3.
+"""Batch sizes from 8 to 512 at ranks 16 and 256 and for full fine-tuning, on 10,000 OpenThoughts 3 questions.
 
     jaxlora study --config regret/batch
 
-The number of examples is the same for all, so that small batches take more steps. The data set has up to 16
-answers to a question: parts are split by question. Answers that were cut before their thoughts ended are
-skipped and counted.
+All see the same number of examples, so small batches take more steps. The data set has up to 16 answers per
+question, so it is split by question. Answers truncated before the end of their thoughts are skipped and
+counted.
 """
 
 from dataclasses import replace

@@ -1,9 +1,9 @@
-"""Where adapters sit: attention, MLP, both; at the post's ranks, at equal parameters, with the output head.
+"""Adapter placement: attention, MLP, both; at the post's ranks, at equal parameters, with the output head.
 
     jaxlora study --config regret/placement
 
-`attention_only~mlp_only:128` is the rank of attention that has as many parameters as the MLP's 128; the
-report states how far it is off. The post's own table of parameters has an adapter on the head in every row.
+`attention_only~mlp_only:128` is the attention rank with as many parameters as rank 128 on the MLP; the report
+states the remaining difference. The post's own parameter table has an adapter on the head in every row.
 """
 
 from dataclasses import replace

@@ -3,8 +3,8 @@
     jaxlora study --config regret/rank
     jaxlora study --config regret/rank --config.data.split=none --config.data.train_path=rows.jsonl
 
-The data set has no held-out part: 1,024 rows are kept by a hash of their prompts, so that no prompt is in
-both. Rows whose last turn is no answer are skipped and counted. The post's pair is this model and Llama
+The data set has no held-out part: 1,024 rows are held out by a hash of their prompts, so that no prompt is in
+both parts. Rows whose last turn is not an answer are skipped and counted. The post uses this model and Llama
 3.1 8B (`--config.model.path`), bases without a chat template; the instruct model has one.
 """
 

@@ -1,4 +1,4 @@
-"""A wide and closer look at learning rates: three ranks and full fine-tuning at nine rates each.
+"""A wider and finer sweep of learning rates: three ranks and full fine-tuning at nine rates each.
 
 jaxlora study --config regret/rate
 """

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct learns arithmetic from rewards: ranks 1, 4, 16, 64 and full fine-tuning, over rates.
+"""SmolLM2-135M-Instruct learns arithmetic from rewards: ranks 1, 4, 16, 64 and full fine-tuning, by rate.
 
     jaxlora study --config regret/rl_smollm2
 
@@ -13,7 +13,7 @@ def get_config() -> RunConfig:
         prefix="smollm2-135m-rl",
         model=ModelSource(path="HuggingFaceTB/SmolLM2-135M-Instruct"),
         optim=OptimConfig(schedule="constant"),
-        # One length of buffers, and batches that are decoded at once: each arm compiles few programs.
+        # A single buffer length, and batches decoded all at once: each arm compiles few programs.
         train=TrainConfig(buffer_multiple=8192, max_buffer_tokens=8192),
         rl=RLConfig(
             problems="arithmetic:train?digits=2,1",
@@ -26,7 +26,7 @@ def get_config() -> RunConfig:
             max_new_tokens=17,
             slots=512,
             eval_every=10,
-            share_prompts=False,  # as the runs of the committed report
+            share_prompts=False,  # as in the runs of the committed report
         ),
         regret=RegretConfig(
             by="reward",

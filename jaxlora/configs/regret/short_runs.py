@@ -1,8 +1,8 @@
-"""Does the best rate of an adapter, over that of full fine-tuning, fall as runs grow longer?
+"""Does the ratio of an adapter's best learning rate to that of full fine-tuning fall as runs get longer?
 
     jaxlora study --config regret/short_runs
 
-The rate is constant, so the first 50 steps of a run are a run of 50 steps: each is read at 50, 100, 400 and
+The rate is constant, so the first 50 steps of a run equal a run of 50 steps: each is read at 50, 100, 400 and
 1,600 steps, and the grid is extended until the best rate lies inside it at all four.
 """
 

@@ -9,7 +9,7 @@ run over GSM8K's 7,473 training rows is 234 steps of 32 rows.
 
 from jaxlora.config import DataConfig, ModelSource, OptimConfig, RegretConfig, RunConfig, TrainConfig
 
-# In the order of what is asked first: a sweep that is stopped has answered the questions above.
+# In order of priority: a sweep that is stopped has answered the first questions.
 RANKS = tuple(f"all_layer:{rank}" for rank in (16, 256, 1, 4, 64))
 PLACES = ("mlp_only:64", "attention_only:64", "attention_only~mlp_only:64", "all_layer~mlp_only:64")
 BATCHED = ("full", "all_layer:16", "all_layer:256")

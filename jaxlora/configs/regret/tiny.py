@@ -1,8 +1,8 @@
 """The experiments in miniature: ranks, placements and batch sizes of the tiny model, on a laptop.
 
-    for i in 1 2; do jaxlora study --config regret/tiny & done; wait      # one process for each core
+    for i in 1 2; do jaxlora study --config regret/tiny & done; wait      # one process per core
 
-A run takes about ten seconds of two cores.
+A run takes about ten seconds on two cores.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ def get_config() -> RunConfig:
         optim=OptimConfig(schedule="constant"),
         train=replace(study.train, epochs=1, batch_rows=32, validation_batch_rows=24),
         eval=replace(study.eval, benchmark=None, after_training=False),
-        # The published rule is for models a hundred times wider, and for runs longer than 20 steps.
+        # The published rule is for models a hundred times wider and runs longer than 20 steps.
         regret=RegretConfig(
             arms=("full", *RANKS, *PLACES, *SMALL),
             rates=4,

@@ -1,11 +1,11 @@
-"""Model families, one file each: the seam where a new one goes.
+"""Model families, one file each: the place to add a new one.
 
     config = load_model_config("path/to/Qwen3-8B")     # a directory with config.json
     config.num_hidden_layers                           # 36
     parameter_table(config)                            # every weight, in the order of the forward pass
 
-A family's file has `MODELS` (whose it is, in words), `PUBLISHED` (shapes by name), `read_config`,
-`weight_table` and `rotary_frequencies`; it is known by the `model_type` of its `config.json`.
+A family's file has `MODELS` (the models it covers, in words), `PUBLISHED` (shapes by name), `read_config`,
+`weight_table` and `rotary_frequencies`; it is selected by the `model_type` in `config.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxlora.runtime.errors import UserError
 from jaxlora.runtime.files import read_json
 
 FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
-# Of a family that is not supported, by how its name begins: the nearest one that is.
+# The nearest supported family of an unsupported one, by the prefix of its name.
 _NEAREST = {"mistral": "llama", "mixtral": "llama", "llama4": "llama", "smollm": "llama", "qwen2": "qwen2"}
 MAX_BYTES = 10**7  # of config.json
 
@@ -41,7 +41,7 @@ def load_model_config(directory: str | Path) -> ModelConfig:
 
 
 def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
-    """A `ModelConfig` from the decoded `config.json`; what is not supported is an error, never ignored.
+    """A `ModelConfig` from the decoded `config.json`; an unsupported feature is an error, never ignored.
 
     Raises:
       UserError: see `load_model_config`.
@@ -63,7 +63,7 @@ def model_config_from_dict(raw: Any, where: str = "config.json") -> ModelConfig:
 
 
 def _unsupported(kind: Any, wraps_text: bool) -> str:
-    """That a `model_type` is not supported, in words, with what is and what is nearest."""
+    """The message for an unsupported `model_type`, naming the supported ones and the nearest."""
     known = ", ".join(f"{name!r} ({family.MODELS})" for name, family in FAMILIES.items())
     nearest = next((new for old, new in _NEAREST.items() if str(kind).startswith(old)), "qwen3")
     why = "; a wrapper around a text model and others (text_config)" if wraps_text else ""
@@ -74,7 +74,7 @@ def published_config(name: str) -> ModelConfig:
     """The shape of a published model, such as `qwen3-8b`, base or instruct; nothing is downloaded.
 
     Raises:
-      UserError: the name is not that of a published shape.
+      UserError: there is no published shape of this name.
     """
     shapes = {key: shape for family in FAMILIES.values() for key, shape in family.PUBLISHED.items()}
     key = name.lower().rpartition("/")[2].removesuffix("-instruct").removesuffix("-base")
@@ -87,25 +87,25 @@ def parameter_table(config: ModelConfig, joined: bool = False) -> list[Weight]:
     """All weights of a model, in the order of the forward pass.
 
     Args:
-      joined: the form of `jaxlora.generate.weights`, with the matrices of `JOINED` one above the other.
+      joined: use the form of `jaxlora.generate.weights`, where the matrices of `JOINED` are concatenated.
     """
     return FAMILIES[config.model_type].weight_table(config, joined)
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """By how many radians a position turns each pair of a head's numbers: float32 `[head_dim / 2]`."""
+    """Radians per position by which RoPE rotates each pair of a head's channels: float32 `[head_dim / 2]`."""
     return FAMILIES[config.model_type].rotary_frequencies(config)
 
 
 def count_parameters(config: ModelConfig) -> int:
-    """Number of parameters of the base, embeddings included, a tied head counted once."""
+    """Number of parameters of the base, including embeddings; a tied head counts once."""
     return sum(_copies(w, config) * math.prod(w.shape) for w in parameter_table(config))
 
 
 def count_matrix_parameters(config: ModelConfig) -> int:
-    """N of "2N FLOPs a token": weights that multiply activations, with the head, without the embedding.
+    """The N in "2N FLOPs per token": weights that multiply activations, with the head but not the embedding.
 
-    Of the experts those that one token goes to.
+    Only the experts that one token is routed to count.
     """
     table = [w for w in parameter_table(config) if len(w.shape) > 1 and w.path != "embed_tokens"]
     matrices = sum(_copies(w, config) * active_size(w, config) for w in table)
@@ -113,7 +113,7 @@ def count_matrix_parameters(config: ModelConfig) -> int:
 
 
 def active_size(weight: Weight, config: ModelConfig) -> int:
-    """Numbers of one weight in one layer that one token multiplies with."""
+    """Number of elements of one weight in one layer that one token is multiplied with."""
     size = math.prod(weight.shape)
     if not weight.experts or config.experts is None:
         return size

@@ -1,7 +1,7 @@
-"""What the families share: reading the keys of `config.json`, the dense table of weights, rotary frequencies.
+"""Shared by the families: reading `config.json`, the dense table of weights, rotary frequencies.
 
-A family says what differs: defaults, keys that must have one value, whether there are norms of queries and
-keys, and biases.
+A family specifies what differs: defaults, keys that must have a certain value, and whether queries and keys
+are normalised and have biases.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 from jaxlora.models.spec import ModelConfig, Weight
 from jaxlora.runtime.errors import UserError
 
-# What a missing key means in all families, as Transformers has it.
+# The default of a missing key in all families, as in Transformers.
 DEFAULTS: dict[str, Any] = {
     "head_dim": None,  # hidden_size / num_attention_heads
     "rope_theta": 10_000.0,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
-# Fields of a `ModelConfig` that are worked out below, not read under their own names.
+# Fields of a `ModelConfig` that are derived below, not read under their own names.
 _WORKED_OUT = ("eos_token_ids", "model_type", "rope_scaling", "experts")
 _READ = tuple(name for name in ModelConfig.__pydantic_fields__ if name not in _WORKED_OUT)  # type: ignore[attr-defined]
-# Keys that change nothing in what is computed here.
+# Keys that have no effect on what is computed here.
 _HARMLESS = {
     *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path"),
     *("initializer_range", "attention_dropout", "use_cache", "return_dict", "torchscript", "pretraining_tp"),
@@ -50,14 +50,14 @@ def read_dense(
     """The fields of a `ModelConfig` from the decoded `config.json`.
 
     Args:
-      defaults: what a missing key means.
-      required: keys that would change what is computed, with the one value (or none, or a missing key) that
-        does not.
-      harmless: keys of this family that change nothing.
-      rope_types: kinds of rotary positions that it may have.
+      defaults: values of missing keys.
+      required: keys that would change the computation, with the only value supported (besides null or a
+        missing key).
+      harmless: keys of this family that have no effect.
+      rope_types: supported kinds of rotary positions.
 
     Raises:
-      UserError: a key that this package does not know or support; names it.
+      UserError: a key is unknown or unsupported; the message names it.
     """
     _check_keys(raw, required, harmless)
     values = {**defaults, **{key: raw[key] for key in _READ if key in raw}, **_rope(raw, rope_types)}
@@ -90,8 +90,8 @@ def _check_keys(raw: Mapping[str, Any], required: Mapping[str, Any], harmless: C
 
 
 def _rope(raw: Mapping[str, Any], rope_types: Collection[str]) -> dict[str, Any]:
-    """Rotary base and scaling. Transformers 5 keeps both in `rope_parameters`; older files have the base at
-    the top level and the rest in `rope_scaling`."""
+    """RoPE base and scaling. Transformers 5 keeps both in `rope_parameters`; older files have the base at the
+    top level and the rest in `rope_scaling`."""
     found: dict[str, Any] = {}
     scalings = []
     for name in ("rope_scaling", "rope_parameters"):
@@ -129,8 +129,8 @@ def dense_table(
     """See `jaxlora.models.families.parameter_table`.
 
     Args:
-      qk_norms: each head of the queries and keys has an RMS norm.
-      qkv_biases: the projections to queries, keys and values have biases.
+      qk_norms: an RMS norm is applied to each head of the queries and keys.
+      qkv_biases: the query, key and value projections have biases.
     """
     hidden, vocab, ffn = config.hidden_size, config.vocab_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
@@ -140,7 +140,7 @@ def dense_table(
         return Weight(f"layers.{path}", f"model.layers.{{layer}}.{path}.{array}", shape, axes, group, array)
 
     def projection(name: str, size: int, axis: str | None, group: str | None) -> list[Weight]:
-        """Of q, k, v or all of them: its matrix `[size, hidden]`, and its bias `[size]` if there is one."""
+        """The matrix `[size, hidden]` of q, k, v or all three joined, and its bias `[size]` if it has one."""
         path = f"self_attn.{name}"
         bias = [layer(path, (size,), (axis,), array="bias")] if qkv_biases else []
         return [layer(path, (size, hidden), (axis, "embed"), group), *bias]
@@ -176,8 +176,8 @@ def dense_table(
 
 def plain_frequencies(config: ModelConfig) -> np.ndarray:
     """1 / theta^(2i / head_dim), see `jaxlora.models.families.rotary_frequencies`."""
-    # Rounded on the host, in the order of Hugging Face: at position 10,000 one differing last bit of a
-    # frequency turns its pair by a milliradian, and a compiled power differs in the last bit.
+    # Computed on the host, in Hugging Face's order of operations: a compiled power differs in the last bit of
+    # a frequency, which at position 10,000 rotates its pair by a milliradian.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     power = np.power(np.float64(config.rope_theta), exponents.astype(np.float64)).astype(np.float32)
     return np.float32(1) / power

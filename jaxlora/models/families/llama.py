@@ -1,4 +1,4 @@
-"""Llama 3.1, Llama 3.2 and SmolLM2: no biases, no norms of queries and keys, maybe scaled positions."""
+"""Llama 3.1, Llama 3.2 and SmolLM2: no biases, no query or key norms, optionally scaled positions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read_config(raw: dict[str, Any]) -> dict[str, Any]:
     return read_dense(
         {"num_key_value_heads": None} | raw,
         defaults=DEFAULTS | {"max_position_embeddings": 2048},
-        # SmolLM2's files say `rope_interleaved`: false, which no implementation reads.
+        # SmolLM2's files set `rope_interleaved` to false, which no implementation reads.
         required={
             "hidden_act": "silu",
             "attention_bias": False,
@@ -84,10 +84,10 @@ def weight_table(config: ModelConfig, joined: bool) -> list[Weight]:
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """Plain ones, or those that Llama 3 scales, see `jaxlora.models.families.rotary_frequencies`.
+    """Plain frequencies or those of Llama 3's scaling, see `jaxlora.models.families.rotary_frequencies`.
 
-    With `factor` f: waves shorter than original / high stay, those longer than original / low are turned f
-    times slower, and between them the two are blended. This holds at every length of text.
+    With `factor` f, frequencies of wavelengths shorter than original / high are kept, those longer than
+    original / low are divided by f, and in between the two are blended. This applies at every text length.
     """
     plain, scaling = plain_frequencies(config), config.rope_scaling
     if scaling is None:

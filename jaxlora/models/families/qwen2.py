@@ -1,4 +1,4 @@
-"""Qwen2.5: biases on queries, keys and values, no norms of them, plain rotary positions."""
+"""Qwen2.5: biases on queries, keys and values, no query or key norms, plain rotary positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3's attention, and in every layer a router with many small MLPs, the experts."""
+"""Qwen3-MoE: Qwen3's attention, and in every layer a router over many small MLPs, the experts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PUBLISHED = {
     "qwen3-30b-a3b": _published(2048, 48, 32, 768, 6144),
     "qwen3-235b-a22b": _published(4096, 94, 64, 1536, 12288),
 }
-# Files of Transformers 5 have the second name.
+# Transformers 5 writes the second name.
 _COUNTS = ("num_experts", "num_local_experts")
 _FIELDS = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
