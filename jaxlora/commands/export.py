@@ -83,28 +83,38 @@ def parse() -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="ADAPTER_DIR",
-        help="folder to write adapter_model.safetensors and adapter_config.json to (PEFT and vLLM load it)",
+        help="folder to write adapter_model.safetensors and adapter_config.json to, for PEFT and vLLM",
     )
     parser.add_argument(
         "--merged",
         type=Path,
         metavar="OUT",
-        help="also write a full checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
+        help="also write a merged checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
     )
     parser.add_argument("--base", type=Path, metavar="DIR", help="directory of the base (default: the run's)")
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="where the run's tokenizer is now (default: as the run says)"
+        "--tokenizer",
+        metavar="DIR",
+        help="the run's tokenizer, if it has moved (default: as recorded in the run)",
     )
     parser.add_argument(
-        "--base-name", metavar="OWNER/NAME", help="what others call the base (default: found)"
+        "--base-name",
+        metavar="OWNER/NAME",
+        help="name of the base on the Hub (default: determined from the run)",
     )
-    parser.add_argument("--license", metavar="NAME", help="for the model card, as the Hub names it [unknown]")
     parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="put --merged, or else --out, on the Hugging Face Hub, privately"
+        "--license", metavar="NAME", help="licence in the model card, as the Hub names it [unknown]"
     )
-    parser.add_argument("--public", action="store_true", help="with --push: for everybody to read")
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload --merged, or else --out, to the Hugging Face Hub, privately",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: make the repository public")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter in --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the plan and stop; nothing is written"
+    )
     options = parser.parse_args()
 
     if options.public and not options.push:

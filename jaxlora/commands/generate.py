@@ -33,7 +33,9 @@ Row = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("prompts", metavar="PROMPTS", help="JSONL, a JSON list, CSV or Parquet, or hf://...")
-    parser.add_argument("--out", type=Path, required=True, metavar="ANSWERS.jsonl", help="a new file")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="ANSWERS.jsonl", help="new file for the answers"
+    )
     subject.add_options(parser)
     add_number(parser, "--batch", default=64, metavar="N", help="answers decoded at once [%(default)s]")
     options = parser.parse_args()

@@ -32,12 +32,14 @@ def run(stop: Stop) -> int:
     parser.add_argument(
         "--report",
         metavar="RUN",
-        help="write RUN/answers.html, which a finished run has, of any run, and stop; takes no --config",
+        help="write RUN/answers.html for a run, finished or not, and stop; takes no --config",
     )
     if (folder := asked_report(sys.argv[1:])) is not None:
         return report(folder)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print prompts and plan, and stop; nothing is written"
+        "--dry-run",
+        action="store_true",
+        help="print the first prompts and the plan, and stop; nothing is written",
     )
     config, options = parse_config(parser)
 
