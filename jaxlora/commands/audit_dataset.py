@@ -59,7 +59,7 @@ def _print(quality: dict[str, Any], tokens: dict[str, Any]) -> None:
         figures = ", ".join(f"{key} {part[key]:,.1f}" for key in ("mean", "p50", "p90", "p95"))
         print(f"tokens {name.replace('_', ' ')}: total {part['total']:,}, {figures}, max {part['max']:,}")
     cost = tokens["system_prompt_tokens_per_row"]
-    print(f"system prompt: {cost['min']} to {cost['max']} tokens a row")
+    print(f"system prompt: {cost['min']} to {cost['max']} tokens per row")
     histogram = tokens["with_system_prompt"]["histogram"]
     most = max(rows for _, _, rows in histogram)
     for low, high, rows in histogram:

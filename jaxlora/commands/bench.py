@@ -112,7 +112,7 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     if options.what in ("decode", "rl") and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
     if options.what == "scaling" and rest:
-        raise UserError(f"{rest[0]}: scaling chooses the fields; give it to bench train or bench decode")
+        raise UserError(f"{rest[0]}: scaling sets the fields itself; use bench train or bench decode")
     return options, dict(word.removeprefix("--config.").split("=", 1) for word in rest)
 
 
@@ -151,7 +151,7 @@ def _add_decode_options(parser: argparse.ArgumentParser) -> None:
 def _correlation(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no correlation; give a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a correlation; give a number from 0 to 1")
     return value
 
 
@@ -355,7 +355,9 @@ def read_answers(path: Path, name: str) -> tuple[list[int], list[int]]:
             if not _is_length(length):
                 raise UserError(f"{path}: {field}[{i}] is {length!r:.40}; give a whole number > 0")
     if len(prompts) != len(answers):
-        raise UserError(f"{path}: {len(prompts)} prompt_tokens, but {len(answers)} {name}; give one each")
+        raise UserError(
+            f"{path}: {len(prompts)} prompt_tokens, but {len(answers)} {name}; give one per prompt"
+        )
     return prompts, answers
 
 

@@ -70,7 +70,7 @@ def main() -> int:
         place = options.source if split is None else f"{options.source}, split {split}"
         print(f"would {action} {options.out}" + ("" if only_verify else f" from {place}"))
         if options.out.exists() and not (only_verify or options.overwrite):
-            print(f"but {options.out} exists: that needs --overwrite")
+            print(f"but {options.out} exists: give --overwrite")
         return 0
     if only_verify:
         console.print(f"{options.out} exists: comparing it, building nothing", markup=False)

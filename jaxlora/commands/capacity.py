@@ -62,7 +62,7 @@ def main() -> int:
         trainer = jaxlora.load(options.model).untrained()
         chosen = spread(rows, options.sample)
         measured = bits_a_token(chosen, trainer.logprobs(chosen))
-        print(f"the base is surprised by {measured:.3f} bits a token that carries loss ({len(chosen)} rows)")
+        print(f"the base's surprise is {measured:.3f} bits per token that carries loss ({len(chosen)} rows)")
     for line in lines(rows, measured, base.config):
         print(line)
     return 0

@@ -56,7 +56,7 @@ def main() -> int:
     elif options.train and options.validation and not options.dir:
         pairs, root = [FilePair(options.train, options.validation)], ""
         if options.report is None:
-            raise UserError(f"say where the report goes: --report {REPORT_NAME}")
+            raise UserError(f"give a file for the report: --report {REPORT_NAME}")
         report_path = options.report
     else:
         raise UserError("give either DIR, or both --train and --validation")

@@ -28,7 +28,7 @@ def main() -> None:
     config = with_questions(config, options)
     named = (options.condition, options.seed, options.any_base or None)
     if options.adapter is None and any(value is not None for value in named):
-        raise UserError("--condition, --seed and --any-base belong to --adapter")
+        raise UserError("--condition, --seed and --any-base need --adapter")
     if options.adapter is not None and options.out is None:
         raise UserError("--adapter needs --out: the folder to write its records to")
 

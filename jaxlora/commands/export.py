@@ -33,7 +33,7 @@ def main() -> None:
     with_weights = options.merged is not None and not options.dry_run
     selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
     if selected.spec.lora is None and options.merged:
-        raise UserError("--merged: this run trained all weights; --out alone takes its model")
+        raise UserError("--merged: this run trained all weights; give --out alone for its model")
     # If an export with --merged was stopped halfway, the adapter already exists.
     name = base_name(selected, options.base_name)
     kept = options.merged is not None and is_exported(selected, options.out, name)
@@ -43,7 +43,8 @@ def main() -> None:
     card = model_card(selected, "model" if full else "adapter", name, options.license)
     if not is_hub_name(name):
         print(
-            f"base      {name}: others cannot load it from there; --base-name OWNER/NAME names it on the Hub"
+            f"base      {name}: others cannot load it from there; give its Hub name with"
+            " --base-name OWNER/NAME"
         )
         if options.push:
             raise UserError("--push: the base has no name on the Hub; give --base-name OWNER/NAME")
@@ -118,9 +119,9 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
 
     if options.public and not options.push:
-        raise UserError("--public belongs to --push")
+        raise UserError("--public needs --push")
     if options.merged and options.merged.resolve() == options.out.resolve():
-        raise UserError(f"--merged {options.merged}: is --out, too; give two folders")
+        raise UserError(f"--merged {options.merged}: is the same as --out; give two folders")
     new = options.merged or (None if options.overwrite else options.out)
     if new is not None and new.exists():
         raise UserError(f"{new}: exists already; give a new folder")

@@ -153,7 +153,7 @@ def check_options(options: argparse.Namespace, kind: str) -> None:
         if Path(options.json).exists():
             raise UserError(f"--json: {options.json} exists already; give a new file")
         if not Path(options.json).parent.is_dir():
-            raise UserError(f"--json: {Path(options.json).parent} is no folder; make it first")
+            raise UserError(f"--json: {Path(options.json).parent} is not a folder; create it first")
 
 
 def kind_of(config: RunConfig) -> str:
@@ -212,7 +212,9 @@ def plan_slices(
         if any_mesh:
             chosen, step = search(config, model, slice_, workload, console)
             if step is None:
-                console.print(f"{slice_.name}: nothing that was tried fits; here is the plan as configured")
+                console.print(
+                    f"{slice_.name}: none of the choices tried fits; here is the plan as configured"
+                )
         plans.append(make_plan(chosen, model, slice_, workload, price, step))
         print_plan(plans[-1], console)
     if len(plans) > 1:

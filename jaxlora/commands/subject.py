@@ -66,7 +66,7 @@ def check(options: argparse.Namespace) -> None:
       UserError: names them.
     """
     if options.base and not (options.config or options.model):
-        raise UserError("--base: of which model? give --model PATH, or --config FILE")
+        raise UserError("--base: no model is named; give --model PATH, or --config FILE")
     if options.run is not None and not (options.run / "manifest.json").is_file():
         raise UserError(f"--run {options.run}: holds no manifest.json; give the directory of a finished run")
 
@@ -82,7 +82,7 @@ def open_subject(options: argparse.Namespace) -> Trainer:
 
     setup("results", "bfloat16")  # the engine sets the precision of float32 products
     if hosts.n_processes() > 1:
-        raise UserError("chat and generate run on one host; start them on a machine of one host")
+        raise UserError("chat and generate run on one host only; start them on a single-host machine")
     given = source_given(options)
     if options.run is not None:
         trainer = _open_run(options.run, given)
