@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from jaxlora.config import RENAMED, RunConfig, allowed, closest, fields, from_dict, one_line, plain, to_dict
 from jaxlora.runtime.errors import UserError
 
-CONFIG_HELP = "Python file with get_config(), or the name of a shipped one, such as tiny"
+CONFIG_HELP = "Python file that defines get_config(), or the name of a shipped one, such as tiny"
 SHIPPED = Path(__file__).parent / "configs"  # shipped with the package, found by name
 
 
@@ -110,7 +110,7 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = N
 
 def _epilog(argv: Sequence[str]) -> str:
     """The fields for `--help`, with the values of the configuration on the command line if it can be read."""
-    heading, values = "fields of the configuration, each settable as --config.FIELD=VALUE", None
+    heading, values = "configuration fields, each set with --config.FIELD=VALUE", None
     if "--help" in argv or "-h" in argv:
         words = [*argv, ""]
         for word, following in itertools.pairwise(words):

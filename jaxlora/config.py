@@ -407,9 +407,11 @@ def check_study(config: RunConfig) -> None:
     if config.train.what == "full":
         raise UserError("config.train.what: a study compares adapters; use launch/train.py for a full run")
     if config.lora.start is not None:
-        raise UserError("config.lora.start: its placement would stand for every condition's; give none")
+        raise UserError("config.lora.start: its placement would override every condition's; give none")
     if config.train.early_stopping is not None:
-        raise UserError("config.train.early_stopping: runs of a study take the same steps; give none")
+        raise UserError(
+            "config.train.early_stopping: runs of a study all take the same number of steps; give none"
+        )
     for field in ("rule", "system", "columns"):
         if getattr(config.eval, field):
             raise UserError(f"config.eval.{field}: a study is scored as GSM8K is; give none")
@@ -608,18 +610,20 @@ def check_base_dtype(model: ModelSource) -> None:
     if model.base_dtype == "bfloat16" and model.dtype != "bfloat16":
         raise UserError("config.model.base_dtype: bfloat16 needs model.dtype=bfloat16 as well")
     if model.base_dtype == "nf4" and model.base_products == "both":
-        raise UserError("config.model.base_products: nf4 is turned back for products; give weights or auto")
+        raise UserError("config.model.base_products: nf4 is dequantised for products; give weights or auto")
     if model.base_products != "auto" and model.base_dtype in (None, "bfloat16"):
-        raise UserError("config.model.base_products: without model.base_dtype it means nothing; give both")
+        raise UserError("config.model.base_products: has no effect without model.base_dtype; give both")
 
 
 def _check_columns(given: EvalConfig) -> None:
     for pair in given.columns:
         name, _, column = pair.partition("=")
         if name not in ("question", "answer") or not column:
-            raise UserError(f"config.eval.columns: {pair!r} is no pair; give question=COLUMN,answer=COLUMN")
+            raise UserError(
+                f"config.eval.columns: {pair!r} is not a pair; give question=COLUMN,answer=COLUMN"
+            )
     if given.columns and given.rule is None:
-        raise UserError("config.eval.columns: go with eval.rule, such as last_number; give one")
+        raise UserError("config.eval.columns: needs eval.rule; give one, such as last_number")
 
 
 def _check_combinations(config: RunConfig) -> None:
@@ -632,19 +636,21 @@ def _check_combinations(config: RunConfig) -> None:
     data = config.data
     if data.validation_path is not None and data.validation_fraction is not None:
         raise UserError(
-            "config.data.validation_fraction: data.validation_path is given, too; give one of them (the"
+            "config.data.validation_fraction: data.validation_path is also given; give only one (the"
             " other as none)"
         )
     if config.lora.dropout and config.train.what == "full":
         raise UserError("config.lora.dropout: with train.what=full no adapter is trained; give 0")
     if config.lora.dropout and (config.lora.output_head or "lm_head" in config.lora.modules):
         raise UserError(
-            "config.lora.dropout: is not computed in the head's adapter; give 0, or leave the head out"
+            "config.lora.dropout: is not supported in the head's adapter; give 0, or leave the head out"
         )
     if config.eval.after_training and config.eval.benchmark is None:
         raise UserError("config.eval.benchmark: eval.after_training needs one; name a benchmark")
     if odd := [pair for pair in data.columns if "=" not in pair]:
-        raise UserError(f"config.data.columns: {odd[0]!r} is no pair; give NAME=COLUMN, as prompt=question")
+        raise UserError(
+            f"config.data.columns: {odd[0]!r} is not a pair; give NAME=COLUMN, such as prompt=question"
+        )
     _check_columns(config.eval)
     for field, longest in (("prefix", 100), ("name", 200)):  # a run's name is the prefix plus its settings
         given = getattr(config, field)
@@ -664,8 +670,7 @@ def _check_combinations(config: RunConfig) -> None:
         # Compare values as run ids write them: learning rates to seven digits, so 1e-3 equals 0.00100000001.
         if len({f"{value:e}" if isinstance(value, float) else value for value in values}) < len(values):
             raise UserError(
-                f"config.{field}: {plain(values)} names a value twice (run ids hold seven digits); give"
-                " each once"
+                f"config.{field}: {plain(values)} repeats a value (run ids keep seven digits); give each once"
             )
     mesh = config.mesh
     if [mesh.data, mesh.fsdp, mesh.tensor, mesh.expert].count(-1) > 1:

@@ -212,7 +212,7 @@ class Engine:
             recorded = (manifest.get("base") or {}).get("fingerprint")
             if recorded not in (None, self.base.fingerprint()):
                 trained_on = (manifest.get("base") or {}).get("path")
-                raise UserError(f"{folder}: was trained on another base; load({trained_on!r}) first")
+                raise UserError(f"{folder}: was trained on a different base; load({trained_on!r}) first")
             check_selected(folder)
             seed, folder = (manifest.get("config") or {}).get("seed"), folder / "selected"
         if not (folder / "config.json").is_file():
@@ -230,7 +230,7 @@ class Engine:
         scheme = pick_scheme(self.base.source, self.machine.mesh.devices.flat[0], training=True)
         if scheme is not None and trained.get("full"):
             raise UserError(
-                f"a base in {scheme.kind} cannot be trained whole; load it without base_dtype, or train an"
+                f"a base in {scheme.kind} cannot be fully fine-tuned; load it without base_dtype, or train an"
                 " adapter"
             )
         return ModelSpec(self.base.config, dtype=self.dtype, scan=self.machine.scan, scheme=scheme, **trained)
@@ -452,7 +452,7 @@ class Trainer:
             )
             return
         if self.engine.base.folder is None:
-            raise UserError("save: the base is only a shape; there is no config.json to write beside weights")
+            raise UserError("save: the base is only a shape, with no config.json to write beside the weights")
         _, weights = self.spec.computing(self._trained, {})
         save_model(path, self.spec, weights, self.engine.base.folder)
 
@@ -470,7 +470,7 @@ class Trainer:
         folder = Path(path)
         folder = folder / "checkpoints" if (folder / "manifest.json").is_file() else folder
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give one of save_state, or a run's")
+            raise UserError(f"{folder}: no such folder; give one written by save_state, or a run")
         shardings = trained_shardings(self.engine.machine.mesh, self.spec, self.state)
         like = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), self.state, shardings
@@ -505,7 +505,7 @@ class Trainer:
         found = []
         for i in chats:
             if odd := sorted(rows[i].keys() & {"tokens", "weights"}):
-                raise UserError(f"row {i}: `{odd[0]}` beside `messages`; give one of them")
+                raise UserError(f"row {i}: both `{odd[0]}` and `messages` are given; give one of them")
         for i, row in enumerate(rows):
             one = row if isinstance(row, RenderedRow) else done[i] if i in done else _from_ids(i, row)
             if isinstance(one, UserError):
@@ -515,7 +515,7 @@ class Trainer:
                 raise UserError(f"row {i}: token {outside[0]} is not one of the model's {known}")
             if one.n_tokens > self.spec.config.max_position_embeddings:
                 most = self.spec.config.max_position_embeddings
-                raise UserError(f"row {i}: {one.n_tokens} tokens; the model knows {most} positions")
+                raise UserError(f"row {i}: {one.n_tokens} tokens, but the model has only {most} positions")
             found.append(one)
         return found
 
@@ -650,7 +650,7 @@ def _with_extras(i: int, row: RenderedRow, needed: Sequence[str]) -> RenderedRow
     """The row with only the extras that an objective uses."""
     if missing := [name for name in needed if name not in row.extras]:
         given = next(name for name, own in _EXTRAS.items() if own == missing[0])
-        raise UserError(f"row {i}: this loss needs `{given}`, one number a token")
+        raise UserError(f"row {i}: this loss needs `{given}`, one number per token")
     return replace(row, extras={name: row.extras[name] for name in needed})
 
 

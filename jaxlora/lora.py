@@ -75,12 +75,12 @@ def _check_experts(spec: ModelSpec) -> None:
         return
     active = experts.num_experts_per_tok
     if lora.dropout:
-        raise UserError("config.lora.dropout: experts' adapters take none (nor do PEFT's); give 0")
+        raise UserError("config.lora.dropout: not supported in experts' adapters (nor in PEFT's); give 0")
     if lora.rank % active and not spec.shapes:
         near = sorted({max(lora.rank // active, 1) * active, (lora.rank // active + 1) * active})
         raise UserError(
-            f"config.lora.rank: {lora.rank} is not a multiple of the {active} experts of a token, by which it"
-            f" is divided for each; give {' or '.join(map(str, near))}, or lora.targets=attention_only"
+            f"config.lora.rank: {lora.rank} is not a multiple of the {active} experts per token,"
+            f" which share it; give {' or '.join(map(str, near))}, or lora.targets=attention_only"
         )
     if len(names & {"gate_proj", "up_proj"}) == 1:
         raise UserError(

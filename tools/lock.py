@@ -48,8 +48,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
-    parser.add_argument("--check", action="store_true", help="write nothing; say what does not fit")
+    parser.add_argument("--upgrade", action="store_true", help="upgrade to the newest versions")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; list what does not match pyproject.toml"
+    )
     options = parser.parse_args()
     if not options.check:
         for name, extra in LOCKS.items():

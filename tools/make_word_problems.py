@@ -40,7 +40,7 @@ def main() -> None:
         "--pretraining-seed",
         zero=True,
         default=0,
-        help="seed of the pretraining texts (default 0)",
+        help="seed for the pretraining texts (default 0)",
     )
     options = parser.parse_args()
     if not options.check and options.out is None:

@@ -191,10 +191,14 @@ def compare(run: Path, own: list[dict[str, Any]], scored: list[dict[str, Any]] |
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="the run; it need not be finished"
+        "--run",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of the run, which need not be finished",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="what is written")
-    parser.add_argument("--steps", type=int, metavar="N", help="end after so many steps (default: all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--steps", type=int, metavar="N", help="stop after this many steps (default: all)")
     parser.add_argument("--no-answers", action="store_true", help="train and validate only")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

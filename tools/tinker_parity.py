@@ -34,36 +34,52 @@ def install_server(words: list[str]) -> int:
 def _record_parser() -> argparse.ArgumentParser:
     parser = _parser("record", record)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the recording; adapters beside it"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file for the recording; adapters are written beside it",
     )
     parser.add_argument(
-        "--base", default="Qwen/Qwen3-8B", help="the service's name of the base (default: %(default)s)"
+        "--base", default="Qwen/Qwen3-8B", help="the service's name for the base (default: %(default)s)"
     )
     parser.add_argument("--base-label", help="name of the base in the recording (default: --base)")
-    parser.add_argument("--tokenizer", default="Qwen/Qwen3-8B", help="default: %(default)s")
+    parser.add_argument(
+        "--tokenizer",
+        default="Qwen/Qwen3-8B",
+        help="directory or Hub name of the tokenizer (default: %(default)s)",
+    )
     parser.add_argument(
         "--rows", default="embedded:data/train.jsonl", help="rendered rows, JSONL (default: %(default)s)"
     )
-    parser.add_argument("--conditions", nargs="+", default=["all_layer"], help="default: all_layer")
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        default=["all_layer"],
+        help="adapter placements to record (default: all_layer)",
+    )
     parser.add_argument(
         "--policy",
         action="store_true",
-        help="policy gradients (importance_sampling, ppo) on sampled answers, instead of likelihood",
+        help="record policy gradients (importance_sampling, ppo) on sampled answers instead of likelihood",
     )
     parser.add_argument(
         "--reduction",
         choices=["sum", "sequence_mean", "length_mean"],
         default="sum",
-        help="the service's loss: sum over tokens (Tinker), or mean of each row's mean (SkyRL), which with"
-        " --policy divides by all tokens of a row (length_mean); default: sum",
+        help="the service's loss: sum over tokens (Tinker) or mean of the rows' means (SkyRL); with --policy,"
+        " length_mean divides by all tokens of a row (default: sum)",
     )
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
-        "--learning-rate", type=float, default=1e-3, help="of --policy every step's; else the peak"
+        "--learning-rate",
+        type=float,
+        default=1e-3,
+        help="peak learning rate; with --policy, the rate of every step",
     )
-    parser.add_argument("--seconds", type=float, default=300, help="time limit of one call (default: 300)")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit per call (default: 300)")
     return parser
 
 
@@ -124,7 +140,7 @@ def compare(words: list[str]) -> int:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the replay; the bars follow it (default: float32)",
+        help="dtype of the replay, on which the tolerances depend (default: float32)",
     )
     options = parser.parse_args(words)
 
@@ -160,13 +176,13 @@ def study(words: list[str]) -> int:
     parser = _parser("study", study)
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument(
-        "--run", type=Path, metavar="DIR", help="a finished run: training, or a trial of a rate"
+        "--run", type=Path, metavar="DIR", help="a finished training run, or a learning-rate trial"
     )
     subject.add_argument(
         "--published",
         action="store_true",
-        help="evaluate the six published adapters and the base; needs --config and --out: see"
-        " `study --published --help`",
+        help="evaluate the six published adapters and the base; needs --config and --out (see"
+        " `study --published --help`)",
     )
     if "--published" not in words:
         options = parser.parse_args(words)
@@ -177,13 +193,13 @@ def study(words: list[str]) -> int:
     from jaxlora.cli import parse_config
     from jaxlora.parity import study_figures
 
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where evaluations are kept")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the evaluations")
     parser.add_argument(
         "--adapters",
         default=study_figures.ADAPTERS,
         help="folder or hf:// path of the adapters (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="evaluate again what is in --out already")
+    parser.add_argument("--overwrite", action="store_true", help="repeat the evaluations already in --out")
     config, options = parse_config(parser, words)
     from jaxlora.parity.published import evaluate_published
     from jaxlora.runtime.devices import setup

@@ -103,7 +103,7 @@ def read_adapter(directory: str | Path, config: ModelConfig, base: str | Path | 
             for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 name = _our_name(key)
                 if name in slices:
-                    raise UserError(f"{file}: {name} is stored twice, under two spellings")
+                    raise UserError(f"{file}: {name} is stored twice, under two names")
                 slices[name] = handle.get_slice(key)
             _check_copies(slices, config, base, file)
             with _bounded_patterns(folder / SETTINGS):
@@ -133,7 +133,7 @@ def other_base(metadata: dict[str, Any], base: Base) -> str | None:
     if recorded is not None:
         if not base.has_weights or base.fingerprint() == recorded:
             return None
-        return f"was trained on another base than {here!r} (their files differ){_called(named)}"
+        return f"was trained on a different base than {here!r} (their files differ){_called(named)}"
     if not named or base.is_drawn:
         return None
     theirs, ours = _known_name(named), _known_name(here)
@@ -403,7 +403,7 @@ def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path 
         return
     if base is None or not weight_files(base):
         raise UserError(
-            f"{file}: holds copies of the base's weights ({copies[0]}), and there is no base to compare with;"
+            f"{file}: holds copies of the base's weights ({copies[0]}), but there is no base to compare with;"
             " save the adapter with save_embedding_layers=False"
         )
     stored = open_tensors(base)
@@ -411,16 +411,18 @@ def _check_copies(slices: dict[str, Any], config: ModelConfig, base: str | Path 
         own = stored.get(keys[name])
         given = slices.pop(name)
         if own is None or tuple(given.get_shape()) != own.shape:
-            raise UserError(f"{file}: {name} is a copy of no weight of the base")
+            raise UserError(f"{file}: {name} is not a copy of any weight of the base")
         for start in range(0, own.shape[0], 8192):
             stop = min(start + 8192, own.shape[0])
             theirs, ours = given[start:stop], own.rows(start, stop)
             if not np.array_equal(theirs.astype(np.float32), ours.astype(np.float32)):
-                raise UserError(f"{file}: {name} differs from the base's; this adapter has another base")
+                raise UserError(
+                    f"{file}: {name} differs from the base's; this adapter belongs to another base"
+                )
 
 
 def _unknown_reason(unknown: list[str], config: ModelConfig) -> str:
-    first = f"{len(unknown)} tensors that this model has no place for: {', '.join(unknown[:2])}"
+    first = f"{len(unknown)} tensors that do not belong to this model: {', '.join(unknown[:2])}"
     if any(".lora_embedding_" in name for name in unknown):
         return "adapts embed_tokens, which is not supported; adapt lm_head, or train all weights"
     if any(name.endswith(("base_layer.weight", "embed_tokens.weight")) for name in unknown):

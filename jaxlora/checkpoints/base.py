@@ -135,7 +135,9 @@ class Base:
         if odd := [token for token in found if type(token) is not int or token not in known]:
             raise UserError(f"{self.folder}: eos_token_id {odd[0]!r:.80} is not a token of the model")
         if not found:
-            raise UserError("config.model.tokenizer: neither it nor the model names an end-of-turn token")
+            raise UserError(
+                "config.model.tokenizer: neither the tokenizer nor the model names an end-of-turn token"
+            )
         return tuple(found)
 
     def tokenizer(self, chat: bool = True) -> Tokenizer:
@@ -146,12 +148,13 @@ class Base:
         """
         name = self.source.tokenizer or (str(self.folder) if self.folder else None)
         if name is None:
-            raise UserError("config.model.tokenizer: a random model has none of its own; name a tokenizer")
+            raise UserError("config.model.tokenizer: a random model has no tokenizer; name one")
         tokenizer = load_tokenizer(name, chat)
         largest, known = largest_token_id(tokenizer), self.config.vocab_size
         if largest >= known:
             raise UserError(
-                f"config.model.tokenizer: it writes ids up to {largest}, but the model knows {known} tokens"
+                f"config.model.tokenizer: it produces ids up to {largest}, but the model has only {known}"
+                " tokens"
             )
         return tokenizer
 
@@ -296,7 +299,7 @@ def load_hashed(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> tuple[Tre
     The hash does not depend on the order of reading, the devices, or how weights are spread over files.
     """
     if stale_index(directory):
-        console.print(f"{directory}: {SINGLE} is loaded; {INDEX} beside it is passed over", markup=False)
+        console.print(f"{directory}: loading {SINGLE}; ignoring {INDEX} beside it", markup=False)
     stored = open_tensors(directory)
     tied_head = stored.pop("lm_head.weight", None) if spec.config.tie_word_embeddings else None
     if tied_head is not None:  # if only the head is stored, it is also the embedding
@@ -312,7 +315,7 @@ def load_hashed(directory: str | Path, spec: ModelSpec, mesh: Mesh) -> tuple[Tre
         wanted.append((tensor, named(mesh, weight.axes, weight.shape)))
     if stored:
         names = ", ".join(sorted(stored)[:3])
-        raise UserError(f"{directory}: {len(stored)} tensors that this model has no place for: {names}")
+        raise UserError(f"{directory}: {len(stored)} tensors that do not belong to this model: {names}")
     hashes: list[str] | None = [] if jax.process_count() == 1 else None
     tree = _build(spec, mesh, stream(wanted, spec.dtype, hashes), f"loading {Path(directory).name}")
     if hashes is None:

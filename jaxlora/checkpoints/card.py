@@ -47,7 +47,8 @@ def model_card(selected: Selected, kind: Kind, base: str, license_name: str | No
     """
     if license_name is not None and not _LICENSE.fullmatch(license_name):
         raise UserError(
-            f"--license: {license_name!r:.80} is no name of a licence, such as apache-2.0 or other"
+            f"--license: {license_name!r:.80} is not the name of a licence; give one, such as"
+            " apache-2.0 or other"
         )
     manifest, summary = read_manifest(selected.run), read_summary(selected.run)
     parts = [

@@ -59,7 +59,9 @@ def check_layout(stored: dict[str, StoredTensor], directory: str | Path) -> None
     single = next(filter(_SINGLE.search, stored), None)
     whole = next(filter(_WHOLE.search, stored), None)
     if single is not None and whole is not None:
-        raise UserError(f"{directory}: experts one by one ({single}) and fused ({whole}); keep one of them")
+        raise UserError(
+            f"{directory}: holds experts both separately ({single}) and fused ({whole}); keep one of them"
+        )
 
 
 def take(stored: dict[str, StoredTensor], weight: Weight, key: str, directory: str | Path) -> StoredTensor:

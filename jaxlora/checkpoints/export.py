@@ -69,8 +69,8 @@ class Selected:
             return None
         if self.metadata.get(RENDERED_BY) not in (None, tokenizer_sha256(folder)):
             raise UserError(
-                f"{self.run}: its rows were rendered by another tokenizer or chat template than {folder};"
-                " give --tokenizer"
+                f"{self.run}: its rows were rendered with a different tokenizer or chat template than"
+                f" {folder}; give --tokenizer"
             )
         return folder
 
@@ -97,13 +97,15 @@ def load_selected(
         raise UserError(f"{folder}: no such run directory")
     manifest = read_manifest(folder)
     if not (folder / "summary.json").exists():
-        raise UserError(f"{folder}: is not finished (no summary.json); its own command resumes it")
+        raise UserError(f"{folder}: is not finished (no summary.json); resume it with its own command")
     summary = read_summary(folder)
     if manifest.get("config") is None:
         raise UserError(f"{folder / 'manifest.json'}: has no config; this is not a run directory")
     status = summary.get("status")
     if status != "completed":
-        raise UserError(f"{folder}: status is {status!r}; finish the run first (its own command resumes it)")
+        raise UserError(
+            f"{folder}: status is {status!r}; finish the run first (resume it with its own command)"
+        )
     config = from_dict(manifest["config"])
     named = run_tokenizer(folder, config.model.tokenizer) if tokenizer is None else str(tokenizer)
     source = replace(config.model, tokenizer=named)
@@ -145,11 +147,11 @@ def check_selected(run: Path) -> None:
             continue
         file = run / name
         if not file.is_file():
-            raise UserError(f"{file}: is gone; put it back, or train this run again")
+            raise UserError(f"{file}: is missing; restore it, or train this run again")
         if sha256_of(file) != expected:
             raise UserError(
-                f"{file}: is not what the run wrote (its SHA-256 differs from the one in summary.json); put"
-                " back a sound copy, or train this run again"
+                f"{file}: is not what the run wrote (its SHA-256 differs from the one in summary.json);"
+                " restore an intact copy, or train this run again"
             )
 
 
@@ -249,7 +251,7 @@ def write_merged(selected: Selected, out: str | Path, readme: str | None = None)
         frozen = selected.base.load(spec, mesh, selected.weights_sha256)
         spec = replace(spec, dtype=dtype)
         if scheme is not None:
-            console.print(f"merging with the base as it was trained on, rounded to {scheme.kind}")
+            console.print(f"merging with the base as used in training, rounded to {scheme.kind}")
         weights = dequantised(merge_lora(spec, selected.lora, frozen), dtype)
         spec = replace(spec, scheme=None)
     console.print(f"writing {out}", markup=False)
@@ -269,8 +271,10 @@ def _base(selected: Selected) -> Path:
 def _stored_dtype(base: Path) -> str:
     """Dtype of the matrices in a Hugging Face directory."""
     if not weight_files(base):
-        raise UserError(f"{base}: the base's weights are not here, and merging needs them")
+        raise UserError(f"{base}: its weights are missing, and merging needs them")
     found = {tensor.dtype.name for tensor in open_tensors(base).values() if len(tensor.shape) == 2}
     if len(found) != 1:
-        raise UserError(f"{base}: matrices of {' and '.join(sorted(found))}; merging needs one dtype")
+        raise UserError(
+            f"{base}: has matrices in {' and '.join(sorted(found))}; merging needs a single dtype"
+        )
     return found.pop()

@@ -39,7 +39,7 @@ def open_hub(name: str, public: bool) -> Hub:
     if not is_hub_name(name):
         raise UserError(f"--push: {name!r:.100} is not OWNER/NAME (or is a folder here)")
     if huggingface_hub.get_token() is None:
-        raise UserError("--push: the Hub needs a key; export HF_TOKEN, or run `hf auth login`")
+        raise UserError("--push: the Hub needs a token; export HF_TOKEN, or run `hf auth login`")
     api = huggingface_hub.HfApi()
     try:
         private = api.repo_info(name).private
@@ -48,7 +48,9 @@ def open_hub(name: str, public: bool) -> Hub:
     except Exception as error:  # the Hub client raises many kinds
         raise UserError(f"--push: {name}: {_line(error)}") from None
     if not private and not public:
-        raise UserError(f"--push: {name} is a public repository; --public says that this may be read by all")
+        raise UserError(
+            f"--push: {name} is a public repository; confirm with --public that anyone may read this"
+        )
     return Hub(api, name, public, exists=True)
 
 
@@ -68,7 +70,7 @@ def push_folder(hub: Hub, folder: Path) -> str:
             repo_id=hub.name, folder_path=str(folder), commit_message="Upload what a run of jaxlora selected"
         )
     except Exception as error:
-        raise UserError(f"--push: {hub.name}: {_line(error)}; {folder} is whole, push it again") from None
+        raise UserError(f"--push: {hub.name}: {_line(error)}; {folder} is complete; push it again") from None
     return f"https://huggingface.co/{hub.name}"
 
 

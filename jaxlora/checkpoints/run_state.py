@@ -171,7 +171,7 @@ class RunState:
         found = self._stored(place)
         if found is None or Counter((array.shape, array.dtype.name) for array in found) != shapes:
             raise UserError(
-                f"{self._folder}: what was written cannot be read back; give another --config.results_dir,"
+                f"{self._folder}: written files cannot be read back; give another --config.results_dir,"
                 " on a local disk and with a plain name"
             )
 
@@ -215,12 +215,13 @@ class RunState:
         if not is_disk_full(error):
             raise error
         stands = (
-            f"The checkpoint of step {self._good[-1]} stands" if self._good else "There is none before it"
+            f"The checkpoint of step {self._good[-1]} is intact" if self._good else "There is no earlier one"
         )
         free = shutil.disk_usage(self._folder).free
         raise UserError(
             f"{self._folder}: the disk is full. The checkpoint of step {step} needs {size / 1e6:,.1f} MB,"
-            f" {free / 1e6:,.1f} MB are free. {stands}: make room, then give the same command to go on"
+            f" and {free / 1e6:,.1f} MB are free. {stands}: free some space, then run the same command"
+            " to resume"
         ) from error
 
     @property
@@ -264,7 +265,7 @@ class RunState:
         shapes = [Counter(x.shape for x in jax.tree.leaves(tree)) for tree in (self._stored(place), like)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"{self._folder / str(step)}: holds arrays of other shapes than what is trained here;"
+                f"{self._folder / str(step)}: holds arrays of different shapes than those trained here;"
                 " resume with the settings (placement, rank, lora or full) that it was saved with"
             )
         return Restored(step, self._orbax.restore(place, args=args), progress)
@@ -296,10 +297,10 @@ class RunState:
             if problem is None:
                 return step
             found.append(f"step {step} ({problem})")
-            console.print(f"passing over the checkpoint of step {step}: {problem}", markup=False)
+            console.print(f"skipping the checkpoint of step {step}: {problem}", markup=False)
         if found and before is None:
             raise UserError(
-                f"{self._folder}: no checkpoint can be used: {', '.join(found)}. Put a sound copy there,"
+                f"{self._folder}: no checkpoint can be used: {', '.join(found)}. Restore an intact copy,"
                 " or give --config.overwrite=true to train again from step 1"
             )
         return None

@@ -205,7 +205,7 @@ def _listed(directory: str) -> dict[str, str] | None:
     try:
         listed = dict(_parse(read_bytes(index, 0, size))["weight_map"])
         if not all(isinstance(name, str) for name in listed.values()):
-            raise ValueError("a file's name is no text")
+            raise ValueError("a file name is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not a safetensors index: {error}") from None
     return listed
@@ -261,11 +261,11 @@ def _stored(file: str, key: str, entry: dict[str, Any], data_start: int, total: 
     dtype = np.dtype(jnp.dtype(_DTYPES[entry["dtype"]]))
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     if len(shape) > _MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{key}: its size and its place disagree, or are no whole numbers")
+        raise ValueError(f"{key}: its size and offsets disagree, or are not whole numbers")
     if data_start + end > total:
         raise UserError(f"{file}: ends before byte {data_start + end}; fetch it again")
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{key}: its size and its place disagree")
+        raise ValueError(f"{key}: its size and offsets disagree")
     return StoredTensor(file, key, tuple(shape), dtype, data_start + begin)
 
 
@@ -274,10 +274,10 @@ def _check_places(tensors: list[StoredTensor], data_start: int, total: int) -> N
     position = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
         if tensor.offset != position:
-            raise ValueError(f"{tensor.key} overlaps another tensor, or lies behind a gap")
+            raise ValueError(f"{tensor.key} overlaps another tensor or follows a gap")
         position += tensor.size
     if position != total:
-        raise ValueError(f"{total - position} bytes at its end belong to no tensor")
+        raise ValueError(f"{total - position} bytes at the end do not belong to any tensor")
 
 
 class _Digest:

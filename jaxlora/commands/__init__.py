@@ -18,27 +18,27 @@ from collections.abc import Mapping
 from jaxlora.cli import HelpFormatter
 from jaxlora.runtime.errors import UserError, run_main
 
-DESCRIPTION = "Fine-tune language models with LoRA or whole, on Cloud TPUs, GPUs and CPUs."
+DESCRIPTION = "LoRA and full fine-tuning of language models on Cloud TPUs, GPUs and CPUs."
 
 COMMANDS = {
-    "train": "fine-tune as a configuration says; the same command resumes",
-    "study": "trials, sweep, evaluation and report as one command",
-    "rl": "learn from rewards: sample, grade, step; the same command resumes",
+    "train": "fine-tune according to a configuration; the same command resumes",
+    "study": "run trials, sweep, evaluation and report with one command",
+    "rl": "learn from rewards: sample, grade, update; the same command resumes",
     "evaluate": "score a run, the base or an adapter on a benchmark",
-    "generate": "answer a file of prompts",
-    "chat": "talk to a run, an adapter or the base",
-    "export": "hand on what a run selected: a PEFT adapter, a merged model",
+    "generate": "answer the prompts in a file",
+    "chat": "chat with a run, an adapter or the base",
+    "export": "export a run's selected weights: a PEFT adapter, a merged model",
     "preview": "show rows as the model will see them",
-    "plan": "memory, time and cost on a TPU slice, without the slice",
-    "bench": "measure training and decoding",
-    "capacity": "which rank some rows ask for, by a rule of thumb",
+    "plan": "estimate memory, time and cost on a TPU slice, without needing one",
+    "bench": "benchmark training, decoding and learning from rewards",
+    "capacity": "estimate the rank that rows call for, by a rule of thumb",
     "data": "build, check and audit datasets",
 }
 OF_DATA = {
-    "build": "stream a source; accept, group, split and render its rows",
-    "check": "run the data gates and write the report that training asks for",
-    "audit": "quality report, token statistics, and rows for a person to read",
-    "bench": "measure how long rows take to be ready, and their memory",
+    "build": "stream a source; filter, group, split and render its rows",
+    "check": "run the data gates and write the report that training requires",
+    "audit": "report quality and token statistics, and sample rows for human review",
+    "bench": "measure the time and memory for preparing rows",
 }
 
 
@@ -55,7 +55,7 @@ def main() -> int | None:
     """
     name = _chosen("jaxlora", DESCRIPTION, COMMANDS)
     if name == "data":
-        name = f"{_chosen('jaxlora data', 'Datasets.', OF_DATA)}_dataset"
+        name = f"{_chosen('jaxlora data', 'Build, check and audit datasets.', OF_DATA)}_dataset"
     return importlib.import_module(f"jaxlora.commands.{name}").main()
 
 
@@ -68,7 +68,9 @@ def _chosen(program: str, description: str, commands: Mapping[str, str]) -> str:
     width = max(map(len, commands)) + 2
     listed = "\n".join(f"  {name:<{width}}{text}" for name, text in commands.items())
     parser = argparse.ArgumentParser(program, f"{program} COMMAND [options]", formatter_class=HelpFormatter)
-    parser.description = f"{description}\n\ncommands:\n{listed}\n\n`{program} COMMAND --help` shows one."
+    parser.description = (
+        f"{description}\n\ncommands:\n{listed}\n\n`{program} COMMAND --help` shows the options of one."
+    )
     if program == "jaxlora":
         parser.add_argument("--version", action="version", version=f"jaxlora {_version()}")
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):

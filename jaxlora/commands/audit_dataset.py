@@ -24,11 +24,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("dir", type=Path, metavar="DIR", help="dataset with rendered rows")
     parser.add_argument("--tokenizer", required=True, help="directory or Hub name of the model's tokenizer")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the reports")
-    parser.add_argument("--rows", type=int, default=100, help="rows of the review pack (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the review pack's draws (default 0)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the reports")
+    parser.add_argument("--rows", type=int, default=100, help="rows in the review pack (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling the review pack (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing reports")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be audited, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be audited and stop")
     options = parser.parse_args()
     if options.rows < 1:
         raise UserError(f"--rows is {options.rows}; it must be at least 1")
@@ -59,7 +59,7 @@ def _print(quality: dict[str, Any], tokens: dict[str, Any]) -> None:
         figures = ", ".join(f"{key} {part[key]:,.1f}" for key in ("mean", "p50", "p90", "p95"))
         print(f"tokens {name.replace('_', ' ')}: total {part['total']:,}, {figures}, max {part['max']:,}")
     cost = tokens["system_prompt_tokens_per_row"]
-    print(f"system prompt: {cost['min']} to {cost['max']} tokens a row")
+    print(f"system prompt: {cost['min']} to {cost['max']} tokens per row")
     histogram = tokens["with_system_prompt"]["histogram"]
     most = max(rows for _, _, rows in histogram)
     for low, high, rows in histogram:

@@ -58,44 +58,50 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     """The options of one benchmark, which accepts only its own, and fields of the configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    train = commands.add_parser("train", help="training steps, then a validation pass")
-    decode = commands.add_parser("decode", help="decoding to answers of given lengths")
-    rl = commands.add_parser("rl", help="batches of sampling, grading and learning, answers of given lengths")
-    experts = commands.add_parser("experts", help="one layer's experts, by each implementation")
-    scaling = commands.add_parser("scaling", help="both on 1, 2, 4, ... GPUs of this host")
+    train = commands.add_parser("train", help="time training steps, then a validation pass")
+    decode = commands.add_parser("decode", help="time decoding of answers of given lengths")
+    rl = commands.add_parser("rl", help="time sampling, grading and learning on answers of given lengths")
+    experts = commands.add_parser("experts", help="time the experts of one layer with each implementation")
+    scaling = commands.add_parser(
+        "scaling", help="time training and decoding on 1, 2, 4, ... GPUs of this host"
+    )
     for command in (train, decode, rl, experts, scaling):
         _add_model_options(command)
     for command in (train, experts):
         command.add_argument(
-            "--products", default="auto", help=f"of experts, by {', '.join(get_args(How))}; all: each in turn"
+            "--products",
+            default="auto",
+            help=f"implementation of the experts: {', '.join(get_args(How))}; bench experts also takes all",
         )
-    add_number(experts, "--tokens", default=8192, help="tokens that go to experts")
+    add_number(experts, "--tokens", default=8192, help="tokens routed to experts [%(default)s]")
 
     _add_step_options(train)
-    add_number(train, "--steps", help="only the first steps")
-    train.add_argument("--no-validation", action="store_true", help="leave out the validation pass")
+    add_number(train, "--steps", help="time only this many steps [a whole epoch]")
+    train.add_argument("--no-validation", action="store_true", help="skip the validation pass")
     train.add_argument(
-        "--cold", action="store_true", help="time the steps from the first on, beside compiling, as in a run"
+        "--cold",
+        action="store_true",
+        help="include the first steps, taken while programs compile, as in a run",
     )
     _add_decode_options(decode)
-    add_number(scaling, "--steps", default=16, help="training steps of each measurement")
-    add_number(scaling, "--buffer-sizes", default=2, help="buffer lengths, each compiled once")
-    add_number(scaling, "--slots", default=384, help="rows decoded at once, on each GPU")
-    add_number(scaling, "--prompts", help="only the first prompts, on each GPU")
-    scaling.add_argument("--only", help="names of measurements, with commas between [all]")
-    scaling.add_argument("--out", type=Path, help="a file for each measurement's line of JSON, as it comes")
+    add_number(scaling, "--steps", default=16, help="training steps per measurement [%(default)s]")
+    add_number(scaling, "--buffer-sizes", default=2, help="number of buffer lengths, each compiled once")
+    add_number(scaling, "--slots", default=384, help="rows decoded at once, per GPU [%(default)s]")
+    add_number(scaling, "--prompts", help="decode only this many prompts per GPU [all]")
+    scaling.add_argument("--only", help="comma-separated names of measurements [all]")
+    scaling.add_argument("--out", type=Path, help="file to append each measurement's line of JSON to")
 
     _add_lengths(rl)
-    add_number(rl, "--slots", default=384, help="rows decoded at once")
-    add_number(rl, "--prompts", default=64, help="prompts of a batch")
-    add_number(rl, "--group", default=16, help="answers to each prompt")
-    add_number(rl, "--steps", default=1, help="batches that are timed")
-    add_number(rl, "--buffer-tokens", default=4096, help="tokens that are learned from at once")
+    add_number(rl, "--slots", default=384, help="rows decoded at once [%(default)s]")
+    add_number(rl, "--prompts", default=64, help="prompts per batch [%(default)s]")
+    add_number(rl, "--group", default=16, help="answers per prompt [%(default)s]")
+    add_number(rl, "--steps", default=1, help="batches to time [%(default)s]")
+    add_number(rl, "--buffer-tokens", default=4096, help="tokens the learner processes at once [%(default)s]")
     rl.add_argument(
         "--share-prompts",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compute a prompt once a group in learning, or once an answer [once a group]",
+        help="in learning, compute a prompt once per group rather than once per answer [per group]",
     )
     options, rest = parser.parse_known_args()
     if odd := [word for word in rest if not (word.startswith("--config.") and "=" in word)]:
@@ -106,67 +112,85 @@ def parse() -> tuple[argparse.Namespace, dict[str, str]]:
     if options.what in ("decode", "rl") and options.answers and not options.lengths:
         raise UserError("--answers: names a list of a lengths file; give --lengths FILE as well")
     if options.what == "scaling" and rest:
-        raise UserError(f"{rest[0]}: scaling chooses the fields; give it to bench train or bench decode")
+        raise UserError(f"{rest[0]}: scaling sets the fields itself; use bench train or bench decode")
     return options, dict(word.removeprefix("--config.").split("=", 1) for word in rest)
 
 
 def _add_lengths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=Path, help="JSON with prompt and answer lengths")
+    parser.add_argument("--lengths", type=Path, help="JSON file of prompt and answer lengths")
     parser.add_argument(
-        "--answers", help="name of the answer lengths in --lengths [adapter_generated_tokens]"
+        "--answers", help="list of answer lengths in --lengths to use [adapter_generated_tokens]"
     )
 
 
 def _add_decode_options(parser: argparse.ArgumentParser) -> None:
     _add_lengths(parser)
-    add_number(parser, "--prompts", help="only the first prompts")
-    add_number(parser, "--repeat", default=1, help="all prompts so many times")
-    add_number(parser, "--slots", default=384, help="rows decoded at once, on each device with its own")
-    parser.add_argument("--unmerged", action="store_true", help="decode with the adapter beside the weights")
+    add_number(parser, "--prompts", help="decode only this many prompts [all]")
+    add_number(parser, "--repeat", default=1, help="repeat all prompts this many times [%(default)s]")
+    add_number(
+        parser, "--slots", default=384, help="rows decoded at once, per data-parallel device [%(default)s]"
+    )
+    parser.add_argument("--unmerged", action="store_true", help="decode without merging the adapter")
     parser.add_argument(
         "--correlation",
         type=_correlation,
-        help="rearrange the prompts until log lengths of prompts and answers correlate so [0.5 for built-in"
-        " lengths, as real ones do; a file's stay as they are]",
+        help="reorder the prompts so that log lengths of prompts and answers have this correlation [0.5, as"
+        " in real data, for built-in lengths; those of a file keep their order]",
     )
     parser.add_argument(
         "--earlier",
         type=_correlation,
-        help="order prompts by answer lengths of an earlier evaluation, whose logs correlate so with these"
-        " [none: nothing is known of the answers]",
+        help="order prompts by the answer lengths of a simulated earlier evaluation, whose logs have this"
+        " correlation with these [no earlier evaluation]",
     )
-    parser.add_argument("--padded", action="store_true", help="read prompts as padded rows, not end to end")
+    parser.add_argument(
+        "--padded", action="store_true", help="process prompts as padded rows instead of packing them"
+    )
 
 
 def _correlation(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no correlation; give a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a correlation; give a number from 0 to 1")
     return value
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="qwen3-8b", help="published name or directory with config.json")
-    parser.add_argument("--random-weights", action="store_true", help="no effect: weights are always random")
-    add_number(parser, "--num-layers", help="fewer layers than the model has, for a quick look")
+    parser.add_argument(
+        "--model", default="qwen3-8b", help="published name, or directory with config.json [%(default)s]"
+    )
+    parser.add_argument(
+        "--random-weights", action="store_true", help="has no effect: weights are always random"
+    )
+    add_number(parser, "--num-layers", help="use only the first layers of the model, for a quick look")
     parser.add_argument("--condition", default="all_layer", choices=CONDITIONS)
     add_number(parser, "--rank", default=8)
     parser.add_argument("--attention", default="auto", choices=["auto", "xla", "splash", "cudnn"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--base-dtype", choices=get_args(BaseDtype), help="of the frozen base [--dtype]")
     parser.add_argument(
-        "--base-products", default="auto", choices=["auto", "weights", "both"], help="see model.base_products"
+        "--base-dtype", choices=get_args(BaseDtype), help="dtype of the frozen base [--dtype]"
+    )
+    parser.add_argument(
+        "--base-products",
+        default="auto",
+        choices=["auto", "weights", "both"],
+        help="see the field model.base_products",
     )
 
 
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=Path, help="JSON with row lengths")
-    add_number(parser, "--batch-rows", default=8, help="rows of a step")
-    add_number(parser, "--buffer-sizes", default=6, help="buffer lengths, each compiled once")
+    parser.add_argument("--rows", type=Path, help="JSON file of row lengths")
+    add_number(parser, "--batch-rows", default=8, help="rows per step [%(default)s]")
+    add_number(parser, "--buffer-sizes", default=6, help="number of buffer lengths, each compiled once")
     parser.add_argument("--layers", default="auto", choices=["auto", "scan", "unroll"])
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
     add_number(
-        parser, "--dropout", float, zero=True, default=0.0, help="of the adapters' inputs [%(default)s]"
+        parser,
+        "--dropout",
+        float,
+        zero=True,
+        default=0.0,
+        help="dropout on the adapters' inputs [%(default)s]",
     )
 
 
@@ -331,7 +355,9 @@ def read_answers(path: Path, name: str) -> tuple[list[int], list[int]]:
             if not _is_length(length):
                 raise UserError(f"{path}: {field}[{i}] is {length!r:.40}; give a whole number > 0")
     if len(prompts) != len(answers):
-        raise UserError(f"{path}: {len(prompts)} prompt_tokens, but {len(answers)} {name}; give one each")
+        raise UserError(
+            f"{path}: {len(prompts)} prompt_tokens, but {len(answers)} {name}; give one per prompt"
+        )
     return prompts, answers
 
 

@@ -32,7 +32,7 @@ FIRST, AGAIN = "first start", "from what was kept"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_number(parser, "--rows", metavar="N", help="make up so many short rows instead of reading a file")
+    add_number(parser, "--rows", metavar="N", help="generate this many short rows instead of reading a file")
     config, options = parse_config(parser)
     with tempfile.TemporaryDirectory(prefix="jaxlora-rows-") as folder:
         if options.rows is not None:

@@ -91,7 +91,9 @@ def run_scaling(options: argparse.Namespace) -> int:
         names = options.only.split(",")
         if odd := [name for name in names if name not in {case.name for case in chosen}]:
             known = ", ".join(case.name for case in chosen)
-            raise UserError(f"--only: {odd[0]!r:.80} is not known on {n_devices} devices; give of {known}")
+            raise UserError(
+                f"--only: {odd[0]!r:.80} is not known on {n_devices} devices; choose from {known}"
+            )
         chosen = [case for case in chosen if case.name in names]
     results: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
@@ -126,7 +128,8 @@ def _simulated() -> int:
     found = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
     if found is None:
         raise UserError(
-            "scaling: this machine has no GPU; XLA_FLAGS=--xla_force_host_platform_device_count=4 rehearses"
+            "scaling: this machine has no GPU; rehearse with"
+            " XLA_FLAGS=--xla_force_host_platform_device_count=4"
         )
     return int(found[1])
 

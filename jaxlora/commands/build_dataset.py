@@ -31,30 +31,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=HelpFormatter,
-        epilog="exit code: 0 done, 1 built but not equal to the study's data, 2 nothing built",
+        epilog="exit codes: 0 done, 1 built but different from the study's data, 2 nothing built",
     )
     parser.add_argument(
         "--source", default=SOURCE, help=f"FILE.jsonl, FILE.parquet or Hub dataset ({SOURCE})"
     )
     parser.add_argument("--split", help=f"split of a Hub dataset ({SPLIT} for the default source)")
-    parser.add_argument(
-        "--revision", help="commit of a Hub dataset; none: the newest, recorded in the manifest"
-    )
+    parser.add_argument("--revision", help="commit of a Hub dataset [the newest, which the manifest records]")
     parser.add_argument(
         "--sources",
         nargs="+",
         default=list(SOURCES),
         metavar="NAME",
-        help="values of problem_source to keep, in the order in which their problems are grouped",
+        help="values of problem_source to keep; problems are grouped in this order",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the dataset")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR once the new build is complete")
     parser.add_argument(
         "--verify-study",
         action="store_true",
-        help="compare counts and hashes with the study's; 1 if any differs",
+        help="compare counts and hashes with the study's; exit code 1 if any differs",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and stop")
     options = parser.parse_args()
 
     is_study = (
@@ -72,7 +70,7 @@ def main() -> int:
         place = options.source if split is None else f"{options.source}, split {split}"
         print(f"would {action} {options.out}" + ("" if only_verify else f" from {place}"))
         if options.out.exists() and not (only_verify or options.overwrite):
-            print(f"but {options.out} exists: that needs --overwrite")
+            print(f"but {options.out} exists: give --overwrite")
         return 0
     if only_verify:
         console.print(f"{options.out} exists: comparing it, building nothing", markup=False)

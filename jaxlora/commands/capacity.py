@@ -29,14 +29,16 @@ USUAL_BITS = 1.0  # per token that carries loss: 0.69 nats
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--rows", required=True, metavar="FILE", help="training rows, in any known format")
+    parser.add_argument(
+        "--rows", required=True, metavar="FILE", help="training rows, in any supported format"
+    )
     parser.add_argument("--model", required=True, help="Hub name, directory or embedded:base")
     add_number(
         parser, "--sample", zero=True, default=64, metavar="N",
-        help="rows on which the base is measured; 0: none, its weights are not read [%(default)s]",
+        help="rows to measure the base on; 0: none, and no weights are read [%(default)s]",
     )  # fmt: skip
     add_number(
-        parser, "--max-length", default=4096, metavar="N", help="longer rows are skipped [%(default)s]"
+        parser, "--max-length", default=4096, metavar="N", help="skip rows longer than N tokens [%(default)s]"
     )
     options = parser.parse_args()
 
@@ -60,7 +62,7 @@ def main() -> int:
         trainer = jaxlora.load(options.model).untrained()
         chosen = spread(rows, options.sample)
         measured = bits_a_token(chosen, trainer.logprobs(chosen))
-        print(f"the base is surprised by {measured:.3f} bits a token that carries loss ({len(chosen)} rows)")
+        print(f"the base's surprise is {measured:.3f} bits per token that carries loss ({len(chosen)} rows)")
     for line in lines(rows, measured, base.config):
         print(line)
     return 0

@@ -51,7 +51,7 @@ def main() -> int:
         except KeyboardInterrupt:
             if not on_terminal:
                 raise
-            _say("\nstopped; the turn is forgotten")
+            _say("\nstopped; this turn is discarded")
     return 0
 
 
@@ -97,12 +97,12 @@ class Chat:
         sample = self._sample(ids, room)
         seconds = time.perf_counter() - started
         self.turns += 1
-        reason = "" if sample.stop_reason == "stop" else "; cut at --max-new-tokens"
-        reason += "; with compiling" if self.turns == 1 else ""
+        reason = "" if sample.stop_reason == "stop" else "; cut off at --max-new-tokens"
+        reason += "; including compilation" if self.turns == 1 else ""
         _say(f"[{len(sample.tokens)} tokens, {len(sample.tokens) / seconds:.1f} tokens/s{reason}]")
         text = str(tokenizer.decode(sample.tokens, skip_special_tokens=True))
         if guard_of(tokenizer).find(text, special_only=True):
-            _say("the answer spells out a control token; its turn is forgotten")
+            _say("the answer spells out a control token; this turn is discarded")
             return
         self.messages += [turn, {"role": "assistant", "content": text}]
 

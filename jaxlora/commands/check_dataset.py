@@ -26,15 +26,15 @@ VERBS = {EQUAL: "is", SAME_WORDS: "has the words of", CONTAINED: "contains"}
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="Check that no benchmark question is in the training rows, and that train and validation"
-        " share no row and no problem. The report holds the SHA-256 of every file, and training accepts it"
-        " for these files only.",
-        epilog="exit code: 0 all gates passed, 1 a gate failed, 2 the check could not be made",
+        " share no row and no problem. The report holds the SHA-256 of every file; training accepts it only"
+        " for these files.",
+        epilog="exit codes: 0 all gates passed, 1 a gate failed, 2 the check could not be run",
     )
     parser.add_argument(
         "dir",
         nargs="?",
         metavar="DIR",
-        help="folder with train.jsonl and val.jsonl, or with raw/ and rendered/ that hold them",
+        help="folder with train.jsonl and val.jsonl, directly or in raw/ and rendered/",
     )
     parser.add_argument("--train", help="instead of DIR: one training file, local or hf://")
     parser.add_argument("--validation", help="instead of DIR: the validation file that goes with it")
@@ -44,9 +44,9 @@ def main() -> int:
     parser.add_argument(
         "--report",
         type=Path,
-        help=f"where the report goes (default: DIR/{REPORT_NAME}); an older one is replaced",
+        help=f"file to write the report to (default: DIR/{REPORT_NAME}); an existing one is replaced",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be compared, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be compared and stop")
     options = parser.parse_args()
 
     if options.dir and not (options.train or options.validation):
@@ -56,7 +56,7 @@ def main() -> int:
     elif options.train and options.validation and not options.dir:
         pairs, root = [FilePair(options.train, options.validation)], ""
         if options.report is None:
-            raise UserError(f"say where the report goes: --report {REPORT_NAME}")
+            raise UserError(f"give a file for the report: --report {REPORT_NAME}")
         report_path = options.report
     else:
         raise UserError("give either DIR, or both --train and --validation")

@@ -28,7 +28,7 @@ def main() -> None:
     config = with_questions(config, options)
     named = (options.condition, options.seed, options.any_base or None)
     if options.adapter is None and any(value is not None for value in named):
-        raise UserError("--condition, --seed and --any-base belong to --adapter")
+        raise UserError("--condition, --seed and --any-base need --adapter")
     if options.adapter is not None and options.out is None:
         raise UserError("--adapter needs --out: the folder to write its records to")
 
@@ -76,20 +76,28 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--run", type=Path, metavar="DIR", help="a finished run; writes DIR/evaluation")
-    subject.add_argument("--base", action="store_true", help="writes <results_dir>/<prefix>-base/evaluation")
-    subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the records there instead")
-    parser.add_argument("--condition", help="what --adapter must be; default: as its tensors say")
-    parser.add_argument("--seed", type=int, help="seed of --adapter, where it does not record one")
-    parser.add_argument(
-        "--questions", metavar="FILE", help="questions and answers: --config.eval.benchmark in short"
+    subject.add_argument(
+        "--base",
+        action="store_true",
+        help="the untouched base; writes <results_dir>/<prefix>-base/evaluation",
     )
-    parser.add_argument("--rule", help="boxed, last_number, exact or regex:PATTERN: takes any file's columns")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt of every question")
+    subject.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write the records to instead")
+    parser.add_argument("--condition", help="require this condition of --adapter (default: any)")
+    parser.add_argument("--seed", type=int, help="seed of --adapter, if it does not record one")
+    parser.add_argument(
+        "--questions", metavar="FILE", help="questions and answers; short for --config.eval.benchmark"
+    )
+    parser.add_argument(
+        "--rule", help="grading rule for any file of questions: boxed, last_number, exact or regex:PATTERN"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt for every question")
     parser.add_argument("--columns", metavar="PAIRS", help="with --rule: question=COLUMN,answer=COLUMN")
-    parser.add_argument("--any-base", action="store_true", help="--adapter may name another base")
-    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that is there")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    parser.add_argument("--any-base", action="store_true", help="accept an --adapter that names another base")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing evaluation")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the plan and stop; nothing is written"
+    )
     return parser
 
 

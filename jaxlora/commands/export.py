@@ -33,7 +33,7 @@ def main() -> None:
     with_weights = options.merged is not None and not options.dry_run
     selected = load_selected(options.run, options.base, with_weights, options.tokenizer)
     if selected.spec.lora is None and options.merged:
-        raise UserError("--merged: this run trained all weights; --out alone takes its model")
+        raise UserError("--merged: this run trained all weights; give --out alone for its model")
     # If an export with --merged was stopped halfway, the adapter already exists.
     name = base_name(selected, options.base_name)
     kept = options.merged is not None and is_exported(selected, options.out, name)
@@ -43,7 +43,8 @@ def main() -> None:
     card = model_card(selected, "model" if full else "adapter", name, options.license)
     if not is_hub_name(name):
         print(
-            f"base      {name}: others cannot load it from there; --base-name OWNER/NAME names it on the Hub"
+            f"base      {name}: others cannot load it from there; give its Hub name with"
+            " --base-name OWNER/NAME"
         )
         if options.push:
             raise UserError("--push: the base has no name on the Hub; give --base-name OWNER/NAME")
@@ -83,34 +84,44 @@ def parse() -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="ADAPTER_DIR",
-        help="folder to write adapter_model.safetensors and adapter_config.json to (PEFT and vLLM load it)",
+        help="folder to write adapter_model.safetensors and adapter_config.json to, for PEFT and vLLM",
     )
     parser.add_argument(
         "--merged",
         type=Path,
         metavar="OUT",
-        help="also write a full checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
+        help="also write a merged checkpoint: W + (alpha / r) B A, summed in float32, in the base's dtype",
     )
     parser.add_argument("--base", type=Path, metavar="DIR", help="directory of the base (default: the run's)")
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="where the run's tokenizer is now (default: as the run says)"
+        "--tokenizer",
+        metavar="DIR",
+        help="the run's tokenizer, if it has moved (default: as recorded in the run)",
     )
     parser.add_argument(
-        "--base-name", metavar="OWNER/NAME", help="what others call the base (default: found)"
+        "--base-name",
+        metavar="OWNER/NAME",
+        help="name of the base on the Hub (default: determined from the run)",
     )
-    parser.add_argument("--license", metavar="NAME", help="for the model card, as the Hub names it [unknown]")
     parser.add_argument(
-        "--push", metavar="OWNER/NAME", help="put --merged, or else --out, on the Hugging Face Hub, privately"
+        "--license", metavar="NAME", help="licence in the model card, as the Hub names it [unknown]"
     )
-    parser.add_argument("--public", action="store_true", help="with --push: for everybody to read")
-    parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is in --out")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the plan, write nothing")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload --merged, or else --out, to the Hugging Face Hub, privately",
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: make the repository public")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter in --out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the plan and stop; nothing is written"
+    )
     options = parser.parse_args()
 
     if options.public and not options.push:
-        raise UserError("--public belongs to --push")
+        raise UserError("--public needs --push")
     if options.merged and options.merged.resolve() == options.out.resolve():
-        raise UserError(f"--merged {options.merged}: is --out, too; give two folders")
+        raise UserError(f"--merged {options.merged}: is the same as --out; give two folders")
     new = options.merged or (None if options.overwrite else options.out)
     if new is not None and new.exists():
         raise UserError(f"{new}: exists already; give a new folder")

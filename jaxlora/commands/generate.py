@@ -33,7 +33,9 @@ Row = dict[str, Any]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("prompts", metavar="PROMPTS", help="JSONL, a JSON list, CSV or Parquet, or hf://...")
-    parser.add_argument("--out", type=Path, required=True, metavar="ANSWERS.jsonl", help="a new file")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="ANSWERS.jsonl", help="new file for the answers"
+    )
     subject.add_options(parser)
     add_number(parser, "--batch", default=64, metavar="N", help="answers decoded at once [%(default)s]")
     options = parser.parse_args()
@@ -74,19 +76,19 @@ def read_prompts(path: str) -> list[tuple[int, Row]]:
             raise UserError(f"{path}:{line}: {given}")
         rows.append((line, given))
     if not rows:
-        raise UserError(f"{path}: holds no row; give one prompt a row")
+        raise UserError(f"{path}: holds no rows; give one prompt per row")
     for line, row in rows:
         found = [key for key in KEYS if key in row]
         if len(found) != 1:
             has = ", ".join(map(repr, row)) or "nothing"
             raise UserError(f"{path}:{line}: give one of {', '.join(KEYS)}; the row has {has:.200}")
         if odd := [name for name in NAMES if type(row.get(name)) not in (str, int, type(None))]:
-            raise UserError(f"{path}:{line}: {odd[0]} must be a text or a whole number")
+            raise UserError(f"{path}:{line}: {odd[0]} must be text or a whole number")
         if not all(map(is_text, strings_of([row.get(name) for name in (*found, *NAMES)]))):
             raise UserError(f"{path}:{line}: holds half a surrogate pair, which is not text")
         value, kind = row[found[0]], list if found == ["messages"] else str
         if not isinstance(value, kind) or not value:
-            raise UserError(f"{path}:{line}: {found[0]} must be {'a list' if kind is list else 'a text'}")
+            raise UserError(f"{path}:{line}: {found[0]} must be {'a list' if kind is list else 'text'}")
     return rows
 
 
@@ -109,8 +111,8 @@ def answer(
             raise UserError(f"{path}:{line}: {error}") from None
         if not 0 < len(ids) <= most:
             raise UserError(
-                f"{path}:{line}: the prompt has {len(ids)} tokens, and with {options.max_new_tokens} new ones"
-                f" the model takes 1 to {most}; shorten it, or lower --max-new-tokens"
+                f"{path}:{line}: the prompt has {len(ids)} tokens, but with {options.max_new_tokens} new ones"
+                f" the model accepts 1 to {most}; shorten it, or lower --max-new-tokens"
             )
         prompts.append(ids)
     with progress_bar("answering", len(prompts), "prompts") as advance:
@@ -139,7 +141,7 @@ def encode(trainer: Trainer, row: Row, options: argparse.Namespace) -> list[int]
     text = row.get("prompt", row.get("question"))
     if text is not None and not tokenizer.chat_template:
         if options.system:
-            raise UserError("this base has no chat template, so there is no place for --system")
+            raise UserError("this base has no chat template, so --system cannot be used")
         check_text(text, guard_of(tokenizer))
         return encode_texts(tokenizer, [text])[0]
     messages = row["messages"] if text is None else [{"role": "user", "content": text}]

@@ -44,25 +44,27 @@ if TYPE_CHECKING:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--topology", metavar="SLICE", help="such as v5e-8 or v6e-8, or all [the devices that are here]"
+        "--topology",
+        metavar="SLICE",
+        help="a slice such as v5e-8 or v6e-8, or all [the devices of this machine]",
     )
     parser.add_argument(
-        "--search", action="store_true", help="look for the fastest mesh, remat and micro-batches that fit"
+        "--search", action="store_true", help="search for the fastest mesh, remat and micro-batches that fit"
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the plans as JSON as well; -: only JSON, on stdout"
+        "--json", metavar="FILE", help="also write the plans as JSON; -: print only JSON, on stdout"
     )
-    add_number(parser, "--price", float, metavar="DOLLARS", help="price of a chip-hour")
-    add_number(parser, "--train-rows", metavar="N", help="rows of an epoch [the study's]")
-    add_number(parser, "--validation-rows", metavar="N", help="rows of a validation [the study's]")
-    add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens of a row [the study's]")
-    add_number(parser, "--prompt-tokens", float, metavar="N", help="mean tokens of a problem's prompt [120]")
+    add_number(parser, "--price", float, metavar="DOLLARS", help="price per chip-hour")
+    add_number(parser, "--train-rows", metavar="N", help="rows per epoch [the study's]")
+    add_number(parser, "--validation-rows", metavar="N", help="rows per validation [the study's]")
+    add_number(parser, "--row-tokens", float, metavar="N", help="mean tokens per row [the study's]")
+    add_number(parser, "--prompt-tokens", float, metavar="N", help="mean tokens per prompt [120]")
     add_number(
         parser,
         "--answer-tokens",
         float,
         metavar="N",
-        help="mean tokens of a sampled answer [a third of rl.max_new_tokens]",
+        help="mean tokens per sampled answer [a third of rl.max_new_tokens]",
     )
     config, options = parse_config(parser)
     check_options(options, kind_of(config))
@@ -151,7 +153,7 @@ def check_options(options: argparse.Namespace, kind: str) -> None:
         if Path(options.json).exists():
             raise UserError(f"--json: {options.json} exists already; give a new file")
         if not Path(options.json).parent.is_dir():
-            raise UserError(f"--json: {Path(options.json).parent} is no folder; make it first")
+            raise UserError(f"--json: {Path(options.json).parent} is not a folder; create it first")
 
 
 def kind_of(config: RunConfig) -> str:
@@ -210,7 +212,9 @@ def plan_slices(
         if any_mesh:
             chosen, step = search(config, model, slice_, workload, console)
             if step is None:
-                console.print(f"{slice_.name}: nothing that was tried fits; here is the plan as configured")
+                console.print(
+                    f"{slice_.name}: none of the choices tried fits; here is the plan as configured"
+                )
         plans.append(make_plan(chosen, model, slice_, workload, price, step))
         print_plan(plans[-1], console)
     if len(plans) > 1:

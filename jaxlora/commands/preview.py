@@ -29,7 +29,9 @@ MASKED, LEARNED, CONTROL = "grey62", "green", "bold magenta"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show (default 3)")
-    parser.add_argument("--validation", action="store_true", help="show validation rows, not training rows")
+    parser.add_argument(
+        "--validation", action="store_true", help="show validation rows instead of training rows"
+    )
     config, options = parse_config(parser)
     if options.rows < 1:
         raise UserError(f"--rows is {options.rows}; it must be at least 1")

@@ -32,12 +32,14 @@ def run(stop: Stop) -> int:
     parser.add_argument(
         "--report",
         metavar="RUN",
-        help="write RUN/answers.html, which a finished run has, of any run, and stop; takes no --config",
+        help="write RUN/answers.html for a run, finished or not, and stop; takes no --config",
     )
     if (folder := asked_report(sys.argv[1:])) is not None:
         return report(folder)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print prompts and plan, and stop; nothing is written"
+        "--dry-run",
+        action="store_true",
+        help="print the first prompts and the plan, and stop; nothing is written",
     )
     config, options = parse_config(parser)
 
@@ -72,7 +74,7 @@ def run(stop: Stop) -> int:
         return stopped.exit_code
     if result.accuracy is not None:
         console.print(f"step {result.step}: held-out accuracy {result.accuracy:.2%}")
-    where = f"everything is in {config.run_dir}, its answers to browse in answers.html"
+    where = f"everything is in {config.run_dir}; browse the answers in answers.html"
     console.print(f"{where}; curves: tensorboard --logdir {config.results_dir}", markup=False)
     return 0
 
@@ -85,7 +87,7 @@ def asked_report(words: list[str]) -> str | None:
     name, equals, folder = words[names[0]].partition("=")
     given = [folder] if equals else words[names[0] + 1 : names[0] + 2]
     if len(words) != (1 if equals else 2) or not given[0]:
-        raise UserError(f"{name}: takes the directory of a run, and nothing beside it")
+        raise UserError(f"{name}: takes the directory of a run and no other option")
     return given[0]
 
 

@@ -23,20 +23,40 @@ if TYPE_CHECKING:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the model and how it samples."""
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--run", type=Path, metavar="DIR", help="a finished run; its base is found by itself")
+    who.add_argument(
+        "--run", type=Path, metavar="DIR", help="a finished run; its base is found automatically"
+    )
     who.add_argument("--adapter", metavar="DIR", help="a PEFT folder, or hf://OWNER/NAME[@REVISION]/PATH")
     who.add_argument("--base", action="store_true", help="the untouched base of --config or --model")
     base = parser.add_mutually_exclusive_group()
-    base.add_argument("--config", metavar="FILE", help=f"{CONFIG_HELP}: its base")
+    base.add_argument("--config", metavar="FILE", help=f"use the base of a configuration: {CONFIG_HELP}")
     base.add_argument(
-        "--model", metavar="PATH", help="the base: a directory, Hub name, gs:// or embedded:base"
+        "--model", metavar="PATH", help="the base: a directory, Hub name, gs:// path or embedded:base"
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    add_number(parser, "--temperature", float, zero=True, default=0.7, help="0: greedy [%(default)s]")
-    add_number(parser, "--top-p", float, most=1, default=1.0, help="of the likeliest tokens [%(default)s]")
-    add_number(parser, "--seed", zero=True, default=0, help="of the tokens that are drawn [%(default)s]")
-    add_number(parser, "--max-new-tokens", default=512, metavar="N", help="of an answer [%(default)s]")
-    parser.add_argument("--thinking", action="store_true", help="let the model think where its template can")
+    add_number(
+        parser,
+        "--temperature",
+        float,
+        zero=True,
+        default=0.7,
+        help="sampling temperature; 0: greedy [%(default)s]",
+    )
+    add_number(
+        parser,
+        "--top-p",
+        float,
+        most=1,
+        default=1.0,
+        help="probability mass of the most likely tokens to sample from [%(default)s]",
+    )
+    add_number(parser, "--seed", zero=True, default=0, help="seed for sampling [%(default)s]")
+    add_number(
+        parser, "--max-new-tokens", default=512, metavar="N", help="tokens per answer, at most [%(default)s]"
+    )
+    parser.add_argument(
+        "--thinking", action="store_true", help="let the model think, if its chat template supports it"
+    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -46,7 +66,7 @@ def check(options: argparse.Namespace) -> None:
       UserError: names them.
     """
     if options.base and not (options.config or options.model):
-        raise UserError("--base: of which model? give --model PATH, or --config FILE")
+        raise UserError("--base: no model is named; give --model PATH, or --config FILE")
     if options.run is not None and not (options.run / "manifest.json").is_file():
         raise UserError(f"--run {options.run}: holds no manifest.json; give the directory of a finished run")
 
@@ -62,7 +82,7 @@ def open_subject(options: argparse.Namespace) -> Trainer:
 
     setup("results", "bfloat16")  # the engine sets the precision of float32 products
     if hosts.n_processes() > 1:
-        raise UserError("chat and generate run on one host; start them on a machine of one host")
+        raise UserError("chat and generate run on one host only; start them on a single-host machine")
     given = source_given(options)
     if options.run is not None:
         trainer = _open_run(options.run, given)

@@ -90,7 +90,7 @@ def split_validation(prompt_ids: Sequence[str], fraction: float, seed: int) -> t
     for row, prompt in enumerate(prompt_ids):
         groups.setdefault(prompt, []).append(row)
     if len(groups) < 2:
-        raise UserError("data.validation_fraction: all rows have one prompt; give data.validation_path")
+        raise UserError("data.validation_fraction: all rows have the same prompt; give data.validation_path")
     wanted = max(1, round(fraction * len(prompt_ids)))
     drawn: list[int] = []
     order = sorted(groups, key=lambda prompt: hashlib.sha256(f"{seed} {prompt}".encode()).digest())

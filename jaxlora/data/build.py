@@ -145,7 +145,7 @@ def _build_into(folder: Path, plan: BuildPlan) -> dict[str, Any]:
             by_source[part] = _write_part(folder, part, spool, rows)
     (folder / "spool").unlink()
     if _source_sha256(plan) != source_sha256:  # otherwise the manifest would describe a file with other rows
-        raise UserError(f"{plan.source}: was changed while it was read; build again")
+        raise UserError(f"{plan.source}: changed while it was being read; build again")
     for name in FILES:
         path = folder / name
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -224,11 +224,12 @@ def _accept_rows(plan: BuildPlan, revision: str | None, spool: _Spool) -> dict[s
     if not candidates:
         seen = ", ".join(name for name, _ in others.most_common(5))
         raise UserError(
-            f"{plan.source}: no row has problem_source {wanted}, only {seen}; name them with --sources"
+            f"{plan.source}: no row has problem_source {wanted}, only {seen}; choose from these with"
+            " --sources"
         )
     if rejected.total() == candidates.total():
         reasons = ", ".join(f"{reason} {count}" for (_, reason), count in rejected.most_common(3))
-        raise UserError(f"{plan.source}: none of {candidates.total()} candidates is accepted ({reasons})")
+        raise UserError(f"{plan.source}: none of {candidates.total()} candidates was accepted ({reasons})")
     return {
         "rows_read": read,
         "other_sources": dict(sorted(others.items())),

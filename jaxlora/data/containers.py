@@ -200,7 +200,7 @@ def _read_list(path: Path) -> Iterator[Row]:
         content = file.read(MAX_LIST_BYTES + 1)
         if len(content) > MAX_LIST_BYTES:
             raise UserError(
-                f"{path}: a JSON list of more than {MAX_LIST_BYTES} bytes; write one row a line (JSONL)"
+                f"{path}: a JSON list of more than {MAX_LIST_BYTES} bytes; write one row per line (JSONL)"
             )
         text = content.decode("utf-8")
         del content
@@ -223,7 +223,9 @@ def _read_list(path: Path) -> Iterator[Row]:
                 raise UserError(f"{path}:{number}: broken JSON list: no comma after the element")
             number += 1
         if text[at + 1 :].strip():
-            raise UserError(f"{path}: more follows the JSON list; give one list, or one object a line")
+            raise UserError(
+                f"{path}: there is more after the JSON list; give one list, or one object per line"
+            )
 
 
 def _after(text: str, at: int) -> int:
@@ -243,7 +245,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         (names,) = csv.reader([header.decode("utf-8")], delimiter=separator) if header.strip() else [[]]
         if not all(names) or len(set(names)) < len(names) or not names:
             raise UserError(
-                f"{path}:1: the first line of a CSV file must name each column, none of them twice (pandas"
+                f"{path}:1: the first line of a CSV file must name each column once (pandas"
                 " does with index=False)"
             )
         number = 0

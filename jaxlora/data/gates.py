@@ -102,7 +102,7 @@ def find_pairs(folder: Path) -> list[FilePair]:
         train, validation = place / "train.jsonl", place / "val.jsonl"
         if train.exists() != validation.exists():
             missing = validation if train.exists() else train
-            raise UserError(f"{missing}: no such file, but the other half of the split is there")
+            raise UserError(f"{missing}: no such file, although the other half of the split exists")
         if train.exists():
             pairs.append(FilePair(str(train), str(validation)))
     if not pairs:

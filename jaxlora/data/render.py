@@ -154,7 +154,7 @@ def chat_text(
     """
     if not tokenizer.chat_template:
         raise UserError(
-            "the tokenizer has no chat template, which messages need; name that of a chat model with"
+            "the tokenizer has no chat template, which messages need; name a chat model's with"
             " model.tokenizer, or give rows of text"
         )
     with template_errors():
@@ -360,7 +360,7 @@ def _row_of_spans(tokenizer: Tokenizer, rendered: _Rendered) -> RenderedRow:
     """A row whose spans carry loss; one without spans is plain text, to which the tokenizer may add BOS."""
     spans = rendered.spans
     if spans is not None and not tokenizer.is_fast:
-        raise UserError("loss_on=all needs a tokenizer that tells where its tokens are; this one does not")
+        raise UserError("loss_on=all needs a tokenizer that reports token offsets; this one does not")
     with rust_panics("the tokenizer fails on this text"):
         encoded = tokenizer(
             rendered.full,

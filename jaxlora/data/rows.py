@@ -249,7 +249,7 @@ def load_rendered_rows(
             f"{path}: no usable row" + (f"; most are bad because: {reasons[0][0]}" if reasons else "")
         )
     if file is not None and sha256_of(file) != sha256:  # the rows may match neither version
-        raise UserError(f"{path}: changed while it was being read; give the same command again")
+        raise UserError(f"{path}: changed while it was being read; run the same command again")
     kind = f"{reader.format.name} rows in {container}" if reader.format else ""
     tokens = sum(row.n_tokens for row in rows)
     copies = count_duplicates(rows)

@@ -89,7 +89,7 @@ def hub_revision(name: str, revision: str | None) -> str:
     try:
         return str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as error:  # the Hub client raises many types: network, authorisation, missing, offline
-        raise UserError(f"{name}: the Hub does not give it: {first_line(error)}") from None
+        raise UserError(f"{name}: the Hub does not provide it: {first_line(error)}") from None
 
 
 def read_records(

@@ -103,7 +103,7 @@ def _cell(place: str, row: Record, name: str, column: str | None) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not is_text(value) or not value.strip():
-        raise UserError(f"{place}: the column {found!r:.80} is not text, or empty")
+        raise UserError(f"{place}: the column {found!r:.80} is empty or not text")
     return str(value)
 
 

@@ -57,7 +57,7 @@ def rule_named(name: str) -> Rule:
         try:
             pattern = re.compile(name.removeprefix("regex:"), re.MULTILINE)
         except re.error as error:
-            raise UserError(f"config.eval.rule: {name!r:.100} is no regular expression: {error}") from None
+            raise UserError(f"config.eval.rule: {name!r:.100} is not a regular expression: {error}") from None
         return Rule(name, lambda text: _last_match(pattern, text))
     raise UserError(f"config.eval.rule: {name!r:.80} is not known; give one of {', '.join(NAMES)}")
 

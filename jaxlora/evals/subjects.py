@@ -103,7 +103,7 @@ def run_target(config: RunConfig, run: Path, with_weights: bool = True) -> Targe
     if recorded != found:
         trained = (manifest.get("base") or {}).get("path")
         raise UserError(
-            f"{run}: was trained on another base than {config.model.path!r} (their files differ);"
+            f"{run}: was trained on a different base than {config.model.path!r} (their files differ);"
             f" give --config.model.path={trained}"
         )
     selected = load_selected(run, base.folder)
@@ -143,7 +143,7 @@ def adapter_target(
     base = find_base(config.model, config.seed, with_weights)
     lora_config, lora, metadata, shapes = read_adapter(folder, base.config, base.folder)
     if not any_base and (reason := other_base(metadata, base)):
-        raise UserError(f"{adapter}: {reason}; --any-base takes it on this one")
+        raise UserError(f"{adapter}: {reason}; --any-base uses it anyway")
     _check_tokenizer(adapter, base, metadata.get(RENDERED_BY))
     if condition not in (None, lora_config.condition):
         raise UserError(f"--condition: {condition}, but {adapter} adapts {lora_config.condition}")
@@ -251,7 +251,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     """
     if not overwrite and any((out / name).exists() for name in FILES):
         raise UserError(
-            f"{out}: holds an evaluation already; --out writes elsewhere, --overwrite replaces it"
+            f"{out}: already holds an evaluation; give another --out, or --overwrite to replace it"
         )
 
 
@@ -291,7 +291,7 @@ def _check_tokenizer(what: str, base: Base, recorded: str | None) -> None:
     if recorded is not None and tokenizer_sha256(base.tokenizer()) != recorded:
         named = base.source.tokenizer or base.source.path
         raise UserError(
-            f"{what}: was trained with another tokenizer or chat template than {named!r}; give"
+            f"{what}: was trained with a different tokenizer or chat template than {named!r}; give"
             " --config.model.tokenizer"
         )
 

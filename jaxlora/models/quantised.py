@@ -190,7 +190,7 @@ def _nf4(scheme: Scheme, x: jax.Array) -> Quantised:
     out, size = x.shape
     if size % BLOCK:
         raise UserError(
-            f"config.model.base_dtype: nf4 needs inputs in blocks of {BLOCK}, and this model has a projection"
+            f"config.model.base_dtype: nf4 needs inputs in blocks of {BLOCK}, but this model has a projection"
             f" of {size}; give int8"
         )
     blocks = x.reshape(out, size // BLOCK, BLOCK)

@@ -105,7 +105,7 @@ def _block(length: int) -> tuple[int, int]:
     pair that minimises the total time of scores and of the overhead between blocks."""
     if length % BLOCK:
         raise UserError(
-            f"splash attention: {length} tokens on a chip are no multiple of {BLOCK};"
+            f"splash attention: {length} tokens on a chip are not a multiple of {BLOCK};"
             " set train.buffer_multiple to a multiple of 128 times the chips that share a buffer"
         )
     sizes = range(LARGEST_BLOCK, 0, -BLOCK)

@@ -127,7 +127,9 @@ def record_policy(
         trainer = backend.create(settings.condition, settings.rank, settings.seed)
         trainer.fetch(trainer.save("begin"), folder / "begin")
         if sha256_of(folder / "begin" / WEIGHTS) != start:
-            raise UserError(f"the service draws another adapter from seed {settings.seed} the second time")
+            raise UserError(
+                f"the service draws a different adapter from seed {settings.seed} the second time"
+            )
         for file in (folder / "begin").iterdir():
             file.unlink()
         (folder / "begin").rmdir()

@@ -357,7 +357,7 @@ def read_recording(file: Path, kind: type[Content], fault_of: Callable[[Content]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: not a recording of this version: {place}: {first['msg']}") from None
     if fault := fault_of(content):
-        raise UserError(f"{file}: not a whole recording: {fault}")
+        raise UserError(f"{file}: not a complete recording: {fault}")
     return content
 
 

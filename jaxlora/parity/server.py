@@ -44,7 +44,7 @@ def server_python() -> Path:
     if not python.exists():
         raise UserError(f"the local Tinker server is not installed; {HOW}")
     if not stamp.is_file() or stamp.read_text().split() != list(PINS):
-        raise UserError(f"the local Tinker server is half installed or an old one; {HOW}")
+        raise UserError(f"the local Tinker server is outdated or only partly installed; {HOW}")
     return python
 
 
@@ -61,7 +61,7 @@ def install_server() -> Path:
         return folder
     console.print(f"installing the local Tinker server in {folder} (about 2 GB)", markup=False)
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        raise UserError(f"{folder}: exists and is no virtual environment; it is not replaced")
+        raise UserError(f"{folder}: exists but is not a virtual environment; it is not replaced")
     shutil.rmtree(folder, ignore_errors=True)
     python = folder / "bin" / "python"
     try:

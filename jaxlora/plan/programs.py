@@ -319,9 +319,7 @@ def _text_of(compiled: Any) -> str:
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        raise UserError(
-            f"the TPU compiler that is installed is not the one for this JAX; run {INSTALL}"
-        ) from None
+        raise UserError(f"the installed TPU compiler does not match this JAX; run {INSTALL}") from None
 
 
 def _rows_used(model: ModelConfig, mesh: Any, tokens: int) -> float:

@@ -85,7 +85,7 @@ def parse_arm(text: str, model: ModelConfig, batch_rows: int = 32, alpha: float 
     place, other, number, given = match.groups()
     rows = int(given) if given else batch_rows
     if not 0 < rows <= MOST_ROWS:
-        raise UserError(f"config.regret.arms: {text}: give 1 to {MOST_ROWS:,} rows a step")
+        raise UserError(f"config.regret.arms: {text}: give 1 to {MOST_ROWS:,} rows per step")
     if place is None:
         return Arm(FULL, None, count_parameters(model), rows)
     rank, residual = int(number), None

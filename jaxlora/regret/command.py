@@ -59,11 +59,13 @@ def check(config: RunConfig, only: str | None) -> None:
     if config.lora.start is not None:
         raise UserError("config.lora.start: every arm starts from the base; give none")
     if config.lora.dropout:
-        raise UserError("config.lora.dropout: arms are trained without; give 0")
+        raise UserError("config.lora.dropout: arms are trained without dropout; give 0")
     if config.regret.by == "likelihood" and config.regret.factor != 2:
-        raise UserError("config.regret.factor: by likelihood rates are 2 apart; give 2")
+        raise UserError("config.regret.factor: rates compared by likelihood are a factor of 2 apart; give 2")
     if config.train.early_stopping is not None:
-        raise UserError("config.train.early_stopping: all runs of an arm take the same steps; give none")
+        raise UserError(
+            "config.train.early_stopping: all runs of an arm take the same number of steps; give none"
+        )
 
 
 def plan_table(lab: Any) -> Table:

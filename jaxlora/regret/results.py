@@ -53,7 +53,7 @@ class RunFolder:
         for file in sorted(self.runs.glob("*.json")):
             record = read_object(file, MAX_BYTES)
             if record.get("version") != VERSION or record.get("name") != file.stem or not _whole(record):
-                raise UserError(f"{file}: is no result of a run; delete it, and it is made again")
+                raise UserError(f"{file}: is not the result of a run; delete it to repeat the run")
             found[file.stem] = record
         return found
 

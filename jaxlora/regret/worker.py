@@ -163,7 +163,7 @@ def check_split(job: Job) -> None:
     """
     if leaked := leaked_rows(job):
         raise UserError(
-            f"config.data.validation_path: the prompts of {len(leaked)} held-out rows are trained on as well,"
+            f"config.data.validation_path: the prompts of {len(leaked)} held-out rows are also trained on,"
             f" the first is row {leaked[0].row_id}; take them out of one of the two files, or let"
             " --config.data.validation_fraction=0.05 split one file by its prompts"
         )

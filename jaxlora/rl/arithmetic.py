@@ -37,7 +37,7 @@ def arithmetic(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     name, _, digits = options.partition("=")
     parts = digits.split(",")
     if split not in SPLITS or name != "digits" or not 2 <= len(parts) <= 4 or not set(parts) <= set("123"):
-        raise UserError(f"{path}: is no family of problems; {_HINT}")
+        raise UserError(f"{path}: is not a family of problems; {_HINT}")
     family = _family(path, [int(part) for part in parts])
     shown = [next(one for one in family if other not in one[0]) for other in "-+"]
     before = [turn for expression, value in shown for turn in _turns(expression, f"{expression} = {value}.")]
@@ -59,7 +59,7 @@ def _family(path: str, digits: list[int]) -> list[tuple[str, int]]:
     for one in ranges:
         size *= len(one)
     if size > MOST:
-        raise UserError(f"{path}: has {size:,} problems, at most {MOST:,} are allowed; give fewer digits")
+        raise UserError(f"{path}: has {size:,} problems, but at most {MOST:,} are allowed; give fewer digits")
     found = []
     for signs in itertools.product("+-", repeat=len(digits) - 1):
         for numbers in itertools.product(*ranges):

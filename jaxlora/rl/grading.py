@@ -150,7 +150,7 @@ def dataset(task: str, options: str) -> Any:
         return reasoning_gym.create_dataset(task, **json.loads(options))
     except Exception as error:  # each task checks its options in its own way
         reason = str(error).partition("__init__() ")[2] or str(error)
-        raise UserError(f"reasoning-gym's task {task} cannot be made: {reason}") from None
+        raise UserError(f"reasoning-gym's task {task} cannot be created: {reason}") from None
 
 
 # --- What workers run ---------------------------------------------------------------------------------------

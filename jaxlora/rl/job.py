@@ -147,24 +147,24 @@ def check_settings(config: RunConfig) -> None:
     rl = config.rl
     if rl.top_p < 1:
         raise UserError(
-            "config.rl.top_p: a filter changes what the sampler draws from, but not what is learned;"
+            "config.rl.top_p: filtering would change the sampler's distribution, but not the learner's;"
             " give 1 (evaluation is greedy)"
         )
     if not rl.clip_low < rl.clip_high:
         raise UserError(f"config.rl.clip_low: {rl.clip_low:g} must be below clip_high, {rl.clip_high:g}")
     if rl.updates_per_batch > rl.prompts:
         raise UserError(
-            f"config.rl.updates_per_batch: {rl.updates_per_batch} updates need as many prompts, and a batch"
+            f"config.rl.updates_per_batch: {rl.updates_per_batch} updates need as many prompts, but a batch"
             f" has {rl.prompts}; give at most {rl.prompts}"
         )
     if rl.kl and config.train.what == "full":
-        raise UserError("config.rl.kl: with train.what=full no base is kept to diverge from; give 0")
+        raise UserError("config.rl.kl: train.what=full keeps no base to measure the divergence from; give 0")
     if config.lora.dropout:
         raise UserError(
-            "config.lora.dropout: answers are sampled without any, so ratios would be off; give 0"
+            "config.lora.dropout: answers are sampled without dropout, so ratios would be wrong; give 0"
         )
     if config.model.layers == "scan":
-        raise UserError("config.model.layers: sampler and learner share layers one by one; give unroll")
+        raise UserError("config.model.layers: sampler and learner share unstacked layers; give unroll")
 
 
 def _problems(config: RunConfig, path: str, limit: int | None) -> list[Problem]:
@@ -181,7 +181,8 @@ def _warn(config: RunConfig, problems: Sequence[Problem], held_out: Sequence[Pro
     known = {str(problem.messages) for problem in problems}
     if shared := sum(str(problem.messages) in known for problem in held_out):
         console.print(
-            f"{shared:,} of {len(held_out):,} held-out problems are also problems to learn from", markup=False
+            f"{shared:,} of {len(held_out):,} held-out problems are also in the training problems",
+            markup=False,
         )
 
 

@@ -155,8 +155,8 @@ class Run:
         batch = self._given(ahead)
         if (odd := impossible(batch.every)) is not None:
             raise UserError(
-                f"step {step}: the sampler recorded a log-probability of {odd:g}, with which no token is"
-                " drawn; the batch was not learned from: look for NaN or infinities in the weights"
+                f"step {step}: the sampler recorded a log-probability of {odd:g}, which no drawn"
+                " token can have; the batch was discarded: look for NaN or infinities in the weights"
             )
         self.cursor = batch.cursor
         following = None
@@ -262,8 +262,8 @@ class Run:
             apart = math.sqrt(2 * squared)
             if apart > limit:
                 raise UserError(
-                    f"sampler and learner differ by {apart:.2g} in a log-probability on policy (at most"
-                    f" {limit:g}): ratios would not be 1"
+                    f"sampler and learner differ by {apart:.2g} in an on-policy log-probability (at most"
+                    f" {limit:g} is allowed): ratios would not be 1"
                 )
 
     def diverged(self, message: str, step: int) -> Diverged:

@@ -72,7 +72,7 @@ def write_page(run: Path) -> Path:
     """
     manifest = read_manifest(run)
     if manifest.get("kind") != "rl":
-        raise UserError(f"{run}: is no run of `jaxlora rl`; give the directory of one")
+        raise UserError(f"{run}: is not a run of `jaxlora rl`; give the directory of one")
     files = sorted((run / "samples").glob("*.jsonl"), key=lambda file: file.stem.partition("-")[::-1])
     if not files:
         raise UserError(f"{run}: has no answers yet; wait for its first batch")

@@ -113,7 +113,7 @@ class Pool:
             self._read()
         except EOFError:
             self._stop()
-            raise MachineError("the process that grades answers does not start; see above") from None
+            raise MachineError("the process that grades answers failed to start; see above") from None
         except BaseException:
             self._stop()
             raise
@@ -254,7 +254,7 @@ class Server:
         now = time.monotonic()
         for worker in [one for one in busy if one in self.workers and one.deadline <= now]:
             if not worker.ready:
-                raise UserError(f"{self.name} is not imported after {START_SECONDS:g} s")
+                raise UserError(f"{self.name} was not imported within {START_SECONDS:g} s")
             if worker.job is not None:
                 outcomes[worker.job] = (None, TIME_LIMIT)
                 self.kill(worker)
@@ -264,7 +264,7 @@ class Server:
         message = _receive(worker.socket)
         if message is None:
             if not worker.ready:
-                raise UserError(f"{self.name}: the process that imports it died")
+                raise UserError(f"{self.name}: the process importing it died")
             if worker.job is not None:
                 outcomes[worker.job] = (None, DIED)
             self.kill(worker)

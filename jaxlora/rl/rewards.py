@@ -124,7 +124,7 @@ def grader_named(name: str, *, format_weight: float = 0.0, time_limit_s: float =
         raise UserError(f"rl.format_weight: {format_weight!r:.80} is not allowed; give a number >= 0")
     if not isinstance(time_limit_s, int | float) or not 0 < time_limit_s <= MAX_TIME_LIMIT_S:
         raise UserError(
-            f"rl.time_limit_s: {time_limit_s!r:.80} is not allowed; give seconds, more than 0, at most"
+            f"rl.time_limit_s: {time_limit_s!r:.80} is not allowed; give a number of seconds above 0, at most"
             f" {MAX_TIME_LIMIT_S:g}"
         )
     if name not in NAMED and not (isinstance(name, str) and _FUNCTION.fullmatch(name)):

@@ -147,7 +147,10 @@ def told_time(job: RLJob) -> str:
     device, rl = jax.devices()[0], job.config.rl
     flops, memory_rate = peak_flops(device), memory_rate_of(device)
     if flops is None or memory_rate is None:
-        return f"not known for {device.device_kind} devices: the first batches tell; TPU slices: jaxlora plan"
+        return (
+            f"not known for {device.device_kind} devices: the first batches will show;"
+            " for TPU slices: jaxlora plan"
+        )
     mean = sum(map(len, job.prompts)) / len(job.prompts)
     lengths = drawn_lengths(rl.prompts, rl.group, mean, USUAL_SHARE * rl.max_new_tokens, rl.max_new_tokens)
     shards = job.mesh.size if job.mesh.shape["tensor"] == 1 else 1

@@ -68,7 +68,7 @@ def devices_here() -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:
         names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES")
         given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-        reason = str(error) or "this platform is not here, or its plugin is not installed"
+        reason = str(error) or "this platform is not available, or its plugin is not installed"
         raise MachineError(f"JAX finds no device ({given or 'nothing is set'}): {reason}") from None
     _warn_of_cpu(devices[0].platform)
     return devices

@@ -51,8 +51,8 @@ def file_in(folder: str | Path, name: str) -> Path:
     real = Path(os.path.realpath(path))
     if not any(real.is_relative_to(place) for place in places):
         raise UserError(
-            f"{path}: is a link out of its folder, which is not followed; copy the file, or name the folder"
-            f" that it leads to in {TRUSTED}"
+            f"{path}: is a link that leads out of its folder, so it is not followed; copy the file, or"
+            f" name the target folder in {TRUSTED}"
         )
     return path
 
@@ -162,7 +162,7 @@ def enough_room(out: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        raise MachineError(f"{out}: no room left on the disk; make room and start again") from error
+        raise MachineError(f"{out}: no space left on the disk; free some and start again") from error
 
 
 def _locked(file: Path, out: Path, wait: bool) -> int:
@@ -173,7 +173,7 @@ def _locked(file: Path, out: Path, wait: bool) -> int:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            raise UserError(f"{file}: is a link; remove it, a lock must be a file of its own") from None
+            raise UserError(f"{file}: is a link; remove it, as a lock must be a regular file") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):

@@ -69,7 +69,7 @@ def start() -> None:
         if ":" not in address or not n.isdigit() or not index.isdigit() or int(index) >= int(n):
             raise UserError(
                 f"several hosts: JAX_COORDINATOR_ADDRESS={address} JAX_NUM_PROCESSES={n}"
-                f" JAX_PROCESS_ID={index} is impossible; give host:port, how many, and one of 0 to {n} - 1"
+                f" JAX_PROCESS_ID={index} is invalid; give host:port, a count, and an index from 0 to {n} - 1"
             )
         if int(n) == 1:
             return
@@ -186,7 +186,7 @@ def broadcast(value: Any, seconds: float = LIMIT_SECONDS) -> Any:
     try:
         return json.loads(client.blocking_key_value_get(key, round(1000 * seconds)))
     except jax.errors.JaxRuntimeError as error:
-        raise MachineError(f"process 0 said nothing for {seconds:g} s: {_first_line(error)}") from None
+        raise MachineError(f"no message from process 0 for {seconds:g} s: {_first_line(error)}") from None
 
 
 def whole(tree: Any) -> Any:
@@ -225,7 +225,7 @@ def check_shared(folder: str | Path, seconds: float = 30) -> None:
         token.unlink()
     if blind:
         raise UserError(
-            f"results_dir {folder}: not every host sees what process 0 writes there; several hosts need one"
+            f"results_dir {folder}: not every host sees what process 0 writes there; the hosts need a"
             " shared folder, such as an NFS mount"
         )
 
@@ -243,7 +243,9 @@ def check_same(values: dict[str, Any], what: str) -> None:
     if agree(own != main):
         names = [name for name in {**main, **own} if main.get(name) != own.get(name)]
         where = f"this host differs in {', '.join(names)}" if names else "another host differs"
-        raise UserError(f"{what}: not the same on every host: {where}; give all the same command and files")
+        raise UserError(
+            f"{what}: not the same on every host: {where}; give every host the same command and files"
+        )
 
 
 # --- Failing together ---------------------------------------------------------------------------------------

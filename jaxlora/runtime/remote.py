@@ -95,7 +95,7 @@ def fetch_folder(
     except Exception as error:
         raise UserError(f"{named}: cannot be fetched: {first_line(error)}") from None
     if reason := missing(folder):  # without a network the client returns whatever is cached
-        raise UserError(f"{named}: was not fetched whole: {reason}")
+        raise UserError(f"{named}: was not fetched completely: {reason}")
     return folder
 
 

@@ -68,7 +68,7 @@ class Stop:
             if self._timer is not None:
                 self._timer.cancel()
         if self.signum is not None and self._ends_process:  # it came after the last check
-            self._leave("stopped; the same command goes on from here")
+            self._leave("stopped; the same command resumes from here")
 
     def taken(self, signum: int) -> bool:
         """Whether to handle a signal in a process not ours: the first while there is something to save."""
@@ -82,7 +82,7 @@ class Stop:
         """Act on a signal; called in a separate thread."""
         again, self.signum = self.signum is not None, self.signum or signum
         if self._grace is None:
-            self._leave("stopped; nothing was lost, and the same command goes on")
+            self._leave("stopped; nothing was lost, and the same command resumes")
         if again and signum == signal.SIGINT:
             self._leave("stopped at once; the same command resumes from the last checkpoint")
         if not again:
@@ -115,7 +115,7 @@ def stop_signals(ends_process: bool = True) -> Iterator[Stop]:
     """
     stop = Stop(ends_process)
     if threading.current_thread() is not threading.main_thread():
-        _say("outside the main thread a signal stops at once; what is saved by then resumes")
+        _say("outside the main thread a signal stops at once; only saved work can be resumed")
         yield stop
         return
     with _watched(stop) if ends_process else _shared(stop):

@@ -181,7 +181,7 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
     model = ModelSpec(base.config, None, config.model.dtype, scheme=scheme)
     if config.train.what == "full":
         if config.lora.start is not None:
-            raise UserError("config.lora.start: with train.what=full no adapter is trained; merge it first")
+            raise UserError("config.lora.start: train.what=full trains no adapter; merge it first")
         return config, replace(model, full=True)
     if config.lora.start is None:
         spec = replace(model, lora=config.lora)
@@ -193,7 +193,7 @@ def trained_spec(config: RunConfig, base: Base) -> tuple[RunConfig, ModelSpec]:
     lora = replace(adapter.lora, start=config.lora.start, dropout=config.lora.dropout)
     if lora.dropout and (lora.output_head or "lm_head" in lora.modules):
         raise UserError(
-            "config.lora.dropout: is not computed in the head's adapter, which this start has; give 0"
+            "config.lora.dropout: is not supported in the head's adapter, which this start has; give 0"
         )
     spec = replace(model, lora=lora, shapes=adapter.shapes)
     check_targets(spec)
@@ -437,8 +437,8 @@ def describe(job: Job) -> Table:
         table.add_row(f"[{style}]rows[/{style}]", escape(report.describe()))
     if leaked := leaked_rows(job):
         text = (
-            f"{len(leaked):,} of the validation rows have a prompt that is trained on, too: their loss is too"
-            " low"
+            f"{len(leaked):,} of the validation rows have a prompt that is also trained on: their loss will"
+            " be too low"
         )
         table.add_row("[bold red]overlap[/bold red]", text)
     if warning := rate_warning(job.spec.config, config.train.what, config.optim.peak_lr):

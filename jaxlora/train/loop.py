@@ -54,7 +54,7 @@ class Diverged(UserError, FloatingPointError):
     """The loss or gradient of a step is NaN or infinite."""
 
     def __init__(self, step: int, message: str, saved: bool):
-        advice = "The checkpoints before it are good" if saved else "Nothing was saved before it"
+        advice = "Earlier checkpoints are intact" if saved else "Nothing was saved before it"
         super().__init__(f"step {step}: {message}. {advice}; try a lower --config.optim.peak_lr")
         self.step = step
 
@@ -303,7 +303,7 @@ class Run:
             self._again = True
             console.print(
                 f"the checkpoint of step {best}, the selected one, is damaged ({problem});"
-                " computing its steps again",
+                " recomputing its steps",
                 markup=False,
             )
             self.resume(before=best)
@@ -345,8 +345,8 @@ class Run:
             if not job.train_layout.packed:  # padded rows are never split
                 split = "layout=packed"
             raise UserError(
-                f"a step of {lines * longest:,} tokens needs {missing / 2**30:.2f} GiB more than a chip has;"
-                f" give --config.train.{split} or --config.model.remat=elementwise"
+                f"a step of {lines * longest:,} tokens needs {missing / 2**30:.2f} GiB more memory than a"
+                f" chip has; give --config.train.{split} or --config.model.remat=elementwise"
             ) from None
 
 
@@ -443,6 +443,6 @@ def _failures(run: Any) -> Iterator[None]:
         if is_disk_full(error) and not isinstance(error, UserError):
             raise UserError(
                 f"{run.directory.path}: the disk is full (at step {run.step}, {run.stage}). The"
-                " last checkpoint stands: make room, then give the same command to go on"
+                " last checkpoint is intact: free some space, then run the same command to resume"
             ) from error
         raise

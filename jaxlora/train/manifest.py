@@ -168,7 +168,7 @@ def _check_gated(job: Job) -> None:
     gates = job.gates
     for report, gated in zip(job.reports, (gates.train_sha256, gates.validation_sha256), strict=True):
         if gated and gated != report.sha256:
-            raise UserError(f"{report.path}: changed while it was being read; give the same command again")
+            raise UserError(f"{report.path}: changed while it was being read; run the same command again")
 
 
 def check_inputs(job: Prepared, manifest: dict[str, Any]) -> None:
@@ -181,9 +181,7 @@ def check_inputs(job: Prepared, manifest: dict[str, Any]) -> None:
     then = {"model.path": manifest["base"]["fingerprint"], "lora.start": manifest["trained"]["start_sha256"]}
     for field, value in now.items():
         if value != then[field]:
-            raise UserError(
-                f"config.{field}: its files changed while they were read; give the same command again"
-            )
+            raise UserError(f"config.{field}: its files changed while being read; run the same command again")
 
 
 def _lora(job: Prepared) -> dict[str, Any]:

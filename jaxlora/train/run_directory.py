@@ -194,13 +194,13 @@ class RunDirectory:
         """Refuse to recreate a folder that was deleted during the run: its manifest would be missing."""
         if not self._metrics.is_file():
             raise UserError(
-                f"{self.path}: was deleted or moved while the run was training, and is not made again. Put it"
-                " back, or remove what is left of it, and give the same command"
+                f"{self.path}: was deleted or moved during training, and is not recreated. Put it"
+                " back, or remove what is left of it, and run the same command"
             )
         if (size := self._metrics.stat().st_size) != self._size:
             raise UserError(
-                f"{self._metrics}: has {size} bytes, this run wrote {self._size}; something else writes it."
-                " End that, and give the same command to go on from the last checkpoint"
+                f"{self._metrics}: has {size} bytes, but this run wrote {self._size}: another process is"
+                " writing to it. Stop that one, and run the same command to resume from the last checkpoint"
             )
 
     def progress(self, step: int, validations: dict[int, float]) -> dict[str, Any]:
@@ -238,8 +238,8 @@ class RunDirectory:
         now = self.job.base.weights_sha256
         if self._begun_on and now and now != self._begun_on:
             raise UserError(
-                f"{self.job.config.model.path}: its weights are not those that this run began with. Put those"
-                " back, or give --config.overwrite=true to begin again with these"
+                f"{self.job.config.model.path}: its weights are not those that this run started with. Restore"
+                " those, or give --config.overwrite=true to start again with these"
             )
 
     def unusable(self, progress: dict[str, Any]) -> str | None:
@@ -363,7 +363,7 @@ class RunDirectory:
         try:
             draw(self.path / name, title=self.job.config.run_id)
         except Exception as error:
-            console.print(f"{name} is not drawn: {one_line(error)}", markup=False)
+            console.print(f"{name} could not be drawn: {one_line(error)}", markup=False)
 
     def _end_curves(self, outcome: dict[str, float], step: int, last: int) -> None:
         """Add the outcome at the selected step to the curves, which end at the last step."""
@@ -424,7 +424,7 @@ def _lock(file: Path, run: Path) -> Iterator[None]:
     """
     with _exclusive(file, run) as handle:
         if os.fstat(handle).st_nlink > 1:
-            raise UserError(f"{file}: is another name of some other file; remove this name")
+            raise UserError(f"{file}: is a hard link to another file; remove it")
         os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()} (since {started})\n".encode())
@@ -533,7 +533,8 @@ def _resumed_with(old: dict[str, Any], new: dict[str, Any]) -> list[list[str]]:
     if not (changed := rounding_differences(old, new)):
         return history
     console.print(
-        f"resuming with changes: {'; '.join(changed)}. The result is the same up to rounding, not to the bit",
+        f"resuming with changes: {'; '.join(changed)}. The result is the same up to rounding, but not"
+        " bit for bit",
         markup=False,
     )
     return [*history, changed]

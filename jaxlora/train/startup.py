@@ -82,13 +82,13 @@ def check_start(job: Job, trained: Tree, frozen: Tree) -> StartCheck:
         if not np.array_equal(before, base):
             raise UserError(
                 "start-up check: the fresh adapter changes log-probabilities by up to"
-                f" {_gap(before, base):.2g} where it should change none; its B must be zero"
+                f" {_gap(before, base):.2g} but should not change any; its B must be zero"
             )
     perturbed = place_trained(job.mesh, spec, with_random_b(spec, start))
     after = trainer(perturbed)
     found = StartCheck(fresh, _gap(after, decoder(perturbed)), _gap(after, before))
     if found.effect == 0:
-        raise UserError("start-up check: an adapter with a random B changes nothing; it is not connected")
+        raise UserError("start-up check: an adapter with random B has no effect; it is not connected")
     assert found.perturbed is not None
     assert found.effect is not None
     _require("the fresh adapter", found.fresh, limit)
@@ -100,8 +100,8 @@ def _require(what: str, gap: float, limit: float) -> None:
     if not gap <= limit:
         raise UserError(
             f"start-up check: with {what}, trainer and decoder differ by {gap:.2g} in a log-probability (at"
-            f" most {limit:.2g}): what is trained would not be what is evaluated."
-            " --config.train.startup_check=false trains all the same"
+            f" most {limit:.2g}): the model evaluated would not be the one trained."
+            " --config.train.startup_check=false trains anyway"
         )
 
 

@@ -53,7 +53,7 @@ class Tracker:
             self._library = importlib.import_module(self._name)
             self._run = _OPEN[self._name](self._library, config, run_id)
         except Exception as error:  # each library raises its own kinds
-            raise UserError(f"config.tracking: {self._name} cannot be started: {_line(error)}") from None
+            raise UserError(f"config.tracking: {self._name} failed to start: {_line(error)}") from None
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         """Add numbers of a step."""
@@ -63,7 +63,7 @@ class Tracker:
             self._library.log(dict(values), step=step)
         except Exception as error:
             self._run = None
-            console.print(f"{self._name} takes no more numbers: {_line(error)}", markup=False)
+            console.print(f"{self._name} no longer accepts metrics: {_line(error)}", markup=False)
 
     def close(self) -> None:
         """Wait until all numbers have been delivered."""
@@ -73,7 +73,7 @@ class Tracker:
         try:
             self._library.finish()
         except Exception as error:
-            console.print(f"{self._name} did not end well: {_line(error)}", markup=False)
+            console.print(f"{self._name} did not finish cleanly: {_line(error)}", markup=False)
 
 
 def _open_wandb(library: Any, config: RunConfig, run_id: str) -> Any:

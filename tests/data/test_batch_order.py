@@ -93,8 +93,8 @@ class TestValidation:
             (["a", "b"], 0.0, "above 0 and below 1"),
             (["a", "b"], 1.0, "above 0 and below 1"),
             (["a", "b"], float("nan"), "above 0 and below 1"),
-            (["a", "a"], 0.5, "all rows have one prompt"),
-            ([], 0.5, "all rows have one prompt"),
+            (["a", "a"], 0.5, "all rows have the same prompt"),
+            ([], 0.5, "all rows have the same prompt"),
         ],
     )
     def test_what_cannot_be_split_is_one_line(self, prompts, fraction, reason):

@@ -267,7 +267,7 @@ class TestBadInput:
             UserError, match=r"no row has problem_source gsm8k or math, only other; .*--sources"
         ):
             make(tmp_path, [source_row(1, "other")])
-        with pytest.raises(UserError, match=r"none of 1 candidates is accepted \(missing_box 1\)"):
+        with pytest.raises(UserError, match=r"none of 1 candidates was accepted \(missing_box 1\)"):
             make(tmp_path, [source_row(1, solution="none")])
         assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
@@ -301,7 +301,7 @@ class TestBadInput:
             build(BuildPlan(source, None, tmp_path / "out"))
 
     def test_a_dataset_that_cannot_be_reached_is_one_line(self, tmp_path):
-        with pytest.raises(UserError, match="owner/none: the Hub does not give it") as error:
+        with pytest.raises(UserError, match="owner/none: the Hub does not provide it") as error:
             build(BuildPlan("owner/none", "train", tmp_path / "out"))
         assert "\n" not in str(error.value)
         assert list(tmp_path.iterdir()) == []

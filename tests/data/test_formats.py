@@ -317,7 +317,7 @@ class TestContainers:
             (b"PAR1....PAR1", "Parquet cannot be read"),
             (b'[{"text": "a"}', "broken JSON list"),
             (b'[{"text": "a"} {"text": "b"}]', "no comma after the element"),
-            (b'[{"text": "a"}]\n[{"text": "b"}]', "more follows the JSON list"),
+            (b'[{"text": "a"}]\n[{"text": "b"}]', "there is more after the JSON list"),
             (b"[" * 100_000, "broken JSON list"),
             (b"[1" + b"0" * 5000 + b"]", "broken JSON list"),
             (b'[{"text": "one word"}, 7]', ":2: is a JSON int, not an object"),

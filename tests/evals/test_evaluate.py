@@ -169,7 +169,7 @@ def test_a_run_answers_a_second_quiz_beside_its_first(evaluate, run, tmp_path):
     evaluate("--run", run, "--overwrite")
     before = read_json(run / "evaluation" / "summary.json")
     words = ("--run", run, "--questions", quiz, "--rule", "last_number")
-    with pytest.raises(UserError, match="holds an evaluation already; --out writes elsewhere"):
+    with pytest.raises(UserError, match="already holds an evaluation; give another --out"):
         evaluate(*words)
     evaluate(*words, "--out", tmp_path / "scores")
     assert read_json(tmp_path / "scores" / "summary.json")["total"] == 1
@@ -236,7 +236,7 @@ def test_an_adapter_that_does_not_fit_never_becomes_the_base(evaluate, run, tmp_
 
 def test_a_run_refuses_another_base(evaluate, run, tmp_path):
     other = make_base(tmp_path / "other", seed=4)
-    with pytest.raises(UserError, match="trained on another base"):
+    with pytest.raises(UserError, match="trained on a different base"):
         evaluate("--run", run, "--overwrite", **{"model.path": other})
 
 
@@ -259,7 +259,7 @@ def test_an_evaluation_is_replaced_only_when_asked(evaluate, tmp_path):
     out = tmp_path / "results" / "tiny-base" / "evaluation"
     out.mkdir(parents=True)
     (out / "predictions.jsonl").write_text("mine\n")
-    with pytest.raises(UserError, match="--overwrite replaces it"):
+    with pytest.raises(UserError, match="--overwrite to replace it"):
         evaluate("--base")
     assert (out / "predictions.jsonl").read_text() == "mine\n"
     evaluate("--base", "--overwrite")
@@ -328,7 +328,7 @@ def test_exactly_one_subject_is_named(evaluate, words):
 
 
 def test_what_belongs_to_an_adapter(evaluate, tmp_path):
-    with pytest.raises(UserError, match="belong to --adapter"):
+    with pytest.raises(UserError, match="need --adapter"):
         evaluate("--base", "--seed", 3)
     with pytest.raises(UserError, match="--adapter needs --out"):
         evaluate("--adapter", tmp_path)
@@ -432,7 +432,7 @@ def test_a_run_is_evaluated_with_the_template_that_it_was_trained_with(evaluate,
     evaluate("--run", copy, "--dry-run", **{"model.tokenizer": own})
     for tokenizer in ("embedded:base", embedded_path("base")):
         with pytest.raises(
-            UserError, match=r"another tokenizer or chat template .*--config\.model\.tokenizer"
+            UserError, match=r"a different tokenizer or chat template .*--config\.model\.tokenizer"
         ):
             evaluate("--run", copy, "--dry-run", **{"model.tokenizer": tokenizer})
     shutil.rmtree(own)
@@ -452,7 +452,9 @@ def test_an_adapter_brings_its_tokenizer(evaluate, base, run, tmp_path, capsys):
     words = ("--adapter", tmp_path / "adapter", "--out", tmp_path / "scores", "--dry-run")
     evaluate(*words)
     assert f"tokenizer {tmp_path / 'adapter'}" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"another tokenizer or chat template .*--config\.model\.tokenizer"):
+    with pytest.raises(
+        UserError, match=r"a different tokenizer or chat template .*--config\.model\.tokenizer"
+    ):
         evaluate(*words, **{"model.tokenizer": base})
     evaluate(*words, **{"model.tokenizer": own})
 
@@ -486,7 +488,9 @@ class TestBaseOfAnAdapter:
     def test_a_recorded_fingerprint_decides_whatever_the_name(self, evaluate, adapter, other, name):
         words = self.words(adapter(name, known=True))
         evaluate(*words)
-        with pytest.raises(UserError, match=r"trained on another base than .*other'.*--any-base takes it"):
+        with pytest.raises(
+            UserError, match=r"trained on a different base than .*other'.*--any-base uses it anyway"
+        ):
             evaluate(*words, **{"model.path": other})
         evaluate(*words, "--any-base", **{"model.path": other})
 
@@ -515,7 +519,7 @@ class TestBaseOfAnAdapter:
         evaluate(*words, **{"model.path": moved})
 
     def test_any_base_belongs_to_an_adapter(self, evaluate):
-        with pytest.raises(UserError, match="--any-base belong to --adapter"):
+        with pytest.raises(UserError, match="--any-base need --adapter"):
             evaluate("--base", "--any-base")
 
 
@@ -581,7 +585,7 @@ def test_a_full_disk_is_one_line_and_the_older_evaluation_stays(evaluate, tmp_pa
 
     monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(
-        MachineError, match=r"evaluation: no room left on the disk; make room and start again"
+        MachineError, match=r"evaluation: no space left on the disk; free some and start again"
     ):
         evaluate("--base", "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

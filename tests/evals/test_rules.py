@@ -120,8 +120,8 @@ class TestFiles:
                 {"answer": "z"},
                 "no column 'z'; it has 'question', 'answer'",
             ),
-            ([{"question": "x", "answer": [1]}], {}, "the column 'answer' is not text, or empty"),
-            ([{"question": " ", "answer": "y"}], {}, "the column 'question' is not text, or empty"),
+            ([{"question": "x", "answer": [1]}], {}, "the column 'answer' is empty or not text"),
+            ([{"question": " ", "answer": "y"}], {}, "the column 'question' is empty or not text"),
             ([], {}, "holds no questions"),
         ],
     )
@@ -136,9 +136,9 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"columns": ["question=a"]}, "config.eval.columns: go with eval.rule"),
-        ({"columns": ["task=a"], "rule": "exact"}, "config.eval.columns: 'task=a' is no pair"),
-        ({"columns": ["answer="], "rule": "exact"}, "config.eval.columns: 'answer=' is no pair"),
+        ({"columns": ["question=a"]}, "config.eval.columns: needs eval.rule"),
+        ({"columns": ["task=a"], "rule": "exact"}, "config.eval.columns: 'task=a' is not a pair"),
+        ({"columns": ["answer="], "rule": "exact"}, "config.eval.columns: 'answer=' is not a pair"),
         ({"system": "\x1b[31m"}, "config.eval.system: '\\x1b[31m' is not allowed"),
     ],
 )

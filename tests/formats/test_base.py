@@ -50,7 +50,7 @@ class TestFiles:
         shutil.copy(tmp_path / "b" / SINGLE, tmp_path / "a" / SINGLE)
         with console.capture() as said:
             self.assert_as_transformers(tmp_path / "a")
-        assert f"{SINGLE} is loaded; {INDEX} beside it is passed over" in " ".join(said.get().split())
+        assert f"loading {SINGLE}; ignoring {INDEX} beside it" in " ".join(said.get().split())
         assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")  # of what is loaded
 
     def test_an_index_whose_files_are_gone_does_no_harm_beside_a_single_file(self, tmp_path):
@@ -87,7 +87,7 @@ class TestFiles:
         monkeypatch.setenv("JAXLORA_TRUSTED_FOLDERS", f"/nowhere:{tmp_path / 'store'}")
         our_model(base)
         monkeypatch.setenv("JAXLORA_TRUSTED_FOLDERS", "")
-        with pytest.raises(UserError, match="is a link out of its folder"):
+        with pytest.raises(UserError, match="is a link that leads out of its folder"):
             our_model(base)
 
 
@@ -202,7 +202,7 @@ class TestTokenizers:
         vocabulary[name] = known + 5  # the number of tokens stays
         (folder / "tokenizer.json").write_text(json.dumps(values))
         assert len(load_tokenizer(folder)) == known
-        with pytest.raises(UserError, match=rf"ids up to {known + 5}, but the model knows {known} tokens"):
+        with pytest.raises(UserError, match=rf"ids up to {known + 5}, but the model has only {known} tokens"):
             of(tmp_path / "base", tokenizer=str(folder)).tokenizer()
 
     @pytest.mark.parametrize("name", ["embedded:base", "folder"])

@@ -187,10 +187,10 @@ class TestPushing:
         ("words", "message"),
         [
             (("--push", "mine"), "--push: 'mine' is not OWNER/NAME"),
-            (("--push", "me/open"), "me/open is a public repository; --public says"),
-            (("--public",), "--public belongs to --push"),
+            (("--push", "me/open"), "me/open is a public repository; confirm with --public"),
+            (("--public",), "--public needs --push"),
             (("--push", "me/mine", "--base-name", "/models/x"), "the base has no name on the Hub"),
-            (("--license", "Mine!"), "--license: 'Mine!' is no name of a licence"),
+            (("--license", "Mine!"), "--license: 'Mine!' is not the name of a licence"),
         ],
     )
     def test_what_must_not_be_is_one_line_before_anything_is_written(

@@ -139,7 +139,7 @@ class TestAdapter:
         (run / "summary.json").unlink()
         code, _, errors = export("--run", run, "--out", tmp_path / "out")
         assert (code, errors.count("\n")) == (2, 1)
-        assert "is not finished (no summary.json); its own command resumes it" in errors
+        assert "is not finished (no summary.json); resume it with its own command" in errors
 
     def test_another_placement_than_the_manifests_is_refused(self, base, tmp_path, export):
         make_run(tmp_path / "run", base, PLACEMENTS["attention_only"])
@@ -295,7 +295,7 @@ class TestMerged:
         (base / "generation_config.json").symlink_to(tmp_path / "private")
         words = ("--run", tmp_path / "run", "--out", tmp_path / "out", "--merged", tmp_path / "merged")
         code, _, errors = export(*words)
-        assert (code, "is a link out of its folder" in errors) == (2, True)
+        assert (code, "is a link that leads out of its folder" in errors) == (2, True)
         assert not (tmp_path / "merged").exists()
 
     @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -370,7 +370,7 @@ class TestKilled:
         code, _, errors = export(*words)
         assert code == 1
         last = errors.splitlines()[-1]
-        assert last == f"error: {tmp_path / 'merged'}: no room left on the disk; make room and start again"
+        assert last == f"error: {tmp_path / 'merged'}: no space left on the disk; free some and start again"
         assert "Traceback" not in errors
         assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "out"}
 
@@ -422,7 +422,7 @@ class TestTokenizer:
         words = ("--run", tmp_path / "run", "--out", tmp_path / "out")
         code, _, errors = export(*words)
         assert code == 2
-        assert "rendered by another tokenizer or chat template than" in errors
+        assert "rendered with a different tokenizer or chat template than" in errors
         assert "give --tokenizer" in errors
         assert not (tmp_path / "out").exists()
         assert export(*words, "--tokenizer", kept)[0] == 0

@@ -180,7 +180,7 @@ def test_an_adapter_of_another_base_is_neither_trained_further_nor_opened(base, 
     export_adapter(folder, spec, trained_lora(spec), "other", base_fingerprint=theirs)
     source = ModelSource(path=str(base))
     config = RunConfig(model=source, lora=LoraConfig(start=str(folder)))
-    with pytest.raises(UserError, match=r"config.lora.start: .*adapter: was trained on another base"):
+    with pytest.raises(UserError, match=r"config.lora.start: .*adapter: was trained on a different base"):
         trained_spec(config, find_base(source))
-    with pytest.raises(UserError, match=r"adapter: was trained on another base .*; load that base first"):
+    with pytest.raises(UserError, match=r"adapter: was trained on a different base .*; load that base first"):
         jaxlora.load(base).open(folder)

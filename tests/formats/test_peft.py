@@ -363,7 +363,7 @@ class TestAdaptersOfAnyShape:
         with pytest.raises(UserError, match="save_embedding_layers=False"):
             read_adapter(adapter, config)
         change_tensors(adapter, with_tensor(key, embedding + 1))
-        with pytest.raises(UserError, match="this adapter has another base"):
+        with pytest.raises(UserError, match="this adapter belongs to another base"):
             read_adapter(adapter, config, base)
 
     @pytest.mark.parametrize("pattern", ["(a+)+$", "(", "x" * 2000, r"(q|k)*_proj"])
@@ -420,10 +420,16 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (with_tensor("base_model.model.model.norm.weight", [1.0]), "no place for"),
+            (with_tensor("base_model.model.model.norm.weight", [1.0]), "do not belong to this model"),
             (with_tensor(KEY.replace("layers.1", "layers.3"), np.zeros((8, 64))), "it has 3 layers"),
-            (with_tensor(KEY.replace("layers.1", "layers.01"), np.zeros((8, 64))), "no place for"),
-            (with_tensor(KEY.replace("lora_A", "lora_A.default"), np.zeros((8, 64))), "no place for"),
+            (
+                with_tensor(KEY.replace("layers.1", "layers.01"), np.zeros((8, 64))),
+                "do not belong to this model",
+            ),
+            (
+                with_tensor(KEY.replace("lora_A", "lora_A.default"), np.zeros((8, 64))),
+                "do not belong to this model",
+            ),
             (with_tensor("base_model.model.lm_head.base_layer.weight", [1.0]), "save_embedding_layers=False"),
             (with_tensor(KEY.removeprefix("base_model.model."), np.zeros((8, 64))), "stored twice"),
             (with_tensor("model.unembed_tokens.lora_A.weight", np.zeros((8, 64))), "stored twice"),

@@ -180,5 +180,7 @@ def test_a_part_of_a_model_without_a_network_is_one_line(repository, tmp_path, m
     snapshot.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_path("base") / name, snapshot / name)
-    with pytest.raises(UserError, match=r"'someone/model': was not fetched whole: .*config\.json: missing"):
+    with pytest.raises(
+        UserError, match=r"'someone/model': was not fetched completely: .*config\.json: missing"
+    ):
         find_base(hub_config(repository).model)

@@ -44,7 +44,7 @@ def test_an_adapter_records_its_rounded_base_and_another_is_refused(base, tmp_pa
 
 
 def test_a_rounded_base_is_not_trained_whole(base):
-    with pytest.raises(UserError, match="cannot be trained whole"):
+    with pytest.raises(UserError, match="cannot be fully fine-tuned"):
         jaxlora.load(str(base), base_dtype="nf4").full()
 
 

@@ -205,8 +205,8 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     [
         ({"w": GOOD}, b"1234", "ends before byte"),
         ({"w": GOOD | {"dtype": "I8"}}, b"12345678", "w is stored as I8; only BF16, F16, F32"),
-        ({"w": GOOD | {"shape": [3]}}, b"12345678", "its size and its place disagree"),
-        ({"w": GOOD | {"data_offsets": [-8, 0]}}, b"12345678", "its size and its place disagree"),
+        ({"w": GOOD | {"shape": [3]}}, b"12345678", "its size and offsets disagree"),
+        ({"w": GOOD | {"data_offsets": [-8, 0]}}, b"12345678", "its size and offsets disagree"),
         ({"w": {"dtype": "F32"}}, b"", "not a readable safetensors file"),
         ([1, 2], b"", "not a readable safetensors file"),
         (b"{not json", b"", "not a readable safetensors file"),
@@ -237,7 +237,7 @@ def test_missing_and_surplus_weights_are_named(tmp_path):
     ):
         load_base(tmp_path / "a", ModelSpec(SMALL), mesh_of(1, 1, 1))
     save_file(stored | {"model.norm.weight": norm, "extra": norm}, file)
-    with pytest.raises(UserError, match="1 tensors that this model has no place for: extra"):
+    with pytest.raises(UserError, match="1 tensors that do not belong to this model: extra"):
         load_base(tmp_path / "a", ModelSpec(SMALL), mesh_of(1, 1, 1))
 
 

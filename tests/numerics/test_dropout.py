@@ -226,8 +226,14 @@ def _reading(now: dict, layer: int, module: str):
     ("values", "message"),
     [
         ({"lora": {"dropout": 1.0}}, "config.lora.dropout: 1.0 is not allowed"),
-        ({"lora": {"dropout": 0.1, "output_head": True}}, "config.lora.dropout: is not computed in the head"),
-        ({"lora": {"dropout": 0.1, "targets": "q_proj,lm_head"}}, "config.lora.dropout: is not computed"),
+        (
+            {"lora": {"dropout": 0.1, "output_head": True}},
+            "config.lora.dropout: is not supported in the head",
+        ),
+        (
+            {"lora": {"dropout": 0.1, "targets": "q_proj,lm_head"}},
+            "config.lora.dropout: is not supported in the head",
+        ),
         ({"lora": {"dropout": 0.1}, "train": {"what": "full"}}, "config.lora.dropout: with train.what=full"),
     ],
 )

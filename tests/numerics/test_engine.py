@@ -255,7 +255,7 @@ def test_a_state_fits_whatever_the_optimizers_settings(engine, tmp_path, setting
     assert difference(early.trained, straight.trained) == 0
     assert difference(resumed.trained, straight.trained) == 0
     for other in (engine.lora(rank=3), engine.full()):
-        with pytest.raises(UserError, match="holds arrays of other shapes") as error:
+        with pytest.raises(UserError, match="holds arrays of different shapes") as error:
             other.resume(tmp_path / "state")
         assert "\n" not in str(error.value)
 
@@ -356,7 +356,7 @@ def test_all_devices_give_what_one_gives(engine):
         (lambda t: t.forward_backward(CHAT, loss="hinge"), "'hinge' is not known; give one of cross_entropy"),
         (lambda t: t.forward_backward(CHAT, loss=None), "loss: None is not known; give a name or a"),
         (lambda t: t.forward_backward([{"tokens": [1, 5000]}]), "5000 is not one of the model's 1024"),
-        (lambda t: t.forward_backward([{"tokens": [1] * 5000}]), "the model knows 2048 positions"),
+        (lambda t: t.forward_backward([{"tokens": [1] * 5000}]), "but the model has only 2048 positions"),
         (lambda t: t.forward_backward([{"messages": CHAT[0]["messages"][:1]}]), "row 0: no assistant turn"),
         (lambda t: t.sample(["a"], max_new_tokens=5000), "the model has 2,048 positions"),
         (lambda t: t.forward_backward([{"tokens": [1, 2**32 + 3]}]), "row 0: token 2147483647 is not one"),
@@ -365,7 +365,10 @@ def test_all_devices_give_what_one_gives(engine):
         (lambda t: t.forward_backward([{"tokens": [[1, 2], [3]]}]), "row 0: tokens must be at least two"),
         (lambda t: t.forward_backward([{"tokens": [1, 2], "weights": ["a", "b"]}]), "as many finite weights"),
         (lambda t: t.forward_backward([{"tokens": [1, 2], "weights": [0, 1e300]}]), "as many finite weights"),
-        (lambda t: t.forward_backward([CHAT[0] | {"weights": [0, 1]}]), "`weights` beside `messages`"),
+        (
+            lambda t: t.forward_backward([CHAT[0] | {"weights": [0, 1]}]),
+            "both `weights` and `messages` are given",
+        ),
         (lambda t: t.forward_backward("text"), "rows: give a list, not one str"),
         (lambda t: t.sample("a prompt"), "prompts: give a list, not one str"),
         (lambda t: t.sample([1, 2]), "prompt 0: give a list, not one int"),

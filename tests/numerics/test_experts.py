@@ -160,7 +160,7 @@ class TestRanks:
 
     @pytest.mark.parametrize("rank", [1, 4, 12])
     def test_a_rank_that_does_not_divide_is_refused_with_the_next_ones(self, rank):
-        with pytest.raises(UserError, match=r"8 experts of a token.*give 8.*or lora.targets=attention_only"):
+        with pytest.raises(UserError, match=r"8 experts per token.*give 8.*or lora.targets=attention_only"):
             check_targets(self.spec(rank))
         check_targets(self.spec(rank, "attention_only"))
 

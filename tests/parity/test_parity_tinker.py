@@ -175,7 +175,7 @@ def test_a_missing_or_old_server_environment_names_the_command(monkeypatch, tmp_
         server_python()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
-    with pytest.raises(UserError, match="half installed or an old one"):
+    with pytest.raises(UserError, match="is outdated or only partly installed"):
         server_python()
     (tmp_path / "pins.txt").write_text("\n".join(PINS))
     assert server_python() == tmp_path / "bin" / "python"

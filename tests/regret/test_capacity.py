@@ -57,7 +57,7 @@ def test_the_rank_that_rows_ask_for(monkeypatch, capsys, tmp_path, tokenizer):
     engine = jaxlora.load("embedded:base")
     found = engine.untrained().logprobs(made[:1])[0]
     bits = float(-(made[0].weights[1:] * found).sum() / made[0].weights[1:].sum() / np.log(2))
-    assert f"surprised by {bits:.3f} bits a token" in text
+    assert f"surprise is {bits:.3f} bits per token" in text
 
 
 def test_a_sample_is_spread_over_a_sorted_file():

@@ -61,7 +61,7 @@ def test_a_matched_rank_is_solved_for_the_model_and_its_residual_is_stated(model
         ("attention_only~mlp_only:1", "cannot be matched: the nearest rank, 2, has +21% parameters"),
         ("all_layer+q_proj:4", "stands alone"),
         ("w_proj:4", "this model has no w_proj"),
-        ("full@0", "give 1 to 65,536 rows a step"),
+        ("full@0", "give 1 to 65,536 rows per step"),
     ],
 )
 def test_an_arm_that_cannot_be_is_one_line(text, message):

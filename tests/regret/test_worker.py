@@ -168,7 +168,7 @@ def test_a_damaged_result_is_named(done, tmp_path):
     there.mkdir(parents=True)
     name, record = next(iter(records.items()))
     (there / f"{name}.json").write_text(json.dumps(record | {"held_out": [[1]]}))
-    with pytest.raises(UserError, match="is no result of a run; delete it"):
+    with pytest.raises(UserError, match="is not the result of a run; delete it"):
         Lab(config_of(tmp_path)).left()
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_result_is_named(done, tmp_path):
         ({"regret.arms": "full@1000"}, "config.train.batch_rows: 1000 rows, but"),
         (
             {"data.validation_path": "embedded:data/train.jsonl"},
-            "the prompts of 12 held-out rows are trained on",
+            "the prompts of 12 held-out rows are also trained on",
         ),
     ],
 )

@@ -44,7 +44,7 @@ def test_partial_results_are_never_negative():
     ["arithmetic:", "arithmetic:val?digits=2,1", "arithmetic:train?digits=2", "arithmetic:train?digits=0,1"],
 )
 def test_other_families_are_refused(path):
-    with pytest.raises(UserError, match="is no family of problems; write arithmetic:train"):
+    with pytest.raises(UserError, match="is not a family of problems; write arithmetic:train"):
         load_problems(path)
 
 

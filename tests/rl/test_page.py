@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_has_a_page_on_demand(copy, monkeypatch, capsys):
     [
         (lambda run: shutil.rmtree(run), "manifest.json"),
         (lambda run: shutil.rmtree(run / "samples"), "has no answers yet; wait for its first batch"),
-        (lambda run: change(run / "manifest.json", kind="train"), "is no run of `jaxlora rl`"),
+        (lambda run: change(run / "manifest.json", kind="train"), "is not a run of `jaxlora rl`"),
         (
             lambda run: (run / SAMPLES).write_text('{"text": 3}\n'),
             "step-000001.jsonl:1: ",
@@ -150,7 +150,7 @@ def change(file: Path, **fields) -> None:
 @pytest.mark.parametrize("words", [["--report"], ["--report="], ["--report", "a", "--config", "tiny"]])
 def test_a_report_takes_a_run_and_nothing_else(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["jaxlora rl", *words])
-    with pytest.raises(UserError, match="--report: takes the directory of a run, and nothing beside it"):
+    with pytest.raises(UserError, match="--report: takes the directory of a run and no other option"):
         command.main()
 
 

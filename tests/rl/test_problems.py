@@ -242,9 +242,9 @@ def test_generated_problems_are_a_function_of_the_options():
     ("task", "message"),
     [
         ("chain_sums", "has no task 'chain_sums'; do you mean"),
-        ("chain_sum?nothing=3", "task chain_sum cannot be made: got an unexpected keyword"),
-        ("chain_sum?min_terms=9&max_terms=2", "task chain_sum cannot be made"),
-        ("chain_sum?min_terms=x", "task chain_sum cannot be made"),
+        ("chain_sum?nothing=3", "task chain_sum cannot be created: got an unexpected keyword"),
+        ("chain_sum?min_terms=9&max_terms=2", "task chain_sum cannot be created"),
+        ("chain_sum?min_terms=x", "task chain_sum cannot be created"),
     ],
 )
 def test_a_task_that_is_not_there_is_one_line(task, message):

@@ -267,7 +267,10 @@ def plan(monkeypatch, *words: str) -> int:
             "--answer-tokens is for learning from rewards",
         ),
         (("rl_gsm8k", "--answer-tokens", "5"), "--answer-tokens is for a slice: give --topology as well"),
-        (("rl_gsm8k", "--topology", "v5e-8", "--config.rl.top_p=0.5"), "config.rl.top_p: a filter changes"),
+        (
+            ("rl_gsm8k", "--topology", "v5e-8", "--config.rl.top_p=0.5"),
+            "config.rl.top_p: filtering would change",
+        ),
         (("rl_gsm8k", "--topology", "v5e-7"), "--topology: 'v5e-7' is not known"),
     ],
 )
@@ -294,7 +297,7 @@ def test_without_a_slice_the_plan_is_that_of_the_dry_run(monkeypatch, capsys, tm
     assert plan(monkeypatch, *words) == 0
     text = capsys.readouterr().err
     assert "episodes" in text
-    assert "not known for cpu devices: the first batches tell" in text
+    assert "not known for cpu devices: the first batches will show" in text
     assert "room" in text
     monkeypatch.setattr("jaxlora.train.job.memory_of", lambda device: 2**20)
     assert plan(monkeypatch, *words) == 1

@@ -189,7 +189,7 @@ class TestDamage:
         assert found.step == 2
         assert equal(found.state, state_of(2))
         message = " ".join(capfd.readouterr().err.split())
-        assert "passing over the checkpoint of step 4" in message
+        assert "skipping the checkpoint of step 4" in message
         assert kind in message
 
     def test_a_checkpoint_without_its_hash_list_is_never_believed(self, sound, tmp_path):
@@ -254,7 +254,7 @@ class TestDiskFull:
             needed = sum(x.nbytes for x in jax.tree.leaves(big)) / 1e6
             assert "the disk is full" in message
             assert f"needs {needed:.1f} MB" in message
-            assert "step 1 stands" in message
+            assert "step 1 is intact" in message
             assert [path.name for path in (disk / "checkpoints").iterdir()] == ["1"]
             assert equal(restored(disk / "checkpoints").state, state_of(1))
 
@@ -271,7 +271,7 @@ class TestDiskFull:
             original(path, value)
 
         monkeypatch.setattr(module, "write_json_atomic", full)
-        with pytest.raises(UserError, match=r"disk is full.*step 2 needs .* MB.*step 1 stands"):
+        with pytest.raises(UserError, match=r"disk is full.*step 2 needs .* MB.*step 1 is intact"):
             fill(tmp_path, [2])
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -302,7 +302,7 @@ class TestBeingAskedToStop:
         code, errors, seconds = self.ends(self.COMPILING, (0.2, signal.SIGTERM))
         assert code == 75
         assert seconds < 10
-        assert "the same command goes on" in errors
+        assert "the same command resumes" in errors
 
     def test_ctrl_c_does_so_with_its_own_code(self):
         assert self.ends(self.COMPILING, (0.2, signal.SIGINT))[0] == 130

@@ -134,7 +134,7 @@ class TestFullDisks:
         return message
 
     def test_a_disk_with_room_for_the_manifest_only(self, lab):
-        assert "make room, then give the same command" in self.try_disk(lab, "64k")
+        assert "free some space, then run the same command" in self.try_disk(lab, "64k")
 
     @pytest.mark.slow
     def test_disks_that_fill_up_later(self, lab):
@@ -173,7 +173,7 @@ class TestFullDisks:
         with RunState(tmp_path, {}) as store:
             store.save(1, state, {"step": 1})
             store.save(2, state, {"step": 2})
-            with pytest.raises(UserError, match=r"the disk is full.*step 2 needs .*step 1 stands"):
+            with pytest.raises(UserError, match=r"the disk is full.*step 2 needs .*step 1 is intact"):
                 store.wait()
         assert [path.name for path in tmp_path.iterdir()] == ["1"]
 

@@ -133,7 +133,7 @@ def test_two_hosts_evaluate_together_and_one_writes(model_dir, one_process, tmp_
     name = f"{RUN}/evaluation/predictions.jsonl"
     assert (tmp_path / name).read_bytes() == (one_process / name).read_bytes()
     refused = run_hosts(2, words, tmp_path / "logs", code=2)
-    assert all("holds an evaluation already" in host.text for host in refused)
+    assert all("already holds an evaluation" in host.text for host in refused)
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_a_barrier_has_a_time_limit_and_names_itself(tmp_path):
 def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path):
     refused = run_hosts(2, [WORKER, "share", tmp_path], tmp_path / "logs", code=2)
     for host in refused:
-        assert "several hosts need one shared folder" in host.text
+        assert "the hosts need a shared folder" in host.text
     assert not list(tmp_path.glob(".shared-*"))
 
 
@@ -329,9 +329,9 @@ def test_in_one_process_nothing_waits_and_nothing_is_joined(monkeypatch, tmp_pat
     [
         (("127.0.0.1:1", "2", None), "set all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
         ((None, None, "0"), "set all of"),
-        (("127.0.0.1", "2", "0"), "is impossible"),
-        (("127.0.0.1:1", "2", "2"), "is impossible"),
-        (("127.0.0.1:1", "two", "0"), "is impossible"),
+        (("127.0.0.1", "2", "0"), "is invalid"),
+        (("127.0.0.1:1", "2", "2"), "is invalid"),
+        (("127.0.0.1:1", "two", "0"), "is invalid"),
     ],
 )
 def test_half_a_description_of_the_hosts_is_refused(monkeypatch, variables, message):

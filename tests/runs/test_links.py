@@ -45,7 +45,7 @@ class TestTheLock:
         file = tmp_path / ".run.lock"
         link(file, target)
         with (
-            pytest.raises(UserError, match=r"\.run\.lock: (must be a plain file|is another name)"),
+            pytest.raises(UserError, match=r"\.run\.lock: (must be a plain file|is a hard link)"),
             _lock(file, tmp_path / "run"),
         ):
             pass
@@ -133,7 +133,7 @@ class TestAFolderThatGoes:
         run = lab.pause_at(folder, "a step computed, not yet recorded", nth=8)
         shutil.rmtree(run.path)
         assert run.go_on() == 2, run.log()
-        assert "was deleted or moved while the run was training" in one_line(run.log())
+        assert "was deleted or moved during training" in one_line(run.log())
         assert not run.path.exists()
         lab.finish(folder)
 
@@ -142,7 +142,7 @@ class TestAFolderThatGoes:
         with (run.path / "metrics.jsonl").open("a") as file:
             file.write('{"run_id": "other", "step": 8, "split": "train", "loss": 1.0}\n')
         assert run.go_on() == 2, run.log()
-        assert "something else writes it" in one_line(run.log())
+        assert "another process is writing to it" in one_line(run.log())
         lab.finish(folder)  # what is after the checkpoint is cut off
         steps = [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         assert len(steps) == 24 + 6

@@ -153,7 +153,7 @@ def test_a_picture_that_fails_does_not_stop_the_run(lab, tmp_path):
     (path / "validation.png").mkdir()  # nothing can be written there
     run = lab.start(folder)
     assert run.wait() == 0, run.log()
-    assert "validation.png is not drawn" in run.log()
+    assert "validation.png could not be drawn" in run.log()
     assert json.loads((path / "summary.json").read_text())["status"] == "completed"
 
 

@@ -105,7 +105,7 @@ class TestInputs:
             assert run.go_on() == 2, run.log()
         finally:
             config.write_bytes(before)
-        assert "config.model.path: its files changed while they were read" in one_line(run.log())
+        assert "config.model.path: its files changed while being read" in one_line(run.log())
         lab.finish(folder)
 
     def test_a_bit_of_the_base_that_flipped_between_two_starts_is_seen(self, lab):
@@ -124,7 +124,7 @@ class TestInputs:
             assert run.wait() == 2, run.log()
         finally:
             file.write_bytes(before)
-        assert "its weights are not those that this run began with" in one_line(run.log())
+        assert "its weights are not those that this run started with" in one_line(run.log())
         lab.finish(folder)
 
 
@@ -170,7 +170,7 @@ class TestOutputs:
         assert changed != lines[i]
         file.write_bytes(b"".join([*lines[:i], changed, *lines[i + 1 :]]))
         text = " ".join(lab.finish(folder).log().split())
-        assert f"passing over the checkpoint of step {newest}" in text
+        assert f"skipping the checkpoint of step {newest}" in text
         assert "metrics.jsonl are not what was written" in text
 
 
@@ -184,10 +184,10 @@ class TestDivergence:
         message = one_line(run.log())
         assert f"step {failure['step']}: loss" in message
         assert not [path for path in (run.path / "checkpoints").iterdir() if path.name.isdigit()]
-        assert "checkpoints before it" not in message
+        assert "Earlier checkpoints" not in message
         assert "Nothing was saved before it; try a lower --config.optim.peak_lr" in message
 
     def test_what_it_says(self):
-        assert "The checkpoints before it are good" in str(Diverged(7, "loss nan", saved=True))
+        assert "Earlier checkpoints are intact" in str(Diverged(7, "loss nan", saved=True))
         for saved in (True, False):
             assert "try a lower --config.optim.peak_lr" in str(Diverged(1, "loss nan", saved))

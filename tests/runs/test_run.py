@@ -166,7 +166,7 @@ class TestResuming:
         run = lab.start(folder, "--config.train.layout=packed")
         text = ends(run)
         assert "train.layout: 'padded' then, 'packed' now" in text
-        assert "up to rounding, not to the bit" in text
+        assert "up to rounding, but not bit for bit" in text
         history = json.loads((run.path / "manifest.json").read_text())["resumed_with"]
         assert len(history) == 1
         expected = [r["loss"] for r in metrics(lab.whole.path, "validation")]
@@ -178,7 +178,7 @@ class TestResuming:
         newest = max(int(path.name) for path in (run.path / "checkpoints").iterdir())
         (run.path / "checkpoints" / str(newest) / "progress.json").write_text("{}")
         text = " ".join(lab.finish(folder).log().split())
-        assert f"passing over the checkpoint of step {newest}: progress.json has 2 bytes" in text
+        assert f"skipping the checkpoint of step {newest}: progress.json has 2 bytes" in text
 
     def test_metrics_that_lag_behind_a_checkpoint_send_it_back(self, lab, folder):
         """As after copying a run directory file by file while it was written."""
@@ -242,7 +242,7 @@ class TestThingsThatGoWrong:
         try:
             message = refused(lab, folder)
             assert "the disk is full" in message
-            assert "make room, then give the same command to go on" in message
+            assert "free some space, then run the same command to resume" in message
             subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
             lab.finish(folder)
         finally:

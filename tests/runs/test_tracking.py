@@ -161,11 +161,11 @@ class TestAStandIn:
         tracker.write({"train/loss": 0.5}, 4)
         tracker.close()
         said = capsys.readouterr().err
-        assert said.count("wandb takes no more numbers: no route to the host") == 1
+        assert said.count("wandb no longer accepts metrics: no route to the host") == 1
         assert SECRET not in said
 
         library.init = lambda **given: broken({}, 0)
-        with pytest.raises(UserError, match=r"config.tracking: wandb cannot be started: no route") as error:
+        with pytest.raises(UserError, match=r"config.tracking: wandb failed to start: no route") as error:
             Tracker(config_of(tmp_path, "wandb"))
         assert SECRET not in str(error.value)
 

@@ -310,7 +310,7 @@ def test_a_source_that_is_replaced_while_it_is_read_is_not_recorded_as_if_it_had
     program = building.pause_at(folder, "rows accepted, not split", *words)
     write_rows(source, 41)
     assert program.go_on() == 2, program.log()
-    assert f"{source}: was changed while it was read" in one_line(program.log())
+    assert f"{source}: changed while it was being read" in one_line(program.log())
     assert differing(files_of(folder), older) == []
 
 

@@ -72,7 +72,7 @@ def test_a_rehearsal_on_simulated_devices(monkeypatch, capfd, tmp_path):
 def test_an_unknown_measurement_is_refused(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(sys, "argv", ["bench", "scaling", "--only", "weak-3"])
-    with pytest.raises(UserError, match=r"--only: 'weak-3' is not known on 2 devices; give of weak-1"):
+    with pytest.raises(UserError, match=r"--only: 'weak-3' is not known on 2 devices; choose from weak-1"):
         bench.main()
 
 

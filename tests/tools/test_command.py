@@ -119,7 +119,7 @@ def test_a_script_is_a_door_to_the_command(repository, door):
             "--config: no file 'huge'; give a Python file, or one of lr_sweep, main",
         ),
         (["train", "--config", "tiny", "--fast"], "unknown option '--fast'"),
-        (["chat", "--base"], "--base: of which model?"),
+        (["chat", "--base"], "--base: no model is named"),
         (["chat", "--run", "nowhere"], "--run nowhere: holds no manifest.json"),
         (["chat", "--adapter", "nowhere"], "--adapter nowhere: holds no adapter_config.json"),
         (["chat", "--base", "--model", "nowhere"], "no directory 'nowhere'"),

@@ -54,7 +54,7 @@ def test_what_is_said_to_be_allowed_is_allowed(repository, name, given):
 
 @pytest.mark.parametrize("field", ["sweep.learning_rates", "selection.learning_rates"])
 def test_rates_that_give_one_run_id_are_refused(repository, field):
-    with pytest.raises(UserError, match=rf"config\.{field}: 0\.001,0\.00100000001 names a value twice"):
+    with pytest.raises(UserError, match=rf"config\.{field}: 0\.001,0\.00100000001 repeats a value"):
         load_config(repository / "configs/tiny.py", {field: "1e-3,0.00100000001"})
     assert load_config(repository / "configs/tiny.py", {field: "1e-3,1.000001e-3"})
 

@@ -573,7 +573,7 @@ def test_a_search_plans_the_first_choice_that_fits(repository, compiled, capsys)
     assert f"{mesh} --config.model.remat=false: fits" in out
     compiled(8 * GIB, missing=1)
     assert run_tool(repository, "--topology", "v5e-8", "--search") == 1
-    assert "nothing that was tried fits" in capsys.readouterr().out
+    assert "none of the choices tried fits" in capsys.readouterr().out
 
 
 def test_all_topologies_are_planned_and_compared(repository, compiled, capsys, monkeypatch):
@@ -725,10 +725,10 @@ class TestHere:
             table.print(describe(replace(job, validation_rows=rows)))
             return table.file.getvalue()
 
-        assert "trained on, too" not in printed(job.validation_rows)
+        assert "also trained on" not in printed(job.validation_rows)
         rows = [*job.validation_rows[2:], *job.train_rows[:2]]
         assert "overlap" in printed(rows)
-        assert "2 of the validation rows have a prompt that is trained on, too" in printed(rows)
+        assert "2 of the validation rows have a prompt that is also trained on" in printed(rows)
 
     def test_the_base_is_split_over_fsdp_and_an_adapter_is_not(self, job):
         parts = estimate_memory(job)
@@ -760,7 +760,7 @@ def test_a_program_that_this_jax_cannot_read_is_one_line():
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nasync-update instruction")
 
     with pytest.raises(
-        UserError, match=r"^the TPU compiler .* is not the one for this JAX; run `pip"
+        UserError, match=r"^the installed TPU compiler does not match this JAX; run `pip"
     ) as caught:
         _text_of(SimpleNamespace(as_text=unreadable))
     assert "\n" not in str(caught.value)
