@@ -23,6 +23,7 @@ from jaxlora.models.spec import ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     base_shardings,
+    decode_mesh,
     make_mesh,
     place_batch,
     place_trained,
@@ -121,12 +122,12 @@ def flat(tree) -> np.ndarray:
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-def check_equals_one_device(spec: ModelSpec, mesh, **options) -> None:
+def check_equals_one_device(spec: ModelSpec, mesh, tolerance: float = 1e-5, **options) -> None:
     layout = "padded" if options.get("layout") == "padded" else "packed"
     losses, lora, _ = train(mesh_of(1, 1, 1), spec, layout=layout)
     other_losses, other_lora, _ = train(mesh, spec, **options)
-    np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
-    assert np.linalg.norm(flat(other_lora) - flat(lora)) / np.linalg.norm(flat(lora)) < 1e-5
+    np.testing.assert_allclose(other_losses, losses, rtol=tolerance)
+    assert np.linalg.norm(flat(other_lora) - flat(lora)) / np.linalg.norm(flat(lora)) < tolerance
     start = flat(host_weights(spec)[1])
     assert np.linalg.norm(flat(lora) - start) / np.linalg.norm(start) > 0.02  # it did learn
 
@@ -178,9 +179,15 @@ def test_whole_rows_on_each_device_give_the_adapter_of_one_and_are_summed_once(s
 )
 def test_whole_rows_on_each_device_train_whatever_is_trained(shape, options):
     remat, full = options.get("remat", False), options.get("full", False)
-    lora = None if full else LoraConfig(options.get("rank", 8), output_head=options.get("output_head", False))
+    lora = (
+        None
+        if full
+        else LoraConfig(rank=options.get("rank", 8), output_head=options.get("output_head", False))
+    )
     spec = ModelSpec(CONFIG, lora, "float32", options.get("scan", True), full=full)
-    check_equals_one_device(spec, mesh_of(*shape), layout="lines", remat=remat)
+    # Of all weights some have a gradient that is rounding alone, and Adam moves those by the whole rate.
+    tolerance = 1e-4 if full else 1e-5
+    check_equals_one_device(spec, mesh_of(*shape), tolerance, layout="lines", remat=remat)
 
 
 def test_whole_rows_on_each_device_have_the_log_probabilities_of_one():
@@ -229,7 +236,7 @@ def test_a_mesh_decodes_the_greedy_tokens_of_one_device(shape):
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 256, n).tolist() for n in (5, 9, 3, 12, 7, 7, 20, 4)]
     answers = []
-    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+    for mesh in (mesh_of(1, 1, 1), decode_mesh(mesh_of(*shape), CONFIG.num_key_value_heads)):
         with jax.set_mesh(mesh):
             weights = place_trained(mesh, spec, lora), placed_base(mesh, spec, frozen)
             answers.append(generate(spec, *weights, prompts, stop_ids=(6,), max_new_tokens=12, slots=4))
