@@ -318,8 +318,7 @@ def _time_validation(config, spec, mesh, compute, rows, lora, frozen) -> float:
     batches = ranges(len(rows), rows_a_time)
     split = token_multiple(mesh), token_lines(mesh)
     layout = choose_layout(rows, batches, rows_a_time, config.train, *split)
-    rows = {"max_segments": layout.rows_a_line, "longest_row": layout.longest_row}
-    compute = replace(compute, remat=False, **rows)
+    compute = replace(compute, remat=False, max_segments=layout.rows_a_line, longest_row=layout.longest_row)
     step = make_eval_step(spec, compute)
     placed = [place_batch(mesh, layout.build([rows[i] for i in batch])) for batch in batches]
     for _ in range(warm_up_runs()):

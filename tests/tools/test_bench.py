@@ -47,6 +47,13 @@ def test_training_counts_real_tokens_and_compilations(bench, tmp_path):
     assert (result["device"], result["peak_tflops"]) == ("cpu", None)
 
 
+def test_training_is_followed_by_a_validation_pass_over_all_rows(bench, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"rows": [[5, 21], [7, 41], [3, 11], [9, 61]]}))
+    result = bench("train", *SMALL, "--rows", str(rows), "--batch-rows", "2", "--buffer-sizes", "1")
+    assert result["validation_tokens_per_second"] > 0
+
+
 def test_a_cold_start_is_timed_with_what_it_waits_for(bench, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps({"rows": [[5, 101], [7, 141], [3, 211], [9, 161]] * 3}))
