@@ -41,7 +41,15 @@ from jaxlora.config import (
     check_base_dtype,
     from_dict,
 )
-from jaxlora.data.packing import Batch, cut_into_buffers, largest_buffer, pack, round_up, rows_of
+from jaxlora.data.packing import (
+    Batch,
+    cut_into_buffers,
+    largest_buffer,
+    pack,
+    power_of_two,
+    round_up,
+    rows_of,
+)
 from jaxlora.data.render import RenderedRow, Tokenizer, chat_text, encode_texts, render_batch
 from jaxlora.estimate import mesh_here
 from jaxlora.generate.decode import Sampling, generate
@@ -533,15 +541,11 @@ class Trainer:
         parts = cut_into_buffers(lengths, most * lines)
         own = [[lengths[i] for i in part] for part in parts]
         whole = max(map(sum, own))  # makes each part exactly one buffer
-        length = round_up(MULTIPLE, token_multiple(self.engine.machine.mesh))
         longest = max(largest_buffer(part, whole, lines) for part in own)
-        while length < longest:
-            length *= 2
+        length = power_of_two(longest, round_up(MULTIPLE, token_multiple(self.engine.machine.mesh)))
         rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
-        longest_row = MULTIPLE
-        while longest_row < max(lengths):
-            longest_row *= 2
-        compute = self.engine.machine.compute(rows_a_line, min(longest_row, length))
+        longest_row = min(power_of_two(max(lengths), MULTIPLE), length)
+        compute = self.engine.machine.compute(rows_a_line, longest_row)
         for part, sizes in zip(parts, own, strict=True):
             batch = pack([rows[i] for i in part], (length,), whole, lines)
             yield batch, compute, partial(_by_row, lengths=sizes, whole=whole, lines=lines)

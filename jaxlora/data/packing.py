@@ -27,6 +27,13 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def power_of_two(n: int, least: int) -> int:
+    """The smallest `least` times a power of two that is at least `n`; this keeps programs few."""
+    while least < n:
+        least *= 2
+    return least
+
+
 def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[int, ...]:
     """At most `n_sizes` buffer lengths, multiples of `multiple`, that minimise the padding of these totals.
 

@@ -12,7 +12,6 @@ seed and the prompt's number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.data.packing import choose_sizes, round_up
+from jaxlora.data.packing import choose_sizes, power_of_two, round_up
 from jaxlora.generate.order import PACKED_ROWS, order_of, packed_line, packed_tokens, take_packed
 from jaxlora.models.attention import decode_attention, segment_attention
 from jaxlora.models.decoder import Decoder, ModelSpec, Tree
@@ -571,11 +570,6 @@ def _joined(made: list[tuple]) -> tuple:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *made)
 
 
-def _doubled(n: int, least: int) -> int:
-    """The smallest of least, 2 least, 4 least, ... that n fits into."""
-    return least << max(0, math.ceil(math.log2(n / least)))
-
-
 def _keys(seed: int, n: int) -> np.ndarray:
     """The raw key of each prompt's random numbers, uint32 `[n, 2]`."""
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
@@ -635,7 +629,7 @@ def generate(
     """
     prompts = [prompt for prompt in prompts for _ in range(repeats)] if repeats > 1 else prompts
     limits = [max_new_tokens] * len(prompts) if limits is None else limits
-    up = round_up if stream is None else _doubled
+    up = round_up if stream is None else power_of_two
     packed = (backend == "cudnn" if packed is None else packed) and repeats == 1
     keys = None if not sampling.draws else _keys(seed, len(prompts)) if keys is None else keys
     rows, at_once = _seats(prompts, limits, stop_ids, slots, keys, repeats, expected, packed)

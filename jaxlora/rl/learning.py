@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.config import RLConfig, TrainConfig
-from jaxlora.data.packing import Batch, in_lines, pad, round_up
+from jaxlora.data.packing import Batch, in_lines, pad, power_of_two, round_up
 from jaxlora.data.render import RenderedRow
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.rl.advantages import advantages, bits, is_constant
 from jaxlora.rl.mesh import is_dense, shares_prompts
 from jaxlora.rl.sampling import Group
-from jaxlora.rl.shared_buffers import power_of_two, shared_buffers
+from jaxlora.rl.shared_buffers import shared_buffers
 from jaxlora.runtime import hosts
 from jaxlora.sharding import place_batch, token_multiple
 from jaxlora.train.objective import Loss, extras_of

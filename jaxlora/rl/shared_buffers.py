@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlora.data.packing import Batch, empty, place, round_up
+from jaxlora.data.packing import Batch, empty, place, power_of_two, round_up
 from jaxlora.data.render import RenderedRow
 
 WIDER = (1.25, 1.5, 2.0)  # lengths of the wider buffer, relative to the buffer
@@ -159,10 +159,3 @@ def _buffer(one: _Bin, length: int, wide_length: int, shape: tuple[int, int]) ->
     places = {"wide": wide, "back": back, "shared": shared, "copies": copies.reshape(-1)}
     places["wide_segment_ids"] = segments
     return batch | {name: values[None, None] for name, values in places.items()}
-
-
-def power_of_two(n: int, least: int) -> int:
-    """The smallest `least` times a power of two that is at least `n`; this keeps programs few."""
-    while least < n:
-        least *= 2
-    return least

@@ -134,7 +134,7 @@ def test_a_growing_conversation_needs_few_programs(engine):
         for n in (10, 40, 70, 100):
             base.sample([[5] * n], max_new_tokens=48, temperature=0, stream=lambda *_: None)
     assert lengths == [32, 64, 128, 128]
-    assert [decode._doubled(n, 32) for n in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
+    assert [decode.power_of_two(n, 32) for n in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
 
 
 def test_a_control_token_ends_a_pipe_and_only_a_turn_of_a_terminal(call, monkeypatch, capsys):
