@@ -153,18 +153,6 @@ def most_segments(buffers: Sequence[Batch]) -> int:
     return 1 if most == 1 else power_of_two(most, 16)
 
 
-def longest_row(buffers: Sequence[Batch]) -> int:
-    """At least the tokens of the longest row, prompt included: a power of two as well, at most a line."""
-    ids = [batch.get("wide_segment_ids", batch["segment_ids"]) for batch in buffers]
-    longest = max(
-        int(np.bincount(line[line > 0]).max())
-        for part in ids
-        for line in part.reshape(-1, part.shape[-1])
-        if line.any()
-    )
-    return min(power_of_two(longest, 256), max(part.shape[-1] for part in ids))
-
-
 # --- Steps --------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +220,8 @@ class Learner:
         """The gradient summed over rows; of each buffer its loss, log-probabilities, and what was in it."""
         buffers = self.buffers(rows)
         segments = self._segments or most_segments(buffers)
-        compute = self.machine.compute(segments, longest_row(buffers))
+        longest_row = power_of_two(max(row.n_tokens for row in rows), 256)
+        compute = self.machine.compute(segments, longest_row)
         step = make_gradient_step(self.spec, compute, self.loss, "weighted")
         grads = jax.tree.map(jnp.zeros_like, state.trained)
         found = []
