@@ -156,10 +156,12 @@ def make_prefill(
 
 @lru_cache(maxsize=8)
 def make_packed_prefill(
-    spec: ModelSpec, stop_ids: tuple[int, ...], backend: str, sampling: Sampling = GREEDY
+    spec: ModelSpec, stop_ids: tuple[int, ...], backend: str, sampling: Sampling = GREEDY, longest: int = 0
 ):
     """`make_prefill` for prompts that lie end to end: `(state, lora, weights, line, lengths, slots, limits,
     keys) -> (state, old)`, with a `line` of `jaxlora.generate.order.packed_line`. One program serves all.
+
+    No prompt is longer than `longest` tokens; 0: than a line.
     """
 
     def prefill(state: DecodeState, lora: Tree, weights: Tree, line: Tree, lengths, slots, limits, keys=None):
@@ -173,7 +175,8 @@ def make_packed_prefill(
             keys, values = (
                 old.at[places].set(new[0], mode="drop") for old, new in zip(cache, (k, v), strict=True)
             )
-            return segment_attention(q, k, v, line["segment_ids"], backend, len(slots)), (keys, values)
+            ids, n_rows = line["segment_ids"], len(slots)
+            return segment_attention(q, k, v, ids, backend, n_rows, longest), (keys, values)
 
         hidden, cache = model(line["tokens"], line["positions"], attend, state.cache)
         final = hidden[0, line["ends"]]
@@ -218,8 +221,8 @@ def make_decode(
     without an active slot change nothing; stopping early would make the host read a condition in each.
     """
 
-    def step(lora: Tree, weights: Tree, window: int, state: DecodeState) -> DecodeState:
-        model = spec.bind(lora, weights)
+    def step(adapter: Tree, weights: Tree, window: int, state: DecodeState) -> DecodeState:
+        model = spec.module(adapter, weights)
         rows = jnp.arange(state.last.shape[0])
         hidden, cache = decode_hidden(model, state, window, backend)
         chosen, logprob = choose(model, hidden, sampling, state.keys, state.n_new)
@@ -242,9 +245,8 @@ def make_decode(
 
     def decode(state: DecodeState, lora: Tree, weights: Tree, window: int) -> DecodeState:
         def own(state, lora, weights):
-            if not spec.shapes:  # those are scaled first; cast here, not in every step
-                lora = jax.tree.map(lambda x: x.astype(spec.dtype), lora)
-            return jax.lax.fori_loop(0, steps, lambda _, state: step(lora, weights, window, state), state)
+            adapter = spec.for_steps(lora)  # here, not in every step
+            return jax.lax.fori_loop(0, steps, lambda _, state: step(adapter, weights, window, state), state)
 
         return by_slot(own, state, lora, weights, whole=(1, 2))
 
@@ -705,8 +707,9 @@ def _filling(
 ) -> tuple[Callable[[], list[Part]], Callable[..., DecodeState]]:
     """What takes prompts for free slots, and what reads them: `(lora, weights, parts, state) -> state`."""
     if packed:
-        program: Callable = make_packed_prefill(spec, stop_ids, backend, sampling)
         n_tokens = up(packed_tokens(rows.lengths), WINDOW_MULTIPLE)
+        longest = min(up(max(rows.lengths), WINDOW_MULTIPLE), n_tokens)
+        program: Callable = make_packed_prefill(spec, stop_ids, backend, sampling, longest)
         fill = partial(rows.fill_packed, at_once, n_tokens)
         inputs: Callable = partial(rows.packed_rows, n_rows=at_once, n_tokens=n_tokens)
     else:

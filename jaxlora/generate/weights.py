@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlora.config import MeshConfig
 from jaxlora.lora import arrays_by_path, get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
-from jaxlora.models.quantised import for_decoding, is_quantised
+from jaxlora.models.quantised import decoding_scheme, for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
 from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
 
@@ -67,7 +67,7 @@ def decode_weights(
 
 def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
     """The form of a model for decoding on this mesh, see `decode_weights`."""
-    scheme = None if spec.scheme is None else replace(spec.scheme, turned=False)
+    scheme = None if spec.scheme is None else decoding_scheme(spec.scheme)
     keep = spec.lora is not None and not (merge and scheme is None and spec.mergeable)
     whole_groups = scheme is None or scheme.kind != "nf4"  # its groups of scales cross the ends of rows
     joined = not keep and mesh.shape["tensor"] == 1 and whole_groups

@@ -72,7 +72,7 @@ def segment_attention(
       segment_ids: int32 `[batch, length]`, 0 for padding; each row's positions are contiguous.
       backend: `xla`, `splash`, `cudnn` or `cudnn_rows`.
       max_segments: most segments in one line, padding not counted (cuDNN needs to know).
-      longest_row: tokens that no segment exceeds (`cudnn_rows` lays rows apart); 0: the length of a line.
+      longest_row: tokens that no segment exceeds (cuDNN needs to know); 0: the length of a line.
 
     Returns:
       `[batch, length, heads, head_dim]` in q's dtype. Values at padding are finite and meaningless.
@@ -81,10 +81,8 @@ def segment_attention(
         return _xla(q, k, v, segment_ids)
     if backend == "splash":
         return splash_attention(q, k, v, segment_ids)
-    if backend == "cudnn":
-        return on_each_device(partial(_cudnn, max_segments=max_segments), q, k, v, segment_ids)
-    if backend == "cudnn_rows":
-        kernel = partial(_rows_apart, max_segments=max_segments, longest=longest_row or q.shape[1])
+    if kernel := {"cudnn": _cudnn, "cudnn_rows": _rows_apart}.get(backend):
+        kernel = partial(kernel, max_segments=max_segments, longest=longest_row or q.shape[1])
         return on_each_device(kernel, q, k, v, segment_ids)
     raise ValueError(f"unknown attention backend {backend!r}")
 
@@ -96,10 +94,11 @@ def _xla(q, k, v, segment_ids):
     return jax.nn.dot_product_attention(q, k, v, mask=(same & causal)[:, None], implementation="xla")
 
 
-def _cudnn(q, k, v, segment_ids, max_segments: int):
+def _cudnn(q, k, v, segment_ids, max_segments: int, longest: int):
     from jaxlora.models import cudnn  # it takes modules of JAX's own: only where it is needed
 
-    return cudnn.packed_attention(q, k, v, *cudnn.row_lengths(segment_ids, max_segments))
+    width = cudnn.row_width(segment_ids.size, longest)
+    return cudnn.packed_attention(width, q, k, v, *cudnn.row_lengths(segment_ids, max_segments, width))
 
 
 def _rows_apart(q, k, v, segment_ids, max_segments: int, longest: int, implementation="cudnn"):

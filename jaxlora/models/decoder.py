@@ -27,8 +27,8 @@ from jaxlora.models.dropout import Noise, dropped
 from jaxlora.models.experts import ExpertMLP
 from jaxlora.models.families import parameter_table, rotary_frequencies
 from jaxlora.models.grouped import rows_of
-from jaxlora.models.quantised import Scheme, abstract, products
-from jaxlora.models.spec import GROUPS, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
+from jaxlora.models.quantised import Scheme, abstract, fused_products, fuses, products
+from jaxlora.models.spec import GROUPS, JOINED, PRODUCT, AdapterShape, How, ModelConfig, Weight, tied_head
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     array_axes,
@@ -115,6 +115,10 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
 
 def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=None) -> list[jax.Array]:
     """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
+    whole = drops is None and len(adapted) == len(weights)
+    if whole and fuses(x, weights, [b.shape[1] for _, b in adapters]):
+        all_a, all_b = ([m.astype(x.dtype) for m in own] for own in zip(*adapters, strict=True))
+        return fused_products(x, weights, jnp.concatenate(all_a), all_b, scale)
     ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
         own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
@@ -507,10 +511,31 @@ class ModelSpec:
         The adapter's layer axis is stacked in either form of the layers.
         """
         lora, weights = self.computing(trained, frozen)
-        lora = self.with_scales(lora)
-        if not self.scan and "layers" in lora:
-            lora = {**lora, "layers": unstacked(lora["layers"], self.config.num_hidden_layers)}
-        return nnx.merge(self._split[0], lora, weights)
+        return self.module(self._by_layer(self.with_scales(lora)), weights)
+
+    def module(self, adapter: Tree, weights: Tree) -> Decoder:
+        """`bind` of an adapter that is in the form for it already."""
+        return nnx.merge(self._split[0], adapter, weights)
+
+    def for_steps(self, lora: Tree) -> Tree:
+        """An adapter in the form that `module` takes, for many steps of decoding: in the dtype of computing,
+        and joined, all A that read one input, as that of its first projection: the others' have no rows."""
+        lora = jax.tree.map(lambda x: x.astype(self.dtype), self.with_scales(lora))
+        for paths in JOINED.values():
+            places = [path.split(".") for path in paths]
+            own = [lora.get("layers", {}).get(parent, {}).get(name) for parent, name in places]
+            first, *others = [module for module in own if module is not None] or [{}]
+            if others:
+                first["lora_a"] = jnp.concatenate([module["lora_a"] for module in (first, *others)], axis=1)
+            for module in others:
+                module["lora_a"] = module["lora_a"][:, :0]
+        return self._by_layer(lora)
+
+    def _by_layer(self, lora: Tree) -> Tree:
+        """The adapter with its layer axis as the layers are: where they are unrolled, arrays of each."""
+        if self.scan or "layers" not in lora:
+            return lora
+        return {**lora, "layers": unstacked(lora["layers"], self.config.num_hidden_layers)}
 
     def with_scales(self, lora: Tree) -> Tree:
         """The adapter with each layer's own scale put into A, over the one that the modules multiply with."""

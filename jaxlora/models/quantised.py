@@ -68,6 +68,7 @@ class Scheme:
     activations: bool = False  # products of two 8-bit factors; else with the weights turned back
     native: bool = True  # the device has such products; else float32 imitates them, with the same numbers
     turned: bool = False  # float8: a second, transposed copy for the backward pass, see `quantise`
+    fused: bool = False  # float8: few rows of decoding go through `jaxlora.models.small_rows`
 
     @property
     def products(self) -> str:
@@ -312,6 +313,44 @@ def _both_rounded_backward(saved, dys):
 _both_rounded.defvjp(_both_rounded_forward, _both_rounded_backward)
 
 
+FUSED_ROWS, FUSED_RANK = 1024, 64  # most rows, where cuBLAS is better for more; most ranks of one input
+
+
+def fuses(x: jax.Array, weights: Sequence[Any], ranks: Sequence[int]) -> bool:
+    """Whether `fused_products` serves these weights, which all have adapters of such ranks.
+
+    Its kernels are of one device, and have no gradient.
+    """
+    if not (isinstance(weights[0], Quantised) and weights[0].scheme.fused and x.dtype == jnp.bfloat16):
+        return False
+    sizes = [x.shape[-1], *(w.values.shape[0] for w in weights)]
+    few = x.size // x.shape[-1] <= FUSED_ROWS and sum(ranks) <= FUSED_RANK
+    return few and not any(size % 128 for size in sizes) and ((mesh := auto_mesh()) is None or mesh.size == 1)
+
+
+def fused_products(
+    x: jax.Array, weights: Sequence[Quantised], a: jax.Array, all_b: Sequence[jax.Array], scale: float
+) -> list[jax.Array]:
+    """W x + (alpha / r) B A x of each weight, bfloat16 `[..., out]`, rounded as one by one.
+
+    Args:
+      x: bfloat16 `[..., in]`.
+      a: bfloat16 `[r, in]`: every A, one below the other.
+      all_b: bfloat16 `[out, r]` each.
+      scale: alpha / r.
+    """
+    from jaxlora.models import small_rows  # not everywhere: it imports a compiler
+
+    flat = x.reshape(-1, x.shape[-1])
+    most = jnp.max(jnp.abs(flat.astype(jnp.float32)), axis=-1, keepdims=True)
+    values, low = small_rows.round_and_lower(flat, most, a)
+    # In the dtype of the activations, as cuBLAS hands them over.
+    ys = [_dot(values, w.values, w.scheme, x.dtype).astype(x.dtype) for w in weights]
+    columns = [w.scales.reshape(1, -1) for w in weights]
+    ys = small_rows.scale_and_add(ys, most, columns, low, all_b, scale)
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
 def _dot(rows, values, scheme: Scheme, dtype):
     """Products over the last axes of both, float32 `[..., out]`.
 
@@ -353,8 +392,14 @@ def dequantised(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: dequantise(x, dtype) if is_quantised(x) else x, tree, is_leaf=is_quantised)
 
 
+def decoding_scheme(scheme: Scheme) -> Scheme:
+    """The scheme of a weight that `for_decoding` gives."""
+    fused = scheme.kind == "float8" and scheme.activations and scheme.native
+    return replace(scheme, turned=False, fused=fused and jax.default_backend() == "gpu")
+
+
 def for_decoding(weight: Any) -> Any:
-    """The weight without what only a backward pass reads."""
+    """The weight without what only a backward pass reads, and with the kernels that have none."""
     if not isinstance(weight, Quantised):
         return weight
-    return replace(weight, turned=None, scheme=replace(weight.scheme, turned=False))
+    return replace(weight, turned=None, scheme=decoding_scheme(weight.scheme))

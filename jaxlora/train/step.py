@@ -68,8 +68,8 @@ class Machine:
 
     def compute(self, max_segments: int = 1, longest_row: int = 0) -> Compute:
         """How steps are computed: at most so many rows in a line of a buffer, of at most so many tokens."""
-        apart = self.backend == "cudnn_rows"  # others need no program for each length
-        return Compute(self.backend, self.remat, max_segments, longest_row if apart else 0, self.lines > 1)
+        asks = self.backend.startswith("cudnn")  # others need no program for each length
+        return Compute(self.backend, self.remat, max_segments, longest_row if asks else 0, self.lines > 1)
 
     @property
     def lines(self) -> int:

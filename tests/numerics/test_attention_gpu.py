@@ -26,19 +26,20 @@ def error(ours, expected) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.parametrize("longest", [0, 320])
 @pytest.mark.parametrize("backend", ["cudnn", "cudnn_rows"])
 @pytest.mark.parametrize("lines", [1, 2, 3])
-def test_packed_rows_forward_and_backward(lines, backend):
+def test_packed_rows_forward_and_backward(lines, backend, longest):
     length, segments = 640, 4
     q, k, v, g = draw(*((lines, length, heads, 128) for heads in (8, 2, 2, 8)))
-    ends = [sorted(np.random.default_rng(i).integers(40, length - 20, segments)) for i in range(lines)]
+    ends = [np.cumsum(np.random.default_rng(i).integers(20, 155, segments)) for i in range(lines)]
     ids = np.array([[sum(t >= e for e in line) + 1 for t in range(length)] for line in ends])
     ids = jnp.asarray(np.where(ids > segments, 0, ids), jnp.int32)  # what follows the last row is padding
     real = (ids > 0)[..., None, None]
 
     def run(backend, dtype):
         def loss(q, k, v):
-            out = segment_attention(q, k, v, ids, backend, segments)
+            out = segment_attention(q, k, v, ids, backend, segments, longest)
             return jnp.sum(jnp.where(real, out * g.astype(dtype), 0).astype(jnp.float32)), out
 
         arrays = (x.astype(dtype) for x in (q, k, v))

@@ -17,31 +17,50 @@ from jaxlora.models.attention import segment_attention
 LENGTH, ROWS, HEADS, KV_HEADS, DIM = 48, 5, 6, 2, 8
 
 
-def lines_of_rows(seed: int, lines: int) -> np.ndarray:
-    """Lines of 0 to `ROWS` rows, full to the end or with padding; the first has none at all."""
+def lines_of_rows(seed: int, lines: int, longest: int = LENGTH) -> np.ndarray:
+    """Lines of 1 to `ROWS` rows, full to the end or with padding; of several lines the first has no row."""
     rng = np.random.default_rng(seed)
     ids = np.zeros((lines, LENGTH), np.int32)
     for line in ids[1 if lines > 1 else 0 :]:
-        ends = np.sort(rng.choice(np.arange(1, LENGTH + 1), rng.integers(1, ROWS + 1), replace=False))
-        line[:] = np.searchsorted(ends, np.arange(LENGTH), side="right") + 1
-        line[ends[-1] :] = 0
+        end = 0
+        for row in range(1, rng.integers(1, ROWS + 1) + 1):
+            start, end = end, min(end + rng.integers(1, longest + 1), LENGTH)
+            line[start:end] = row
     return ids
 
 
+@pytest.mark.parametrize("width", [12, 24, 48])
 @pytest.mark.parametrize("lines", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_are_told_in_order_and_fill_every_line(seed, lines):
-    ids = lines_of_rows(seed, lines)
-    lengths, starts = map(np.asarray, cudnn.row_lengths(jnp.asarray(ids), ROWS))
-    flat = ids.reshape(-1)
-    edges = [0, *(i for i in range(1, flat.size) if flat[i] != flat[i - 1] or i % LENGTH == 0), flat.size]
-    n = len(edges) - 1
-    assert lengths.shape == (lines * (ROWS + 1),)
-    assert starts.shape == (lines * (ROWS + 1) + 1,)
-    assert lengths[:n].tolist() == np.diff(edges).tolist()
-    assert starts[: n + 1].tolist() == edges
+def test_rows_are_told_in_order_and_fill_every_line(seed, lines, width):
+    ids = lines_of_rows(seed, lines, width)
+    lengths, starts = map(np.asarray, cudnn.row_lengths(jnp.asarray(ids), ROWS, width))
+    expected = []
+    for line in ids:
+        padding, *rows = np.bincount(line, minlength=2)
+        pieces = [min(width, padding - done) for done in range(0, padding, width)]
+        expected += [n for n in [*rows, *pieces] if n]
+    n = len(expected)
+    assert lengths.shape == (lines * (ROWS + LENGTH // width),)
+    assert lengths[:n].tolist() == expected
     assert not lengths[n:].any()
-    assert (starts[n:] == flat.size).all()
+    assert starts.tolist() == [0, *np.cumsum(lengths)]
+    assert starts[-1] == ids.size
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "width"),
+    [
+        (2816, 1152, 1408),
+        (2816, 640, 704),
+        (2816, 1409, 2816),
+        (12032, 1280, 1504),
+        (4096, 600, 1024),
+        (301, 50, 301),
+    ],
+)
+def test_a_row_is_as_wide_as_the_longest_needs(tokens, longest, width):
+    assert cudnn.row_width(tokens, longest) == width
 
 
 class Kernel:
@@ -51,9 +70,10 @@ class Kernel:
         self.backward = backward
 
     def bind(self, q, k, v, bias, q_lengths, k_lengths, q_places, k_places, *rest, **options):
-        lines = q.shape[0]
-        assert q_lengths.shape == (lines, ROWS + 1)
-        assert q_places.shape == (lines, ROWS + 2)
+        lines, width = q.shape[:2]
+        assert q_lengths.shape[0] == q_places.shape[0] == lines
+        assert q_places.shape[1] == q_lengths.shape[1] + 1
+        assert q_lengths.max() <= width
         rows = zip(q_lengths.ravel(), q_places.ravel(), k_places.ravel(), strict=False)
         rows = [tuple(int(x) for x in row) for row in rows]
 
@@ -80,14 +100,15 @@ class Kernel:
         return list(jax.vjp(attend, q, k, v)[1](g))
 
 
+@pytest.mark.parametrize("longest", [0, 14, 24])
 @pytest.mark.parametrize("lines", [1, 3])
-def test_rows_are_read_where_they_lie_and_gradients_go_back_there(monkeypatch, lines):
+def test_rows_are_read_where_they_lie_and_gradients_go_back_there(monkeypatch, lines, longest):
     library = cudnn.cudnn
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(library, "check_is_flash_attention", lambda *_, **__: None)
     monkeypatch.setattr(library, "_dot_product_attention_fwd_p", Kernel(backward=False))
     monkeypatch.setattr(library, "_dot_product_attention_bwd_p", Kernel(backward=True))
-    ids = lines_of_rows(7, lines)
+    ids = lines_of_rows(7, lines, longest or LENGTH)
     rng = np.random.default_rng(1)
     q, k, v, g = (
         jnp.asarray(rng.normal(size=(lines, LENGTH, heads, DIM)), jnp.float32)
@@ -97,12 +118,12 @@ def test_rows_are_read_where_they_lie_and_gradients_go_back_there(monkeypatch, l
 
     def run(backend):
         def attend(q, k, v):
-            return jnp.sum(segment_attention(q, k, v, jnp.asarray(ids), backend, ROWS) * g)
+            return jnp.sum(segment_attention(q, k, v, jnp.asarray(ids), backend, ROWS, longest) * g)
 
         return jax.value_and_grad(attend, (0, 1, 2))(q, k, v)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run("cudnn"), run("xla"))
-    inference = segment_attention(q, k, v, jnp.asarray(ids), "cudnn", ROWS)
+    inference = segment_attention(q, k, v, jnp.asarray(ids), "cudnn", ROWS, longest)
     expected = segment_attention(q, k, v, jnp.asarray(ids), "xla")
     np.testing.assert_allclose(inference[ids > 0], expected[ids > 0], atol=2e-5)
 
@@ -115,11 +136,11 @@ def test_the_library_has_the_primitives_and_calls_the_kernels_for_packed_rows(mo
     shapes = [jax.ShapeDtypeStruct((2, 256, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
 
     def total(q, k, v, ids):
-        return jnp.sum(segment_attention(q, k, v, ids, "cudnn", 3).astype(jnp.float32))
+        return jnp.sum(segment_attention(q, k, v, ids, "cudnn", 3, 128).astype(jnp.float32))
 
     step = jax.jit(jax.grad(total, (0, 1, 2)))
     text = step.trace(*shapes, jax.ShapeDtypeStruct((2, 256), jnp.int32)).lower(lowering_platforms=("cuda",))
     calls = [line for line in text.as_text().splitlines() if "__cudnn$fmha" in line]
     assert len(calls) == 2
     assert "fmhaSoftmaxBackward" in calls[1]
-    assert all(r"max_seg_per_batch\22: 4" in call and "PADDING_CAUSAL" in call for call in calls)
+    assert all(r"max_seg_per_batch\22: 3" in call and "PADDING_CAUSAL" in call for call in calls)
