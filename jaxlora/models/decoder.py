@@ -11,7 +11,7 @@ everything is a plain pytree:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -101,6 +101,31 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
     Their adapters read the input together: one product with all A, and one for its gradient. With `noise`
     each reads what its own dropout leaves of the input.
     """
+    if (ys := _fused(x, linears, noise)) is None:
+        ys = _unfused(x, linears, noise)
+    return [y if one.bias is None else y + one.bias[...] for one, y in zip(linears, ys, strict=True)]
+
+
+def gated_product(x: jax.Array, gate: Linear, up: Linear, noise: Noise | None = None) -> jax.Array:
+    """silu(gate(x)) * up(x)."""
+    if gate.bias is up.bias is None and (ys := _fused(x, (gate, up), noise, gated=True)) is not None:
+        return ys[0]
+    gated, ungated = joint_products(x, gate, up, noise=noise)
+    return jax.nn.silu(gated) * ungated
+
+
+def _fused(x, linears: Sequence[Linear], noise: Noise | None, gated: bool = False) -> list[jax.Array] | None:
+    """`fused_products` of these projections, where it serves them."""
+    if noise is not None or any(one.lora_a is None for one in linears):
+        return None
+    weights, all_b = [one.weight.get_value() for one in linears], [one.lora_b[...] for one in linears]
+    if not fuses(x, weights, [b.shape[1] for b in all_b]):
+        return None
+    a = jnp.concatenate([one.lora_a[...].astype(x.dtype) for one in linears])
+    return fused_products(x, weights, a, [b.astype(x.dtype) for b in all_b], linears[0].scale, gated)
+
+
+def _unfused(x, linears: Sequence[Linear], noise: Noise | None) -> list[jax.Array]:
     weights = [one.weight.get_value() for one in linears]
     adapted = [i for i, one in enumerate(linears) if one.lora_a is not None]
     adapters = [(linears[i].lora_a[...], linears[i].lora_b[...]) for i in adapted]
@@ -109,16 +134,11 @@ def joint_products(x: jax.Array, *linears: Linear, noise: Noise | None = None) -
     function = partial(_products, tuple(one.axes for one in linears), adapted, linears[0].scale, drops, rate)
     words = () if noise is None else (noise.words,)
     ys = gather_again(function, in_loop=linears[0].stacked)(x, weights, adapters, *words)
-    ys = [checkpoint_name(y, PRODUCT) for y in ys]
-    return [y if one.bias is None else y + one.bias[...] for one, y in zip(linears, ys, strict=True)]
+    return [checkpoint_name(y, PRODUCT) for y in ys]
 
 
 def _products(axes, adapted, scale, drops, rate, x, weights, adapters, words=None) -> list[jax.Array]:
     """W x of each projection, plus (alpha / r) B A x of those whose numbers are in `adapted`."""
-    whole = drops is None and len(adapted) == len(weights)
-    if whole and fuses(x, weights, [b.shape[1] for _, b in adapters]):
-        all_a, all_b = ([m.astype(x.dtype) for m in own] for own in zip(*adapters, strict=True))
-        return fused_products(x, weights, jnp.concatenate(all_a), all_b, scale)
     ys = products(x, [_gathered(w, own) for w, own in zip(weights, axes, strict=True)])
     if adapted:
         own = [axes[i] for i in adapted], scale, x, *zip(*adapters, strict=True)
@@ -201,9 +221,8 @@ class MLP(nnx.Module):
     def __call__(self, x, noise, real=None):
         if self.joined:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = joint_products(x, self.gate_proj, self.up_proj, noise=noise)
-        return self.down_proj(jax.nn.silu(gate) * up, noise)
+            return self.down_proj(jax.nn.silu(gate) * up, noise)
+        return self.down_proj(gated_product(x, self.gate_proj, self.up_proj, noise), noise)
 
 
 class DecoderLayer(nnx.Module):

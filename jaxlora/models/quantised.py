@@ -329,7 +329,12 @@ def fuses(x: jax.Array, weights: Sequence[Any], ranks: Sequence[int]) -> bool:
 
 
 def fused_products(
-    x: jax.Array, weights: Sequence[Quantised], a: jax.Array, all_b: Sequence[jax.Array], scale: float
+    x: jax.Array,
+    weights: Sequence[Quantised],
+    a: jax.Array,
+    all_b: Sequence[jax.Array],
+    scale: float,
+    gated: bool = False,
 ) -> list[jax.Array]:
     """W x + (alpha / r) B A x of each weight, bfloat16 `[..., out]`, rounded as one by one.
 
@@ -338,6 +343,7 @@ def fused_products(
       a: bfloat16 `[r, in]`: every A, one below the other.
       all_b: bfloat16 `[out, r]` each.
       scale: alpha / r.
+      gated: of two weights give silu(first) * second alone.
     """
     from jaxlora.models import small_rows  # not everywhere: it imports a compiler
 
@@ -347,7 +353,7 @@ def fused_products(
     # In the dtype of the activations, as cuBLAS hands them over.
     ys = [_dot(values, w.values, w.scheme, x.dtype).astype(x.dtype) for w in weights]
     columns = [w.scales.reshape(1, -1) for w in weights]
-    ys = small_rows.scale_and_add(ys, most, columns, low, all_b, scale)
+    ys = small_rows.scale_and_add(ys, most, columns, low, all_b, scale, gated)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 

@@ -93,6 +93,7 @@ def scale_and_add(
     low: jax.Array,
     all_b: Sequence[jax.Array],
     scale: float,
+    gated: bool = False,
     interpret: bool = False,
 ) -> list[jax.Array]:
     """Products of rounded rows with their scales, plus those of their adapters, for all of one input.
@@ -105,16 +106,19 @@ def scale_and_add(
       low: what `round_and_lower` gave.
       all_b: bfloat16 `[out, r]` each, in the order of their A.
       scale: alpha / r.
+      gated: there are two, and the only result is silu(first) * second.
 
     Returns:
       `[rows, out]` each, in the dtype of B.
     """
-    n_rows = ys[0].shape[0]
-    block = min(_block(y.shape[1], BLOCK) for y in ys)
-    ends = [sum(y.shape[1] // block for y in ys[:n]) for n in range(len(ys) + 1)]
+    n_rows, widths = ys[0].shape[0], [y.shape[1] for y in ys]
+    block = min(_block(width, BLOCK) for width in widths)
+    # Where the blocks of each projection stand in the grid; a gate's are those of what it gates.
+    firsts = [0 if gated else sum(widths[:n]) // block for n in range(len(ys))]
+    ends = [first + width // block for first, width in zip(firsts, widths, strict=True)]
     ranks = [sum(b.shape[1] for b in all_b[:n]) for n in range(len(ys) + 1)]
     specs, outs = [], []
-    for first, end, b in zip(ends[:-1], ends[1:], all_b, strict=True):
+    for first, end, b in zip(firsts, ends, all_b, strict=True):
         # The blocks of other projections stand at this one's nearest, and leave it alone.
         at = partial(lambda j, first, end: jnp.clip(j - first, 0, end - first - 1), first=first, end=end)
         outs.append(pl.BlockSpec((ROWS, block), lambda j, i, at=at: (i, at(j))))
@@ -124,28 +128,39 @@ def scale_and_add(
         pl.BlockSpec((ROWS, 1), lambda j, i: (i, 0)),
         pl.BlockSpec((ROWS, low.shape[1]), lambda j, i: (i, 0)),
     ]
+    kernel = _gate_kernel if gated else partial(_add_kernel, firsts=firsts, ends=ends)
+    shapes = [jax.ShapeDtypeStruct(y.shape, b.dtype) for y, b in zip(ys, all_b, strict=True)]
     return pl.pallas_call(
-        partial(_add_kernel, n_rows=n_rows, ends=ends, ranks=ranks, scale=scale),
+        partial(kernel, n_rows=n_rows, ranks=ranks, scale=scale),
         grid=(ends[-1], pl.cdiv(n_rows, ROWS)),
         in_specs=rows + specs,
-        out_specs=outs,
-        out_shape=[jax.ShapeDtypeStruct(y.shape, b.dtype) for y, b in zip(ys, all_b, strict=True)],
+        out_specs=outs[:1] if gated else outs,
+        out_shape=shapes[:1] if gated else shapes,
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
         interpret=interpret,
-        name="scale_and_add",
+        name="scale_and_gate" if gated else "scale_and_add",
     )(most, low, *(array for each in zip(ys, columns, all_b, strict=True) for array in each))
 
 
-def _add_kernel(most_ref, low_ref, *refs, n_rows: int, ends: list[int], ranks: list[int], scale: float):
-    j, count = pl.program_id(0), len(ends) - 1
+def _add_kernel(most_ref, low_ref, *refs, n_rows: int, firsts, ends, ranks, scale: float):
+    j, count = pl.program_id(0), len(ends)
     real = _real_rows(pl.program_id(1), n_rows)
     for n, out_ref in enumerate(refs[3 * count :]):
 
-        @pl.when((j >= ends[n]) & (j < ends[n + 1]))
+        @pl.when((j >= firsts[n]) & (j < ends[n]))
         def _(n=n, out_ref=out_ref):
             own = refs[3 * n : 3 * n + 3]
             y = _added(most_ref, low_ref, own, real, padded(ranks[-1]), ranks[n], scale)
             plgpu.store(out_ref, y, mask=real)
+
+
+def _gate_kernel(most_ref, low_ref, *refs, n_rows: int, ranks, scale: float):
+    real = _real_rows(pl.program_id(1), n_rows)
+    gate, up = (
+        _added(most_ref, low_ref, own, real, padded(ranks[-1]), first, scale).astype(jnp.float32)
+        for own, first in zip((refs[:3], refs[3:6]), ranks, strict=False)
+    )
+    plgpu.store(refs[6], (gate * jax.nn.sigmoid(gate) * up).astype(refs[6].dtype), mask=real)
 
 
 def _added(most_ref, low_ref, own, real, wide: int, first: int, scale: float):

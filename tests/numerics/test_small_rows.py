@@ -117,6 +117,20 @@ def test_the_products_of_an_input_are_those_of_its_weights_and_its_adapters(call
         assert np.linalg.norm(y - expected) < 5e-3 * np.linalg.norm(expected)
 
 
+def test_a_gate_gives_what_it_and_what_it_gates_give_apart():
+    x, weights, all_a, all_b = inputs(50, 384, (384, 384), 8)
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
+    _, parts = small_rows.round_and_lower(x, most, jnp.concatenate(all_a), interpret=True)
+    ys = [30 * normal(30 + i, len(x), 384) for i in range(2)]
+    own = ys, most, [w.scales.T for w in weights], parts, all_b, SCALE
+    gate, up = (y.astype(jnp.float32) for y in small_rows.scale_and_add(*own, interpret=True))
+    (found,) = small_rows.scale_and_add(*own, gated=True, interpret=True)
+    expected = gate / (1 + jnp.exp(-gate)) * up
+    assert found.shape == expected.shape
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2.0**-8)
+
+
 # --- Where they are used ------------------------------------------------------------------------------------
 
 
