@@ -118,7 +118,8 @@ def _fused(x, linears: Sequence[Linear], noise: Noise | None, gated: bool = Fals
     """`fused_products` of these projections, where it serves them."""
     if noise is not None or any(one.lora_a is None for one in linears):
         return None
-    weights, all_b = [one.weight.get_value() for one in linears], [one.lora_b[...] for one in linears]
+    weights: list[Any] = [one.weight.get_value() for one in linears]
+    all_b = [one.lora_b[...] for one in linears]
     if not fuses(x, weights, [b.shape[1] for b in all_b]):
         return None
     a = jnp.concatenate([one.lora_a[...].astype(x.dtype) for one in linears])
