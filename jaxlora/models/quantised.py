@@ -68,7 +68,7 @@ class Scheme:
     activations: bool = False  # products of two 8-bit factors; else with the weights turned back
     native: bool = True  # the device has such products; else float32 imitates them, with the same numbers
     turned: bool = False  # float8: a second, transposed copy for the backward pass, see `quantise`
-    fused: bool = False  # float8: few rows of decoding go through `jaxlora.models.small_rows`
+    fused: bool = False  # float8: rows of decoding go through `jaxlora.models.float8_kernels`
 
     @property
     def products(self) -> str:
@@ -313,7 +313,7 @@ def _both_rounded_backward(saved, dys):
 _both_rounded.defvjp(_both_rounded_forward, _both_rounded_backward)
 
 
-FUSED_ROWS, FUSED_RANK = 1024, 64  # most rows, where cuBLAS is better for more; most ranks of one input
+FUSED_RANK = 64  # most ranks of the adapters of one input
 
 
 def fuses(x: jax.Array, weights: Sequence[Any], ranks: Sequence[int]) -> bool:
@@ -324,8 +324,8 @@ def fuses(x: jax.Array, weights: Sequence[Any], ranks: Sequence[int]) -> bool:
     if not (isinstance(weights[0], Quantised) and weights[0].scheme.fused and x.dtype == jnp.bfloat16):
         return False
     sizes = [x.shape[-1], *(w.values.shape[0] for w in weights)]
-    few = x.size // x.shape[-1] <= FUSED_ROWS and sum(ranks) <= FUSED_RANK
-    return few and not any(size % 128 for size in sizes) and ((mesh := auto_mesh()) is None or mesh.size == 1)
+    suits = sum(ranks) <= FUSED_RANK and not any(size % 128 for size in sizes)
+    return suits and ((mesh := auto_mesh()) is None or mesh.size == 1)
 
 
 def fused_products(
@@ -345,15 +345,15 @@ def fused_products(
       scale: alpha / r.
       gated: of two weights give silu(first) * second alone.
     """
-    from jaxlora.models import small_rows  # not everywhere: it imports a compiler
+    from jaxlora.models import float8_kernels  # not everywhere: it imports a compiler
 
     flat = x.reshape(-1, x.shape[-1])
     most = jnp.max(jnp.abs(flat.astype(jnp.float32)), axis=-1, keepdims=True)
-    values, low = small_rows.round_and_lower(flat, most, a)
+    values, low = float8_kernels.round_and_lower(flat, most, a)
     # In the dtype of the activations, as cuBLAS hands them over.
     ys = [_dot(values, w.values, w.scheme, x.dtype).astype(x.dtype) for w in weights]
     columns = [w.scales.reshape(1, -1) for w in weights]
-    ys = small_rows.scale_and_add(ys, most, columns, low, all_b, scale, gated)
+    ys = float8_kernels.scale_and_add(ys, most, columns, low, all_b, scale, gated)
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 

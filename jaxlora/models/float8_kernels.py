@@ -1,13 +1,14 @@
-"""What surrounds the 8-bit products of a decoding step, as kernels for NVIDIA GPUs, in Pallas for Triton.
+"""What surrounds the 8-bit products of decoding, as kernels for NVIDIA GPUs, in Pallas for Triton.
 
     values, low = round_and_lower(x, most, a)       # e4m3 [rows, in], and A x of all adapters of this input
     ys = [product(values, w) for w in weights]      # by cuBLAS, bfloat16 [rows, out] each
     ys = scale_and_add(ys, most, columns, low, all_b, scale)          # W x + (alpha / r) B A x
 
-With the few rows of decoding each of these operations takes a GPU as long to start as to finish; one by one
-they cost as much as the products themselves. A's product is split along `in`, so that few rows keep the
-whole GPU busy, and its parts are added in a fixed order where they are read: a row's numbers depend on
-nothing but the row. They are rounded wherever the plain operations round them.
+With the few rows of a decoding step each of these operations takes a GPU as long to start as to finish; one
+by one they cost as much as the products themselves. With the many rows of prompts they are passes over memory
+that are saved. A's product is split along `in`, so that few rows keep the whole GPU busy, and its parts are
+added in a fixed order where they are read: a row's numbers depend on nothing but the row. They are rounded
+wherever the plain operations round them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from jax.experimental.pallas import triton as plgpu
 
 MOST = 448.0  # the largest number of e4m3
 LEAST = 1e-30  # of a row's largest number: one of zeros
-ROWS, BLOCK = 16, 256  # rows of a block, as few as a tensor core takes; most columns of one
-WARPS = 4  # of a block
+ROWS, WARPS = 16, 4  # of a block: as few rows as a tensor core takes
+MANY, MANY_ROWS, MANY_WARPS = 1024, 64, 8  # from so many rows on, those of prompts, blocks are larger
+BLOCK = 256  # most columns of a block
 DEPTH, PART, PARTS = 256, 1024, 8  # most numbers of a step along `in`; least of a part of it; most parts
 
 
@@ -46,30 +48,31 @@ def round_and_lower(
     n_rows, size = x.shape
     rank, wide = a.shape[0], padded(a.shape[0])
     part = size // _parts(size)
+    tile, warps = (MANY_ROWS, MANY_WARPS) if n_rows > MANY else (ROWS, WARPS)
     return pl.pallas_call(
         partial(_lower_kernel, n_rows=n_rows, rank=rank, depth=_block(part, DEPTH)),
-        grid=(size // part, pl.cdiv(n_rows, ROWS)),
+        grid=(size // part, pl.cdiv(n_rows, tile)),
         in_specs=[
-            pl.BlockSpec((ROWS, part), lambda k, i: (i, k)),
-            pl.BlockSpec((ROWS, 1), lambda k, i: (i, 0)),
+            pl.BlockSpec((tile, part), lambda k, i: (i, k)),
+            pl.BlockSpec((tile, 1), lambda k, i: (i, 0)),
             pl.BlockSpec((wide, part), lambda k, i: (0, k)),
         ],
         out_specs=[
-            pl.BlockSpec((ROWS, part), lambda k, i: (i, k)),
-            pl.BlockSpec((ROWS, wide), lambda k, i: (i, k)),
+            pl.BlockSpec((tile, part), lambda k, i: (i, k)),
+            pl.BlockSpec((tile, wide), lambda k, i: (i, k)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((n_rows, size), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((n_rows, size // part * wide), jnp.float32),
         ],
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=WARPS, num_stages=3),
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=3),
         interpret=interpret,
         name="round_and_lower",
     )(x, most, a)
 
 
 def _lower_kernel(x_ref, most_ref, a_ref, values_ref, low_ref, *, n_rows: int, rank: int, depth: int):
-    real = _real_rows(pl.program_id(1), n_rows)
+    real = _real_rows(pl.program_id(1), x_ref.shape[0], n_rows)
     factor = MOST / jnp.maximum(plgpu.load(most_ref, mask=real, other=1.0), LEAST)
     adapter = jax.lax.broadcasted_iota(jnp.int32, (a_ref.shape[0], 1), 0) < rank
 
@@ -117,26 +120,28 @@ def scale_and_add(
     firsts = [0 if gated else sum(widths[:n]) // block for n in range(len(ys))]
     ends = [first + width // block for first, width in zip(firsts, widths, strict=True)]
     ranks = [sum(b.shape[1] for b in all_b[:n]) for n in range(len(ys) + 1)]
+    # A gate has two products in registers, too many for large blocks.
+    tile, warps = (MANY_ROWS, MANY_WARPS) if n_rows > MANY and not gated else (ROWS, WARPS)
     specs, outs = [], []
     for first, end, b in zip(firsts, ends, all_b, strict=True):
         # The blocks of other projections stand at this one's nearest, and leave it alone.
         at = partial(lambda j, first, end: jnp.clip(j - first, 0, end - first - 1), first=first, end=end)
-        outs.append(pl.BlockSpec((ROWS, block), lambda j, i, at=at: (i, at(j))))
+        outs.append(pl.BlockSpec((tile, block), lambda j, i, at=at: (i, at(j))))
         specs += [outs[-1], pl.BlockSpec((1, block), lambda j, i, at=at: (0, at(j)))]
         specs.append(pl.BlockSpec((block, b.shape[1]), lambda j, i, at=at: (at(j), 0)))
     rows = [
-        pl.BlockSpec((ROWS, 1), lambda j, i: (i, 0)),
-        pl.BlockSpec((ROWS, low.shape[1]), lambda j, i: (i, 0)),
+        pl.BlockSpec((tile, 1), lambda j, i: (i, 0)),
+        pl.BlockSpec((tile, low.shape[1]), lambda j, i: (i, 0)),
     ]
     kernel = _gate_kernel if gated else partial(_add_kernel, firsts=firsts, ends=ends)
     shapes = [jax.ShapeDtypeStruct(y.shape, b.dtype) for y, b in zip(ys, all_b, strict=True)]
     return pl.pallas_call(
         partial(kernel, n_rows=n_rows, ranks=ranks, scale=scale),
-        grid=(ends[-1], pl.cdiv(n_rows, ROWS)),
+        grid=(ends[-1], pl.cdiv(n_rows, tile)),
         in_specs=rows + specs,
         out_specs=outs[:1] if gated else outs,
         out_shape=shapes[:1] if gated else shapes,
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=WARPS, num_stages=2),
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
         name="scale_and_gate" if gated else "scale_and_add",
     )(most, low, *(array for each in zip(ys, columns, all_b, strict=True) for array in each))
@@ -144,7 +149,7 @@ def scale_and_add(
 
 def _add_kernel(most_ref, low_ref, *refs, n_rows: int, firsts, ends, ranks, scale: float):
     j, count = pl.program_id(0), len(ends)
-    real = _real_rows(pl.program_id(1), n_rows)
+    real = _real_rows(pl.program_id(1), most_ref.shape[0], n_rows)
     for n, out_ref in enumerate(refs[3 * count :]):
 
         @pl.when((j >= firsts[n]) & (j < ends[n]))
@@ -155,7 +160,7 @@ def _add_kernel(most_ref, low_ref, *refs, n_rows: int, firsts, ends, ranks, scal
 
 
 def _gate_kernel(most_ref, low_ref, *refs, n_rows: int, ranks, scale: float):
-    real = _real_rows(pl.program_id(1), n_rows)
+    real = _real_rows(pl.program_id(1), most_ref.shape[0], n_rows)
     gate, up = (
         _added(most_ref, low_ref, own, real, padded(ranks[-1]), first, scale).astype(jnp.float32)
         for own, first in zip((refs[:3], refs[3:6]), ranks, strict=False)
@@ -174,7 +179,7 @@ def _added(most_ref, low_ref, own, real, wide: int, first: int, scale: float):
     b = plgpu.load(b_ref.at[out, column], mask=(column >= 0) & (column < b_ref.shape[1]), other=0.0)
     most, columns = plgpu.load(most_ref, mask=real, other=1.0), columns_ref[...]
 
-    low = jnp.sum(parts.reshape(ROWS, -1, wide), axis=1).astype(dtype) * jnp.asarray(scale, dtype)
+    low = jnp.sum(parts.reshape(parts.shape[0], -1, wide), axis=1).astype(dtype) * jnp.asarray(scale, dtype)
     delta = plgpu.dot(low, b, trans_b=True)  # b has zeros for the others' rows of A
     scales = jnp.maximum(most, LEAST) * jnp.float32(1 / MOST)
     y = (y.astype(jnp.float32) * scales * columns).astype(dtype)
@@ -196,6 +201,6 @@ def _block(width: int, most: int) -> int:
     return min(1 << (most.bit_length() - 1), width & -width)
 
 
-def _real_rows(block: Any, n_rows: int) -> jax.Array:
-    """Which rows of this block are there, bool `[ROWS, 1]`."""
-    return block * ROWS + jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0) < n_rows
+def _real_rows(block: Any, tile: int, n_rows: int) -> jax.Array:
+    """Which rows of this block of `tile` are there, bool `[tile, 1]`."""
+    return block * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < n_rows
