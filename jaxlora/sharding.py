@@ -284,7 +284,7 @@ def _whole_over_fsdp(x: jax.Array, axis: int) -> jax.Array:
 
 
 def gather_again(function: Callable, *, in_loop: bool) -> Callable:
-    """Make the backward pass of `function(x, *weights)` re-gather its weights.
+    """Make the backward pass of `function(x, weights, *others)` re-gather its weights.
 
     Otherwise the gathered weights would be kept from the forward pass: the whole base on every chip. Nothing
     else is computed twice, because the backward pass of a product needs only its inputs.
@@ -295,7 +295,25 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
     """
     if fsdp_ways() == 1:
         return function
-    return jax.checkpoint(function, prevent_cse=not in_loop)
+    if in_loop or auto_mesh() is not None:
+        return jax.checkpoint(function, prevent_cse=not in_loop)
+
+    # `jax.checkpoint` would let a gather begin only when the gradient that meets its weight is there. This
+    # one waits for nothing, so that the compiler can place it beside the products before.
+    @jax.custom_vjp
+    def again(x, weights, *others):
+        return function(x, weights, *others)
+
+    def forward(x, weights, *others):
+        return function(x, weights, *others), (x, weights, *others)
+
+    def backward(inputs, gradient):
+        x, weights, *others = inputs
+        weights = jax.lax.optimization_barrier(weights)  # else the compiler would keep the forward pass's
+        return jax.vjp(function, x, weights, *others)[1](gradient)
+
+    again.defvjp(forward, backward)
+    return again
 
 
 def split_tokens(x: jax.Array) -> jax.Array:
