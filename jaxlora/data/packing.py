@@ -61,7 +61,24 @@ def choose_sizes(totals: Sequence[int], n_sizes: int, multiple: int) -> tuple[in
 
 
 def cut_into_buffers(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row indices, in order, cut into buffers of at most `max_tokens`; a longer row gets its own buffer."""
+    """Row indices, in order, cut into as few buffers of at most `max_tokens` as this order allows.
+
+    Of such cuts it is the one whose fullest buffer has the fewest tokens, because the buffers of a step are
+    all as long as that one. A row longer than `max_tokens` gets its own buffer.
+    """
+    fewest = len(_filled(lengths, max_tokens))
+    low, high = -(-sum(lengths) // fewest), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_filled(lengths, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return _filled(lengths, high)
+
+
+def _filled(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Each buffer filled with the next rows for as long as they fit."""
     buffers: list[list[int]] = [[]]
     used = 0
     for i, length in enumerate(lengths):

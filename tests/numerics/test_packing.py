@@ -67,6 +67,23 @@ def test_rows_are_split_in_order_and_never_cut():
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=9), st.integers(10, 60))
+def test_buffers_are_as_few_and_as_even_as_the_order_of_the_rows_allows(lengths, most):
+    cuts = [
+        np.split(np.arange(len(lengths)), places)
+        for n in range(len(lengths))
+        for places in itertools.combinations(range(1, len(lengths)), n)
+    ]
+    fullest = {tuple(map(len, cut)): max(sum(lengths[i] for i in part) for part in cut) for cut in cuts}
+    most = max(most, *lengths, 1)
+    fewest = min(len(cut) for cut, tokens in fullest.items() if tokens <= most)
+    best = min(tokens for cut, tokens in fullest.items() if len(cut) == fewest)
+    found = cut_into_buffers(lengths, most)
+    assert [i for part in found for i in part] == list(range(len(lengths)))
+    assert (len(found), fullest[tuple(map(len, found))]) == (fewest, best)
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=24), st.integers(2, 5), st.integers(90, 200))
 def test_lines_hold_every_row_once_and_are_about_as_full_as_each_other(lengths, lines, most):
     buffers = cut_into_lines(lengths, most, lines)
