@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxlora.models.spec import Experts, How
+from jaxlora.runtime.devices import compute_capability
 
 Adapter = tuple[jax.Array, jax.Array]  # A float32 [experts, r, in], B float32 [experts, out, r]
 Term = tuple[jax.Array, jax.Array]  # rows [rows, in], matrices [experts, out, in]
@@ -50,8 +51,10 @@ def resolve(how: How) -> How:
     """The implementation, with `auto` resolved for this machine."""
     if how != "auto":
         return how
-    by_platform: dict[str, How] = {"tpu": "ragged_dot", "gpu": "triton"}
-    return by_platform.get(jax.default_backend(), "loop")
+    platform = jax.default_backend()
+    if platform == "gpu":
+        return "mosaic" if compute_capability(jax.devices()[0])[0] == 9 else "triton"
+    return "ragged_dot" if platform == "tpu" else "loop"
 
 
 def tile_rows(choices: int, n_experts: int) -> int:

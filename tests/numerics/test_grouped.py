@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, OptimConfig, RunConfig
 from jaxlora.models import grouped_triton
 from jaxlora.models.families import model_config_from_dict
-from jaxlora.models.grouped import expert_products, group_tokens, tile_rows, to_rows, to_tokens
+from jaxlora.models.grouped import expert_products, group_tokens, resolve, tile_rows, to_rows, to_tokens
 from jaxlora.plan import programs
 from jaxlora.runtime.devices import slice_named
 from jaxlora.train.step import make_train_step
@@ -110,6 +111,22 @@ def test_a_frozen_weight_has_no_gradient_and_keeps_nothing_for_one(case):
 @pytest.mark.parametrize(("choices", "tile"), [(8, 16), (384 * 8, 32), (8192 * 8, 128), (10**6, 128)])
 def test_tiles_are_as_large_as_an_experts_mean_share(choices, tile):
     assert tile_rows(choices, 128) == tile
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "chosen"),
+    [
+        ("gpu", "9.0", "mosaic"),
+        ("gpu", "8.0", "triton"),
+        ("gpu", "10.0", "triton"),
+        ("tpu", "", "ragged_dot"),
+    ],
+)
+def test_each_machine_has_its_own_kernels(monkeypatch, platform, capability, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert resolve("auto") == chosen
+    assert resolve("loop") == "loop"
 
 
 def test_the_tpu_program_has_no_array_of_tokens_times_experts_times_anything():
