@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import jaxlora
 from jaxlora import sharding
@@ -21,7 +22,7 @@ from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import published_config
 from jaxlora.models.quantised import Scheme
 from jaxlora.runtime.errors import UserError
-from jaxlora.sharding import make_mesh, place_batch, place_trained
+from jaxlora.sharding import gather_again, make_mesh, place_batch, place_trained
 from jaxlora.train import step as train_step
 from jaxlora.train.job import prepare
 from jaxlora.train.loop import train
@@ -101,6 +102,30 @@ def test_an_8_bit_base_gives_the_same_gradients_in_lines(kind, shape):
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     for ours, expected in zip(*(jax.tree.leaves(grads) for _, grads in found), strict=True):
         assert np.linalg.norm(ours - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_a_gather_of_the_backward_pass_waits_for_no_gradient():
+    """Else it would begin when its product could, and the devices wait for it."""
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+
+    def product(x, weight):
+        return x @ jax.lax.all_gather(weight, "fsdp", axis=0, tiled=True)
+
+    def gradient(x, weight):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(gather_again(product, in_loop=False)(x, weight))))(x)
+
+    specs = PartitionSpec("fsdp"), PartitionSpec("fsdp")
+    x, weight = jnp.ones((6, 4)), jnp.arange(12.0).reshape(4, 3)
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(gradient, in_specs=specs, out_specs=specs[0], check_vma=False)
+        traced = jax.make_jaxpr(mapped)(x, weight)
+        found = jax.jit(mapped)(x, weight)
+    np.testing.assert_allclose(found, jnp.cos(x @ weight) @ weight.T, rtol=1e-5)
+    (inner,) = (one.params["jaxpr"] for one in traced.eqns)
+    held_back = [one for one in inner.eqns if one.primitive.name == "optimization_barrier"]
+    assert [[x.aval.shape for x in one.invars] for one in held_back] == [[(2, 3)]]
+    gathered = [one.invars[0] for one in inner.eqns if one.primitive.name == "all_gather"]
+    assert held_back[0].outvars[0] in gathered
 
 
 def test_gpus_take_copies_of_a_base_that_fits_and_split_one_that_does_not():
