@@ -274,7 +274,8 @@ def _time_training(
         start, first_step_seconds = time.perf_counter(), None
         programs = Ahead(step_fn, lambda *arguments: arguments[2]["tokens"].shape)
         for i, batch in enumerate(shapes.values()):
-            programs.start(state, frozen, place_batch(mesh, batch), jnp.float32(0), alone=i == 0)
+            placed = place_batch(mesh, batch)
+            programs.start(state, frozen, placed, jnp.float32(0), alone=i == 0, cached=i == 0 or not cold)
         if not cold:
             state, first_step_seconds = _run_each(programs, shapes, mesh, state, frozen, rate(1))
 

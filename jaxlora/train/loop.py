@@ -217,7 +217,8 @@ class Run:
 
     def compile_ahead(self) -> None:
         """Start compiling the steps for every upcoming batch shape: the next one first and alone, so that
-        training can begin, and those of validations last."""
+        training can begin, and those of validations last. Of the steps only the next one is cached, as the
+        others are compiled while training goes on."""
         job = self.job
         steps = range(self.step + 1, job.plan.total_steps + 1)
         if not steps:
@@ -226,7 +227,7 @@ class Run:
         shapes = job.train_layout.shapes(job.train_rows, job.plan.rows_of_step, steps)
         for i, shape in enumerate(shapes):
             batch = _abstract_batch(job, like, shape)
-            self.programs.start(self._like, abstract_frozen(job), batch, rate, alone=i == 0)
+            self.programs.start(self._like, abstract_frozen(job), batch, rate, alone=i == 0, cached=i == 0)
         checks = ranges(len(job.validation_rows), job.validation_layout.batch_rows)
         like = job.validation_layout.build(job.validation_rows[:1])
         for shape in job.validation_layout.shapes(

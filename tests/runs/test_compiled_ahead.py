@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlora.cli import load_config
 from jaxlora.config import LoraConfig, TrainConfig
@@ -18,6 +21,11 @@ from jaxlora.train import job as jobs
 from jaxlora.train import loop
 from jaxlora.train.job import prepare
 
+CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
 FIELDS = {
     "data.train_rows": "36",
     "data.validation_rows": "4",
@@ -71,6 +79,31 @@ def test_it_learns_the_same_and_compiles_nothing_on_the_way(repository, tmp_path
     assert (len(set(lengths[:2])), len(set(lengths[:5]))) == (1, 2)
     assert len(set(lengths)) == 3
     assert {shape[-1] for shape in run.programs._made} == set(lengths)
+
+
+def test_of_the_programs_only_some_are_written_to_the_cache(tmp_path):
+    """Writing one stops Python, and with it the training, for a second."""
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    try:
+        for name, value in zip(CACHE, (str(tmp_path), 0.0, -1), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        programs = ahead.Ahead(jax.jit(lambda x: jnp.sin(x) @ x.T), lambda x: x.shape)
+        for rows, cached in ((3, True), (4, False), (5, True), (6, False)):
+            programs.start(jnp.ones((rows, 2)), cached=cached)
+        for rows in (3, 4, 5, 6):
+            x = jnp.full((rows, 2), 0.5)
+            np.testing.assert_allclose(programs(x), jnp.sin(x) @ x.T, rtol=1e-6)
+        written = [
+            one.name
+            for one in tmp_path.iterdir()
+            if one.name.startswith("jit__lambda") and "atime" not in one.name
+        ]
+        assert len(written) == 2
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(
