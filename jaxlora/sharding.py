@@ -299,7 +299,7 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
         return jax.checkpoint(function, prevent_cse=not in_loop)
 
     # `jax.checkpoint` would let a gather begin only when the gradient that meets its weight is there. This
-    # one waits for nothing, so that the compiler can place it beside the products before.
+    # one waits only for the input, so that the compiler can place it beside the products before.
     @jax.custom_vjp
     def again(x, weights, *others):
         return function(x, weights, *others)
@@ -308,8 +308,11 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
         return function(x, weights, *others), (x, weights, *others)
 
     def backward(inputs, gradient):
+        # Barriers, or the compiler would keep what the forward pass gathered and dropped out; and a barrier
+        # of weights alone would let it gather them before a loop over buffers.
         x, weights, *others = inputs
-        weights = jax.lax.optimization_barrier(weights)  # else the compiler would keep the forward pass's
+        weights, x = jax.lax.optimization_barrier((weights, x))
+        others, gradient = jax.lax.optimization_barrier((others, gradient))
         return jax.vjp(function, x, weights, *others)[1](gradient)
 
     again.defvjp(forward, backward)

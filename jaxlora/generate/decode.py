@@ -159,9 +159,8 @@ def make_packed_prefill(
     spec: ModelSpec, stop_ids: tuple[int, ...], backend: str, sampling: Sampling = GREEDY, longest: int = 0
 ):
     """`make_prefill` for prompts that lie end to end: `(state, lora, weights, line, lengths, slots, limits,
-    keys) -> (state, old)`, with a `line` of `jaxlora.generate.order.packed_line`. One program serves all.
-
-    No prompt is longer than `longest` tokens; 0: than a line.
+    keys) -> (state, old)`, with a `line` of `jaxlora.generate.order.packed_line`. One program serves all
+    prompts of at most `longest` tokens; 0: of any length.
     """
 
     def prefill(state: DecodeState, lora: Tree, weights: Tree, line: Tree, lengths, slots, limits, keys=None):
@@ -708,7 +707,10 @@ def _filling(
     """What takes prompts for free slots, and what reads them: `(lora, weights, parts, state) -> state`."""
     if packed:
         n_tokens = up(packed_tokens(rows.lengths), WINDOW_MULTIPLE)
-        longest = min(up(max(rows.lengths), WINDOW_MULTIPLE), n_tokens)
+        asks = backend.startswith(
+            "cudnn"
+        )  # by powers of two, so that prompts of other lengths need no other program
+        longest = min(power_of_two(max(rows.lengths), WINDOW_MULTIPLE), n_tokens) if asks else 0
         program: Callable = make_packed_prefill(spec, stop_ids, backend, sampling, longest)
         fill = partial(rows.fill_packed, at_once, n_tokens)
         inputs: Callable = partial(rows.packed_rows, n_rows=at_once, n_tokens=n_tokens)

@@ -72,7 +72,7 @@ def segment_attention(
       segment_ids: int32 `[batch, length]`, 0 for padding; each row's positions are contiguous.
       backend: `xla`, `splash`, `cudnn` or `cudnn_rows`.
       max_segments: most segments in one line, padding not counted (cuDNN needs to know).
-      longest_row: tokens that no segment exceeds (cuDNN needs to know); 0: the length of a line.
+      longest_row: tokens that no segment exceeds (cuDNN needs to know); 0, or beyond a line: its length.
 
     Returns:
       `[batch, length, heads, head_dim]` in q's dtype. Values at padding are finite and meaningless.
@@ -82,7 +82,8 @@ def segment_attention(
     if backend == "splash":
         return splash_attention(q, k, v, segment_ids)
     if kernel := {"cudnn": _cudnn, "cudnn_rows": _rows_apart}.get(backend):
-        kernel = partial(kernel, max_segments=max_segments, longest=longest_row or q.shape[1])
+        longest = min(longest_row or q.shape[1], q.shape[1])  # of a run: some of its buffers are shorter
+        kernel = partial(kernel, max_segments=max_segments, longest=longest)
         return on_each_device(kernel, q, k, v, segment_ids)
     raise ValueError(f"unknown attention backend {backend!r}")
 

@@ -22,7 +22,10 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 def row_width(tokens: int, longest: int) -> int:
     """The least width of a row that holds the longest one and divides all tokens of a buffer, by eights."""
-    return next(n for n in range(longest, tokens + 1) if tokens % n == 0 and (n % 8 == 0 or n == tokens))
+    widths = (n for n in range(longest, tokens + 1) if tokens % n == 0 and (n % 8 == 0 or n == tokens))
+    if (width := next(widths, None)) is None:
+        raise ValueError(f"a row of {longest} tokens does not fit a buffer of {tokens}")
+    return width
 
 
 def row_lengths(segment_ids, max_segments: int, width: int) -> tuple[jax.Array, jax.Array]:

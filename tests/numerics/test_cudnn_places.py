@@ -100,7 +100,12 @@ class Kernel:
         return list(jax.vjp(attend, q, k, v)[1](g))
 
 
-@pytest.mark.parametrize("longest", [0, 14, 24])
+def test_a_row_that_fits_no_buffer_is_an_error():
+    with pytest.raises(ValueError, match=r"^a row of 3072 tokens does not fit a buffer of 384$"):
+        cudnn.row_width(384, 3072)
+
+
+@pytest.mark.parametrize("longest", [0, 14, 24, 3072])  # that of a run, which has shorter buffers too
 @pytest.mark.parametrize("lines", [1, 3])
 def test_rows_are_read_where_they_lie_and_gradients_go_back_there(monkeypatch, lines, longest):
     library = cudnn.cudnn
@@ -108,7 +113,7 @@ def test_rows_are_read_where_they_lie_and_gradients_go_back_there(monkeypatch, l
     monkeypatch.setattr(library, "check_is_flash_attention", lambda *_, **__: None)
     monkeypatch.setattr(library, "_dot_product_attention_fwd_p", Kernel(backward=False))
     monkeypatch.setattr(library, "_dot_product_attention_bwd_p", Kernel(backward=True))
-    ids = lines_of_rows(7, lines, longest or LENGTH)
+    ids = lines_of_rows(7, lines, min(longest or LENGTH, LENGTH))
     rng = np.random.default_rng(1)
     q, k, v, g = (
         jnp.asarray(rng.normal(size=(lines, LENGTH, heads, DIM)), jnp.float32)

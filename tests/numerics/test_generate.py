@@ -13,6 +13,8 @@ from helpers.adapters import random_model
 from helpers.hf_models import CONFIGURATIONS, make_checkpoint, our_model, torch_greedy
 
 from jaxlora.config import MeshConfig
+from jaxlora.data.packing import round_up
+from jaxlora.generate import decode as decoding
 from jaxlora.generate.decode import generate, init_decode, make_decode
 from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import merge_lora
@@ -34,6 +36,24 @@ def test_32_greedy_tokens_equal_transformers(tmp_path, name):
     ours = generate(spec, {}, frozen, prompts, stop_ids=(), max_new_tokens=32, slots=3)
     for prompt, answer in zip(prompts, ours, strict=True):
         assert answer.tokens == torch_greedy(reference, prompt)
+
+
+def test_prompts_of_other_lengths_seldom_need_another_program(small, monkeypatch):
+    spec, *_ = small
+    asked = set()
+    make = decoding.make_packed_prefill
+
+    def noted(spec, stop_ids, backend, sampling, longest):
+        asked.add((backend, longest))
+        return make(spec, stop_ids, "xla", sampling, longest)
+
+    monkeypatch.setattr(decoding, "make_packed_prefill", noted)
+    for longest in (130, 200, 255, 300):
+        for backend in ("xla", "cudnn"):
+            prompts, limits = [[1] * 60, [2] * longest], [4, 4]
+            rows, at_once = decoding._seats(prompts, limits, (), 2, None, 1, None, True)
+            decoding._filling(spec, (), backend, decoding.GREEDY, rows, at_once, True, (512,), round_up)
+    assert asked == {("xla", 0), ("cudnn", 256), ("cudnn", 384)}  # 384: the line's own length
 
 
 @pytest.fixture(scope="module")

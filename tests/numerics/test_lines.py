@@ -105,27 +105,37 @@ def test_an_8_bit_base_gives_the_same_gradients_in_lines(kind, shape):
 
 
 def test_a_gather_of_the_backward_pass_waits_for_no_gradient():
-    """Else it would begin when its product could, and the devices wait for it."""
+    """Else it would begin when its product could, and the devices wait for it. Adapters are gathered late:
+    they are small, and whoever gathers them once keeps them from the forward pass."""
     mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
 
-    def product(x, weight):
-        return x @ jax.lax.all_gather(weight, "fsdp", axis=0, tiled=True)
+    def whole(matrix):
+        return jax.lax.all_gather(matrix, "fsdp", axis=0, tiled=True)
 
-    def gradient(x, weight):
-        return jax.grad(lambda x: jnp.sum(jnp.sin(gather_again(product, in_loop=False)(x, weight))))(x)
+    def product(x, weight, adapter):
+        return x @ whole(weight) + x @ whole(adapter)
 
-    specs = PartitionSpec("fsdp"), PartitionSpec("fsdp")
+    def gradient(x, weight, adapter):
+        function = gather_again(product, in_loop=False)
+        return jax.grad(lambda x: jnp.sum(jnp.sin(function(x, weight, adapter))))(x)
+
+    split = PartitionSpec("fsdp")
     x, weight = jnp.ones((6, 4)), jnp.arange(12.0).reshape(4, 3)
     with jax.set_mesh(mesh):
-        mapped = jax.shard_map(gradient, in_specs=specs, out_specs=specs[0], check_vma=False)
-        traced = jax.make_jaxpr(mapped)(x, weight)
-        found = jax.jit(mapped)(x, weight)
-    np.testing.assert_allclose(found, jnp.cos(x @ weight) @ weight.T, rtol=1e-5)
+        mapped = jax.shard_map(gradient, in_specs=(split,) * 3, out_specs=split, check_vma=False)
+        traced = jax.make_jaxpr(mapped)(x, weight, weight / 2)
+        found = jax.jit(mapped)(x, weight, weight / 2)
+    np.testing.assert_allclose(found, jnp.cos(1.5 * x @ weight) @ (1.5 * weight).T, rtol=1e-5)
     (inner,) = (one.params["jaxpr"] for one in traced.eqns)
+    given = dict(zip(("x", "weight", "adapter"), inner.invars, strict=True))
     held_back = [one for one in inner.eqns if one.primitive.name == "optimization_barrier"]
-    assert [[x.aval.shape for x in one.invars] for one in held_back] == [[(2, 3)]]
+    (with_weight,) = (one for one in held_back if given["weight"] in one.invars)
+    (with_adapter,) = (one for one in held_back if given["adapter"] in one.invars)
+    assert with_weight.invars == [given["weight"], given["x"]]  # no gradient
+    assert len(with_adapter.invars) == 2
     gathered = [one.invars[0] for one in inner.eqns if one.primitive.name == "all_gather"]
-    assert held_back[0].outvars[0] in gathered
+    again = {with_weight.outvars[0], with_adapter.outvars[0]}
+    assert (gathered[:2], set(gathered[2:])) == ([given["weight"], given["adapter"]], again)
 
 
 def test_gpus_take_copies_of_a_base_that_fits_and_split_one_that_does_not():
