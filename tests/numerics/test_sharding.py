@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlora import sharding
 from jaxlora.config import LoraConfig, MeshConfig, OptimConfig
 from jaxlora.data.packing import pack, pad
 from jaxlora.data.render import RenderedRow
@@ -30,6 +31,7 @@ from jaxlora.sharding import (
     spec_for,
     token_multiple,
     token_shards,
+    trained_shardings,
 )
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_logprob_step, make_train_step
 
@@ -98,11 +100,18 @@ def batches(layout: str = "packed", lines: int = 1):
             yield pack(rows, (LENGTH // lines,), LENGTH, lines)
 
 
+def splits_rows(mesh) -> bool:
+    """`jaxlora.sharding._splits_rows` on GPUs."""
+    return mesh.shape["tensor"] == 1
+
+
 @cache
 def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed"):
     """Losses of 20 steps, the final adapter, and the compiled step."""
     host_frozen, lora = host_weights(spec)
-    with jax.set_mesh(mesh):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        if layout == "lines":
+            patch.setattr(sharding, "_splits_rows", splits_rows)
         frozen = placed_base(mesh, spec, host_frozen)
         state = place_trained(mesh, spec, init_state(lora, OptimConfig()))
         rate = jnp.float32(1e-3)
@@ -190,7 +199,26 @@ def test_whole_rows_on_each_device_train_whatever_is_trained(shape, options):
     check_equals_one_device(spec, mesh_of(*shape), tolerance, layout="lines", remat=remat)
 
 
-def test_whole_rows_on_each_device_have_the_log_probabilities_of_one():
+def test_gpus_split_the_matrices_of_layers_by_rows(monkeypatch):
+    """Then what they gather needs no transposed copy."""
+    spec, mesh = model_spec(scan=False), mesh_of(2, 4, 1)
+    before = base_shardings(mesh, spec)["layers"][0]["mlp"]["gate_proj"]["weight"].spec
+    monkeypatch.setattr(sharding, "_splits_rows", splits_rows)
+    base = base_shardings(mesh, spec)
+    assert (before, base["embed_tokens"]["weight"].spec) == (jax.P(("tensor",), ("fsdp",)),) * 2
+    parts = (base["layers"][0][part].items() for part in ("mlp", "self_attn"))
+    specs = {name: x["weight"].spec for part in parts for name, x in part if name.endswith("_proj")}
+    assert len(specs) == 7
+    assert {jax.P(*own)[0] for own in specs.values()} == {"fsdp"}
+    everything = ModelSpec(CONFIG, None, "float32", False, full=True)
+    trained = trained_shardings(mesh, everything, everything.abstract_base)
+    assert trained["layers"][0]["mlp"]["gate_proj"]["weight"].spec == jax.P(("fsdp",), None)
+    split = base_shardings(mesh_of(2, 2, 2), spec)["layers"][0]["mlp"]["gate_proj"]["weight"].spec
+    assert split == jax.P(("tensor",), ("fsdp",))
+
+
+def test_whole_rows_on_each_device_have_the_log_probabilities_of_one(monkeypatch):
+    monkeypatch.setattr(sharding, "_splits_rows", splits_rows)
     spec = model_spec()
     host_frozen, lora = host_weights(spec)
     found = []
