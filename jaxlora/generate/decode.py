@@ -707,10 +707,9 @@ def _filling(
     """What takes prompts for free slots, and what reads them: `(lora, weights, parts, state) -> state`."""
     if packed:
         n_tokens = up(packed_tokens(rows.lengths), WINDOW_MULTIPLE)
-        asks = backend.startswith(
-            "cudnn"
-        )  # by powers of two, so that prompts of other lengths need no other program
-        longest = min(power_of_two(max(rows.lengths), WINDOW_MULTIPLE), n_tokens) if asks else 0
+        longest = 0
+        if backend.startswith("cudnn"):  # a power of two, so that prompts of other lengths share the program
+            longest = min(power_of_two(max(rows.lengths), WINDOW_MULTIPLE), n_tokens)
         program: Callable = make_packed_prefill(spec, stop_ids, backend, sampling, longest)
         fill = partial(rows.fill_packed, at_once, n_tokens)
         inputs: Callable = partial(rows.packed_rows, n_rows=at_once, n_tokens=n_tokens)
