@@ -22,6 +22,7 @@ from jaxlora.models.quantised import Quantised, Scheme, decoding_scheme, fused_p
 from jaxlora.models.spec import AdapterShape, ModelConfig
 from jaxlora.sharding import base_shardings, make_mesh
 
+SIMULATED = jax.default_backend() != "gpu"  # the kernels themselves run with JAX_PLATFORMS=cuda
 SCALE = 0.7  # no power of two, so that it is rounded
 PLAIN = Scheme("float8", activations=True, native=False)
 FUSED = replace(PLAIN, fused=True)
@@ -43,7 +44,7 @@ def calls(monkeypatch):
 
     def counted(name, function, *arguments):
         counts[name] += 1
-        return function(*arguments, interpret=True)
+        return function(*arguments, interpret=SIMULATED)
 
     for name in ("round_and_lower", "scale_and_add"):
         monkeypatch.setattr(float8_kernels, name, partial(counted, name, getattr(float8_kernels, name)))
@@ -67,7 +68,7 @@ def test_rows_are_rounded_to_the_bit_and_lowered_as_in_plain_operations(case):
     x, _, all_a, _ = inputs(*CASES[case])
     values, scales = jax.jit(partial(quantised.round_rows, "float8"))(x.astype(jnp.float32))
     most = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    found, parts = float8_kernels.round_and_lower(x, most, jnp.concatenate(all_a), interpret=True)
+    found, parts = float8_kernels.round_and_lower(x, most, jnp.concatenate(all_a), interpret=SIMULATED)
     np.testing.assert_array_equal(found.view(jnp.uint8), values.view(jnp.uint8))
     np.testing.assert_array_equal(jnp.maximum(most, float8_kernels.LEAST) * np.float32(1 / 448), scales)
 
@@ -82,10 +83,10 @@ def test_rows_are_rounded_to_the_bit_and_lowered_as_in_plain_operations(case):
 def test_products_are_scaled_and_added_with_the_roundings_of_plain_operations(case):
     x, weights, all_a, all_b = inputs(*CASES[case])
     most = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    _, parts = float8_kernels.round_and_lower(x, most, jnp.concatenate(all_a), interpret=True)
+    _, parts = float8_kernels.round_and_lower(x, most, jnp.concatenate(all_a), interpret=SIMULATED)
     ys = [3e4 * normal(30 + i, len(x), w.values.shape[0]) for i, w in enumerate(weights)]
     columns = [w.scales.T for w in weights]
-    found = float8_kernels.scale_and_add(ys, most, columns, parts, all_b, SCALE, interpret=True)
+    found = float8_kernels.scale_and_add(ys, most, columns, parts, all_b, SCALE, interpret=SIMULATED)
 
     scales = jnp.maximum(most, 1e-30) * jnp.float32(1 / 448)
     sums = parts.reshape(len(x), -1, float8_kernels.padded(sum(map(len, all_a)))).sum(1)
@@ -122,11 +123,11 @@ def test_the_products_of_an_input_are_those_of_its_weights_and_its_adapters(call
 def test_a_gate_gives_what_it_and_what_it_gates_give_apart(n_rows):
     x, weights, all_a, all_b = inputs(n_rows, 384, (384, 384), 8)
     most = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.float32)
-    _, parts = float8_kernels.round_and_lower(x, most, jnp.concatenate(all_a), interpret=True)
+    _, parts = float8_kernels.round_and_lower(x, most, jnp.concatenate(all_a), interpret=SIMULATED)
     ys = [30 * normal(30 + i, len(x), 384) for i in range(2)]
     own = ys, most, [w.scales.T for w in weights], parts, all_b, SCALE
-    gate, up = (y.astype(jnp.float32) for y in float8_kernels.scale_and_add(*own, interpret=True))
-    (found,) = float8_kernels.scale_and_add(*own, gated=True, interpret=True)
+    gate, up = (y.astype(jnp.float32) for y in float8_kernels.scale_and_add(*own, interpret=SIMULATED))
+    (found,) = float8_kernels.scale_and_add(*own, gated=True, interpret=SIMULATED)
     expected = gate / (1 + jnp.exp(-gate)) * up
     assert found.shape == expected.shape
     assert found.dtype == jnp.bfloat16
