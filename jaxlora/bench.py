@@ -296,9 +296,8 @@ def _time_training(
                 advance(1)
     events = compiled.events + compiled_again.events
     compilations = len(events) if cold else len(shapes) + len(compiled_again.events)
-    first_step_seconds = first_step_seconds or seconds[0]
-    timing = Timing(real_tokens, buffer_tokens, seconds, first_step_seconds, compilations, sum(events))
-    return state.trained, timing
+    first = first_step_seconds or seconds[0]
+    return state.trained, Timing(real_tokens, buffer_tokens, seconds, first, compilations, sum(events))
 
 
 def _run_each(programs, shapes, mesh, state, frozen, rate) -> tuple[TrainState, float]:
