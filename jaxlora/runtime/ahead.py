@@ -15,11 +15,10 @@ import os
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-from jax._src.config import persistent_cache_min_compile_time_secs as _cached_from_seconds  # in one thread
 
 COMPILES_AHEAD = ("gpu",)  # platforms where compiling is slow and the host has cores to spare
 MOST = 32  # programs compiled ahead; those for further shapes are compiled when needed
@@ -69,7 +68,7 @@ class Ahead:
         with nullcontext() if mesh is None else jax.set_mesh(mesh):  # a thread has its own context
             with self._tracing:
                 lowered = self._function.lower(*arguments)
-            with nullcontext() if cached else _cached_from_seconds(math.inf):  # nothing compiles so long
+            with nullcontext() if cached else _uncached():
                 return lowered.compile()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -89,6 +88,15 @@ class Ahead:
             made.cancel()
         if Ahead._alone in self._made.values():
             Ahead._alone = None  # otherwise its program would stay in memory
+
+
+def _uncached() -> AbstractContextManager:
+    """Nothing that this thread compiles inside is written to the compilation cache."""
+    try:  # JAX has no public setting for one thread
+        from jax._src.config import persistent_cache_min_compile_time_secs as cached_from_seconds
+    except ImportError:
+        return nullcontext()
+    return cached_from_seconds(math.inf)
 
 
 def _abstract(tree: Any) -> Any:
