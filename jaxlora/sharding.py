@@ -316,13 +316,6 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
 
     # `jax.checkpoint` would let a gather begin only when the gradient that meets its weight is there. This
     # one waits only for the input, so that the compiler can place it beside the products before.
-    @jax.custom_vjp
-    def again(x, weights, *others):
-        return function(x, weights, *others)
-
-    def forward(x, weights, *others):
-        return function(x, weights, *others), (x, weights, *others)
-
     def backward(inputs, gradient):
         # Barriers, or the compiler would keep what the forward pass gathered and dropped out; and a barrier
         # of weights alone would let it gather them before a loop over buffers.
@@ -331,7 +324,8 @@ def gather_again(function: Callable, *, in_loop: bool) -> Callable:
         others, gradient = jax.lax.optimization_barrier((others, gradient))
         return jax.vjp(function, x, weights, *others)[1](gradient)
 
-    again.defvjp(forward, backward)
+    again = jax.custom_vjp(function)
+    again.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
     return again
 
 

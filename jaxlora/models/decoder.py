@@ -445,10 +445,6 @@ class ModelSpec:
             return 1.0
         return self.lora.alpha / self.expert_rank if self.lora and self.expert_rank else 0.0
 
-    @property
-    def _split(self) -> tuple[Any, Tree, Tree]:
-        return _split(self)
-
     def _quantised(self, base: Tree) -> Tree:
         """Shapes of the base with quantised ones in place of those that are quantised."""
         if self.scheme is not None and self.config.experts:
@@ -464,7 +460,7 @@ class ModelSpec:
     @property
     def abstract_base(self) -> Tree:
         """Shapes and dtypes of the base's weights, as `jax.ShapeDtypeStruct`."""
-        return self._split[2]
+        return _split(self)[1]
 
     @property
     def table(self) -> list[Weight]:
@@ -531,7 +527,7 @@ class ModelSpec:
 
     def module(self, adapter: Tree, weights: Tree) -> Decoder:
         """`bind` of an adapter that is in the form for it already."""
-        return nnx.merge(self._split[0], adapter, weights)
+        return nnx.merge(_split(self)[0], adapter, weights)
 
     def for_steps(self, lora: Tree) -> Tree:
         """An adapter in the form that `module` takes, for many steps of decoding: in the dtype of computing,
@@ -574,13 +570,13 @@ class ModelSpec:
 
 
 @cache
-def _split(spec: ModelSpec) -> tuple[Any, Tree, Tree]:
-    """The model's graph, and the shapes of its adapter and its base; cached: 36 layers take half a second."""
+def _split(spec: ModelSpec) -> tuple[Any, Tree]:
+    """The model's graph, and the shapes of its base; cached, because 36 layers take half a second."""
     assert spec.lora is None or not spec.full
     assert spec.scheme is None or not spec.full
     module = nnx.eval_shape(lambda: Decoder(spec))
-    definition, lora, rest = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
-    return definition, nnx.to_pure_dict(lora), spec._quantised(nnx.to_pure_dict(rest))
+    definition, _, base = nnx.split(module, nnx.LoRAParam, ...)  # type: ignore[misc]
+    return definition, spec._quantised(nnx.to_pure_dict(base))
 
 
 def unstacked(layers: Tree, depth: int) -> dict[int, Tree]:
