@@ -48,12 +48,12 @@ def test_prompts_of_other_lengths_seldom_need_another_program(small, monkeypatch
         return make(spec, stop_ids, "xla", sampling, longest)
 
     monkeypatch.setattr(decoding, "make_packed_prefill", noted)
-    for longest in (130, 200, 255, 300):
+    for longest in (130, 300, 400, 500):
         for backend in ("xla", "cudnn"):
-            prompts, limits = [[1] * 60, [2] * longest], [4, 4]
+            prompts, limits = [[1] * 60] * 40 + [[2] * longest], [4] * 41
             rows, at_once = decoding._seats(prompts, limits, (), 2, None, 1, None, True)
             decoding._filling(spec, (), backend, decoding.GREEDY, rows, at_once, True, (512,), round_up)
-    assert asked == {("xla", 0), ("cudnn", 256), ("cudnn", 384)}  # 384: the line's own length
+    assert asked == {("xla", 0), ("cudnn", 256), ("cudnn", 512)}
 
 
 @pytest.fixture(scope="module")
