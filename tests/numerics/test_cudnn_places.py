@@ -74,23 +74,21 @@ class Kernel:
         assert q_lengths.shape[0] == q_places.shape[0] == lines
         assert q_places.shape[1] == q_lengths.shape[1] + 1
         assert q_lengths.max() <= width
-        rows = zip(q_lengths.ravel(), q_places.ravel(), k_places.ravel(), strict=False)
-        rows = [tuple(int(x) for x in row) for row in rows]
+        rows = [x.ravel()[: q_lengths.size] for x in (q_lengths, q_places, k_places)]
 
         def attend(q, k, v):
-            out = jnp.zeros(q.size)
-            for n, at, key_at in rows:
-                if n:
-                    own = q.reshape(-1)[at : at + n * HEADS * DIM].reshape(1, n, HEADS, DIM)
-                    size = n * KV_HEADS * DIM
-                    keys, values = (
-                        x.reshape(-1)[key_at : key_at + size].reshape(1, n, KV_HEADS, DIM) for x in (k, v)
-                    )
-                    y = jax.nn.dot_product_attention(
-                        own, keys, values, scale=options["scale"], is_causal=True
-                    )
-                    out = out.at[at : at + y.size].set(y.reshape(-1))
-            return out.reshape(q.shape)
+            def read(x, start, heads):  # what lies behind the row's end is read too, and is dropped below
+                places = start + jnp.arange(width * heads * DIM)
+                return x.reshape(-1).at[places].get(mode="fill", fill_value=0).reshape(width, heads, DIM)
+
+            def row(n, start, key_start):
+                own = read(q, start, HEADS), read(k, key_start, KV_HEADS), read(v, key_start, KV_HEADS)
+                y = jax.nn.dot_product_attention(*own, scale=options["scale"], is_causal=True)
+                index = jnp.arange(y.size)
+                return y.ravel(), jnp.where(index < n * HEADS * DIM, start + index, q.size)
+
+            y, places = jax.vmap(row)(*rows)
+            return jnp.zeros(q.size).at[places].set(y, mode="drop").reshape(q.shape)
 
         if not self.backward:
             return [attend(q, k, v), jnp.zeros(0)][: 1 + options["is_training"]]
