@@ -48,7 +48,7 @@ def setup(results_dir: str, dtype: str) -> None:
     """
     # By default JAX leaves a quarter of a GPU's memory unused, but decoding can use all of it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    os.environ.setdefault("NCCL_CTA_POLICY", "2")  # gathers by the copy engines, see `step_options`
+    os.environ.setdefault("NCCL_CTA_POLICY", "2")  # see `gathers_mapped_memory`
     hosts.start()
     console.quiet = not hosts.is_first()
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(results_dir)))
@@ -318,21 +318,28 @@ def decode_options() -> dict[str, Any] | None:
     return None if options is None else options | {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
-def step_options() -> dict[str, Any] | None:
+def step_options(by_line: bool = False) -> dict[str, Any] | None:
     """Compiler options for training and validation steps: the decoder's, and two more on GPUs.
 
     - The loop over chunks of the output head stays inside the step's CUDA graph. Outside, the host decides
       when the loop stops, and the GPU waits for the host to launch the whole backward pass: 6% of a step.
-    - The GPUs of a process gather weights in memory that all of them have mapped. With NCCL_CTA_POLICY=2
-      (`setup`) the copy engines can then do it, beside a product that holds all multiprocessors: 6% with
-      fsdp=2.
+    - Gathers of steps that run `by_line` are of mapped memory, see `gathers_mapped_memory`.
     """
     options = decoder_options()
     if options is None:
         return None
     options["xla_gpu_enable_command_buffer"] = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE"
-    options["xla_gpu_experimental_enable_nccl_symmetric_buffers"] = jax.process_count() == 1
+    options["xla_gpu_experimental_enable_nccl_symmetric_buffers"] = by_line and gathers_mapped_memory()
     return options
+
+
+def gathers_mapped_memory() -> bool:
+    """Whether steps gather weights in memory that all GPUs have mapped: those of one process do.
+
+    With NCCL_CTA_POLICY=2 (`setup`) their copy engines can then gather. A kernel has to wait for a product
+    that holds all multiprocessors: 6% of a step with fsdp=2.
+    """
+    return jax.default_backend() == "gpu" and jax.process_count() == 1
 
 
 def scan_layers(layers: str, platform: str) -> bool:

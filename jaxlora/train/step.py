@@ -30,6 +30,7 @@ from jaxlora.sharding import (
     by_line,
     constrain,
     constrain_trained,
+    gathers_by_line,
     make_mesh,
     runs_by_line,
     summed_over_lines,
@@ -224,6 +225,10 @@ def update(optim: OptimConfig, state: TrainState, grads: Tree, rate: jax.Array) 
     return TrainState(optax.apply_updates(state.trained, updates), opt_state), norms
 
 
+def _options(spec: ModelSpec, compute: Compute) -> dict[str, Any] | None:
+    return step_options(compute.by_line and gathers_by_line(spec))
+
+
 def make_train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str = "cross_entropy"):
     """The jitted step `(state, frozen, batch, learning_rate) -> (state, metrics)`; `state` is donated.
 
@@ -242,7 +247,7 @@ def _train_step(spec: ModelSpec, optim: OptimConfig, compute: Compute, loss: str
         metrics = {"nll": value, "weight": jnp.sum(batch["weights"])} | norms
         return constrain_trained(spec, state), on_every_chip(metrics)
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=step_options())
+    return jax.jit(train_step, donate_argnums=0, compiler_options=_options(spec, compute))
 
 
 @lru_cache(maxsize=8)
@@ -258,7 +263,7 @@ def make_gradient_step(
         grads = constrain_trained(spec, jax.tree.map(jnp.add, grads, new))
         return grads, *on_every_chip((value, found))
 
-    return jax.jit(gradient_step, donate_argnums=1, compiler_options=step_options())
+    return jax.jit(gradient_step, donate_argnums=1, compiler_options=_options(spec, compute))
 
 
 def make_update_step(spec: ModelSpec, optim: OptimConfig):
@@ -293,7 +298,7 @@ def make_eval_step(spec: ModelSpec, compute: Compute):
             value = summed(trained, frozen, batch)
         return on_every_chip((value, jnp.sum(batch["weights"])))
 
-    return jax.jit(eval_step, compiler_options=step_options())
+    return jax.jit(eval_step, compiler_options=_options(spec, compute))
 
 
 @lru_cache(maxsize=8)
@@ -318,7 +323,7 @@ def make_logprob_step(
             return on_every_chip(by_line(of_lines, spec, *arguments, ("lines",))[0])
         return on_every_chip(of_lines(*arguments)[0])
 
-    return jax.jit(logprob_step, compiler_options=step_options())
+    return jax.jit(logprob_step, compiler_options=_options(spec, compute))
 
 
 @lru_cache(maxsize=8)

@@ -105,13 +105,18 @@ def splits_rows(mesh) -> bool:
     return mesh.shape["tensor"] == 1
 
 
+def as_on_gpus(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sharding, "_splits_rows", splits_rows)
+    patch.setattr(sharding, "gathers_mapped_memory", lambda: True)
+
+
 @cache
 def train(mesh, spec: ModelSpec, *, remat: bool = False, layout: str = "packed"):
     """Losses of 20 steps, the final adapter, and the compiled step."""
     host_frozen, lora = host_weights(spec)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         if layout == "lines":
-            patch.setattr(sharding, "_splits_rows", splits_rows)
+            as_on_gpus(patch)
         frozen = placed_base(mesh, spec, host_frozen)
         state = place_trained(mesh, spec, init_state(lora, OptimConfig()))
         rate = jnp.float32(1e-3)
@@ -217,8 +222,20 @@ def test_gpus_split_the_matrices_of_layers_by_rows(monkeypatch):
     assert split == jax.P(("tensor",), ("fsdp",))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_what_mapped_memory_gathers_is_a_copy_that_no_compiler_leaves_out(dtype):
+    x = jnp.array([[3.5, -2.0, jnp.nan], [0.0, 1e30, -7.25]], dtype)
+    copy = jax.jit(sharding._in_its_own_memory)
+    for first in (3.5, -3e9, jnp.nan, jnp.inf, -1.0):
+        one = x.at[0, 0].set(first)
+        np.testing.assert_array_equal(*(np.asarray(found, np.float32) for found in (copy(one), one)))
+    gradient = jax.grad(lambda x: jnp.sum(copy(x).astype(jnp.float32) * jnp.arange(6.0).reshape(2, 3)))(x)
+    np.testing.assert_array_equal(gradient, jnp.arange(6.0).reshape(2, 3))
+    assert "select(" in copy.lower(x).compile().as_text()
+
+
 def test_whole_rows_on_each_device_have_the_log_probabilities_of_one(monkeypatch):
-    monkeypatch.setattr(sharding, "_splits_rows", splits_rows)
+    as_on_gpus(monkeypatch)
     spec = model_spec()
     host_frozen, lora = host_weights(spec)
     found = []

@@ -208,6 +208,7 @@ def test_word_problems_refuse_a_bad_number_and_write_nothing(repository, tmp_pat
 def test_the_compiler_knows_the_options_that_gpus_get(monkeypatch):
     assert step_options() is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    options = step_options()
-    assert options
+    options = step_options(by_line=True)
+    mapped = "xla_gpu_experimental_enable_nccl_symmetric_buffers"
+    assert (step_options()[mapped], options[mapped]) == (False, True)
     assert jax.jit(jnp.negative, compiler_options=options)(1.0) == -1  # an unknown one is an error
