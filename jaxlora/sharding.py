@@ -43,6 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "length_of_copy": ("data", "expert"),
     "expert": ("expert",),
     "vocab": ("tensor",),
+    "logits": ("tensor",),  # the vocabulary, of a head that is not the embedding as well
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -197,7 +198,7 @@ def _lying(mesh: Mesh, path: Any, axes: tuple[str | None, ...], x: Any) -> Named
 
 
 def _splits_rows(mesh: Any) -> bool:
-    """Whether `fsdp` splits a layer's matrices by rows: on GPUs, where steps run `by_line`.
+    """Whether `fsdp` splits matrices of layers and the head by rows: on GPUs, where steps run `by_line`.
 
     A part of the columns would be transposed before it is gathered, 12 ms of a step of Qwen3-8B.
     """
@@ -206,7 +207,9 @@ def _splits_rows(mesh: Any) -> bool:
 
 
 def _by_rows(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-    """The axes `[out, in]` of a layer's matrix that is split by rows; those of other arrays as they are."""
+    """The axes `[out, in]` of a matrix that is split by rows; those of other arrays as they are."""
+    if axes == ("logits", "embed"):
+        return "embed", "embed"  # by columns if the vocabulary cannot be divided
     return ("embed", None) if axes in (("heads", "embed"), ("kv_heads", "embed"), ("mlp", "embed")) else axes
 
 

@@ -114,7 +114,7 @@ def chunked_loss(
       the sum, a float32 scalar, and log p(target), float32 `[batch, length]`, 0 where not requested (None
       without `wanted`), which carries no gradient.
     """
-    head = _gathered(head)  # once, outside the loop over chunks
+    head = _gathered(head, hidden.shape[-1])  # once, outside the loop over chunks
     returns = wanted is not None
     chosen = weights != 0 if wanted is None else wanted | (weights != 0)
     parts = jax.tree.map(split_tokens, (hidden, targets, weights, extras, chosen))
@@ -124,9 +124,10 @@ def chunked_loss(
     return total, jax.lax.stop_gradient(join_like(targets, logprobs))
 
 
-def _gathered(head: Head) -> Head:
-    """The head, gathered over `fsdp`."""
-    head = head._replace(weight=gathered(head.weight, ("vocab", "embed")))
+def _gathered(head: Head, size: int) -> Head:
+    """The head of hidden states of this size, gathered over `fsdp`."""
+    rows = "vocab" if head.weight.shape[1] < size else "logits"  # the first: a device has part of the columns
+    head = head._replace(weight=gathered(head.weight, (rows, "embed")))
     if head.lora_a is None or head.lora_b is None or auto_mesh() is not None:
         return head
     a, b = gathered_adapter(head.lora_a, (None, "embed")), gathered_adapter(head.lora_b, ("vocab", None))

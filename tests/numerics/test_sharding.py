@@ -204,6 +204,15 @@ def test_whole_rows_on_each_device_train_whatever_is_trained(shape, options):
     check_equals_one_device(spec, mesh_of(*shape), tolerance, layout="lines", remat=remat)
 
 
+@pytest.mark.parametrize(
+    ("changed", "full"), [({"tie_word_embeddings": True}, False), ({"vocab_size": 258}, True)], ids=str
+)
+def test_a_head_that_cannot_be_split_by_rows_is_split_by_columns(changed, full):
+    config = dataclasses.replace(CONFIG, **changed)
+    spec = ModelSpec(config, None if full else LoraConfig(), "float32", full=full)
+    check_equals_one_device(spec, mesh_of(2, 4, 1), 1e-4 if full else 1e-5, layout="lines")
+
+
 def test_gpus_split_the_matrices_of_layers_by_rows(monkeypatch):
     """Then what they gather needs no transposed copy."""
     spec, mesh = model_spec(scan=False), mesh_of(2, 4, 1)
@@ -213,8 +222,11 @@ def test_gpus_split_the_matrices_of_layers_by_rows(monkeypatch):
     assert (before, base["embed_tokens"]["weight"].spec) == (jax.P(("tensor",), ("fsdp",)),) * 2
     parts = (base["layers"][0][part].items() for part in ("mlp", "self_attn"))
     specs = {name: x["weight"].spec for part in parts for name, x in part if name.endswith("_proj")}
-    assert len(specs) == 7
+    specs["lm_head"] = base["lm_head"]["weight"].spec
+    assert len(specs) == 8
     assert {jax.P(*own)[0] for own in specs.values()} == {"fsdp"}
+    odd = dataclasses.replace(spec, config=dataclasses.replace(CONFIG, vocab_size=258))
+    assert base_shardings(mesh, odd)["lm_head"]["weight"].spec == jax.P(None, ("fsdp",))
     everything = ModelSpec(CONFIG, None, "float32", False, full=True)
     trained = trained_shardings(mesh, everything, everything.abstract_base)
     assert trained["layers"][0]["mlp"]["gate_proj"]["weight"].spec == jax.P(("fsdp",), None)

@@ -159,7 +159,7 @@ def dense_table(
             layer("mlp.up_proj", (ffn, hidden), ("mlp", "embed"), "mlp"),
         ]
     norms = [layer(f"self_attn.{name}", (config.head_dim,), (None,)) for name in ("q_norm", "k_norm")]
-    head = Weight("lm_head", "lm_head.weight", (vocab, hidden), ("vocab", "embed"), "output_head")
+    head = Weight("lm_head", "lm_head.weight", (vocab, hidden), ("logits", "embed"), "output_head")
     return [
         Weight("embed_tokens", "model.embed_tokens.weight", (vocab, hidden), ("vocab", "embed")),
         layer("input_layernorm", (hidden,), (None,)),
