@@ -19,8 +19,8 @@ from jaxlora.data.render import RenderedRow
 from jaxlora.generate.decode import Sampling, generate, init_decode, make_decode
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
-from jaxlora.models.quantised import products
-from jaxlora.models.spec import ModelConfig
+from jaxlora.models.quantised import Scheme, products
+from jaxlora.models.spec import Experts, ModelConfig
 from jaxlora.runtime.errors import UserError
 from jaxlora.sharding import (
     base_shardings,
@@ -33,6 +33,7 @@ from jaxlora.sharding import (
     token_shards,
     trained_shardings,
 )
+from jaxlora.train import step as steps
 from jaxlora.train.step import Compute, init_state, make_eval_step, make_logprob_step, make_train_step
 
 CONFIG = ModelConfig(
@@ -244,6 +245,21 @@ def test_what_mapped_memory_gathers_is_a_copy_that_no_compiler_leaves_out(dtype)
     gradient = jax.grad(lambda x: jnp.sum(copy(x).astype(jnp.float32) * jnp.arange(6.0).reshape(2, 3)))(x)
     np.testing.assert_array_equal(gradient, jnp.arange(6.0).reshape(2, 3))
     assert "select(" in copy.lower(x).compile().as_text()
+
+
+def test_what_is_not_gathered_by_line_is_not_gathered_in_mapped_memory(monkeypatch):
+    """The compiler would keep a copy of every part there."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    spec = model_spec(scan=False)
+    experts = dataclasses.replace(CONFIG, model_type="qwen3_moe", experts=Experts(8, 2, 32, True))
+    others = [
+        dataclasses.replace(spec, scheme=Scheme("int8", False)),
+        dataclasses.replace(spec, config=experts),
+    ]
+    asked = [steps._options(one, Compute(by_line=True)) for one in (spec, *others)]
+    asked.append(steps._options(spec, Compute()))
+    mapped = "xla_gpu_experimental_enable_nccl_symmetric_buffers"
+    assert [options[mapped] for options in asked] == [True, False, False, False]
 
 
 def test_whole_rows_on_each_device_have_the_log_probabilities_of_one(monkeypatch):
