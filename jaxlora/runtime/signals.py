@@ -57,15 +57,19 @@ class Stop:
     def saving(self, grace_seconds: float) -> Iterator[Callable[[], None]]:
         """Yield `begin`: from its first call to the end of the block, a signal only sets `signum`, and after
         a SIGTERM the process has `grace_seconds` to end."""
+        ends = False
 
         def begin() -> None:
             self._grace = grace_seconds
 
         try:
             yield begin
+        except Interrupted:
+            ends = self._ends_process  # a thread that compiles a program could hold it up beyond its time
+            raise
         finally:
             self._grace = None
-            if self._timer is not None:
+            if self._timer is not None and not ends:
                 self._timer.cancel()
         if self.signum is not None and self._ends_process:  # it came after the last check
             self._leave("stopped; the same command resumes from here")
@@ -93,6 +97,9 @@ class Stop:
             self._timer.start()
 
     def _late(self, grace: float) -> None:
+        if self._grace is None:  # saved, and said so
+            sys.stdout.flush()
+            os._exit(PREEMPTED)
         self._leave(
             f"stopped {grace:g} s after the signal, before a save was complete;"
             " the same command resumes from the checkpoint before"

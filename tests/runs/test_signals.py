@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -139,3 +141,38 @@ class TestInANotebook:
                 begin()
                 press()
             assert stop.signum == signal.SIGINT  # `stop_signals()` would have ended the process by now
+
+
+HELD_UP = """
+import os, signal, time
+from concurrent.futures import ThreadPoolExecutor
+from jaxlora.runtime.errors import run_main
+from jaxlora.runtime.signals import Interrupted, stop_signals
+
+def train():
+    with stop_signals() as stop, stop.saving(1.0) as begin:
+        begin()
+        ThreadPoolExecutor(1).submit(time.sleep, 600)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while stop.signum is None:
+            time.sleep(0.01)
+        raise Interrupted(stop.signum, 3)
+
+def main():
+    try:
+        train()
+    except Interrupted as stopped:
+        print(stopped)
+        return stopped.exit_code
+
+run_main(main)
+"""
+
+
+def test_a_thread_that_still_compiles_holds_no_process_up_beyond_its_grace_period():
+    ended = subprocess.run([sys.executable, "-c", HELD_UP], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 75
+    assert ended.stdout == "stopped at step 3; the same command resumes\n"
+    assert (
+        ended.stderr.strip() == "stopping after this step; the run is saved and resumes with the same command"
+    )
