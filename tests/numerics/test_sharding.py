@@ -250,6 +250,7 @@ def test_what_mapped_memory_gathers_is_a_copy_that_no_compiler_leaves_out(dtype)
 def test_what_is_not_gathered_by_line_is_not_gathered_in_mapped_memory(monkeypatch):
     """The compiler would keep a copy of every part there."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("NCCL_CTA_POLICY", "2")
     spec = model_spec(scan=False)
     experts = dataclasses.replace(CONFIG, model_type="qwen3_moe", experts=Experts(8, 2, 32, True))
     others = [

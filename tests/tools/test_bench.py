@@ -208,7 +208,10 @@ def test_word_problems_refuse_a_bad_number_and_write_nothing(repository, tmp_pat
 def test_the_compiler_knows_the_options_that_gpus_get(monkeypatch):
     assert step_options() is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("NCCL_CTA_POLICY", "2")
     options = step_options(by_line=True)
     mapped = "xla_gpu_experimental_enable_nccl_symmetric_buffers"
     assert (step_options()[mapped], options[mapped]) == (False, True)
+    monkeypatch.setenv("NCCL_CTA_POLICY", "0")  # a user's choice: then plain gathers are faster
+    assert not step_options(by_line=True)[mapped]
     assert jax.jit(jnp.negative, compiler_options=options)(1.0) == -1  # an unknown one is an error
