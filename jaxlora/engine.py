@@ -79,7 +79,7 @@ from jaxlora.train.step import (
 MAX_BUFFER_TOKENS = 16_384  # above this, rows are split over several buffers
 DENSE_BUFFER_TOKENS = 1024  # the same for attention whose cost is quadratic in a buffer's length
 MULTIPLE = 128  # buffer lengths are this (rounded up for the mesh) times a power of two: few programs
-MAX_ROWS = 256  # per line of a buffer
+MAX_ROWS = 256  # per buffer: kernels have so many places for those of a line
 _norm = jax.jit(optax.global_norm)
 LEAST = 1e-30  # temperature and top_p: float32 must not take them for 0
 
@@ -538,7 +538,11 @@ class Trainer:
         most = DENSE_BUFFER_TOKENS if dense else MAX_BUFFER_TOKENS
         lengths = [row.n_tokens for row in rows]
         lines = self.engine.machine.lines
-        parts = cut_into_buffers(lengths, most * lines)
+        parts = [
+            part[i : i + MAX_ROWS]
+            for part in cut_into_buffers(lengths, most * lines)
+            for i in range(0, len(part), MAX_ROWS)
+        ]
         own = [[lengths[i] for i in part] for part in parts]
         whole = max(map(sum, own))  # makes each part exactly one buffer
         longest = max(largest_buffer(part, whole, lines) for part in own)
