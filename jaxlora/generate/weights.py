@@ -24,7 +24,7 @@ from jaxlora.lora import arrays_by_path, get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import decoding_scheme, for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
-from jaxlora.sharding import base_shardings, decode_mesh, make_mesh
+from jaxlora.sharding import base_shardings, decode_mesh, make_mesh, trained_shardings
 
 
 def decode_weights(
@@ -62,6 +62,8 @@ def decode_weights(
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
+    if keep:  # it would be gathered for every token where `fsdp` splits it
+        lora = jax.tree.map(_moved, lora, trained_shardings(mesh, form, lora))
     return form, lora if keep else {}, {**outside, "layers": layers}, mesh
 
 
