@@ -351,7 +351,7 @@ def split_tokens(x: jax.Array) -> jax.Array:
     mesh = auto_mesh()
     shards = 1 if mesh is None else token_shards(mesh)
     batch, length, *rest = x.shape
-    if shards == 1:
+    if shards == 1 or (batch % shards and length % shards):  # or nothing divides: each chip has all of it
         return x.reshape(1, batch * length, *rest)
     if batch % shards == 0:  # rows are split
         y = x.reshape(shards, -1, *rest)
@@ -463,7 +463,7 @@ def summed_over_lines(spec: Any, grads: Any) -> Any:
 
     def over(path, x) -> tuple[str, ...]:
         split = mesh.shape["fsdp"] > 1 and {"embed", "adapter"} & set(axes(path, x))
-        return ("data",) if split else _axes_of(mesh, "length")
+        return tuple(axis for axis in _axes_of(mesh, "length") if not (split and axis == "fsdp"))
 
     return jax.tree.map_with_path(lambda path, x: jax.lax.psum(x, over(path, x)), grads)
 

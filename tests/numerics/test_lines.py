@@ -14,9 +14,10 @@ import jaxlora
 from jaxlora import sharding
 from jaxlora.checkpoints.base import random_base
 from jaxlora.config import LoraConfig, MeshConfig, ModelSource, RunConfig, TrainConfig, from_dict
-from jaxlora.data.packing import pack
+from jaxlora.data.packing import pack, pad
 from jaxlora.data.render import RenderedRow
 from jaxlora.estimate import mesh_here, mesh_of_gpus
+from jaxlora.generate.weights import decode_weights
 from jaxlora.lora import init_lora
 from jaxlora.models.decoder import ModelSpec
 from jaxlora.models.families import published_config
@@ -54,6 +55,67 @@ def test_the_engine_finds_the_same_on_one_device_and_in_lines(as_on_gpus):
     assert lines[:2] == pytest.approx(one[:2], rel=1e-5)
     for ours, expected in zip(lines[2] + lines[3], one[2] + one[3], strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_split_weights_are_summed_over_an_axis_of_experts_too(as_on_gpus):
+    """The engine takes such a mesh for a model without experts."""
+    rows = [{"tokens": np.arange(5 + i, 25 + i).tolist()} for i in range(4)]
+    norms = []
+    for mesh, n in ((MeshConfig(1, 1, 1), 1), (MeshConfig(1, 2, 1, expert=2), 4)):
+        engine = jaxlora.load("embedded:base", mesh=make_mesh(mesh, jax.devices()[:n]))
+        trainer = engine.lora(rank=256, targets="v_proj")
+        trainer.forward_backward(rows)
+        norms.append(trainer.optim_step(1e-3)["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_a_line_has_no_more_rows_than_kernels_look_for():
+    rng = np.random.default_rng(0)
+    rows = [{"tokens": rng.integers(5, 900, 8).tolist()} for _ in range(300)]
+    engine = jaxlora.load("embedded:base")
+    engine.machine = replace(engine.machine, backend="cudnn")  # whose lines are long
+    trainer = engine.lora(rank=2)
+    found = list(trainer._batches(trainer._render(rows)))
+    assert sum(len(by_row(batch["tokens"])) for batch, _, by_row in found) == 300
+    for batch, compute, _ in found:
+        assert batch["segment_ids"].max() <= compute.max_segments
+
+
+@pytest.mark.parametrize("lines", [2, 4])
+def test_rows_that_devices_divide_neither_by_number_nor_by_length_are_computed_whole(lines):
+    config = replace(published_config("qwen3-8b"), vocab_size=64, hidden_size=24, intermediate_size=24)
+    config = replace(config, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    spec = ModelSpec(config, LoraConfig(rank=2), "float32", scan=False)
+    rng, found = np.random.default_rng(0), []
+    rows = [
+        RenderedRow(str(i), rng.integers(0, 64, 20).astype(np.int32), np.ones(20, np.float32))
+        for i in range(lines)
+    ]
+    for devices in (1, 3):
+        mesh = make_mesh(MeshConfig(1, devices, 1), jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            trained = place_trained(mesh, spec, jax.tree.map(lambda x: x + 0.02, init_lora(spec, 0)))
+            batch = place_batch(mesh, pad(rows, (32,), lines))
+            step = make_gradient_step(spec, Compute(by_line=devices > 1))
+            zeros = jax.tree.map(jnp.zeros_like, trained)
+            grads, *values = step(trained, zeros, random_base(spec, 0, mesh, std=0.1), batch)
+            found.append(jax.tree.map(np.asarray, (values, grads)))
+    for ours, expected in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_decoding_keeps_is_whole_on_every_device():
+    """Else it would be gathered for every token, and the start-up check of a run with `fsdp=4` failed."""
+    config = replace(published_config("qwen3-8b"), vocab_size=64, hidden_size=32, intermediate_size=32)
+    config = replace(config, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    spec, mesh = ModelSpec(config, LoraConfig(rank=256), "float32"), make_mesh(MeshConfig(fsdp=8))
+    with jax.set_mesh(mesh):
+        lora = place_trained(mesh, spec, init_lora(spec, 0))
+        assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(lora))
+        _, kept, _, _ = decode_weights(spec, lora, random_base(spec, 0, mesh), merge=False)
+    for ours, expected in zip(*map(jax.tree.leaves, (kept, lora)), strict=True):
+        assert ours.sharding.is_fully_replicated
+        np.testing.assert_array_equal(ours, expected)
 
 
 @pytest.mark.slow
