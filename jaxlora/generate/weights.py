@@ -62,9 +62,12 @@ def decode_weights(
     outside = {name: tree for name, tree in base.items() if name != "layers"}
     rest = {name: shardings[name] for name in outside}
     outside = jax.tree.map(_moved, outside if keep else merge_lora(spec, lora, outside), rest)
-    if keep:  # it would be gathered for every token where `fsdp` splits it
-        lora = jax.tree.map(_moved, lora, trained_shardings(mesh, form, lora))
-    return form, lora if keep else {}, {**outside, "layers": layers}, mesh
+    return form, decode_adapter(form, lora, mesh) if keep else {}, {**outside, "layers": layers}, mesh
+
+
+def decode_adapter(form: ModelSpec, lora: Tree, mesh: Mesh) -> Tree:
+    """The adapter on the mesh of decoding, where `fsdp` splits nothing: else each token would gather it."""
+    return jax.tree.map(_moved, lora, trained_shardings(mesh, form, lora))
 
 
 def decode_form(spec: ModelSpec, mesh: Mesh, merge: bool) -> ModelSpec:
@@ -141,5 +144,18 @@ def _take(tree: Tree, path: str) -> Tree:
 
 
 def _moved(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """x with this sharding; x itself if it already has it."""
-    return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(x, sharding)
+    """x with this sharding; x itself if it already has it, and its memory if only the mesh is another one.
+
+    Programs with custom kernels take arrays of one mesh only.
+    """
+    if x.sharding == sharding:
+        return x
+    alike = x.sharding.is_equivalent_to(sharding, x.ndim)
+    if sharding.is_fully_replicated and not alike and x.sharding.device_set == sharding.device_set:
+        return jax.block_until_ready(_make_gather(sharding)(x))  # `device_put` would go through the host
+    return jax.device_put(x, sharding)
+
+
+@cache
+def _make_gather(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.generate.decode import GREEDY, Generation, generate
-from jaxlora.generate.weights import decode_weights
+from jaxlora.generate.weights import decode_adapter, decode_weights
 from jaxlora.models.attention import decode_backend
 from jaxlora.models.decoder import Tree
 from jaxlora.rl.job import RLJob
@@ -140,7 +140,7 @@ class Sampler:
                 form, _, weights, mesh = decode_weights(spec, trained, self._frozen, merge=False, shares=True)
             self._base = form, weights, mesh
         form, weights, mesh = self._base
-        return form, trained, weights, mesh
+        return form, decode_adapter(form, trained, mesh), weights, mesh
 
     def _episode(self, answer: Generation) -> Episode:
         stopped = answer.stop_reason == "stop"

@@ -104,18 +104,30 @@ def test_rows_that_devices_divide_neither_by_number_nor_by_length_are_computed_w
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_that_decoding_keeps_is_whole_on_every_device():
-    """Else it would be gathered for every token, and the start-up check of a run with `fsdp=4` failed."""
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter kept", "merged"])
+@pytest.mark.parametrize("scan", [False, True], ids=["unroll", "scan"])
+def test_all_that_decodes_lies_on_one_mesh_and_the_adapter_whole_on_every_device(monkeypatch, merge, scan):
+    """As GPUs decode. A program with custom kernels refuses arrays of another mesh, and a part of an adapter
+    would be gathered for every token."""
     config = replace(published_config("qwen3-8b"), vocab_size=64, hidden_size=32, intermediate_size=32)
-    config = replace(config, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
-    spec, mesh = ModelSpec(config, LoraConfig(rank=256), "float32"), make_mesh(MeshConfig(fsdp=8))
+    config = replace(config, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    spec = ModelSpec(config, LoraConfig(rank=256), "float32", scan)
+    mesh, copies = (make_mesh(MeshConfig(*sizes)) for sizes in ((1, 8, 1), (8, 1, 1)))
+    monkeypatch.setattr("jaxlora.generate.weights.decode_mesh", lambda *_: copies)
     with jax.set_mesh(mesh):
         lora = place_trained(mesh, spec, init_lora(spec, 0))
+        base = random_base(spec, 0, mesh)
         assert not any(x.sharding.is_fully_replicated for x in jax.tree.leaves(lora))
-        _, kept, _, _ = decode_weights(spec, lora, random_base(spec, 0, mesh), merge=False)
-    for ours, expected in zip(*map(jax.tree.leaves, (kept, lora)), strict=True):
-        assert ours.sharding.is_fully_replicated
+        _, kept, weights, found = decode_weights(spec, lora, base, merge=merge)
+    assert found == copies
+    for x in jax.tree.leaves((kept, weights)):
+        assert x.sharding.mesh == copies
+        assert x.sharding.is_fully_replicated
+    assert bool(kept) != merge
+    for ours, expected in zip(*map(jax.tree.leaves, (kept, lora if kept else {})), strict=True):
         np.testing.assert_array_equal(ours, expected)
+    norms = (tree["norm"]["weight"].addressable_shards[0].data for tree in (weights, base))
+    assert len({x.unsafe_buffer_pointer() for x in norms}) == 1  # what lies alike is no copy
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import pytest
 from helpers.rl import job_of, make_model, outcome, parity, records, rl_config, ruled_rewards, run
 
 from jaxlora.checkpoints.run_state import RunState
-from jaxlora.config import from_dict
+from jaxlora.config import MeshConfig, from_dict
+from jaxlora.generate.decode import generate
 from jaxlora.rl import loop
 from jaxlora.rl.directory import RLDirectory
 from jaxlora.rl.job import estimate_memory, prepare
@@ -21,6 +22,7 @@ from jaxlora.rl.learning import Learner
 from jaxlora.rl.rewards import Graded
 from jaxlora.rl.sampling import Sampler, grade_groups, shared_bytes
 from jaxlora.runtime.errors import UserError
+from jaxlora.sharding import make_mesh
 from jaxlora.train.job import fresh_state, load_frozen
 from jaxlora.train.loop import Diverged
 
@@ -159,13 +161,14 @@ def test_eight_devices_find_the_same_tokens_and_losses(undisturbed, model, tmp_p
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
 
 
-def test_lines_of_several_gpus_learn_what_one_line_does(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"fsdp": 8}], ids=str)
+def test_lines_of_several_gpus_learn_what_one_line_does(model, tmp_path, monkeypatch, mesh):
     """On GPUs each device has whole rows of its own; here devices are simulated, and told to do so."""
     options = {"train": {"layout": "packed", "max_buffer_tokens": 512}, "eval_problems": None, "steps": 2}
     one = rl_config(model, tmp_path / "one", **options)
     run(one)
-    several = rl_config(model, tmp_path / "several", mesh={"data": 4}, **options)
-    shapes = []
+    several = rl_config(model, tmp_path / "several", mesh=mesh, **options)
+    (n,), shapes = mesh.values(), []
     original = Learner.buffers
 
     def seen(self, rows):
@@ -173,10 +176,20 @@ def test_lines_of_several_gpus_learn_what_one_line_does(model, tmp_path, monkeyp
         shapes.extend(batch["tokens"].shape for batch in found)
         return found
 
+    def copies(mesh, *_):
+        return make_mesh(MeshConfig(mesh.size, 1, 1), [*mesh.devices.flat])
+
+    def on_one_mesh(spec, lora, weights, *rest, **options):  # GPUs' kernels refuse anything else
+        assert {x.sharding.mesh for x in jax.tree.leaves((lora, weights))} == {jax.sharding.get_mesh()}
+        return generate(spec, lora, weights, *rest, **options)
+
     monkeypatch.setattr("jaxlora.train.step.token_lines", lambda mesh: mesh.size)
+    monkeypatch.setattr("jaxlora.rl.sampling.generate", on_one_mesh)
+    monkeypatch.setattr("jaxlora.generate.weights.decode_mesh", copies)
+    monkeypatch.setattr("jaxlora.rl.mesh.decode_mesh", copies)
     monkeypatch.setattr(Learner, "buffers", seen)
-    run(several, devices=4)
-    assert {shape[:2] for shape in shapes} == {(1, 4)}
+    run(several, devices=n)
+    assert {shape[:2] for shape in shapes} == {(1, n)}
     for ours, theirs in zip(records(several), records(one), strict=True):
         assert ours["optim/tokens"] == theirs["optim/tokens"]
         for name in ("optim/loss", "grad_norm", "update_norm", "ratio/max"):
