@@ -148,9 +148,9 @@ def _moved(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
     Programs with custom kernels take arrays of one mesh only.
     """
-    if x.sharding == sharding:
-        return x
     alike = x.sharding.is_equivalent_to(sharding, x.ndim)
+    if x.sharding == sharding or (alike and sharding.mesh.size == 1):
+        return x
     if sharding.is_fully_replicated and not alike and x.sharding.device_set == sharding.device_set:
         return jax.block_until_ready(_make_gather(sharding)(x))  # `device_put` would go through the host
     return jax.device_put(x, sharding)
