@@ -547,7 +547,7 @@ class Trainer:
         whole = max(map(sum, own))  # makes each part exactly one buffer
         longest = max(largest_buffer(part, whole, lines) for part in own)
         length = power_of_two(longest, round_up(MULTIPLE, token_multiple(self.engine.machine.mesh)))
-        rows_a_line = min(MAX_ROWS, round_up(max(map(len, parts)), 32))
+        rows_a_line = round_up(max(map(len, parts)), 32)
         longest_row = min(power_of_two(max(lengths), MULTIPLE), length)
         compute = self.engine.machine.compute(rows_a_line, longest_row)
         for part, sizes in zip(parts, own, strict=True):

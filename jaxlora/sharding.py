@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -93,6 +94,17 @@ def whole_mesh(config: MeshConfig, n_devices: int) -> MeshConfig:
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise UserError(f"config.mesh: {asked} does not fit {n_devices} devices; set one axis to -1")
     return MeshConfig(**dict(zip(sizes, shape, strict=True)))
+
+
+def exchanged(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """x with this sharding, over the same devices, which exchange its parts: `jax.device_put` would take them
+    through the host."""
+    return jax.block_until_ready(_make_exchange(sharding)(x))
+
+
+@cache
+def _make_exchange(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def decode_mesh(mesh: Mesh, kv_heads: int, experts: int = 1, weights: int = 0, shares: bool = False) -> Mesh:
@@ -378,8 +390,7 @@ def fsdp_ways() -> int:
 def gathers_by_line(spec: Any) -> bool:
     """Whether a step of this model may gather weights inside `by_line`.
 
-    Products of experts already run as one program per device; of a quantised weight, whether its scales are
-    split depends on their size.
+    Not quantised ones: whether their scales are split depends on their size.
     """
     return spec.config.experts is None and spec.scheme is None
 
@@ -392,7 +403,9 @@ def runs_by_line(spec: Any, lines: int) -> bool:
     mesh = auto_mesh()
     if mesh is None or mesh.shape["tensor"] > 1 or lines % token_shards(mesh):
         return False
-    if not gathers_by_line(spec) and (spec.config.experts is not None or mesh.shape["fsdp"] > 1):
+    if spec.config.experts is not None:  # their products already run as one program per device
+        return False
+    if mesh.shape["fsdp"] > 1 and not gathers_by_line(spec):
         return False
     sizes = [spec.config.hidden_size, *(weight.shape[0] for weight in spec.table if weight.stacked)]
     if spec.lora is not None and spec.lora.rank >= SHARD_LORA_FROM_RANK:

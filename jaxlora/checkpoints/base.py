@@ -54,7 +54,7 @@ from jaxlora.runtime.files import read_json, read_object, sha256_of
 from jaxlora.runtime.folders import claimed, file_in, new_folder
 from jaxlora.runtime.progress import console, progress_bar
 from jaxlora.runtime.remote import TOKENIZER_SUFFIXES, fetch_folder, is_remote, mirror, resolve, weight_files
-from jaxlora.sharding import base_shardings, named, weight_shardings
+from jaxlora.sharding import base_shardings, exchanged, named, weight_shardings
 
 _SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
@@ -441,12 +441,7 @@ def _laid_out(weight: Any, sharding: Any) -> Any:
 def _moved(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     if array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
-    return jax.block_until_ready(_make_move(sharding)(array))
-
-
-@cache
-def _make_move(sharding: NamedSharding):
-    return jax.jit(lambda x: x, out_shardings=sharding)
+    return exchanged(array, sharding)
 
 
 def _check_tree(spec: ModelSpec, frozen: Tree, mesh: Mesh) -> None:

@@ -24,7 +24,7 @@ from jaxlora.lora import arrays_by_path, get_path, merge_lora, set_path
 from jaxlora.models.decoder import ModelSpec, Tree
 from jaxlora.models.quantised import decoding_scheme, for_decoding, is_quantised
 from jaxlora.models.spec import JOINED
-from jaxlora.sharding import base_shardings, decode_mesh, make_mesh, trained_shardings
+from jaxlora.sharding import base_shardings, decode_mesh, exchanged, make_mesh, trained_shardings
 
 
 def decode_weights(
@@ -152,10 +152,5 @@ def _moved(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     if x.sharding == sharding or (alike and sharding.mesh.size == 1):
         return x
     if sharding.is_fully_replicated and not alike and x.sharding.device_set == sharding.device_set:
-        return jax.block_until_ready(_make_gather(sharding)(x))  # `device_put` would go through the host
+        return exchanged(x, sharding)
     return jax.device_put(x, sharding)
-
-
-@cache
-def _make_gather(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=sharding)
